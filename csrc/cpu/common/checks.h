@@ -1,0 +1,97 @@
+// Argument checks of the CPU operators: every failure names the tensor, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace sharedllm {
+
+// std::invalid_argument arrives in Python as ValueError; STD_TORCH_CHECK would make it RuntimeError.
+template <class... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << parts), ...);
+  throw std::invalid_argument(text.str());
+}
+
+// check(ok, "k: expected ", want, ", got ", have): the text is built only on failure.
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (__builtin_expect(!ok, 0)) fail(parts...);
+}
+
+template <class Sizes>
+inline std::string shape_text(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '[';
+  const char* separator = "";
+  for (int64_t size : sizes) {
+    text << separator;
+    if (size < 0) {
+      text << '*';
+    } else {
+      text << size;
+    }
+    separator = ", ";
+  }
+  text << ']';
+  return text.str();
+}
+
+inline const char* dtype_text(torch::headeronly::ScalarType dtype) {
+  return torch::headeronly::toString(dtype);
+}
+
+// A size of -1 accepts any number.
+inline void check_shape(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> shape) {
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) {
+    const int64_t want = shape.begin()[i];
+    same = want < 0 || want == sizes[i];
+  }
+  check(same, name, ": expected shape ", shape_text(shape), ", got ", shape_text(sizes));
+}
+
+inline void check_tensor(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> shape,
+                         torch::headeronly::ScalarType dtype) {
+  check(tensor.is_cpu(), name, ": expected a tensor on cpu");
+  check(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype_text(dtype), ", got ",
+        dtype_text(tensor.scalar_type()));
+  check_shape(name, tensor, shape);
+}
+
+inline void check_float32_or_bfloat16(const char* name, const torch::stable::Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  check(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::BFloat16, name,
+        ": expected dtype Float or BFloat16, got ", dtype_text(dtype));
+}
+
+// low <= values[i] < high for all i.
+inline void check_range(const char* name, const int64_t* values, int64_t count, int64_t low, int64_t high) {
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) inside &= (values[i] >= low) & (values[i] < high);
+  if (__builtin_expect(inside, 1)) return;
+  const int64_t* bad = std::find_if(values, values + count, [&](int64_t x) { return x < low || x >= high; });
+  fail(name, "[", bad - values, "]: expected ", low, " <= value < ", high, ", got ", *bad);
+}
+
+// Cumulative counts: start at 0, never fall, end at total.
+inline void check_cumulative(const char* name, const int64_t* values, int64_t count, int64_t total) {
+  check(count >= 1, name, ": expected at least 1 element, got 0");
+  check(values[0] == 0, name, "[0]: expected 0, got ", values[0]);
+  for (int64_t i = 1; i < count; ++i) {
+    check(values[i] >= values[i - 1], name, "[", i, "]: expected at least ", name, "[", i - 1, "] = ", values[i - 1],
+          ", got ", values[i]);
+  }
+  check(values[count - 1] == total, name, "[", count - 1, "]: expected ", total, ", got ", values[count - 1]);
+}
+
+}  // namespace sharedllm
