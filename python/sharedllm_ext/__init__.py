@@ -1,0 +1,58 @@
+"""SharedLLM: long contexts for short-context language models by multi-scale self-injection.
+
+Importing the package registers the model type ``sharedllm`` with Transformers' Auto classes.
+"""
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODEL_NAMES = (
+    "ContextMemory",
+    "SharedLLMConfig",
+    "SharedLLMDataCollator",
+    "SharedLLMForCausalLM",
+    "load_published_checkpoint",
+)
+
+__all__ = [
+    "ContextMemory",
+    "SharedLLMConfig",
+    "SharedLLMDataCollator",
+    "SharedLLMForCausalLM",
+    "__version__",
+    "load_published_checkpoint",
+    "ops",
+    "reference",
+]
+
+if TYPE_CHECKING:
+    from . import ops, reference
+    from .model import (
+        ContextMemory,
+        SharedLLMConfig,
+        SharedLLMDataCollator,
+        SharedLLMForCausalLM,
+        load_published_checkpoint,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODEL_NAMES:
+        return getattr(importlib.import_module(".model", __name__), name)
+    if name in ("ops", "reference", "model"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+# The package's own programs (`sharedllm`, `python -m sharedllm_ext…`: Python locates those with argv[0] == "-m") import
+# what they need themselves: their help is instant, and `info` reports a broken installation instead of failing on it.
+if os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") not in ("-m", "sharedllm"):
+    importlib.import_module(".model", __name__)

@@ -1,0 +1,367 @@
+"""The compressor: from packed context tokens to the keys and values of the context memory.
+
+Everything here works on packed tokens, ``[T, …]`` without padding: the retained nodes of a chunk cover its tokens
+exactly once, so the packed order is the text's own.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops import (
+    chunk_compression,
+    context_tree_layout,
+    context_tree_select,
+    context_tree_split,
+    node_vectors,
+    split_offsets,
+    topk_nodes,
+)
+from .stopwatch import Stopwatch
+
+Tables = tuple[Tensor, Tensor]
+
+
+class LowerModel(NamedTuple):
+    """The compressor's modules: the embedding, the lowest layers, the final norm."""
+
+    embed_tokens: nn.Module
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """Sizes of the context tree."""
+
+    depth: int
+    slots_per_node: int
+    split_noise: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """One chunk of a document: its document, index in the document and first token and length in the packed context."""
+
+    document: int
+    index: int
+    start: int
+    length: int
+
+
+def cut_into_chunks(lengths: Sequence[int], chunk_size: int) -> list[Chunk]:
+    """Chunks of packed documents of the given lengths, in order; the last chunk of a document may be short."""
+    chunks, first = [], 0
+    for document, length in enumerate(lengths):
+        chunks += [
+            Chunk(document, index, first + begin, min(chunk_size, length - begin))
+            for index, begin in enumerate(range(0, length, chunk_size))
+        ]
+        first += length
+    return chunks
+
+
+def micro_batches(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
+    """Runs of consecutive chunks of at most ``tokens`` tokens, at least one chunk each."""
+    batch: list[Chunk] = []
+    total = 0
+    for chunk in chunks:
+        if batch and total + chunk.length > tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(chunk)
+        total += chunk.length
+    if batch:
+        yield batch
+
+
+def project(layer: nn.Module, normed: Tensor, name: str) -> Tensor:
+    """One of the layer's query, key or value projections, with the family's norm on it: ``[T, heads, D]``."""
+    attention = layer.self_attn
+    out = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)
+    return out if norm is None else norm(out)
+
+
+def sliding_window(layer: nn.Module) -> int | None:
+    """Tokens that a query of this layer may look back on, itself included; ``None`` without a limit."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return attention.config.sliding_window if attention.config.model_type == "mistral" else None
+
+
+def last_token_vectors(
+    model: LowerModel, embeddings: Tensor, keys: Tensor, values: Tensor, spans: Tensor, tables: Tables
+) -> Tensor:
+    """Final-norm output of layer 0 at the last token of each span, positions counted from the span's start.
+
+    Only the last token's query, attention output and MLP are computed; keys and values are shared by all spans.
+
+    Args:
+        embeddings: ``[T, d]``.
+        keys, values: ``[T, Hkv, D]`` of layer 0, not rotated.
+        spans: ``[N, 2]`` int64, (start, length).
+
+    Returns:
+        ``[N, d]``.
+    """
+    layer = model.layers[0]
+    start, length = spans.unbind(-1)
+    window = sliding_window(layer)
+    if window is not None:
+        # rotary positions are relative, so dropping what lies outside the window changes nothing else
+        visible = length.clamp(max=window)
+        spans = torch.stack((start + length - visible, visible), -1)
+    hidden = embeddings[(start + length - 1).clamp(min=0)]
+    query = project(layer, layer.input_layernorm(hidden), "q")
+    attended = node_vectors(query, keys, values, spans, *tables, layer.self_attn.scaling)
+    return model.norm(_finish(layer, hidden, attended))
+
+
+def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables: Tables) -> Tensor:
+    """Query vector of each row: layer 0 of the decoder, without injection, at the row's last token.
+
+    Args:
+        ids: ``[T]`` packed query tokens of all rows.
+        lengths: tokens of each row.
+
+    Returns:
+        ``[B, d]``.
+    """
+    layer = model.layers[0]
+    embeddings = model.embed_tokens(ids)
+    normed = layer.input_layernorm(embeddings)
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    spans = torch.stack((sizes.cumsum(0) - sizes, sizes), -1).to(ids.device)
+    keys, values = project(layer, normed, "k"), project(layer, normed, "v")
+    return last_token_vectors(model, embeddings, keys, values, spans, tables)
+
+
+def compress_chunks(
+    model: LowerModel,
+    ids: Tensor,
+    chunks: Sequence[Chunk],
+    shape: TreeShape,
+    tables: Tables,
+    query: Tensor | None,
+    has_query: Sequence[bool] | None,
+    generator: torch.Generator | None = None,
+    checkpointing: bool = False,
+    watch: Stopwatch | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[int], Tensor]:
+    """Compress consecutive chunks.
+
+    Args:
+        model: the lower model of ``M`` layers.
+        ids: ``[T]`` the chunks' tokens.
+        chunks: where each chunk lies; ``chunks[0].start`` is the packed position of ``ids[0]``.
+        shape: the tree.
+        tables: cos and sin, ``[P, R/2]``.
+        query: ``[documents, d]`` query vectors, or ``None`` for the fixed policy (always the right child).
+        has_query: for each document, whether its query counts; documents without one use the fixed policy.
+        generator: source of the split noise.
+        checkpointing: recompute the layers in the backward pass.
+        watch: told when the choice of nodes is over.
+
+    Returns:
+        keys and values, ``M`` tensors ``[S, Hkv, D]`` each; slots of each chunk; the retained nodes
+        ``[n, depth + 1, 2]`` in slot order.
+    """
+    device, first = ids.device, chunks[0].start
+    embeddings = model.embed_tokens(ids)
+    layer = model.layers[0]
+    normed = key = value = embeddings
+    if query is not None or len(model.layers) > 1:
+        normed = layer.input_layernorm(embeddings)
+        key, value = project(layer, normed, "k"), project(layer, normed, "v")
+
+    if watch is not None:
+        watch.lap("compress")
+    roots = torch.tensor([(chunk.start - first, chunk.length) for chunk in chunks], dtype=torch.int64)
+    nodes, lengths = _grow_tree(
+        model, embeddings, key, value, roots, [c.document for c in chunks], shape, tables, query, has_query, generator
+    )
+    if watch is not None:
+        watch.lap("retrieve")
+    chunk_index = torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64, device=device)
+    kept = [min(length, shape.slots_per_node) for length in lengths]
+    num_slots = sum(kept)
+    positions, _, keep_index, keep_position, _ = context_tree_layout(
+        nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
+    )
+    groups = _group_nodes(nodes.flatten(0, 1), lengths, kept, device)
+    keys, values = [], []
+
+    def keep(key: Tensor, value: Tensor, query: Tensor | None, query_positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        rotated_query, rotated_key, memory_key, memory_value = chunk_compression(
+            query, key, value, *tables, query_positions, positions, keep_index, keep_position
+        )
+        keys.append(memory_key)
+        values.append(memory_value)
+        return rotated_query, rotated_key
+
+    hidden = embeddings
+    for index, layer in enumerate(model.layers):
+        remaining = len(model.layers) - index - 1
+        if remaining == 0:
+            # the last layer's keys and values are needed at the kept positions only
+            if index == 0:
+                hidden = hidden[keep_index]
+            normed = layer.input_layernorm(hidden)
+            key, value = project(layer, normed, "k"), project(layer, normed, "v")
+            every = torch.arange(num_slots, device=device)
+            _, _, memory_key, memory_value = chunk_compression(
+                None, key, value, *tables, None, None, every, keep_position
+            )
+            keys.append(memory_key)
+            values.append(memory_value)
+            continue
+        if index > 0:
+            normed = layer.input_layernorm(hidden)
+            key, value = project(layer, normed, "k"), project(layer, normed, "v")
+        only_kept = remaining == 1
+        if only_kept:
+            # the layer below the last one needs its output at the kept positions only
+            hidden, normed = hidden[keep_index], normed[keep_index]
+        where = positions[keep_index] if only_kept else positions
+        rotated_query, rotated_key = keep(key, value, project(layer, normed, "q"), where)
+        finish = _attend_and_finish
+        if checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(
+                finish, layer, hidden, rotated_query, rotated_key, value, groups, only_kept, use_reentrant=False
+            )
+        else:
+            hidden = finish(layer, hidden, rotated_query, rotated_key, value, groups, only_kept)
+    per_chunk = shape.depth + 1
+    slots = [sum(kept[i : i + per_chunk]) for i in range(0, len(kept), per_chunk)]
+    return keys, values, slots, nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class _NodeGroup:
+    """Nodes of one length: their tokens ``[g, l]``, their slots ``[g, k]``, the kept positions in the node ``[k]``."""
+
+    tokens: Tensor
+    slots: Tensor
+    kept: Tensor
+
+
+def _grow_tree(
+    model: LowerModel,
+    embeddings: Tensor,
+    key: Tensor,
+    value: Tensor,
+    roots: Tensor,
+    documents: Sequence[int],
+    shape: TreeShape,
+    tables: Tables,
+    query: Tensor | None,
+    has_query: Sequence[bool] | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, list[int]]:
+    """Retained nodes ``[n, depth + 1, 2]`` and, on the host, their lengths."""
+    device, count = embeddings.device, roots.shape[0]
+    noise = shape.split_noise
+
+    def grow(spans: Tensor, choose: Callable[[Tensor], Tensor] | None) -> Tensor:
+        retained = []
+        for _ in range(shape.depth - 1):
+            offset = split_offsets(count, noise, device=spans.device, generator=generator) if noise > 0 else None
+            children = context_tree_split(spans, offset)
+            spans, other = context_tree_select(children, None if choose is None else choose(children))
+            retained.append(other)
+        leaves = context_tree_split(spans)
+        return torch.stack((leaves[:, 0], leaves[:, 1], *reversed(retained)), 1)
+
+    if query is None:
+        nodes = grow(roots, None)
+        return nodes.to(device), nodes[..., 1].flatten().tolist()
+
+    document = torch.tensor(documents, dtype=torch.int64, device=device)
+    siblings = torch.arange(count + 1, device=device) * 2
+    counts = None if has_query is None or all(has_query) else torch.tensor(has_query, device=device)[document]
+
+    def choose(children: Tensor) -> Tensor:
+        vectors = last_token_vectors(model, embeddings, key, value, children.flatten(0, 1), tables)
+        valid = (children[..., 1] > 0).flatten()
+        best, _ = topk_nodes(query, vectors, siblings, document, 1, valid)
+        choice = best[:, 0] - siblings[:-1]
+        return choice if counts is None else torch.where(counts, choice, 1)
+
+    with torch.no_grad():
+        nodes = grow(roots.to(device), choose)
+    if noise == 0 and all(length % 2**shape.depth == 0 for length in roots[:, 1].tolist()):
+        # both children of every node are equally long: the lengths do not depend on the choice
+        return nodes, grow(roots, None)[..., 1].flatten().tolist()
+    return nodes, nodes[..., 1].flatten().tolist()
+
+
+def _group_nodes(nodes: Tensor, lengths: Sequence[int], kept: Sequence[int], device: torch.device) -> list[_NodeGroup]:
+    by_length: dict[int, list[int]] = {}
+    slot_starts, total = [], 0
+    for node, (length, slots) in enumerate(zip(lengths, kept, strict=True)):
+        if length:
+            by_length.setdefault(length, []).append(node)
+        slot_starts.append(total)
+        total += slots
+    groups = []
+    for length, members in by_length.items():
+        slots = kept[members[0]]
+        node_starts = nodes[torch.tensor(members, device=device), 0]
+        first_slots = torch.tensor([slot_starts[i] for i in members], device=device)
+        groups.append(
+            _NodeGroup(
+                tokens=node_starts.unsqueeze(1) + torch.arange(length, device=device),
+                slots=first_slots.unsqueeze(1) + torch.arange(slots, device=device),
+                kept=torch.arange(slots, device=device) * length // slots,
+            )
+        )
+    return groups
+
+
+def _attend_and_finish(
+    layer: nn.Module,
+    hidden: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Sequence[_NodeGroup],
+    only_kept: bool,
+) -> Tensor:
+    """Causal attention inside each node, output projection and MLP; of the kept tokens only, if asked."""
+    outputs, places = [], []
+    window = sliding_window(layer)
+    for group in groups:
+        rows = group.slots if only_kept else group.tokens
+        length = group.tokens.shape[1]
+        position = group.kept if only_kept else torch.arange(length, device=hidden.device)
+        mask = None
+        if only_kept or (window is not None and window < length):
+            back = position.unsqueeze(1) - torch.arange(length, device=hidden.device)
+            mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+        attended = F.scaled_dot_product_attention(
+            query[rows].transpose(1, 2),
+            key[group.tokens].transpose(1, 2),
+            value[group.tokens].transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=layer.self_attn.scaling,
+            enable_gqa=True,
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        places.append(rows.flatten())
+    # the groups' rows are a permutation of all rows: put them back in order
+    order = torch.empty_like(all_places := torch.cat(places))
+    order[all_places] = torch.arange(all_places.numel(), device=hidden.device)
+    return _finish(layer, hidden, torch.cat(outputs)[order])
+
+
+def _finish(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -1,0 +1,102 @@
+"""Configuration of a SharedLLM model."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class SharedLLMConfig(PreTrainedConfig):
+    """Configuration of :class:`SharedLLMForCausalLM`.
+
+    Args:
+        text_config: configuration of the base checkpoint (Llama, Mistral, Qwen2/2.5 or Qwen3), or its dictionary.
+        injection_layers: ``M``, how many of the lowest layers compress the context and read the memory (paper: 4 for
+            language modelling, 16 for instruction following).
+        chunk_size: ``c``, context tokens in a chunk (paper: 1024).
+        tree_depth: ``h``, splits from a chunk to its leaves; a chunk retains ``h + 1`` nodes (paper: 3).
+        slots_per_node: ``s``, positions kept of a node; shorter nodes keep every token (paper: 32).
+        window: running text in tokens; of a longer plain ``input_ids`` the last ``window`` tokens are running text and
+            the rest becomes context.
+        query_aware: whether the query picks the children that split further; otherwise always the right one.
+        query_position_offset: queries are rotated by the number of chunks plus this offset (1 in the code that produced
+            the paper's results, 0 in its text).
+        split_noise: standard deviation, in tokens, of the split point during training (paper, "structural noise").
+        tie_compressor: whether the compressor uses the decoder's weights (before it is trained on its own).
+        micro_batch_tokens: context tokens compressed at a time; bounds the activations, changes no result. ``None``
+            chooses by device.
+
+    Raises:
+        ValueError: a field is out of range, or the base checkpoint's family is not supported.
+    """
+
+    model_type = "sharedllm"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "memory"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    injection_layers: int = 4
+    chunk_size: int = 1024
+    tree_depth: int = 3
+    slots_per_node: int = 32
+    window: int = 4096
+    query_aware: bool = True
+    query_position_offset: int = 1
+    split_noise: float = 0.0
+    tie_compressor: bool = True
+    micro_batch_tokens: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            family = fields.pop("model_type", "llama")
+            _check_family(family)
+            self.text_config = AutoConfig.for_model(family, **fields)
+        elif self.text_config is None:
+            self.text_config = AutoConfig.for_model("llama")
+        _check_family(getattr(self.text_config, "model_type", type(self.text_config).__name__))
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        super().__post_init__(**kwargs)
+        self._check_fields()
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, the base checkpoint's."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
+
+    def _check_fields(self) -> None:
+        layers = self.text_config.num_hidden_layers
+        ranges = {
+            "injection_layers": (1, layers),
+            "chunk_size": (1, None),
+            "tree_depth": (1, 32),
+            "slots_per_node": (1, None),
+            "window": (1, None),
+            "query_position_offset": (0, None),
+        }
+        if self.micro_batch_tokens is not None:
+            ranges["micro_batch_tokens"] = (1, None)
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+            if value < low or (high is not None and value > high):
+                upper = "" if high is None else f" and at most {high}"
+                reason = " (the layers of the base checkpoint)" if name == "injection_layers" else ""
+                raise ValueError(f"{name}: expected at least {low}{upper}{reason}, got {value}")
+        noise = self.split_noise
+        if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0.0 <= noise < float("inf"):
+            raise ValueError(f"split_noise: expected a finite standard deviation of at least 0 tokens, got {noise!r}")
+
+
+def _check_family(model_type: str) -> None:
+    if model_type not in BASE_MODEL_TYPES:
+        raise ValueError(
+            f"text_config: expected a base checkpoint of type {', '.join(BASE_MODEL_TYPES)}, got {model_type!r}"
+        )

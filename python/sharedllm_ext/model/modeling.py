@@ -1,0 +1,653 @@
+"""The SharedLLM model: compressor and decoder assembled around a base checkpoint's own Transformers modules."""
+
+import copy
+import dataclasses
+import hashlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .compressor import LowerModel, TreeShape, compress_chunks, cut_into_chunks, micro_batches, query_vectors
+from .configuration import SharedLLMConfig
+from .injection import InjectedAttention, InjectedContext, install_injection
+from .memory import ContextMemory, describe_difference
+from .stopwatch import Stopwatch
+
+# Bounds of the compressor's activations when the configuration names none: a few hundred MB for an 8B model.
+_MICRO_BATCH_TOKENS = {"cpu": 16384, "cuda": 32768}
+
+
+@dataclasses.dataclass
+class SharedLLMOutput(CausalLMOutputWithPast):
+    """Output of :class:`SharedLLMForCausalLM`: Transformers' causal language model output and the memory it read."""
+
+    memory: ContextMemory | None = None
+
+
+class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model that reads long contexts through a compressed memory (SharedLLM).
+
+    The ``M`` lowest layers compress ``context_ids`` into a :class:`ContextMemory`; the whole model decodes the running
+    text ``input_ids`` and reads the memory in its ``M`` lowest layers. Build one from a base checkpoint with
+    :meth:`from_base`, or load one with ``from_pretrained``.
+    """
+
+    config_class = SharedLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "InjectedLlamaDecoderLayer",
+        "InjectedMistralDecoderLayer",
+        "InjectedQwen2DecoderLayer",
+        "InjectedQwen3DecoderLayer",
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+    ]
+    _skip_keys_device_placement = ["past_key_values", "memory"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: SharedLLMConfig) -> None:
+        super().__init__(config)
+        text_config = config.text_config
+        self.model = AutoModel.from_config(text_config)
+        install_injection(self.model.layers, config.injection_layers)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.compressor = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
+        self._watch: Stopwatch | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InjectedAttention):
+            nn.init.zeros_(module.o_proj.weight)
+
+    @classmethod
+    def from_base(
+        cls, base: str | os.PathLike[str] | PreTrainedModel, *, dtype: torch.dtype | str | None = None, **fields: Any
+    ) -> "SharedLLMForCausalLM":
+        """Build compressor and decoder from one base checkpoint.
+
+        The new blocks start from the layer's own norm and query projection with a zero output projection, so the model
+        equals its base checkpoint until it is trained.
+
+        Args:
+            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint, or such a model; its
+                parameters are shared, not copied.
+            dtype: dtype of the parameters (``base`` a path); default: the checkpoint's own.
+            fields: fields of :class:`SharedLLMConfig`.
+
+        Raises:
+            ValueError: the checkpoint's family is not supported, or a field is out of range.
+            OSError: no checkpoint at ``base``.
+        """
+        if not isinstance(base, PreTrainedModel):
+            base = AutoModelForCausalLM.from_pretrained(base, dtype="auto" if dtype is None else dtype)
+        elif dtype is not None:
+            raise ValueError(f"dtype: expected None with a model as base (it keeps its own), got {dtype}")
+        unknown = sorted(set(fields) - set(SharedLLMConfig.__annotations__))
+        if unknown:
+            known = sorted(set(SharedLLMConfig.__annotations__) - {"text_config", "tie_word_embeddings"})
+            raise ValueError(
+                f"fields: expected fields of SharedLLMConfig ({', '.join(known)}), got {', '.join(unknown)}"
+            )
+        config = SharedLLMConfig(text_config=copy.deepcopy(base.config), **fields)
+        config.dtype = base.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.rotary_emb = copy.deepcopy(base.model.rotary_emb)
+        model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
+        for layer in model.model.layers[: config.injection_layers]:
+            layer.injection.to_empty(device=base.device).to(base.dtype)
+            layer.injection.start_from(layer)
+        if model.compressor is not None:
+            state = {name: tensor.detach().clone() for name, tensor in base.model.state_dict().items()}
+            model.compressor.rotary_emb = copy.deepcopy(base.model.rotary_emb)
+            model.compressor.load_state_dict({name: state[name] for name in model.compressor.state_dict()}, assign=True)
+            model.compressor.requires_grad_(True)
+        model.tie_weights()
+        if base.generation_config is not None:
+            model.generation_config = copy.deepcopy(base.generation_config)
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's token embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output projection."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output projection."""
+        self.lm_head = value
+
+    @property
+    def lower_model(self) -> LowerModel:
+        """The compressor's modules; the decoder's own while they are tied."""
+        source = self.model if self.compressor is None else self.compressor
+        return LowerModel(source.embed_tokens, source.layers[: self.config.injection_layers], source.norm)
+
+    @property
+    def injected_blocks(self) -> list[InjectedAttention]:
+        """The ``M`` injected attention blocks."""
+        return [layer.injection for layer in self.model.layers[: self.config.injection_layers]]
+
+    # -- compression --------------------------------------------------------------------------------------------------
+
+    def compress(
+        self,
+        context_ids: Tensor,
+        context_attention_mask: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        query_attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ContextMemory:
+        """Compress past contexts into a memory.
+
+        Gradients reach the compressor in training mode only.
+
+        Args:
+            context_ids: ``[B, C]`` integers, one document a row; rows may be ragged, see the mask.
+            context_attention_mask: ``[B, C]``, 0 for padding (on either side); default: no padding.
+            query_ids: ``[B, L]`` the running text whose last token picks the nodes (``config.query_aware``); without it
+                the right children are taken, as for language modelling.
+            query_attention_mask: ``[B, L]``, 0 for padding; a row without any token uses the right children.
+            generator: source of the split noise (training mode, ``config.split_noise > 0``).
+
+        Returns:
+            The memory; a document without tokens has no slots.
+
+        Raises:
+            ValueError: shapes, dtypes, devices or token ids that cannot be; the message names what was expected.
+        """
+        self._check_ids("context_ids", context_ids, range_too=True)
+        mask = self._check_mask("context_attention_mask", context_attention_mask, "context_ids", context_ids)
+        device = context_ids.device
+        watch = Stopwatch(device)
+        lengths = [context_ids.shape[1]] * context_ids.shape[0] if mask is None else mask.sum(1).tolist()
+        ids = context_ids.flatten() if mask is None else context_ids[mask]
+        lower = self.lower_model
+        training = self.training and torch.is_grad_enabled() and _any_trainable(lower)
+        with torch.set_grad_enabled(training):
+            chunks = cut_into_chunks(lengths, self.config.chunk_size)
+            counts = [-(-length // self.config.chunk_size) for length in lengths]
+            query, has_query = None, None
+            rows = self._rows_with_query(query_ids, query_attention_mask, len(lengths))
+            longest = 0
+            if rows is not None and any(rows[1]):
+                longest = max(rows[1])
+            tables = self._rope_tables(max([self.config.chunk_size, longest, *counts]) + self.config.chunk_size, device)
+            if longest:
+                query_tokens, query_lengths = rows  # type: ignore[misc]
+                has_query = [length > 0 for length in query_lengths]
+                query = query_vectors(self._upper_as_lower(), query_tokens, query_lengths, tables)
+            watch.lap("retrieve")
+            memory = self._compress_in_micro_batches(
+                lower, ids, lengths, chunks, counts, tables, query, has_query, generator, watch
+            )
+        watch.lap("compress")
+        watch.facts = {"context_tokens": int(sum(lengths)), "chunks": len(chunks), "slots": memory.num_slots}
+        self._watch = watch
+        return memory
+
+    @property
+    def last_timings(self) -> dict[str, float]:
+        """Of the latest :meth:`compress`: seconds in ``retrieve`` (query vector and choice of nodes) and ``compress``
+        (everything else), and the counts ``context_tokens``, ``chunks`` and ``slots``. Empty before the first."""
+        return {} if self._watch is None else self._watch.read()
+
+    def _compress_in_micro_batches(
+        self,
+        lower: LowerModel,
+        ids: Tensor,
+        lengths: list[int],
+        chunks: list[Any],
+        counts: list[int],
+        tables: tuple[Tensor, Tensor],
+        query: Tensor | None,
+        has_query: list[bool] | None,
+        generator: torch.Generator | None,
+        watch: Stopwatch,
+    ) -> ContextMemory:
+        config = self.config
+        limit = config.micro_batch_tokens or _MICRO_BATCH_TOKENS.get(ids.device.type, _MICRO_BATCH_TOKENS["cpu"])
+        noise = config.split_noise if self.training else 0.0
+        shape = TreeShape(config.tree_depth, config.slots_per_node, float(noise))
+        checkpointing = self.training and self.is_gradient_checkpointing
+        pieces: list[list[Tensor]] = [[] for _ in range(2 * len(lower.layers))]
+        store: list[Tensor] | None = None
+        slots_by_chunk: list[int] = []
+        room = sum(min(chunk.length, (config.tree_depth + 1) * config.slots_per_node) for chunk in chunks)
+        for batch in micro_batches(chunks, limit):
+            part = ids[batch[0].start : batch[-1].start + batch[-1].length]
+            keys, values, slots, _ = compress_chunks(
+                lower, part, batch, shape, tables, query, has_query, generator, checkpointing, watch
+            )
+            written = sum(slots_by_chunk)
+            slots_by_chunk += slots
+            if torch.is_grad_enabled():
+                for piece, tensor in zip(pieces, (*keys, *values), strict=True):
+                    piece.append(tensor)
+                continue
+            if store is None:
+                # the whole memory at once: appending would copy it again and again
+                store = [tensor.new_empty((room, *tensor.shape[1:])) for tensor in (*keys, *values)]
+            for target, tensor in zip(store, (*keys, *values), strict=True):
+                target[written : written + tensor.shape[0]] = tensor
+        total = sum(slots_by_chunk)
+        if store is not None:
+            tensors = [target[:total] for target in store]
+        elif chunks:
+            tensors = [torch.cat(piece) for piece in pieces]
+        else:
+            attention = lower.layers[0].self_attn
+            heads = attention.k_proj.out_features // attention.head_dim
+            empty = torch.empty((0, heads, attention.head_dim), dtype=self.dtype, device=ids.device)
+            tensors = [empty] * len(pieces)
+        by_document = [0] * len(lengths)
+        for chunk, slots_of_chunk in zip(chunks, slots_by_chunk, strict=True):
+            by_document[chunk.document] += slots_of_chunk
+        cu_slots = [0]
+        for count in by_document:
+            cu_slots.append(cu_slots[-1] + count)
+        half = len(lower.layers)
+        return ContextMemory(
+            keys=tensors[:half],
+            values=tensors[half:],
+            cu_slots=cu_slots,
+            num_chunks=counts,
+            num_tokens=[int(length) for length in lengths],
+            memory_index=list(range(len(lengths))),
+            signature=self.memory_signature(),
+        )
+
+    def _rows_with_query(
+        self, query_ids: Tensor | None, mask: Tensor | None, documents: int
+    ) -> tuple[Tensor, list[int]] | None:
+        if query_ids is None:
+            return None
+        self._check_ids("query_ids", query_ids, range_too=True)
+        if query_ids.shape[0] != documents:
+            raise ValueError(
+                f"query_ids: expected {documents} rows, one for each row of context_ids, got {query_ids.shape[0]}"
+            )
+        used = self._check_mask("query_attention_mask", mask, "query_ids", query_ids)
+        if not self.config.query_aware:
+            return None
+        if used is None:
+            return query_ids.flatten(), [query_ids.shape[1]] * documents
+        return query_ids[used], used.sum(1).tolist()
+
+    def _upper_as_lower(self) -> LowerModel:
+        return LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
+
+    def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
+        if self._tables is None or self._tables[0].shape[0] < rows or self._tables[0].device != device:
+            rotary = self.model.rotary_emb
+            # rope types that follow the sequence length start from the original frequencies
+            frequencies = getattr(rotary, "original_inv_freq", rotary.inv_freq).to(device=device, dtype=torch.float32)
+            size = 1 << (rows - 1).bit_length()
+            angles = torch.outer(torch.arange(size, device=device, dtype=torch.float32), frequencies)
+            scaling = rotary.attention_scaling
+            self._tables = (angles.cos() * scaling, angles.sin() * scaling)
+        return self._tables
+
+    # -- memories and models ------------------------------------------------------------------------------------------
+
+    def memory_signature(self) -> dict[str, Any]:
+        """What a memory must share with the model that reads it: sizes, tree, and a fingerprint of the compressor."""
+        config, text_config = self.config, self.config.text_config
+        attention = self.model.layers[0].self_attn
+        return {
+            "model_type": text_config.model_type,
+            "hidden_size": text_config.hidden_size,
+            "injection_layers": config.injection_layers,
+            "num_key_value_heads": attention.k_proj.out_features // attention.head_dim,
+            "head_dim": attention.head_dim,
+            "chunk_size": config.chunk_size,
+            "tree_depth": config.tree_depth,
+            "slots_per_node": config.slots_per_node,
+            "weights": self._weights_fingerprint(),
+        }
+
+    def _weights_fingerprint(self) -> str:
+        """Digest of evenly spaced elements of the compressor's parameters, rounded to bfloat16."""
+        lower = self.lower_model
+        parameters = [lower.embed_tokens.weight, lower.norm.weight]
+        for layer in lower.layers:
+            # the injected block is the decoder's, not the compressor's
+            parameters += [p for name, p in layer.named_parameters() if not name.startswith("injection.")]
+        state = tuple(number for p in parameters for number in (p.data_ptr(), p._version))
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            picks = []
+            for parameter in parameters:
+                flat = parameter.detach().reshape(-1)
+                index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+                picks.append(flat[index.to(flat.device)].to(torch.bfloat16))
+            sample = torch.cat(picks).view(torch.int16).cpu().numpy().tobytes()
+            self._fingerprint = (state, hashlib.sha256(sample).hexdigest()[:32])
+        return self._fingerprint[1]
+
+    def check_memory(self, memory: ContextMemory) -> None:
+        """Refuse a memory that another model or tree has made.
+
+        Raises:
+            TypeError: not a :class:`ContextMemory`.
+            ValueError: names the first difference.
+        """
+        if not isinstance(memory, ContextMemory):
+            raise TypeError(f"memory: expected a ContextMemory, got {type(memory).__name__}")
+        difference = describe_difference(self.memory_signature(), memory.signature)
+        if difference is not None:
+            raise ValueError(f"memory: made by another model or another setting of this one; {difference}")
+
+    def _injected_context(
+        self, memory: ContextMemory, batch: int, length: int, device: torch.device
+    ) -> InjectedContext:
+        if memory.batch_size == 1 and batch > 1:
+            memory = memory.expand(batch)
+        if memory.batch_size != batch:
+            raise ValueError(f"memory: expected {batch} batch rows as in input_ids, or 1, got {memory.batch_size}")
+        if memory.device != device:
+            raise ValueError(
+                f"memory: expected device {device} as input_ids, got {memory.device}; use memory.to({str(device)!r})"
+            )
+        positions = [memory.num_chunks[i] + self.config.query_position_offset for i in memory.memory_index]
+        cos, sin = self._rope_tables(max(positions, default=0) + 1, device)
+        return InjectedContext(
+            keys=memory.keys,
+            values=memory.values,
+            cu_q=torch.arange(batch + 1, device=device) * length,
+            slot_range=torch.tensor(memory.slot_ranges(), dtype=torch.int64, device=device).view(batch, 2),
+            q_position=torch.tensor(positions, dtype=torch.int64, device=device),
+            cos=cos,
+            sin=sin,
+        )
+
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        context_ids: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        memory: ContextMemory | None = None,
+        **kwargs: Any,
+    ) -> SharedLLMOutput:
+        """Logits of the running text, given a context or its memory.
+
+        Args:
+            input_ids: ``[B, L]`` running text. Longer than ``config.window``, with neither context nor memory nor cache,
+                it is split: the last ``window`` tokens are running text, the rest is context; logits and labels then
+                belong to the last ``window`` tokens.
+            attention_mask: ``[B, L]`` (with a cache: cached tokens + ``L``), 0 for padding.
+            labels: ``[B, L]``, -100 where no loss is taken. With ``config.query_aware`` the query is then the text before
+                the first label, so that no choice depends on what is to be predicted; a row whose first token has a
+                label is read with the fixed policy.
+            context_ids: ``[B, C]`` past context, compressed on the spot.
+            context_attention_mask: ``[B, C]``, 0 for padding.
+            memory: a memory from :meth:`compress` or of an earlier output, instead of ``context_ids``; one row serves
+                any batch.
+            kwargs, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep: as for the base model.
+
+        Returns:
+            :class:`SharedLLMOutput` with ``loss, logits, past_key_values, hidden_states, attentions, memory``.
+
+        Raises:
+            ValueError: inputs that contradict each other; the message names what was expected and what came.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "input_ids, inputs_embeds: expected exactly one of them, got "
+                + ("none" if input_ids is None else "both")
+            )
+        fresh = past_key_values is None or past_key_values.get_seq_length() == 0
+        if input_ids is not None:
+            checked = fresh and not torch.compiler.is_compiling() and not (self.training and input_ids.is_cuda)
+            self._check_ids("input_ids", input_ids, range_too=checked)
+        if context_ids is not None and memory is not None:
+            raise ValueError("context_ids, memory: expected at most one of them, got both")
+        if context_ids is None and context_attention_mask is not None:
+            raise ValueError("context_attention_mask: expected context_ids with it, got none")
+        if labels is not None and input_ids is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
+            )
+        if memory is None and context_ids is None and input_ids is not None and fresh:
+            context_ids, context_attention_mask, input_ids, attention_mask = self._split_window(
+                input_ids, attention_mask
+            )
+            if context_ids is not None:
+                kept = input_ids.shape[1]
+                labels = None if labels is None else labels[:, -kept:]
+                position_ids = None if position_ids is None else position_ids[..., -kept:]
+        if context_ids is not None:
+            query_ids, query_mask = self._query_of(input_ids, attention_mask, labels)
+            memory = self.compress(context_ids, context_attention_mask, query_ids, query_mask)
+        elif memory is not None and fresh and not torch.compiler.is_compiling():
+            self.check_memory(memory)
+
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        injected = {}
+        if memory is not None:
+            injected["injected_context"] = self._injected_context(
+                memory, inputs.shape[0], inputs.shape[1], inputs.device
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=self.config.text_config.use_cache if use_cache is None else use_cache,
+            **injected,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return SharedLLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            memory=memory,
+        )
+
+    def _split_window(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Context and running text of a long plain input: (context, its mask, running text, its mask)."""
+        window = self.config.window
+        if input_ids.shape[1] <= window:
+            return None, None, input_ids, attention_mask
+        if attention_mask is None:
+            return input_ids[:, :-window], None, input_ids[:, -window:], None
+        self._check_mask("attention_mask", attention_mask, "input_ids", input_ids)
+        return input_ids[:, :-window], attention_mask[:, :-window], input_ids[:, -window:], attention_mask[:, -window:]
+
+    def _query_of(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.config.query_aware or input_ids is None or input_ids.shape[1] == 0:
+            return None, None
+        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -input_ids.shape[1] :]
+        if labels is None:
+            return input_ids, mask
+        prompt = (labels != -100).cumsum(1) == 0
+        return input_ids, prompt if mask is None else prompt & mask.bool()
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate after a running text, given ``context_ids`` or ``memory``; arguments as for Transformers' generate.
+
+        The context is compressed once. ``input_ids`` longer than ``config.window``, with neither context nor memory, are
+        split as in :meth:`forward`; the result still begins with all of them.
+        """
+        context_ids = kwargs.pop("context_ids", None)
+        context_mask = kwargs.pop("context_attention_mask", None)
+        memory = kwargs.pop("memory", None)
+        if context_ids is not None and memory is not None:
+            raise ValueError("context_ids, memory: expected at most one of them, got both")
+        if context_ids is None and context_mask is not None:
+            raise ValueError("context_attention_mask: expected context_ids with it, got none")
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        attention_mask = kwargs.get("attention_mask")
+        past = kwargs.get("past_key_values")
+        prefix = None
+        if input_ids is not None:
+            self._check_ids("input_ids", input_ids, range_too=True)
+            if memory is None and context_ids is None and (past is None or past.get_seq_length() == 0):
+                if attention_mask is None and input_ids.shape[1] > self.config.window:
+                    attention_mask = self._mask_of_padding(input_ids, generation_config)
+                context_ids, context_mask, running, attention_mask = self._split_window(input_ids, attention_mask)
+                if context_ids is not None:
+                    prefix = context_ids
+                    input_ids = running
+                    generation_config = self._shorten(generation_config, kwargs, prefix.shape[1])
+                    if attention_mask is not None:
+                        kwargs["attention_mask"] = attention_mask
+        if context_ids is not None:
+            mode = self.training
+            query_ids, query_mask = self._query_of(input_ids, attention_mask, None)
+            memory = self.eval().compress(context_ids, context_mask, query_ids, query_mask)
+            self.train(mode)
+        elif memory is not None:
+            self.check_memory(memory)
+            rows = (
+                input_ids.shape[0]
+                if input_ids is not None
+                else kwargs["inputs_embeds"].shape[0]
+                if "inputs_embeds" in kwargs
+                else 1
+            )
+            if memory.batch_size == 1 and rows > 1:
+                memory = memory.expand(rows)
+        if memory is not None:
+            kwargs["memory"] = memory
+        result = super().generate(input_ids, generation_config, *args, **kwargs)
+        if prefix is None:
+            return result
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        sequences = torch.cat((prefix.repeat_interleave(sequences.shape[0] // prefix.shape[0], 0), sequences), 1)
+        if isinstance(result, Tensor):
+            return sequences
+        result.sequences = sequences
+        return result
+
+    def _mask_of_padding(self, input_ids: Tensor, generation_config: GenerationConfig | None) -> Tensor | None:
+        """Mask of leading padding when the caller gave none, as Transformers infers it."""
+        settings = generation_config or self.generation_config
+        pad, eos = settings.pad_token_id, settings.eos_token_id
+        stops = eos if isinstance(eos, list) else [eos]
+        if pad is None or pad in stops or not bool((input_ids == pad).any()):
+            return None
+        return (input_ids != pad).long()
+
+    def _shorten(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], removed: int
+    ) -> GenerationConfig | None:
+        """Lengths that count the prompt must not count the part of it that became context."""
+        for name in ("max_length", "min_length"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = max(kwargs[name] - removed, 0)
+        if generation_config is None:
+            return None
+        generation_config = copy.deepcopy(generation_config)
+        for name in ("max_length", "min_length"):
+            value = getattr(generation_config, name, None)
+            if value:
+                setattr(generation_config, name, max(value - removed, 0))
+        return generation_config
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        memory = kwargs.pop("memory", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
+        if memory is not None:
+            expand_size = kwargs.get("expand_size", args[0] if args else 1)
+            model_kwargs["memory"] = memory.expand(expand_size) if expand_size > 1 else memory
+        return input_ids, model_kwargs
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_ids(self, name: str, ids: Tensor, *, range_too: bool) -> None:
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(ids).__name__}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"{name}: expected integer token ids, got dtype {ids.dtype}")
+        if ids.dim() != 2:
+            raise ValueError(f"{name}: expected shape [batch, tokens], got {tuple(ids.shape)}")
+        device = self.model.embed_tokens.weight.device
+        if ids.device != device:
+            raise ValueError(f"{name}: expected device {device} as the model, got {ids.device}")
+        if range_too and ids.numel():
+            low, high = (int(bound) for bound in torch.stack(torch.aminmax(ids)).tolist())
+            vocabulary = self.model.embed_tokens.num_embeddings
+            if low < 0 or high >= vocabulary:
+                raise ValueError(
+                    f"{name}: expected token ids from 0 to {vocabulary - 1}, got {low if low < 0 else high}"
+                )
+
+    def _check_mask(self, name: str, mask: Tensor | None, ids_name: str, ids: Tensor) -> Tensor | None:
+        """The mask as booleans, ``None`` if nothing is masked."""
+        if mask is None:
+            return None
+        if mask.shape != ids.shape:
+            raise ValueError(f"{name}: expected the shape of {ids_name} {tuple(ids.shape)}, got {tuple(mask.shape)}")
+        if mask.device != ids.device:
+            raise ValueError(f"{name}: expected device {ids.device} as {ids_name}, got {mask.device}")
+        return mask.bool()
+
+
+def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
+    """Configuration of a compressor with its own weights: the base checkpoint's with ``M`` layers."""
+    lower = copy.deepcopy(config.text_config)
+    lower.num_hidden_layers = config.injection_layers
+    if getattr(lower, "layer_types", None) is not None:
+        lower.layer_types = lower.layer_types[: config.injection_layers]
+    return lower
+
+
+def _any_trainable(lower: LowerModel) -> bool:
+    modules = (lower.embed_tokens, lower.norm, *lower.layers)
+    return any(
+        parameter.requires_grad
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if not name.startswith("injection.")
+    )

@@ -1,0 +1,19 @@
+"""Plain PyTorch oracles of every operator: same signatures as :mod:`sharedllm_ext.ops`, any floating dtype, any device."""
+
+from .chunk_compression import chunk_compression, chunk_compression_backward
+from .context_tree import context_tree_layout, context_tree_select, context_tree_split
+from .injected_attention import injected_attention, injected_attention_backward
+from .node_vectors import node_vectors
+from .topk_nodes import topk_nodes
+
+__all__ = [
+    "chunk_compression",
+    "chunk_compression_backward",
+    "context_tree_layout",
+    "context_tree_select",
+    "context_tree_split",
+    "injected_attention",
+    "injected_attention_backward",
+    "node_vectors",
+    "topk_nodes",
+]
