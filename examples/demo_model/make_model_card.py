@@ -1,6 +1,6 @@
 """Write MODEL_CARD.md from the measured results; every figure in it is read from a JSON file.
 
-    python make_model_card.py --work work --out work/model
+python make_model_card.py --work work --out work/model
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evaluate import markdown
-
 from common import log, read_json
+from evaluate import markdown
 from pick_model import MODELS
 
 LABELS = {
@@ -55,7 +54,9 @@ def render(work: Path, model: Path) -> str:
     listing = read_json(work / "data" / "packages.json")
     pick = read_json(work / "results" / "pick.json")
     config = read_json(model / "config.json")
-    results = {n: read_json(work / "results" / f"{n}.json") for n in MODELS if (work / "results" / f"{n}.json").is_file()}
+    results = {
+        n: read_json(work / "results" / f"{n}.json") for n in MODELS if (work / "results" / f"{n}.json").is_file()
+    }
     base_result = read_json(work / "results" / "base.json")
     base = read_json(work / "base" / "training.json")
     trained = {name: read_json(work / name / "training.json") for name in results}
@@ -66,22 +67,30 @@ def render(work: Path, model: Path) -> str:
 
     parts = [
         "# SharedLLM demo model: Python source",
-        f"A small SharedLLM of {millions(chosen['parameters'])} parameters that predicts Python source code. It shows on any "
-        "machine, within minutes, that text far beyond the window lowers perplexity. It is too small to write useful code.",
+        (
+            f"A small SharedLLM of {millions(chosen['parameters'])} parameters that predicts Python source code. It shows on any "
+            "machine, within minutes, that text far beyond the window lowers perplexity. It is too small to write useful code."
+        ),
         "## What it is",
-        f"- Sizes: {sizes(config)}.\n"
-        f"- Trained in self-injection: {LABELS[pick['model']]}; the compressor shares the decoder's weights.\n"
-        f"- Files: {pick['bytes'] / 2**20:.2f} MiB in all, weights in bfloat16.",
+        (
+            f"- Sizes: {sizes(config)}.\n"
+            f"- Trained in self-injection: {LABELS[pick['model']]}; the compressor shares the decoder's weights.\n"
+            f"- Files: {pick['bytes'] / 2**20:.2f} MiB in all, weights in bfloat16."
+        ),
         "## Measured",
-        f"Perplexity of the same {base_result['scored_tokens']} tokens with growing context, over {len(points)} points of "
-        f"{len({name for name, _ in points})} held-out documents; the context is the text right before the running text. "
-        "95% intervals from a paired bootstrap over points. "
-        f"The base model alone, {base_result['window']}-token window: {base_result['rows'][0]['perplexity']:.3f}.",
+        (
+            f"Perplexity of the same {base_result['scored_tokens']} tokens with growing context, over {len(points)} points of "
+            f"{len({name for name, _ in points})} held-out documents; the context is the text right before the running text. "
+            "95% intervals from a paired bootstrap over points. "
+            f"The base model alone, {base_result['window']}-token window: {base_result['rows'][0]['perplexity']:.3f}."
+        ),
     ]
     for name, result in results.items():
         machine = result["machine"]
         mark = " (this model)" if name == pick["model"] else ""
-        parts.append(f"Trained: {LABELS[name]}{mark}. {machine['device']}, torch {machine['torch']}, {result['dtype']}.")
+        parts.append(
+            f"Trained: {LABELS[name]}{mark}. {machine['device']}, torch {machine['torch']}, {result['dtype']}."
+        )
         parts.append(markdown(result))
     lengths = [str(row["context"]) for row in results[pick["model"]]["rows"]]
     parts += [
@@ -97,26 +106,35 @@ def render(work: Path, model: Path) -> str:
         ),
         "## Training",
         "\n".join(
-            ["| stage | time | steps | tokens | batch | device | torch |", "| --- | --- | --- | --- | --- | --- | --- |"]
+            [
+                "| stage | time | steps | tokens | batch | device | torch |",
+                "| --- | --- | --- | --- | --- | --- | --- |",
+            ]
             + [training_row("base, windows of 2048", base)]
             + [training_row(f"self-injection: {name}", training) for name, training in trained.items()]
         ),
-        "Self-injection reads 2048 running tokens after 0 to 6 chunks of 1024 context tokens; the loss is on the running "
-        "text. The clock drives the learning-rate schedule, so a slower GPU reads less text.",
+        (
+            "Self-injection reads 2048 running tokens after 0 to 6 chunks of 1024 context tokens; the loss is on the running "
+            "text. The clock drives the learning-rate schedule, so a slower GPU reads less text."
+        ),
         "## Data",
-        f"Python source of the packages installed on the training machine, permissive licences only: "
-        f"{len(split['train'])} packages, {millions(totals['train']['tokens'])} tokens "
-        f"({totals['train']['bytes'] / 1e6:.1f} MB). Held out by package: {len(split['heldout'])} packages, "
-        f"{millions(totals['heldout']['tokens'])} tokens, among them the whole Python standard library. Identical files are "
-        "kept once, and never in training if a held-out package has them. A package is one document: its files in path "
-        "order, each under a line `# path`. Licences as the packages' own metadata state them.",
+        (
+            f"Python source of the packages installed on the training machine, permissive licences only: "
+            f"{len(split['train'])} packages, {millions(totals['train']['tokens'])} tokens "
+            f"({totals['train']['bytes'] / 1e6:.1f} MB). Held out by package: {len(split['heldout'])} packages, "
+            f"{millions(totals['heldout']['tokens'])} tokens, among them the whole Python standard library. Identical files are "
+            "kept once, and never in training if a held-out package has them. A package is one document: its files in path "
+            "order, each under a line `# path`. Licences as the packages' own metadata state them."
+        ),
         "### Training packages",
         package_table(split["train"]),
         "### Held-out packages",
         package_table(split["heldout"]),
         "## Limits",
-        "Trained on English-commented Python only. It repeats names and style from the context; its output is not checked for "
-        "correctness. It may reproduce short passages of the packages listed above.",
+        (
+            "Trained on English-commented Python only. It repeats names and style from the context; its output is not checked for "
+            "correctness. It may reproduce short passages of the packages listed above."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,6 +1,6 @@
 """Copy the better of the trained models to the output folder, if it fits the size limit.
 
-    python pick_model.py --work work --out work/model
+python pick_model.py --work work --out work/model
 """
 
 from __future__ import annotations

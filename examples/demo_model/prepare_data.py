@@ -25,7 +25,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-
 from common import EOS, PAD, log, write_json
 
 PERMISSIVE = {

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from common import (
     Windows,
     evenly_spaced_windows,
@@ -29,6 +26,8 @@ from common import (
     synchronize,
     write_json,
 )
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -98,7 +97,7 @@ def warm_up(step: Step, tokens: Tensor, device: torch.device, use_compile: bool)
             with autocast:
                 loss = step(tokens)
             loss.backward()
-        except Exception as error:  # compiling is only a speed-up: any failure falls back to plain modules
+        except Exception as error:  # noqa: BLE001  compiling is only a speed-up: any failure falls back to plain modules
             log(f"torch.compile failed, continuing without it: {str(error).splitlines()[0]}")
             step.forget_compiled()
             use_compile = False
@@ -158,7 +157,9 @@ def main() -> None:
     log(f"{parameters / 1e6:.2f}M parameters, {sum(map(len, train)) / 1e6:.1f}M training tokens, {device}")
 
     fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=fused)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=fused
+    )
     step = Step(model)
     begin = time.monotonic()
     wanted = device.type == "cuda" if args.compile is None else args.compile

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from common import (
     Windows,
     evenly_spaced_windows,
@@ -32,6 +30,7 @@ from common import (
     write_json,
 )
 from sharedllm_ext import SharedLLMForCausalLM
+from torch import Tensor, nn
 
 INJECTED = re.compile(r"(^|[._])inject")
 COMPRESSOR = re.compile(r"(^|[._])compressor")
@@ -86,6 +85,46 @@ def batch_loss(model: nn.Module, tokens: Tensor, window: int, context: int) -> T
     return loss
 
 
+def compile_parts(model: nn.Module, injection_layers: int) -> list[nn.Module]:
+    """Compile what is an ordinary Transformers module: the upper layers whole, of the lower ones norms and MLP."""
+    layers = model.model.layers
+    parts = list(layers[injection_layers:])
+    for layer in layers[:injection_layers]:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            # the compressor calls them with packed context tokens, the decoder with a batch of running text
+            part.compile(dynamic=True)
+            parts.append(part)
+    for layer in layers[injection_layers:]:
+        layer.compile()
+    return parts
+
+
+def forget_compiled(parts: list[nn.Module]) -> None:
+    for part in parts:
+        part._compiled_call_impl = None
+
+
+def warm_up(model: nn.Module, tokens: Tensor, window: int, lengths: list[int], parts: list[nn.Module]) -> bool:
+    """Run forward and backward before the clock starts; returns whether compiled code is in use."""
+    compiled = bool(parts)
+    for attempt in range(2):
+        try:
+            for length in lengths:
+                with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+                    loss = batch_loss(model, tokens, window, length)
+                loss.backward()
+            break
+        except Exception as error:
+            if attempt or not parts:
+                raise
+            log(f"torch.compile failed, continuing without it: {str(error).splitlines()[0]}")
+            forget_compiled(parts)
+            compiled = False
+    model.zero_grad(set_to_none=True)
+    synchronize(tokens.device)
+    return compiled
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor, window: int, context: int, batch: int) -> float:
     losses = []
@@ -106,17 +145,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--chunks", type=int, default=6, help="chunks of context in the longest sequences")
-    parser.add_argument("--full-share", type=float, default=0.6, help="share of steps with all chunks, others with fewer")
+    parser.add_argument(
+        "--full-share", type=float, default=0.6, help="share of steps with all chunks, others with fewer"
+    )
     parser.add_argument("--injection-layers", type=int, default=4)
     parser.add_argument("--chunk-size", type=int, default=1024)
     parser.add_argument("--tree-depth", type=int, default=3)
     parser.add_argument("--slots-per-node", type=int, default=32)
-    parser.add_argument("--split-noise", type=float, help="standard deviation of the split point (default: the model's)")
+    parser.add_argument(
+        "--split-noise", type=float, help="standard deviation of the split point (default: the model's)"
+    )
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of weights that the base model has")
     parser.add_argument("--injected-lr", type=float, default=3e-3, help="peak rate of the injected blocks")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     parser.add_argument("--device")
     args = parser.parse_args()
     device = pick_device(args.device)
@@ -136,6 +180,8 @@ def main() -> None:
         **fields,
     )
     model.float().to(device)
+    # one pass over the whole batch's context: this model's activations are small
+    model.config.micro_batch_tokens = args.batch * args.chunks * args.chunk_size
     context = args.chunks * args.chunk_size
     length = context + args.window
     train = load_documents(args.data, "train")
@@ -155,6 +201,13 @@ def main() -> None:
     log(f"base model, window only, {len(held_out)} held-out windows: perplexity {before:.4f}")
 
     model.train()
+    begin = time.monotonic()
+    wanted = device.type == "cuda" if args.compile is None else args.compile
+    parts = compile_parts(model, args.injection_layers) if wanted else []
+    sizes = [chunks * args.chunk_size for chunks in sorted({args.chunks, 1, 0}, reverse=True)]
+    compiled = warm_up(model, windows.sample(args.batch), args.window, sizes, parts)
+    warm_up_seconds = time.monotonic() - begin
+    log(f"warm-up took {warm_up_seconds:.1f} s, compiled: {compiled}")
     history: list[dict[str, float]] = []
     running = torch.zeros((), device=device)
     steps = steps_logged = tokens_logged = tokens = 0
@@ -192,6 +245,7 @@ def main() -> None:
     synchronize(device)
     seconds = time.monotonic() - begin
 
+    forget_compiled(parts)
     model.eval()
     after = {
         "base_window_only": before,
@@ -203,6 +257,7 @@ def main() -> None:
         f"{after['with_context']:.4f} with {context} tokens of context"
     )
 
+    model.config.micro_batch_tokens = None
     model.to(torch.bfloat16).save_pretrained(args.out)
     save_tokenizer(args.data / "tokenizer", args.out)
     write_json(
@@ -213,6 +268,8 @@ def main() -> None:
             "parameters": parameters,
             "trained_parameters": trained_count,
             "seconds": seconds,
+            "warm_up_seconds": warm_up_seconds,
+            "compiled": compiled,
             "steps": steps,
             "tokens": tokens,
             "running_tokens": steps * args.batch * args.window,
