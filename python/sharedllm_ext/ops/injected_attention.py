@@ -1,0 +1,292 @@
+"""Injected attention: running text reads the context memory."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._library import cuda_kernels
+from ..reference.injected_attention import injected_attention as _reference
+from ..reference.rotary import compute_dtype, rotate
+from ._checks import (
+    CPU_KERNEL_DTYPES,
+    FLOATS,
+    check_cumulative,
+    check_heads,
+    check_inside,
+    check_rotary,
+    check_tensor,
+    check_that,
+)
+
+__all__ = ["injected_attention"]
+
+#: Scores that the plain path holds at once: 1 GiB of float32.
+PLAIN_SCORES = 2**28
+
+
+def injected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    slot_range: Tensor,
+    q_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row's queries over the row's whole memory, without a causal mask.
+
+    ``out = softmax(rope(q, position) k^T * scale) v`` and ``lse = log(sum(exp(rope(q, position) k^T * scale)))``;
+    ``Hq / Hkv`` query heads share a key/value head. Differentiable once in ``q``, ``k`` and ``v``, through both results;
+    the gradients of ``k`` and ``v`` are computed only if one of them requires it.
+
+    On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
+    :mod:`sharedllm_ext.reference`. On CUDA the plain PyTorch path (used where the CUDA library has no kernel of this
+    operator) reads ``cu_q`` and ``slot_range`` on the host, which waits for the device.
+
+    Args:
+        q: ``[T, Hq, D]``, the queries of all rows, packed, not rotated.
+        k: ``[S, Hkv, D]``, the memory's keys, rotated; rows of the batch may share slots.
+        v: ``[S, Hkv, D]``, the memory's values.
+        cu_q: ``[B + 1]`` int64, cumulative query counts: row ``b`` owns queries ``cu_q[b] .. cu_q[b + 1] - 1``.
+        slot_range: ``[B, 2]`` int64, first slot and end of each row's memory.
+        q_position: ``[B]`` int64, the one rotary position of all queries of a row.
+        cos: ``[P, R/2]`` float32, ``R <= D``; element ``i`` is rotated with ``i + R/2``, from ``R`` on all pass through.
+        sin: ``[P, R/2]`` float32.
+        scale: factor on the scores, usually ``D ** -0.5``.
+
+    Returns:
+        out: ``[T, Hq, D]`` in q's dtype; zeros for a row without slots.
+        lse: ``[T, Hq]`` float32 (float64 for float64 input); -inf for a row without slots.
+
+    Raises:
+        TypeError: a dtype that is not the one expected.
+        ValueError: a shape or device that does not fit the others; on the CPU also a value of ``cu_q``, ``slot_range`` or
+            ``q_position`` that is out of range.
+
+    Source: SharedLLM (arXiv 2603.04759), position-aware injection. Equivalent, for one row, to::
+
+        query = rotate(q, cos[position], sin[position])
+        scores = torch.einsum("qhd,shd->hqs", query, k.repeat_interleave(Hq // Hkv, 1)) * scale
+        out = torch.einsum("hqs,shd->qhd", scores.softmax(-1), v.repeat_interleave(Hq // Hkv, 1))
+        lse = scores.logsumexp(-1).T
+    """
+    check_tensor("q", q, ("T", "Hq", "D"), FLOATS)
+    device, size = q.device, q.shape[2]
+    check_tensor("k", k, ("S", "Hkv", size), q.dtype, device)
+    check_tensor("v", v, tuple(k.shape), q.dtype, device)
+    check_heads(q, k)
+    check_tensor("q_position", q_position, ("B",), torch.int64, device)
+    rows = q_position.shape[0]
+    check_tensor("cu_q", cu_q, (rows + 1,), torch.int64, device)
+    check_tensor("slot_range", slot_range, (rows, 2), torch.int64, device)
+    check_rotary(cos, sin, size, device)
+    if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
+        _check_values(q, k, cu_q, slot_range, q_position, cos)
+        return _reference(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+    return torch.ops.sharedllm.injected_attention(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+
+
+def _check_values(q: Tensor, k: Tensor, cu_q: Tensor, slot_range: Tensor, q_position: Tensor, cos: Tensor) -> None:
+    """What the C++ operator checks by itself, for the reference path."""
+    check_cumulative("cu_q", cu_q, q.shape[0])
+    slots = k.shape[0]
+    for row, (begin, end) in enumerate(slot_range.tolist()):
+        check_that(0 <= begin <= end <= slots, f"slot_range[{row}]", f"0 <= begin <= end <= {slots}", (begin, end))
+    check_inside("q_position", q_position, 0, cos.shape[0])
+
+
+@torch.library.register_fake("sharedllm::injected_attention")
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    slot_range: Tensor,
+    q_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q.dtype))
+
+
+@torch.library.register_fake("sharedllm::injected_attention_backward")
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    slot_range: Tensor,
+    q_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    need_grad_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = k.shape if need_grad_kv else (0,)
+    return q.new_empty(q.shape), k.new_empty(shape), v.new_empty(shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_q, slot_range, q_position, cos, sin, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, slot_range, q_position, cos, sin)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    need_grad_kv = any(ctx.needs_input_grad[1:3])
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grad_q, grad_k, grad_v = torch.ops.sharedllm.injected_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, *rest, ctx.scale, need_grad_kv
+    )
+    return (grad_q, grad_k, grad_v, *([None] * 6)) if need_grad_kv else (grad_q, *([None] * 8))
+
+
+torch.library.register_autograd("sharedllm::injected_attention", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    raise NotImplementedError(
+        "injected_attention: expected to be differentiated once, got a second derivative; "
+        "sharedllm_ext.reference.injected_attention is differentiable any number of times"
+    )
+
+
+torch.library.register_autograd("sharedllm::injected_attention_backward", _no_second_derivative)
+
+
+class _Block(NamedTuple):
+    """Queries that the plain path takes at once: rows of equal length and equally many slots, heads in front."""
+
+    queries: list[slice]
+    slots: list[slice]
+    heads: int
+
+    def load_queries(self, x: Tensor) -> Tensor:
+        """``[rows, Hkv, queries * groups, …]`` of a tensor ``[T, Hq, …]``."""
+        rows = torch.stack([x[part] for part in self.queries]) if len(self.queries) > 1 else x[self.queries[0]][None]
+        return rows.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(2, 3)
+
+    def store_queries(self, target: Tensor, x: Tensor) -> None:
+        """Inverse of :meth:`load_queries`, into ``target``."""
+        for part, row in zip(self.queries, x.unflatten(2, (_length(self.queries), -1)).transpose(1, 2), strict=True):
+            target[part] = row.flatten(1, 2)
+
+    def load_slots(self, x: Tensor) -> Tensor:
+        """``[rows, Hkv, slots, D]`` of a tensor ``[S, Hkv, D]``."""
+        rows = torch.stack([x[part] for part in self.slots]) if len(self.slots) > 1 else x[self.slots[0]][None]
+        return rows.transpose(1, 2)
+
+    def add_slots(self, target: Tensor, x: Tensor) -> None:
+        """Add ``[rows, Hkv, slots, D]`` to ``target``; rows may share slots, so one after the other."""
+        for part, row in zip(self.slots, x.transpose(1, 2), strict=True):
+            target[part] += row
+
+
+def _length(parts: list[slice]) -> int:
+    """Length of the first slice; all slices of a block are equally long."""
+    return parts[0].stop - parts[0].start
+
+
+def _blocks(q: Tensor, k: Tensor, cu_q: Tensor, slot_range: Tensor) -> Iterator[_Block]:
+    """Cut the batch into blocks of at most ``PLAIN_SCORES`` scores (or one query), rows without work left out."""
+    bounds = cu_q.tolist()
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for first, last, (begin, end) in zip(bounds[:-1], bounds[1:], slot_range.tolist(), strict=True):
+        if first < last and begin < end:
+            groups.setdefault((last - first, end - begin), []).append((first, begin))
+    for (length, slots), rows in groups.items():
+        queries = max(PLAIN_SCORES // (q.shape[1] * slots), 1)
+        together = max(queries // length, 1)
+        for i in range(0, len(rows), together):
+            for skip in range(0, length, queries):
+                yield _Block(
+                    [slice(first + skip, first + min(skip + queries, length)) for first, _ in rows[i : i + together]],
+                    [slice(begin, begin + slots) for _, begin in rows[i : i + together]],
+                    k.shape[1],
+                )
+
+
+def _query_tables(q: Tensor, cu_q: Tensor, q_position: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the rotary tables of every query, ``[T, R/2]``."""
+    position = torch.repeat_interleave(q_position, cu_q.diff(), output_size=q.shape[0])
+    return cos[position], sin[position]
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    slot_range: Tensor,
+    q_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch: matrix products in the input dtype, softmax in float32."""
+    dtype = compute_dtype(q.dtype)
+    query = rotate(q.to(dtype), *_query_tables(q, cu_q, q_position, cos, sin)).to(q.dtype)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    for block in _blocks(q, k, cu_q, slot_range):
+        scores = (block.load_queries(query) @ block.load_slots(k).transpose(2, 3)).to(dtype) * scale
+        block.store_queries(lse, torch.logsumexp(scores, -1))
+        block.store_queries(out, torch.softmax(scores, -1).to(q.dtype) @ block.load_slots(v))
+    return out, lse
+
+
+def _plain_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    slot_range: Tensor,
+    q_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    need_grad_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's backward in plain PyTorch, scores recomputed from ``lse``."""
+    dtype = compute_dtype(q.dtype)
+    tables = _query_tables(q, cu_q, q_position, cos, sin)
+    query = rotate(q.to(dtype), *tables).to(q.dtype)
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    grad_q = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    shape = k.shape if need_grad_kv else (0,)
+    grad_k, grad_v = (torch.zeros(shape, dtype=dtype, device=q.device) for _ in range(2))
+    for block in _blocks(q, k, cu_q, slot_range):
+        rows, upstream, keys = block.load_queries(query), block.load_queries(grad_out), block.load_slots(k)
+        scores = (rows @ keys.transpose(2, 3)).to(dtype) * scale
+        weights = torch.exp(scores - block.load_queries(lse).unsqueeze(-1))
+        grad_weights = (upstream @ block.load_slots(v).transpose(2, 3)).to(dtype)
+        grad_scores = (weights * (grad_weights - block.load_queries(delta).unsqueeze(-1)) * scale).to(q.dtype)
+        block.store_queries(grad_q, (grad_scores @ keys).to(dtype))
+        if need_grad_kv:
+            block.add_slots(grad_k, (grad_scores.transpose(2, 3) @ rows).to(dtype))
+            block.add_slots(grad_v, (weights.to(q.dtype).transpose(2, 3) @ upstream).to(dtype))
+    grad_q = rotate(grad_q, tables[0], -tables[1])
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+if "injected_attention" not in cuda_kernels():
+    torch.library.impl("sharedllm::injected_attention", "CUDA", _plain)
+if "injected_attention_backward" not in cuda_kernels():
+    torch.library.impl("sharedllm::injected_attention_backward", "CUDA", _plain_backward)
