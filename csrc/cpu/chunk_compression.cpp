@@ -1,4 +1,5 @@
-// Chunk compression on the CPU: rotary embedding, selection, chunk-index rotation and packing in one pass over the tokens.
+// Chunk compression on the CPU: rotary embedding, selection, chunk-index rotation and packing in one pass over the
+// tokens.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -107,7 +108,8 @@ SHAREDLLM_INLINE void copy_heads(T* to, const T* from, int64_t from_stride, int6
     std::memcpy(to, from, heads * size * sizeof(T));
     return;
   }
-  for (int64_t head = 0; head < heads; ++head) std::memcpy(to + head * size, from + head * from_stride, size * sizeof(T));
+  for (int64_t head = 0; head < heads; ++head)
+    std::memcpy(to + head * size, from + head * from_stride, size * sizeof(T));
 }
 
 // Part `part` of `parts` of all the work: its share of the query rows, of the tokens and of the slots.

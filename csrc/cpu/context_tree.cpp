@@ -49,7 +49,8 @@ Tensor split(Tensor spans, std::optional<Tensor> offset) {
     check(offset->scalar_type() == ScalarType::Double, "offset: expected a floating dtype");
     noise = offset->const_data_ptr<double>();
     for (int64_t i = 0; i < n; ++i) {
-      check(std::abs(noise[i]) <= kLargestOffset, "offset[", i, "]: expected a finite number of tokens, got ", noise[i]);
+      check(std::abs(noise[i]) <= kLargestOffset, "offset[", i, "]: expected a finite number of tokens, got ",
+            noise[i]);
     }
   }
   Tensor children = empty_int64(spans, {n, 2, 2});
@@ -158,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layout(Tensor nodes, Tensor c
     const int64_t at = order[i], start = node[2 * at], length = node[2 * at + 1];
     check(length == 0 || start == cu_node[i], "nodes[", at / m, ", ", at % m,
           "]: expected nodes that cover each token once: start ", cu_node[i], ", got ", start);
-    check(length <= num_tokens - cu_node[i], "nodes[", at / m, ", ", at % m, "]: expected an end of at most num_tokens = ",
-          num_tokens, ", got ", start, " + ", length);
+    check(length <= num_tokens - cu_node[i], "nodes[", at / m, ", ", at % m,
+          "]: expected an end of at most num_tokens = ", num_tokens, ", got ", start, " + ", length);
     cu_node[i + 1] = cu_node[i] + length;
   }
   check(cu_node[count] == num_tokens, "nodes: expected to cover num_tokens = ", num_tokens, ", got ", cu_node[count]);
@@ -172,28 +173,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layout(Tensor nodes, Tensor c
 
   const int64_t tokens_per_node = count ? std::max<int64_t>((num_tokens + num_slots) / count, 1) : 1;
   const int64_t* slot_of = first_slot.data();
-  torch::stable::parallel_for(0, count, std::max<int64_t>(kGrain / tokens_per_node, 1), [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t start = node[2 * i], length = node[2 * i + 1], kept = slot_of[i + 1] - slot_of[i];
-      std::iota(position + (length ? start : 0), position + (length ? start : 0) + length, int64_t{0});
-      const int64_t chunk = chunk_at[i / m];
-      int64_t* token_out = kept_token + slot_of[i];
-      int64_t* position_out = kept_position + slot_of[i];
-      // floor(j * length / kept) without a division for each slot
-      const int64_t step = kept ? length / kept : 0, rest = kept ? length % kept : 0;
-      int64_t inside = 0, fraction = 0;
-      for (int64_t j = 0; j < kept; ++j) {
-        token_out[j] = start + inside;
-        position_out[j] = inside + chunk;
-        inside += step;
-        fraction += rest;
-        if (fraction >= kept) {
-          fraction -= kept;
-          ++inside;
+  torch::stable::parallel_for(
+      0, count, std::max<int64_t>(kGrain / tokens_per_node, 1), [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t start = node[2 * i], length = node[2 * i + 1], kept = slot_of[i + 1] - slot_of[i];
+          std::iota(position + (length ? start : 0), position + (length ? start : 0) + length, int64_t{0});
+          const int64_t chunk = chunk_at[i / m];
+          int64_t* token_out = kept_token + slot_of[i];
+          int64_t* position_out = kept_position + slot_of[i];
+          // floor(j * length / kept) without a division for each slot
+          const int64_t step = kept ? length / kept : 0, rest = kept ? length % kept : 0;
+          int64_t inside = 0, fraction = 0;
+          for (int64_t j = 0; j < kept; ++j) {
+            token_out[j] = start + inside;
+            position_out[j] = inside + chunk;
+            inside += step;
+            fraction += rest;
+            if (fraction >= kept) {
+              fraction -= kept;
+              ++inside;
+            }
+          }
         }
-      }
-    }
-  });
+      });
   std::fill(kept_token + first_slot[count], kept_token + num_slots, int64_t{-1});
   std::fill(kept_position + first_slot[count], kept_position + num_slots, int64_t{0});
   return {positions, cu_nodes, keep_index, keep_position, cu_slots};

@@ -1,4 +1,5 @@
-// Top-k node retrieval on the CPU: cosine similarity in one pass over the nodes, then a partial selection in each group.
+// Top-k node retrieval on the CPU: cosine similarity in one pass over the nodes, then a partial selection in each
+// group.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -50,16 +51,16 @@ SHAREDLLM_INLINE void dot_and_square(const float* query, const T* row, int64_t s
 }
 
 struct Similarity {
-  const float* queries;       // [Q, d]
-  const float* query_norms;   // [Q], at least eps
-  const void* nodes;          // [N, d], rows `stride` elements apart
+  const float* queries;      // [Q, d]
+  const float* query_norms;  // [Q], at least eps
+  const void* nodes;         // [N, d], rows `stride` elements apart
   int64_t stride, size;
-  const int64_t* cu_groups;   // [G + 1]
-  const int64_t* group_query; // [G]
+  const int64_t* cu_groups;    // [G + 1]
+  const int64_t* group_query;  // [G]
   int64_t groups;
-  const bool* valid;          // [N] or null
+  const bool* valid;  // [N] or null
   float eps;
-  float* score;               // [N]
+  float* score;  // [N]
 };
 
 template <class T>
@@ -189,8 +190,6 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) {
-  m.impl("topk_nodes", TORCH_BOX(&topk_nodes));
-}
+STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) { m.impl("topk_nodes", TORCH_BOX(&topk_nodes)); }
 
 }  // namespace sharedllm

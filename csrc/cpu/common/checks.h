@@ -45,9 +45,7 @@ inline std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-inline const char* dtype_text(torch::headeronly::ScalarType dtype) {
-  return torch::headeronly::toString(dtype);
-}
+inline const char* dtype_text(torch::headeronly::ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
 // A size of -1 accepts any number.
 inline void check_shape(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> shape) {

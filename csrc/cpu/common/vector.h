@@ -6,9 +6,10 @@
 
 #define SHAREDLLM_INLINE inline __attribute__((always_inline))
 
-// Defines `void name params { call; }` once for each instruction set; the fastest that the machine has is taken at run time.
+// Defines `void name params { call; }` once for each instruction set; the fastest that the machine has is taken at run
+// time.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define SHAREDLLM_FOR_EACH_ISA(name, params, args, call)                                                      \
+#define SHAREDLLM_FOR_EACH_ISA(name, params, args, call)                                                     \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))) void name##_avx512 params { call; } \
   __attribute__((target("avx2,fma"))) void name##_avx2 params { call; }                                      \
   void name##_generic params { call; }                                                                       \
@@ -30,13 +31,11 @@ namespace sharedllm {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 inline bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
-inline bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
 constexpr int64_t kLanes = 16;
@@ -68,9 +67,7 @@ SHAREDLLM_INLINE Float16 load_upto16(const T* from, int64_t count) {
   return load16(padded);
 }
 
-SHAREDLLM_INLINE void store16(float* to, const Float16& x) {
-  std::memcpy(to, &x, sizeof x);
-}
+SHAREDLLM_INLINE void store16(float* to, const Float16& x) { std::memcpy(to, &x, sizeof x); }
 
 // Round to nearest, ties to even; a NaN stays a NaN.
 SHAREDLLM_INLINE void store16(uint16_t* to, const Float16& x) {

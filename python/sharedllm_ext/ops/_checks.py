@@ -58,7 +58,7 @@ def check_rotary(cos: Tensor, sin: Tensor, head_size: int, device: torch.device)
     """Check the half tables ``[P, R/2]`` of a rotary embedding, ``R <= D``."""
     check_tensor("cos", cos, ("P", "R/2"), torch.float32, device)
     check_tensor("sin", sin, (cos.shape[0], cos.shape[1]), torch.float32, device)
-    check_that(2 * cos.shape[1] <= head_size, "cos", f"at most D/2 = {head_size / 2:g} columns", cos.shape[1])
+    check_that(2 * cos.shape[1] <= head_size, "cos", f"at most D/2 = {head_size // 2} columns", cos.shape[1])
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Chunk compression: rotary embedding of a layer's queries and keys, and its kept keys and values packed into the memory."""
+"""Chunk compression: a layer's queries and keys rotated, its kept keys and values packed into the memory."""
 
 from typing import Any
 
@@ -41,8 +41,8 @@ def chunk_compression(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape or device is wrong, or only one of ``q`` and ``q_positions`` is given; on the CPU also indices
-            and positions out of range and a token kept twice.
+        ValueError: a shape or device is wrong, or only one of ``q`` and ``q_positions`` is given; on the CPU also
+            indices and positions out of range and a token kept twice.
 
     Equivalent to (``rotate`` as in :mod:`sharedllm_ext.reference.rotary`)::
 

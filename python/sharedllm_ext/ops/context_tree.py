@@ -32,7 +32,7 @@ def split_offsets(
 def context_tree_split(spans: Tensor, offset: Tensor | None = None) -> Tensor:
     """Children of every span: left = first ``b`` tokens, right = the rest, ``b = floor(l/2 - e)``.
 
-    ``b`` is kept in ``1 .. l-1``, so with two or more tokens both children hold at least one; a single token goes right.
+    ``b`` is kept in ``1 .. l-1``: with two or more tokens both children hold at least one; a single token goes right.
 
     Args:
         spans: ``[n, 2]`` int64, (start, length), in tokens.
@@ -87,8 +87,8 @@ def context_tree_layout(
     A node of length ``l`` keeps ``p = min(l, s)`` tokens, at ``floor(j * l / p)`` for ``j < p``.
 
     Args:
-        nodes: ``[n, m, 2]`` int64, (start, length), the ``m >= 1`` retained nodes of every chunk in slot order; together
-            they cover the tokens ``0 .. T-1`` exactly once, chunks in order.
+        nodes: ``[n, m, 2]`` int64, (start, length), the ``m >= 1`` retained nodes of every chunk in slot order;
+            together they cover the tokens ``0 .. T-1`` exactly once, chunks in order.
         chunk_index: ``[n]`` int64, position of each chunk in its document.
         slots_per_node: ``s >= 1``.
         num_tokens: ``T``.

@@ -21,12 +21,13 @@ def topk_nodes(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` nodes of every group most similar to the group's query.
 
-    ``similarity = q . x / (max(|q|, eps) * max(|x|, eps))``, accumulated in float32 (float64 for float64). The groups are
-    the two siblings of one split (paper, section 3.2, k = 1) or all nodes of a document.
+    ``similarity = q . x / (max(|q|, eps) * max(|x|, eps))``, accumulated in float32 (float64 for float64). The groups
+    are the two siblings of one split (paper, section 3.2, k = 1) or all nodes of a document.
 
     Args:
         queries: ``[Q, d]``, the nodes' dtype.
-        nodes: ``[N, d]`` float32, bfloat16, float16 or float64, group ``g`` in rows ``cu_groups[g] .. cu_groups[g+1]-1``.
+        nodes: ``[N, d]`` float32, bfloat16, float16 or float64; group ``g`` holds rows
+            ``cu_groups[g] .. cu_groups[g+1]-1``.
         cu_groups: ``[G + 1]`` int64, cumulative group sizes from 0 to N.
         group_query: ``[G]`` int64, the query of each group.
         k: how many to return, at least 0.
@@ -101,9 +102,7 @@ def _backward(ctx: Any, _grad_indices: Tensor | None, grad: Tensor) -> tuple[Ten
         if nodes.shape[0] == 0:
             return torch.zeros_like(queries), torch.zeros_like(nodes), None, None, None, None, None
         # ones where nothing was found: neither a value nor a NaN of another node gets into the gradient
-        query, node = (
-            torch.where(found.unsqueeze(-1), x, 1) for x in (query, nodes[indices.clamp(min=0)].to(dtype))
-        )
+        query, node = (torch.where(found.unsqueeze(-1), x, 1) for x in (query, nodes[indices.clamp(min=0)].to(dtype)))
         score = (query * node).sum(-1) / (query.norm(dim=-1).clamp(min=ctx.eps) * node.norm(dim=-1).clamp(min=ctx.eps))
         inputs = [x for x, want in zip((queries, nodes), wanted, strict=True) if want]
         grads = iter(torch.autograd.grad(score, inputs, torch.where(found, grad, 0)))
