@@ -1,4 +1,4 @@
-"""The demo model's data preparation: licence decisions, split, windows, evaluation points; a small run of the script."""
+"""The demo model's scripts: licence decisions, split, windows, evaluation points; a small run of the preparation."""
 
 import itertools
 import json
@@ -15,9 +15,11 @@ import torch
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo_model"
 sys.path.insert(0, str(DEMO))
 
-import common
-import evaluate
-import prepare_data
+import common  # noqa: E402
+import evaluate  # noqa: E402
+import files  # noqa: E402
+import pick_model  # noqa: E402
+import prepare_data  # noqa: E402
 
 
 def fields(*pairs: tuple[str, str]) -> Message:
@@ -160,4 +162,27 @@ def test_prepare_data_from_installed_packages(tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     text = tokenizer.decode(document.tokens.tolist())
-    assert text == f"# alpha/__init__.py\n{source.replace('value', 'alpha').rstrip()}\n\n{common.EOS}"
+    assert text == f"# alpha/__init__.py\n{source.replace('value', 'alpha').rstrip()}\n\n{files.EOS}"
+
+
+def test_better_model_within_the_size_limit_is_picked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, perplexity in (("injected+upper-attention", 5.5), ("everything", 5.4)):
+        rows = [{"context": 0, "perplexity": 1.0}, {"context": 8192, "perplexity": perplexity}]
+        files.write_json(tmp_path / "results" / f"{name}.json", {"rows": rows})
+        files.write_json(tmp_path / name / "config.json", {"model": name})
+        files.write_json(tmp_path / name / "training.json", {})
+    out = tmp_path / "model"
+    monkeypatch.setattr(sys, "argv", ["pick_model.py", "--work", str(tmp_path), "--out", str(out)])
+    pick_model.main()
+    assert json.loads((out / "config.json").read_text()) == {"model": "everything"}
+    assert [f.name for f in out.iterdir()] == ["config.json"]
+    (tmp_path / "everything" / "model.safetensors").write_bytes(bytes(pick_model.LIMIT))
+    with pytest.raises(SystemExit, match=r"everything has \d+ bytes, more than the 16777216"):
+        pick_model.main()
+
+
+def test_unknown_stage_is_refused(tmp_path: Path) -> None:
+    command = ["bash", str(DEMO / "run_all.sh"), "data", "inject"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown stage 'inject': expected one of data base inject-paper" in done.stderr

@@ -1,36 +1,16 @@
-"""What the demo scripts share: token arrays, sampling, learning-rate schedule, logging, machine description."""
+"""What the demo scripts share: token arrays, sampling, learning-rate schedule, machine description."""
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from files import read_json
 from torch import Tensor
-
-EOS = "<|endoftext|>"
-PAD = "<|pad|>"
-_START = time.monotonic()
-
-
-def log(message: str) -> None:
-    """Print one line with the seconds since the script started."""
-    print(f"[{time.monotonic() - _START:7.1f}s] {message}", flush=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Document, load_documents, log, machine, pick_device, read_json, synchronize, write_json
-from torch import Tensor, nn
+from common import Document, load_documents, machine, pick_device, synchronize
+from files import log, read_json, write_json
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 RESAMPLES = 10_000
@@ -63,7 +64,7 @@ def pool_small(documents: list[Document], needed: int) -> list[Document]:
 
 
 @torch.no_grad()
-def score(model: nn.Module, running: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
+def score(model: Any, running: Tensor, context: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``[B]`` float64 mean loss of tokens 1 .. window-1 of each running text, given ``context [B, n]``."""
     device = running.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.float32 and device.type == "cuda"):
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--base-result", type=Path, help="JSON result of the base model, to compare with")
     parser.add_argument("--lengths", default="0,8192,16384,32768,65536,131072", help="context tokens")
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--points", type=int, default=128)
+    parser.add_argument("--points", type=int, default=192)
     parser.add_argument("--batch-tokens", type=int, help="tokens in one batch (default 262144 on a GPU, else 16384)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--device")
@@ -175,7 +176,8 @@ def main() -> None:
         import sharedllm_ext  # noqa: F401  registers the model type
     else:
         lengths = [0]
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model.to(device).eval()
     if hasattr(model.config, "micro_batch_tokens"):
         # one pass over each batch's context: this model's activations are small
         model.config.micro_batch_tokens = batch_tokens

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import log, read_json
 from evaluate import markdown
+from files import log, read_json
 from pick_model import MODELS
 
 LABELS = {
@@ -68,8 +68,9 @@ def render(work: Path, model: Path) -> str:
     parts = [
         "# SharedLLM demo model: Python source",
         (
-            f"A small SharedLLM of {millions(chosen['parameters'])} parameters that predicts Python source code. It shows on any "
-            "machine, within minutes, that text far beyond the window lowers perplexity. It is too small to write useful code."
+            f"A small SharedLLM of {millions(chosen['parameters'])} parameters that predicts Python source code. "
+            "It shows on any machine, within minutes, that text far beyond the window lowers perplexity. "
+            "It is too small to write useful code."
         ),
         "## What it is",
         (
@@ -79,8 +80,9 @@ def render(work: Path, model: Path) -> str:
         ),
         "## Measured",
         (
-            f"Perplexity of the same {base_result['scored_tokens']} tokens with growing context, over {len(points)} points of "
-            f"{len({name for name, _ in points})} held-out documents; the context is the text right before the running text. "
+            f"Perplexity of the same {base_result['scored_tokens']} tokens with growing context, "
+            f"over {len(points)} points of {len({name for name, _ in points})} held-out documents; "
+            "the context is the text right before the running text. "
             "95% intervals from a paired bootstrap over points. "
             f"The base model alone, {base_result['window']}-token window: {base_result['rows'][0]['perplexity']:.3f}."
         ),
@@ -114,17 +116,17 @@ def render(work: Path, model: Path) -> str:
             + [training_row(f"self-injection: {name}", training) for name, training in trained.items()]
         ),
         (
-            "Self-injection reads 2048 running tokens after 0 to 6 chunks of 1024 context tokens; the loss is on the running "
-            "text. The clock drives the learning-rate schedule, so a slower GPU reads less text."
+            "Self-injection reads 2048 running tokens after 0 to 6 chunks of 1024 context tokens; the loss is on "
+            "the running text. The clock drives the learning-rate schedule, so a slower GPU reads less text."
         ),
         "## Data",
         (
             f"Python source of the packages installed on the training machine, permissive licences only: "
             f"{len(split['train'])} packages, {millions(totals['train']['tokens'])} tokens "
             f"({totals['train']['bytes'] / 1e6:.1f} MB). Held out by package: {len(split['heldout'])} packages, "
-            f"{millions(totals['heldout']['tokens'])} tokens, among them the whole Python standard library. Identical files are "
-            "kept once, and never in training if a held-out package has them. A package is one document: its files in path "
-            "order, each under a line `# path`. Licences as the packages' own metadata state them."
+            f"{millions(totals['heldout']['tokens'])} tokens, among them the whole Python standard library. "
+            "Identical files are kept once, and never in training if a held-out package has them. "
+            "A package is one document: its files in path order, each under a line `# path`. Licences as the packages' own metadata state them."
         ),
         "### Training packages",
         package_table(split["train"]),
@@ -132,8 +134,8 @@ def render(work: Path, model: Path) -> str:
         package_table(split["heldout"]),
         "## Limits",
         (
-            "Trained on English-commented Python only. It repeats names and style from the context; its output is not checked for "
-            "correctness. It may reproduce short passages of the packages listed above."
+            "Trained on English-commented Python only. It repeats names and style from the context; its output "
+            "is not checked for correctness. It may reproduce short passages of the packages listed above."
         ),
     ]
     return "\n\n".join(parts) + "\n"

@@ -10,7 +10,7 @@ import math
 import shutil
 from pathlib import Path
 
-from common import log, read_json, write_json
+from files import log, read_json, write_json
 
 MODELS = ("injected+upper-attention", "everything")
 # what belongs to the shipped model; training.json stays behind with the results

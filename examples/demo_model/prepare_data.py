@@ -20,12 +20,12 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from email.message import Message
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from common import EOS, PAD, log, write_json
+from files import EOS, PAD, log, write_json
 
 PERMISSIVE = {
     "0bsd", "apache-2.0", "blueoak-1.0.0", "bsd-1-clause", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0",
@@ -52,7 +52,8 @@ FREE_TEXT = {
     r"mit|expat|mit x11": "MIT",
     r"(new |modified |simplified )?bsd( [023](\.0)?)?( clause)?( new)?|[023] clause( new| modified)? bsd": "BSD",
     r"bsd [23] clause( new or revised| new| revised)?|revised bsd": "BSD",
-    r"apache( software)?( foundation)?( version| v)? ?(2|2 0|v2|v2 0)|asl 2( 0)?|apache2( 0)?|apache software": "Apache-2.0",
+    r"apache( software)?( foundation)?( version| v)? ?(2|2 0|v2|v2 0)": "Apache-2.0",
+    r"asl 2( 0)?|apache2( 0)?|apache software": "Apache-2.0",
     r"isc|iscl": "ISC",
     r"psf( 2( 0)?)?|psfl|python software foundation( version 2)?|python( 2 0)?": "PSF-2.0",
     r"zlib|zlib libpng": "Zlib",
@@ -169,8 +170,11 @@ def _free_text(text: str) -> str | None:
     return None
 
 
-def permissive_licence(fields: Message) -> tuple[str, str] | None:
-    """(licence, metadata field that says so) of a distribution, or None unless the metadata clearly says permissive."""
+def permissive_licence(fields: Any) -> tuple[str, str] | None:
+    """(licence, metadata field that says so) of a distribution, or None unless the metadata clearly says permissive.
+
+    ``fields`` is the distribution's metadata, an email message.
+    """
     expression = fields.get("License-Expression")
     if expression:
         return (expression, "License-Expression") if spdx_permissive(expression) else None
@@ -220,9 +224,10 @@ def installed_packages(paths: list[str], fraction: float) -> tuple[list[Package]
         if not name or name in seen or name.startswith("sharedllm"):
             continue
         seen.add(name)
-        decision = permissive_licence(dist.metadata)
+        stored: Any = dist.metadata
+        decision = permissive_licence(stored)
         if decision is None:
-            stated = dist.metadata.get("License-Expression") or dist.metadata.get("License") or "not stated"
+            stated = stored.get("License-Expression") or stored.get("License") or "not stated"
             left_out.append({"name": name, "version": dist.version, "licence": stated.splitlines()[0][:120]})
             continue
         files = []

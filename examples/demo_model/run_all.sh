@@ -1,31 +1,38 @@
 #!/usr/bin/env bash
 # The whole demo model, from source text to model card. Usage:
-#   run_all.sh [stage ...]        stages: data base inject evaluate card (default: all, in this order)
+#   run_all.sh [stage ...]        stages: data base inject-paper inject-everything evaluate card (default: all, in this order)
 # WORK    output folder (default ./demo_model_work)
 # PYTHON  interpreter (default python)
-# BASE_SECONDS, INJECT_SECONDS  training time of the base model and of each self-injection run
+# BASE_SECONDS, PAPER_SECONDS, EVERYTHING_SECONDS  training time of the three runs
+# DATA_FLAGS, BASE_FLAGS, INJECT_FLAGS, EVALUATE_FLAGS  more options of one script
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 work=${WORK:-demo_model_work}
 python=${PYTHON:-python}
 base_seconds=${BASE_SECONDS:-170}
-inject_seconds=${INJECT_SECONDS:-140}
+paper_seconds=${PAPER_SECONDS:-125}
+everything_seconds=${EVERYTHING_SECONDS:-200}
 sets=("injected+upper-attention" everything)
+known=(data base inject-paper inject-everything evaluate card)
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(data base inject evaluate card)
-mkdir -p "$work/results"
+[ ${#stages[@]} -gt 0 ] || stages=("${known[@]}")
 
 say() { printf '== %s %s\n' "$(date -u +%H:%M:%S)" "$*"; }
 
 data() {
-  local known=()
+  local tokenizer=()
   # a base model that is already there fixes the tokenizer
-  [ -f "$work/base/tokenizer.json" ] && known=(--tokenizer "$work/base")
-  "$python" "$here/prepare_data.py" --out "$work/data" "${known[@]}" ${DATA_FLAGS:-}
+  if [ -f "$work/base/tokenizer.json" ]; then tokenizer=(--tokenizer "$work/base"); fi
+  "$python" "$here/prepare_data.py" --out "$work/data" "${tokenizer[@]}" ${DATA_FLAGS:-}
 }
 
-need_data() { [ -f "$work/data/packages.json" ] || { say "data (missing)"; data; }; }
+need_data() {
+  if [ ! -f "$work/data/packages.json" ]; then
+    say "data is missing: preparing it"
+    data
+  fi
+}
 
 base() {
   need_data
@@ -34,11 +41,13 @@ base() {
 
 inject() {
   need_data
-  for set in "${sets[@]}"; do
-    "$python" "$here/train_self_injection.py" --data "$work/data" --base "$work/base" --out "$work/$set" \
-      --trainable "$set" --seconds "$inject_seconds" ${INJECT_FLAGS:-}
-  done
+  "$python" "$here/train_self_injection.py" --data "$work/data" --base "$work/base" --out "$work/$1" \
+    --trainable "$1" --seconds "$2" ${INJECT_FLAGS:-}
 }
+
+inject-paper() { inject "${sets[0]}" "$paper_seconds"; }
+
+inject-everything() { inject "${sets[1]}" "$everything_seconds"; }
 
 evaluate() {
   need_data
@@ -55,11 +64,12 @@ card() {
 }
 
 for stage in "${stages[@]}"; do
-  case $stage in
-    data | base | inject | evaluate | card) ;;
-    *) echo "unknown stage '$stage': expected data, base, inject, evaluate or card" >&2; exit 2 ;;
-  esac
+  if [[ " ${known[*]} " != *" $stage "* ]]; then
+    echo "unknown stage '$stage': expected one of ${known[*]}" >&2
+    exit 2
+  fi
 done
+mkdir -p "$work/results"
 start=$SECONDS
 for stage in "${stages[@]}"; do
   say "$stage"

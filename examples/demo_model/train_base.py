@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,12 @@ from common import (
     evenly_spaced_windows,
     learning_rate_factor,
     load_documents,
-    log,
     machine,
     pick_device,
     save_tokenizer,
     synchronize,
-    write_json,
 )
+from files import log, write_json
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -46,14 +46,14 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.03,
-        attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; norms and the embedding do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.dim() == 2 and "embed" not in name else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -97,7 +97,7 @@ def warm_up(step: Step, tokens: Tensor, device: torch.device, use_compile: bool)
             with autocast:
                 loss = step(tokens)
             loss.backward()
-        except Exception as error:  # noqa: BLE001  compiling is only a speed-up: any failure falls back to plain modules
+        except Exception as error:
             log(f"torch.compile failed, continuing without it: {str(error).splitlines()[0]}")
             step.forget_compiled()
             use_compile = False
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, help="stop earlier (for a quick trial)")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=800)
@@ -152,7 +152,8 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.data / "tokenizer")
     train = load_documents(args.data, "train")
     windows = Windows(train, args.window + 1, device, args.seed)
-    model = build_model(args, tokenizer).to(device)
+    model: Any = build_model(args, tokenizer)
+    model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters / 1e6:.2f}M parameters, {sum(map(len, train)) / 1e6:.1f}M training tokens, {device}")
 
@@ -195,6 +196,8 @@ def main() -> None:
             now = time.monotonic()
             mean = float(running) / (steps - steps_logged)
             speed = (steps - steps_logged) * args.batch * args.window / (now - last)
+            if not math.isfinite(mean):
+                raise SystemExit(f"the loss is {mean} at step {steps}: use a lower --lr")
             log(f"step {steps} loss {mean:.4f} lr {args.lr * factor:.2e} {speed / 1e6:.3f}M tokens/s")
             history.append({"step": steps, "seconds": now - begin, "loss": mean, "tokens_per_second": speed})
             running.zero_()

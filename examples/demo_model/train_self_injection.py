@@ -1,7 +1,7 @@
 """Turn a base checkpoint into a SharedLLM and train it on 8192-token text: 6 chunks of context, 2048 running tokens.
 
     python train_self_injection.py --data work/data --base work/base --out work/paper_set \\
-        --trainable injected+upper-attention --seconds 110
+        --trainable injected+upper-attention --seconds 125
 
 ``--trainable injected+upper-attention`` is the paper's set: the injected blocks and the self-attention of the layers
 above them. ``--trainable everything`` also trains the base weights, and with them the compressor, which shares them.
@@ -14,6 +14,7 @@ import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,12 @@ from common import (
     evenly_spaced_windows,
     learning_rate_factor,
     load_documents,
-    log,
     machine,
     pick_device,
     save_tokenizer,
     synchronize,
-    write_json,
 )
+from files import log, write_json
 from sharedllm_ext import SharedLLMForCausalLM
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ def parameter_groups(
 
 
 def draw_chunks(generator: np.random.Generator, chunks: int, full_share: float) -> int:
-    """Chunks of context in one step: all of them with probability ``full_share``, else any smaller number, 0 included."""
+    """Chunks of context in one step: all with probability ``full_share``, else any smaller number, 0 included."""
     return chunks if generator.random() < full_share else int(generator.integers(0, chunks))
 
 
@@ -85,7 +85,7 @@ def batch_loss(model: nn.Module, tokens: Tensor, window: int, context: int) -> T
     return loss
 
 
-def compile_parts(model: nn.Module, injection_layers: int) -> list[nn.Module]:
+def compile_parts(model: Any, injection_layers: int) -> list[nn.Module]:
     """Compile what is an ordinary Transformers module: the upper layers whole, of the lower ones norms and MLP."""
     layers = model.model.layers
     parts = list(layers[injection_layers:])
@@ -140,9 +140,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder written by train_base.py")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--trainable", choices=("injected+upper-attention", "everything"), required=True)
-    parser.add_argument("--seconds", type=float, default=110.0)
+    parser.add_argument("--seconds", type=float, default=125.0)
     parser.add_argument("--max-steps", type=int, help="stop earlier (for a quick trial)")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--chunks", type=int, default=6, help="chunks of context in the longest sequences")
     parser.add_argument(
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--split-noise", type=float, help="standard deviation of the split point (default: the model's)"
     )
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of weights that the base model has")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak rate of weights that the base model has")
     parser.add_argument("--injected-lr", type=float, default=3e-3, help="peak rate of the injected blocks")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
@@ -169,7 +169,7 @@ def main() -> None:
     generator = np.random.default_rng(args.seed)
 
     fields = {} if args.split_noise is None else {"split_noise": args.split_noise}
-    model = SharedLLMForCausalLM.from_base(
+    model: Any = SharedLLMForCausalLM.from_base(
         args.base,
         injection_layers=args.injection_layers,
         chunk_size=args.chunk_size,
@@ -238,6 +238,8 @@ def main() -> None:
             now = time.monotonic()
             mean = float(running) / (steps - steps_logged)
             speed = (tokens - tokens_logged) / (now - last)
+            if not math.isfinite(mean):
+                raise SystemExit(f"the loss is {mean} at step {steps}: use a lower --lr")
             log(f"step {steps} loss {mean:.4f} rate x{factor:.3f} {speed / 1e6:.3f}M tokens/s")
             history.append({"step": steps, "seconds": now - begin, "loss": mean, "tokens_per_second": speed})
             running.zero_()
