@@ -126,7 +126,8 @@ def render(work: Path, model: Path) -> str:
             f"({totals['train']['bytes'] / 1e6:.1f} MB). Held out by package: {len(split['heldout'])} packages, "
             f"{millions(totals['heldout']['tokens'])} tokens, among them the whole Python standard library. "
             "Identical files are kept once, and never in training if a held-out package has them. "
-            "A package is one document: its files in path order, each under a line `# path`. Licences as the packages' own metadata state them."
+            "A package is one document: its files in path order, each under a line `# path`. "
+            "Licences as the packages' own metadata state them."
         ),
         "### Training packages",
         package_table(split["train"]),
