@@ -96,16 +96,35 @@ def sliding_window(layer: nn.Module) -> int | None:
     return attention.config.sliding_window if attention.config.model_type == "mistral" else None
 
 
-def last_token_vectors(
-    model: LowerModel, embeddings: Tensor, keys: Tensor, values: Tensor, spans: Tensor, tables: Tables
-) -> Tensor:
+class Embedded(NamedTuple):
+    """Layer 0 up to its key and value projections, which depend on the token alone.
+
+    Attributes:
+        embeddings, normed: ``[T, d]``, before and after the layer's first norm.
+        key, value: ``[T, Hkv, D]``, not rotated.
+    """
+
+    embeddings: Tensor
+    normed: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def embed(model: LowerModel, ids: Tensor) -> Embedded:
+    """Embed tokens ``[T]`` and project layer 0's keys and values."""
+    layer = model.layers[0]
+    embeddings = model.embed_tokens(ids)
+    normed = layer.input_layernorm(embeddings)
+    return Embedded(embeddings, normed, project(layer, normed, "k"), project(layer, normed, "v"))
+
+
+def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tables: Tables) -> Tensor:
     """Final-norm output of layer 0 at the last token of each span, positions counted from the span's start.
 
     Only the last token's query, attention output and MLP are computed; keys and values are shared by all spans.
 
     Args:
-        embeddings: ``[T, d]``.
-        keys, values: ``[T, Hkv, D]`` of layer 0, not rotated.
+        embedded: the tokens.
         spans: ``[N, 2]`` int64, (start, length).
 
     Returns:
@@ -118,9 +137,9 @@ def last_token_vectors(
         # rotary positions are relative, so dropping what lies outside the window changes nothing else
         visible = length.clamp(max=window)
         spans = torch.stack((start + length - visible, visible), -1)
-    hidden = embeddings[(start + length - 1).clamp(min=0)]
+    hidden = embedded.embeddings[(start + length - 1).clamp(min=0)]
     query = project(layer, layer.input_layernorm(hidden), "q")
-    attended = node_vectors(query, keys, values, spans, *tables, layer.self_attn.scaling)
+    attended = node_vectors(query, embedded.key, embedded.value, spans, *tables, layer.self_attn.scaling)
     return model.norm(_finish(layer, hidden, attended))
 
 
@@ -134,13 +153,9 @@ def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables
     Returns:
         ``[B, d]``.
     """
-    layer = model.layers[0]
-    embeddings = model.embed_tokens(ids)
-    normed = layer.input_layernorm(embeddings)
     sizes = torch.tensor(lengths, dtype=torch.int64)
     spans = torch.stack((sizes.cumsum(0) - sizes, sizes), -1).to(ids.device)
-    keys, values = project(layer, normed, "k"), project(layer, normed, "v")
-    return last_token_vectors(model, embeddings, keys, values, spans, tables)
+    return last_token_vectors(model, embed(model, ids), spans, tables)
 
 
 def compress_chunks(
@@ -154,7 +169,7 @@ def compress_chunks(
     generator: torch.Generator | None = None,
     checkpointing: bool = False,
     watch: Stopwatch | None = None,
-) -> tuple[list[Tensor], list[Tensor], list[int], Tensor]:
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """Compress consecutive chunks.
 
     Args:
@@ -170,32 +185,22 @@ def compress_chunks(
         watch: told when the choice of nodes is over.
 
     Returns:
-        keys and values, ``M`` tensors ``[S, Hkv, D]`` each; slots of each chunk; the retained nodes
-        ``[n, depth + 1, 2]`` in slot order.
+        keys and values, ``M`` tensors ``[S, Hkv, D]`` each; slots of each chunk.
     """
-    device, first = ids.device, chunks[0].start
-    embeddings = model.embed_tokens(ids)
-    layer = model.layers[0]
-    normed = key = value = embeddings
-    if query is not None or len(model.layers) > 1:
-        normed = layer.input_layernorm(embeddings)
-        key, value = project(layer, normed, "k"), project(layer, normed, "v")
-
+    device = ids.device
+    embedded = embed(model, ids)
     if watch is not None:
         watch.lap("compress")
-    roots = torch.tensor([(chunk.start - first, chunk.length) for chunk in chunks], dtype=torch.int64)
-    nodes, lengths = _grow_tree(
-        model, embeddings, key, value, roots, [c.document for c in chunks], shape, tables, query, has_query, generator
-    )
+    tree = grow_tree(model, embedded, chunks, shape, tables, query, has_query, generator)
     if watch is not None:
         watch.lap("retrieve")
     chunk_index = torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64, device=device)
-    kept = [min(length, shape.slots_per_node) for length in lengths]
+    kept = [min(length, shape.slots_per_node) for length in tree.lengths]
     num_slots = sum(kept)
     positions, _, keep_index, keep_position, _ = context_tree_layout(
-        nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
+        tree.nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
     )
-    groups = _group_nodes(nodes.flatten(0, 1), lengths, kept, device)
+    groups = _group_nodes(tree.nodes.flatten(0, 1), tree.lengths, kept, device)
     keys, values = [], []
 
     def keep(key: Tensor, value: Tensor, query: Tensor | None, query_positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -206,15 +211,16 @@ def compress_chunks(
         values.append(memory_value)
         return rotated_query, rotated_key
 
-    hidden = embeddings
+    hidden, normed, key, value = embedded
     for index, layer in enumerate(model.layers):
         remaining = len(model.layers) - index - 1
         if remaining == 0:
             # the last layer's keys and values are needed at the kept positions only
             if index == 0:
-                hidden = hidden[keep_index]
-            normed = layer.input_layernorm(hidden)
-            key, value = project(layer, normed, "k"), project(layer, normed, "v")
+                key, value = key[keep_index], value[keep_index]
+            else:
+                normed = layer.input_layernorm(hidden)
+                key, value = project(layer, normed, "k"), project(layer, normed, "v")
             every = torch.arange(num_slots, device=device)
             _, _, memory_key, memory_value = chunk_compression(
                 None, key, value, *tables, None, None, every, keep_position
@@ -240,7 +246,22 @@ def compress_chunks(
             hidden = finish(layer, hidden, rotated_query, rotated_key, value, groups, only_kept)
     per_chunk = shape.depth + 1
     slots = [sum(kept[i : i + per_chunk]) for i in range(0, len(kept), per_chunk)]
-    return keys, values, slots, nodes
+    return keys, values, slots
+
+
+class ContextTree(NamedTuple):
+    """The tree of consecutive chunks.
+
+    Attributes:
+        nodes: ``[n, depth + 1, 2]`` int64 retained nodes in slot order, (start, length) in the packed tokens.
+        lengths: the nodes' lengths, on the host.
+        similarity: ``[n, depth - 1, 2]`` cosine similarity of left and right child at each level, -inf for an empty
+            child; ``None`` without a query.
+    """
+
+    nodes: Tensor
+    lengths: list[int]
+    similarity: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,22 +273,20 @@ class _NodeGroup:
     kept: Tensor
 
 
-def _grow_tree(
+def grow_tree(
     model: LowerModel,
-    embeddings: Tensor,
-    key: Tensor,
-    value: Tensor,
-    roots: Tensor,
-    documents: Sequence[int],
+    embedded: "Embedded",
+    chunks: Sequence[Chunk],
     shape: TreeShape,
     tables: Tables,
     query: Tensor | None,
     has_query: Sequence[bool] | None,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, list[int]]:
-    """Retained nodes ``[n, depth + 1, 2]`` and, on the host, their lengths."""
-    device, count = embeddings.device, roots.shape[0]
-    noise = shape.split_noise
+    generator: torch.Generator | None = None,
+) -> ContextTree:
+    """Split every chunk level by level and retain what is not picked; arguments as for :func:`compress_chunks`."""
+    device, count, noise = embedded.embeddings.device, len(chunks), shape.split_noise
+    roots = torch.tensor([(chunk.start - chunks[0].start, chunk.length) for chunk in chunks], dtype=torch.int64)
+    similarity: list[Tensor] = []
 
     def grow(spans: Tensor, choose: Callable[[Tensor], Tensor] | None) -> Tensor:
         retained = []
@@ -281,25 +300,27 @@ def _grow_tree(
 
     if query is None:
         nodes = grow(roots, None)
-        return nodes.to(device), nodes[..., 1].flatten().tolist()
+        return ContextTree(nodes.to(device), nodes[..., 1].flatten().tolist(), None)
 
-    document = torch.tensor(documents, dtype=torch.int64, device=device)
+    document = torch.tensor([chunk.document for chunk in chunks], dtype=torch.int64, device=device)
     siblings = torch.arange(count + 1, device=device) * 2
     counts = None if has_query is None or all(has_query) else torch.tensor(has_query, device=device)[document]
 
     def choose(children: Tensor) -> Tensor:
-        vectors = last_token_vectors(model, embeddings, key, value, children.flatten(0, 1), tables)
+        vectors = last_token_vectors(model, embedded, children.flatten(0, 1), tables)
         valid = (children[..., 1] > 0).flatten()
-        best, _ = topk_nodes(query, vectors, siblings, document, 1, valid)
+        best, scores = topk_nodes(query, vectors, siblings, document, 2, valid)
         choice = best[:, 0] - siblings[:-1]
+        similarity.append(torch.where((choice == 0).unsqueeze(1), scores, scores.flip(1)))
         return choice if counts is None else torch.where(counts, choice, 1)
 
     with torch.no_grad():
         nodes = grow(roots.to(device), choose)
-    if noise == 0 and all(length % 2**shape.depth == 0 for length in roots[:, 1].tolist()):
+    levels = torch.stack(similarity, 1) if similarity else None
+    if noise == 0 and all(chunk.length % 2**shape.depth == 0 for chunk in chunks):
         # both children of every node are equally long: the lengths do not depend on the choice
-        return nodes, grow(roots, None)[..., 1].flatten().tolist()
-    return nodes, nodes[..., 1].flatten().tolist()
+        return ContextTree(nodes, grow(roots, None)[..., 1].flatten().tolist(), levels)
+    return ContextTree(nodes, nodes[..., 1].flatten().tolist(), levels)
 
 
 def _group_nodes(nodes: Tensor, lengths: Sequence[int], kept: Sequence[int], device: torch.device) -> list[_NodeGroup]:

@@ -13,7 +13,18 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .compressor import LowerModel, TreeShape, compress_chunks, cut_into_chunks, micro_batches, query_vectors
+from .compressor import (
+    Chunk,
+    LowerModel,
+    Tables,
+    TreeShape,
+    compress_chunks,
+    cut_into_chunks,
+    embed,
+    grow_tree,
+    micro_batches,
+    query_vectors,
+)
 from .configuration import SharedLLMConfig
 from .injection import InjectedAttention, InjectedContext, install_injection
 from .memory import ContextMemory, describe_difference
@@ -178,35 +189,72 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: shapes, dtypes, devices or token ids that cannot be; the message names what was expected.
         """
-        self._check_ids("context_ids", context_ids, range_too=True)
-        mask = self._check_mask("context_attention_mask", context_attention_mask, "context_ids", context_ids)
-        device = context_ids.device
-        watch = Stopwatch(device)
-        lengths = [context_ids.shape[1]] * context_ids.shape[0] if mask is None else mask.sum(1).tolist()
-        ids = context_ids.flatten() if mask is None else context_ids[mask]
+        watch = Stopwatch(self.device)
         lower = self.lower_model
         training = self.training and torch.is_grad_enabled() and _any_trainable(lower)
         with torch.set_grad_enabled(training):
-            chunks = cut_into_chunks(lengths, self.config.chunk_size)
-            counts = [-(-length // self.config.chunk_size) for length in lengths]
-            query, has_query = None, None
-            rows = self._rows_with_query(query_ids, query_attention_mask, len(lengths))
-            longest = 0
-            if rows is not None and any(rows[1]):
-                longest = max(rows[1])
-            tables = self._rope_tables(max([self.config.chunk_size, longest, *counts]) + self.config.chunk_size, device)
-            if longest:
-                query_tokens, query_lengths = rows  # type: ignore[misc]
-                has_query = [length > 0 for length in query_lengths]
-                query = query_vectors(self._upper_as_lower(), query_tokens, query_lengths, tables)
+            work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask)
             watch.lap("retrieve")
-            memory = self._compress_in_micro_batches(
-                lower, ids, lengths, chunks, counts, tables, query, has_query, generator, watch
-            )
+            memory = self._compress_in_micro_batches(lower, work, generator, watch)
         watch.lap("compress")
-        watch.facts = {"context_tokens": int(sum(lengths)), "chunks": len(chunks), "slots": memory.num_slots}
+        watch.facts = {"context_tokens": sum(work.lengths), "chunks": len(work.chunks), "slots": memory.num_slots}
         self._watch = watch
         return memory
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        context_ids: Tensor,
+        context_attention_mask: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        query_attention_mask: Tensor | None = None,
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The nodes that :meth:`compress` retains, to see what a query picks; arguments as there.
+
+        Returns:
+            For each document: nodes ``[n, tree_depth + 1, 2]`` int64, (first token, length) in the document, in slot
+            order (leaf left, leaf right, then from the deepest level to the chunk's child); and the cosine similarities
+            of left and right child at each level, ``[n, tree_depth - 1, 2]``, -inf for an empty child, or ``None``
+            without a query.
+        """
+        work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask)
+        lower, found = self.lower_model, []
+        for document, count in enumerate(work.counts):
+            chunks = [chunk for chunk in work.chunks if chunk.document == document]
+            if not chunks:
+                found.append((torch.empty((0, self.config.tree_depth + 1, 2), dtype=torch.int64), None))
+                continue
+            part = work.ids[chunks[0].start : chunks[-1].start + chunks[-1].length]
+            tree = grow_tree(
+                lower, embed(lower, part), chunks, self._tree_shape(), work.tables, work.query, work.has_query
+            )
+            assert tree.nodes.shape[0] == count
+            found.append((tree.nodes, tree.similarity))
+        return found
+
+    def _prepare(
+        self, context_ids: Tensor, context_mask: Tensor | None, query_ids: Tensor | None, query_mask: Tensor | None
+    ) -> "_Work":
+        """Check and pack the inputs, cut the chunks, compute tables and query vectors."""
+        self._check_ids("context_ids", context_ids, range_too=True)
+        mask = self._check_mask("context_attention_mask", context_mask, "context_ids", context_ids)
+        lengths = [context_ids.shape[1]] * context_ids.shape[0] if mask is None else mask.sum(1).tolist()
+        ids = context_ids.flatten() if mask is None else context_ids[mask]
+        size = self.config.chunk_size
+        counts = [-(-length // size) for length in lengths]
+        queries = self._rows_with_query(query_ids, query_mask, len(lengths))
+        longest = 0 if queries is None else max(queries[1], default=0)
+        tables = self._rope_tables(max([size, longest, *counts]) + size, context_ids.device)
+        query = has_query = None
+        if queries is not None and longest:
+            has_query = [length > 0 for length in queries[1]]
+            upper = LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
+            query = query_vectors(upper, *queries, tables)
+        return _Work(ids, lengths, cut_into_chunks(lengths, size), counts, tables, query, has_query)
+
+    def _tree_shape(self) -> TreeShape:
+        noise = self.config.split_noise if self.training else 0.0
+        return TreeShape(self.config.tree_depth, self.config.slots_per_node, float(noise))
 
     @property
     def last_timings(self) -> dict[str, float]:
@@ -217,20 +265,13 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _compress_in_micro_batches(
         self,
         lower: LowerModel,
-        ids: Tensor,
-        lengths: list[int],
-        chunks: list[Any],
-        counts: list[int],
-        tables: tuple[Tensor, Tensor],
-        query: Tensor | None,
-        has_query: list[bool] | None,
+        work: "_Work",
         generator: torch.Generator | None,
         watch: Stopwatch,
     ) -> ContextMemory:
-        config = self.config
+        config, ids, lengths, chunks, counts = self.config, work.ids, work.lengths, work.chunks, work.counts
         limit = config.micro_batch_tokens or _MICRO_BATCH_TOKENS.get(ids.device.type, _MICRO_BATCH_TOKENS["cpu"])
-        noise = config.split_noise if self.training else 0.0
-        shape = TreeShape(config.tree_depth, config.slots_per_node, float(noise))
+        shape = self._tree_shape()
         checkpointing = self.training and self.is_gradient_checkpointing
         pieces: list[list[Tensor]] = [[] for _ in range(2 * len(lower.layers))]
         store: list[Tensor] | None = None
@@ -238,8 +279,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         room = sum(min(chunk.length, (config.tree_depth + 1) * config.slots_per_node) for chunk in chunks)
         for batch in micro_batches(chunks, limit):
             part = ids[batch[0].start : batch[-1].start + batch[-1].length]
-            keys, values, slots, _ = compress_chunks(
-                lower, part, batch, shape, tables, query, has_query, generator, checkpointing, watch
+            keys, values, slots = compress_chunks(
+                lower, part, batch, shape, work.tables, work.query, work.has_query, generator, checkpointing, watch
             )
             written = sum(slots_by_chunk)
             slots_by_chunk += slots
@@ -274,7 +315,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             values=tensors[half:],
             cu_slots=cu_slots,
             num_chunks=counts,
-            num_tokens=[int(length) for length in lengths],
+            num_tokens=lengths,
             memory_index=list(range(len(lengths))),
             signature=self.memory_signature(),
         )
@@ -295,9 +336,6 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if used is None:
             return query_ids.flatten(), [query_ids.shape[1]] * documents
         return query_ids[used], used.sum(1).tolist()
-
-    def _upper_as_lower(self) -> LowerModel:
-        return LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
 
     def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
@@ -632,6 +670,19 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if mask.device != ids.device:
             raise ValueError(f"{name}: expected device {ids.device} as {ids_name}, got {mask.device}")
         return mask.bool()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What one call of compress works on: packed tokens, their documents and chunks, tables, query vectors."""
+
+    ids: Tensor
+    lengths: list[int]
+    chunks: list[Chunk]
+    counts: list[int]
+    tables: Tables
+    query: Tensor | None
+    has_query: list[bool] | None
 
 
 def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:

@@ -1,0 +1,13 @@
+# The source list, by hand: a file that is not named here is not built.
+set(SHAREDLLM_CPU_SOURCES
+    csrc/library.cpp
+    csrc/cpu/chunk_compression.cpp
+    csrc/cpu/context_tree.cpp
+    csrc/cpu/injected_attention.cpp
+    csrc/cpu/node_vectors.cpp
+    csrc/cpu/topk_nodes.cpp)
+
+# host operators (torch's stable ABI, no CUDA kernels) and kernels (CUDA, no torch header)
+set(SHAREDLLM_CUDA_SOURCES
+    csrc/ops/topk_nodes.cpp
+    csrc/kernels/topk_nodes.cu)

@@ -1,0 +1,29 @@
+// Every operator's schema on one screen. Semantics: python/sharedllm_ext/reference/<operator>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sharedllm, m) {
+  m.def("context_tree_split(Tensor spans, Tensor? offset) -> Tensor");
+  m.def("context_tree_select(Tensor children, Tensor? choice) -> (Tensor picked, Tensor retained)");
+  m.def(
+      "context_tree_layout(Tensor nodes, Tensor chunk_index, int slots_per_node, int num_tokens, int num_slots)"
+      " -> (Tensor positions, Tensor cu_nodes, Tensor keep_index, Tensor keep_position, Tensor cu_slots)");
+  m.def("node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, float scale) -> Tensor");
+  m.def(
+      "topk_nodes(Tensor queries, Tensor nodes, Tensor cu_groups, Tensor group_query, int k, Tensor? valid, float eps)"
+      " -> (Tensor indices, Tensor similarity)");
+  m.def(
+      "chunk_compression(Tensor? q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? q_positions, Tensor? positions,"
+      " Tensor keep_index, Tensor keep_position)"
+      " -> (Tensor q_rotated, Tensor k_rotated, Tensor memory_k, Tensor memory_v)");
+  m.def(
+      "chunk_compression_backward(Tensor? grad_q_rotated, Tensor? grad_k_rotated, Tensor grad_memory_k,"
+      " Tensor grad_memory_v, Tensor cos, Tensor sin, Tensor? q_positions, Tensor? positions, Tensor keep_index,"
+      " Tensor keep_position, int num_tokens) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "injected_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor slot_range, Tensor q_position, Tensor cos,"
+      " Tensor sin, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "injected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
+      " Tensor lse, Tensor cu_q, Tensor slot_range, Tensor q_position, Tensor cos, Tensor sin, float scale,"
+      " bool need_grad_kv) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}

@@ -1,0 +1,19 @@
+"""Public operators."""
+
+from .chunk_compression import chunk_compression, chunk_compression_backward
+from .context_tree import context_tree_layout, context_tree_select, context_tree_split, split_offsets
+from .injected_attention import injected_attention
+from .node_vectors import node_vectors
+from .topk_nodes import topk_nodes
+
+__all__ = [
+    "chunk_compression",
+    "chunk_compression_backward",
+    "context_tree_layout",
+    "context_tree_select",
+    "context_tree_split",
+    "injected_attention",
+    "node_vectors",
+    "split_offsets",
+    "topk_nodes",
+]

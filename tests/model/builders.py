@@ -1,0 +1,75 @@
+"""Tiny random base checkpoints of every supported family, and models built from them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from sharedllm_ext import SharedLLMForCausalLM
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 12}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "llama_tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "attention_bias": True}),
+    "llama_rope_scaling": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+VOCABULARY = 128
+TREE = {"injection_layers": 2, "chunk_size": 32, "tree_depth": 3, "slots_per_node": 4, "window": 24}
+
+
+def base(family: str = "llama", **fields: Any) -> PreTrainedModel:
+    """A random base checkpoint; projections large enough that attention is far from uniform."""
+    config_class, model_class, own = FAMILIES[family]
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return model_class(config_class(**{**sizes, **own, **fields})).eval()
+
+
+def model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **fields: Any) -> SharedLLMForCausalLM:
+    """A SharedLLM model whose injected blocks matter."""
+    built = SharedLLMForCausalLM.from_base(base(family).to(dtype), **{**TREE, **fields})
+    for block in built.injected_blocks:
+        torch.nn.init.normal_(block.o_proj.weight, std=0.1)
+    return built
+
+
+def ids(*shape: int) -> Tensor:
+    """Random token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, shape)
