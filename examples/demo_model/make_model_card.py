@@ -6,6 +6,7 @@ python make_model_card.py --work work --out work/model
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def training_row(name: str, training: dict[str, Any]) -> str:
     )
 
 
+def stage_table(path: Path) -> str:
+    """Seconds of each stage of run_all.sh; of a repeated stage the last time."""
+    seconds = {row["stage"]: row["seconds"] for row in map(json.loads, path.read_text().splitlines())}
+    lines = ["| stage of run_all.sh | seconds |", "| --- | --- |"]
+    lines += [f"| {stage} | {value} |" for stage, value in seconds.items() if stage != "card"]
+    return "\n".join([*lines, f"| together | {sum(v for s, v in seconds.items() if s != 'card')} |"])
+
+
 def render(work: Path, model: Path) -> str:
     listing = read_json(work / "data" / "packages.json")
     pick = read_json(work / "results" / "pick.json")
@@ -64,6 +73,7 @@ def render(work: Path, model: Path) -> str:
     split = {s: [r for r in listing["packages"] if r["split"] == s] for s in ("train", "heldout")}
     totals = listing["totals"]
     points = results[pick["model"]]["points"]
+    times = work / "results" / "times.jsonl"
 
     parts = [
         "# SharedLLM demo model: Python source",
@@ -119,6 +129,7 @@ def render(work: Path, model: Path) -> str:
             "Self-injection reads 2048 running tokens after 0 to 6 chunks of 1024 context tokens; the loss is on "
             "the running text. The clock drives the learning-rate schedule, so a slower GPU reads less text."
         ),
+        *([stage_table(times)] if times.is_file() else []),
         "## Data",
         (
             f"Python source of the packages installed on the training machine, permissive licences only: "

@@ -219,8 +219,9 @@ def stdlib_package() -> Package:
 def installed_packages(paths: list[str], fraction: float) -> tuple[list[Package], list[dict[str, str]]]:
     """Packages on ``paths`` whose metadata says permissive, and those left out with the reason."""
     packages, left_out, seen, claimed = [], [], set(), set()
-    for dist in sorted(metadata.distributions(path=paths), key=lambda d: normalise(d.metadata["Name"] or "")):
-        name = normalise(dist.metadata["Name"] or "")
+    # a broken installation may have no name at all
+    named = [(normalise(dist.name or ""), dist) for dist in metadata.distributions(path=paths) if dist.metadata]
+    for name, dist in sorted(named, key=lambda pair: pair[0]):
         if not name or name in seen or name.startswith("sharedllm"):
             continue
         seen.add(name)
