@@ -1,0 +1,80 @@
+"""The command line: ``sharedllm``, also ``python -m sharedllm_ext``.
+
+torch and Transformers are imported by the commands that need them, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from sharedllm_ext import __version__
+from sharedllm_ext.cli import ask, demo, info, init, perplexity
+from sharedllm_ext.cli._common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, UsageError, one_line, print_error
+
+COMMANDS = (init, ask, perplexity, demo, info)
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Find a positional that may be left out behind the options too, where argparse gives it up."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            missed = action.nargs == argparse.OPTIONAL and getattr(namespace, action.dest, None) is None
+            if missed and rest and not rest[0].startswith("-"):
+                setattr(namespace, action.dest, rest.pop(0))
+        return namespace, rest
+
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the whole usage first."""
+        print_error(f"{message} (try: {self.prog} --help)")
+        sys.exit(EXIT_USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="sharedllm",
+        description="Long contexts for short-context language models by multi-scale self-injection.",
+        epilog="exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted; SHAREDLLM_DEBUG=1 shows tracebacks",
+    )
+    parser.add_argument("--version", action="version", version=f"sharedllm_ext {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default: the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+    """
+    debug = os.environ.get("SHAREDLLM_DEBUG", "") not in ("", "0")
+    try:
+        args = build_parser().parse_args(argv)
+        return int(args.run(args))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_ERROR if stop.code else 0
+    except KeyboardInterrupt:
+        print("\nsharedllm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader (head, less) has closed: the interpreter must not write to it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_ERROR
+    except UsageError as error:
+        print_error(str(error))
+        return EXIT_USAGE
+    except Exception as error:
+        if debug:
+            raise
+        print_error(one_line(error))
+        return EXIT_ERROR

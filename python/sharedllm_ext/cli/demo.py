@@ -1,0 +1,184 @@
+"""``sharedllm demo``: the shipped model reads this Python's own standard library."""
+
+from __future__ import annotations
+
+import argparse
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sharedllm_ext.cli._common import (
+    CommandError,
+    Progress,
+    add_model_options,
+    compression_progress,
+    counts,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    positive,
+    print_json,
+    say,
+    seconds,
+)
+from sharedllm_ext.cli.perplexity import print_report
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
+#: Packages of many related modules come first: far context helps where the code is about the same thing.
+PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "logging", "importlib", "http", "xml", "json", "urllib")
+MAX_FILE_BYTES = 400_000
+CONTINUATION_CONTEXT = 32768
+PROMPT_TOKENS = 192
+SHOWN_LINES = 8
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    text = (
+        "run the small shipped model on this Python's standard library source: perplexity of the same running text "
+        "with growing context, then a continuation"
+    )
+    parser = commands.add_parser("demo", help="run the shipped model on Python's standard library", description=text)
+    parser.add_argument("--model", metavar="PATH", help="another SharedLLM checkpoint")
+    parser.add_argument(
+        "--context-lengths",
+        type=counts,
+        default=[0, 8192, 32768, 131072],
+        metavar="N,N,…",
+        help="tokens of context (default: 0,8192,32768,131072)",
+    )
+    parser.add_argument("--points", type=positive, default=4, metavar="N", help="running texts (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=96, metavar="N", help="of the continuation (default: %(default)s)"
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def standard_library(root: Path) -> Iterator[tuple[str, str]]:
+    """(path, text) of the standard library's modules, in an order that does not depend on the machine."""
+    from sharedllm_ext.evaluation.texts import TextError, decode
+
+    packages = [root / name for name in PACKAGES if (root / name).is_dir()]
+    files = [file for package in packages for file in sorted(package.rglob("*.py"), key=lambda path: path.as_posix())]
+    files += sorted(root.glob("*.py"))
+    for file in files:
+        relative = file.relative_to(root).as_posix()
+        if "test" in relative.split("/")[:-1] or relative.startswith("_sysconfigdata"):
+            continue
+        if file.stat().st_size > MAX_FILE_BYTES:
+            continue
+        try:
+            text = decode(file.read_bytes(), relative)
+        except (TextError, OSError):
+            # a module in another encoding, or one that this user may not read, is not needed for the demo
+            continue
+        if text.strip():
+            yield relative, text
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    begin = time.perf_counter()
+    path = args.model
+    if path is None:
+        path = str(DEMO_MODEL)
+        if not (DEMO_MODEL / "config.json").is_file():
+            raise CommandError(
+                f"{path}: this installation holds no demo model (the scripts in examples/demo_model train one; "
+                "--model PATH takes any SharedLLM checkpoint)"
+            )
+    root = Path(sysconfig.get_paths()["stdlib"])
+    device = pick_device(args.device)
+    progress = Progress(not args.json)
+    model = load_model(path, args.dtype, device, progress=progress.enabled)
+    tokenizer = load_tokenizer(path)
+
+    import numpy as np
+
+    from sharedllm_ext.evaluation.perplexity import evaluate_perplexity
+    from sharedllm_ext.evaluation.texts import encode, under_heading
+
+    running = model.config.window
+    needed = max(args.context_lengths) + 2 * args.points * running
+    texts = (under_heading(name, text) for name, text in standard_library(root))
+    with progress.bar("tokenising", needed, "tok") as update:
+        documents = encode(tokenizer, texts, limit=needed, progress=lambda done: update(done // 4))
+    tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int32)
+    if len(tokens) < needed:
+        raise CommandError(
+            f"{root}: this Python's standard library source has {len(tokens)} tokens, and {needed} are needed "
+            "(fewer --points or --context-lengths)"
+        )
+    if not args.json:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        say(f"model: {path}, {parameters:,} parameters, window {running:,} tokens, {device}")
+        say(
+            f"text:  {root} (asyncio, email, …), {len(tokens):,} tokens"
+            + ("" if args.model else "; the model was never trained on it")
+        )
+        say()
+    total = sum(args.points * (length + running) for length in args.context_lengths)
+    with progress.bar("perplexity", total, "tok") as update:
+        report = evaluate_perplexity(
+            model, [tokens], args.context_lengths, running=running, points=args.points, progress=update
+        )
+    if not args.json:
+        print_report(report)
+    continuation = _continue(args, model, tokenizer, tokens, progress)
+    elapsed = time.perf_counter() - begin
+    if args.json:
+        print_json(
+            {
+                "model": path,
+                "text": str(root),
+                "text_tokens": len(tokens),
+                "device": str(device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                **report.as_dict(),
+                "continuation": continuation,
+                "seconds": elapsed,
+            }
+        )
+    else:
+        say()
+        say(f"{seconds(elapsed)} in all")
+    return 0
+
+
+def _continue(args: argparse.Namespace, model: Any, tokenizer: Any, tokens: Any, progress: Progress) -> dict[str, Any]:
+    """Continue the text's last running text, with the context before it."""
+    import torch
+
+    from sharedllm_ext.cli._generation import generate
+
+    start = len(tokens) - model.config.window
+    length = min(CONTINUATION_CONTEXT, max(args.context_lengths))
+    prompt = tokens[start : start + min(PROMPT_TOKENS, model.config.window)]
+    ids = torch.from_numpy(tokens[start - length : start + len(prompt)].astype("int64")).unsqueeze(0).to(model.device)
+    running = ids[:, length:]
+    memory = None
+    if length:
+        with (
+            progress.bar("compressing", length, "tok") as update,
+            compression_progress(model, update, length),
+            torch.inference_mode(),
+        ):
+            memory = model.compress(ids[:, :length], query_ids=running)
+    text = tokenizer.decode(prompt.tolist())
+    if not args.json:
+        say()
+        say(
+            f"a continuation after {length:,} tokens of context and {len(prompt)} of running text (it begins at the ▶):"
+        )
+        print("\n" + "\n".join(text.split("\n")[-SHOWN_LINES:]) + "▶", end="", flush=True)
+    answer = generate(model, tokenizer, running, memory, max_new_tokens=args.max_new_tokens, show=not args.json)
+    return {
+        "context_tokens": length,
+        "prompt": text,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "seconds": {"first_token": answer.first_token, "per_token": answer.per_token},
+    }

@@ -1,0 +1,121 @@
+"""``sharedllm init``: build a SharedLLM checkpoint from a base checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sharedllm_ext.cli._common import (
+    DTYPES,
+    CommandError,
+    Progress,
+    UsageError,
+    add_json_option,
+    checkpoint_type,
+    find_tokenizer,
+    one_line,
+    positive,
+    print_json,
+    quiet_transformers,
+    say,
+)
+
+FIELDS = (
+    "injection_layers",
+    "chunk_size",
+    "tree_depth",
+    "slots_per_node",
+    "window",
+    "query_aware",
+    "query_position_offset",
+    "split_noise",
+    "tie_compressor",
+    "micro_batch_tokens",
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    text = "build a SharedLLM checkpoint from a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint"
+    parser = commands.add_parser("init", help=text, description=text)
+    parser.add_argument("base", metavar="BASE", help="checkpoint folder, or a name on the model hub")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    fields = parser.add_argument_group("model (default: the configuration's)")
+    fields.add_argument("--injection-layers", type=positive, metavar="M", help="lowest layers that compress and inject")
+    fields.add_argument("--chunk-size", type=positive, metavar="C", help="context tokens in a chunk")
+    fields.add_argument("--tree-depth", type=positive, metavar="H", help="splits from a chunk to its leaves")
+    fields.add_argument("--slots-per-node", type=positive, metavar="S", help="positions kept of a node")
+    fields.add_argument("--window", type=positive, metavar="W", help="running text in tokens")
+    fields.add_argument(
+        "--query-aware", action=argparse.BooleanOptionalAction, help="let the query pick the nodes that split further"
+    )
+    fields.add_argument("--query-position-offset", type=int, metavar="N", help="queries stand at chunks + N")
+    fields.add_argument("--split-noise", type=float, metavar="TOKENS", help="noise of the split points in training")
+    fields.add_argument(
+        "--tie-compressor", action=argparse.BooleanOptionalAction, help="share the weights of compressor and decoder"
+    )
+    fields.add_argument("--micro-batch-tokens", type=positive, metavar="N", help="context tokens compressed at a time")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
+    parser.add_argument("--force", action="store_true", help="write into OUT even if it holds files")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    base, out = Path(args.base), Path(args.out)
+    family = checkpoint_type(args.base)
+    if family == "sharedllm":
+        raise CommandError(f"{args.base}: expected a base checkpoint, got a sharedllm one")
+    if out.exists() and base.exists() and out.samefile(base):
+        raise UsageError(f"OUT: expected another folder than BASE, got {args.out}")
+    if out.exists() and not out.is_dir():
+        raise CommandError(f"{args.out}: expected a folder to write, got a file")
+    if out.is_dir() and any(out.iterdir()) and not args.force:
+        raise CommandError(f"{args.out}: the folder is not empty (--force writes into it)")
+
+    import torch
+
+    from sharedllm_ext.model import SharedLLMForCausalLM
+    from sharedllm_ext.model.configuration import BASE_MODEL_TYPES
+
+    if family is not None and family not in BASE_MODEL_TYPES:
+        # before its weights are read
+        raise CommandError(f"{args.base}: expected a base of type {', '.join(BASE_MODEL_TYPES)}, got {family!r}")
+    quiet_transformers(Progress(not args.json).enabled)
+    fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    try:
+        model = SharedLLMForCausalLM.from_base(args.base, dtype=dtype, **fields)
+    except OSError as error:
+        raise CommandError(f"{args.base}: the checkpoint cannot be loaded: {one_line(error)}") from error
+    tokenizer = find_tokenizer(args.base)
+    model.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+
+    config = model.config
+    shown = {name: getattr(config, name) for name in FIELDS}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    new = sum(parameter.numel() for block in model.injected_blocks for parameter in block.parameters())
+    if args.json:
+        print_json(
+            {
+                "out": str(out),
+                "base": args.base,
+                "base_type": config.text_config.model_type,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "parameters": total,
+                "injected_parameters": new,
+                "tokenizer": tokenizer is not None,
+                "config": shown,
+            }
+        )
+        return 0
+    print(f"{out}: {total:,} parameters, {new:,} of them in the {config.injection_layers} injected blocks")
+    print(", ".join(f"{name} {value}" for name, value in shown.items()))
+    if tokenizer is None:
+        say(f"sharedllm: warning: {args.base} has no tokenizer, so {out} has none either")
+    say("The new blocks start at zero: until they are trained, the model answers as its base does, without the context.")
+    return 0

@@ -1,0 +1,26 @@
+"""Perplexity with growing context, the reading of texts, and the memory that it took."""
+
+from sharedllm_ext.evaluation.peak_memory import PeakMemory, measure_peak
+from sharedllm_ext.evaluation.perplexity import (
+    LengthResult,
+    PerplexityReport,
+    evaluate_perplexity,
+    pick_points,
+    running_losses,
+)
+from sharedllm_ext.evaluation.texts import TextError, Texts, encode, read_texts, read_tokens
+
+__all__ = [
+    "LengthResult",
+    "PeakMemory",
+    "PerplexityReport",
+    "TextError",
+    "Texts",
+    "encode",
+    "evaluate_perplexity",
+    "measure_peak",
+    "pick_points",
+    "read_texts",
+    "read_tokens",
+    "running_losses",
+]
