@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/memory.h"
 #include "common/vector.h"
 
 namespace sharedllm {
@@ -187,14 +188,14 @@ SHAREDLLM_FOR_EACH_ISA(backward_bfloat16, (const Backward& p, int64_t part, int6
 
 // Rows with contiguous elements; a tensor without them is replaced by its contiguous copy.
 Rows rows_of(Tensor& tensor) {
-  if (tensor.size(2) > 1 && tensor.stride(2) != 1) tensor = torch::stable::contiguous(tensor);
+  if (tensor.size(2) > 1 && tensor.stride(2) != 1) tensor = dense(tensor);
   return {tensor.const_data_ptr(), tensor.size(0), tensor.stride(0), tensor.stride(1)};
 }
 
 // Contiguous int64 [count] with values in [low, high).
 const int64_t* indices_of(const char* name, Tensor& tensor, int64_t count, int64_t low, int64_t high) {
   check_tensor(name, tensor, {count}, ScalarType::Long);
-  tensor = torch::stable::contiguous(tensor);
+  tensor = dense(tensor);
   const int64_t* values = tensor.const_data_ptr<int64_t>();
   check_range(name, values, tensor.size(0), low, high);
   return values;
@@ -211,8 +212,8 @@ struct Indices {
     const int64_t rows = cos.size(0), half = cos.size(1);
     check_tensor("sin", sin, {rows, half}, ScalarType::Float);
     check(2 * half <= p.size, "cos: expected at most ", p.size / 2, " columns (D/2), got ", half);
-    cos = torch::stable::contiguous(cos);
-    sin = torch::stable::contiguous(sin);
+    cos = dense(cos);
+    sin = dense(sin);
     p.table = {cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), half};
     p.q_positions = q_positions ? indices_of("q_positions", *q_positions, num_queries, 0, rows) : nullptr;
     p.positions = positions ? indices_of("positions", *positions, p.tokens, 0, rows) : nullptr;
@@ -230,6 +231,13 @@ struct Indices {
     p.slot_of_token = slot_of_token.data();
   }
 };
+
+// Uninitialised rows in `like`'s dtype.
+Tensor output(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor tensor = torch::stable::new_empty(like, sizes);
+  prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
 
 // A few parts for each thread even out rows of different cost; a part has at least 32K elements.
 template <class F>
@@ -264,11 +272,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::optional<Tensor> q, Tens
   Indices indices{cos, sin, keep_index, keep_position, q_positions, positions, {}};
   indices.fill(p, p.q.count);
 
-  Tensor q_rotated = torch::stable::new_empty(k, {0}), k_rotated = torch::stable::new_empty(k, {0});
-  if (q) q_rotated = torch::stable::new_empty(k, {p.q.count, p.q_heads, p.size});
-  if (positions) k_rotated = torch::stable::new_empty(k, {p.tokens, p.heads, p.size});
-  Tensor memory_k = torch::stable::new_empty(k, {p.slots, p.heads, p.size});
-  Tensor memory_v = torch::stable::new_empty(k, {p.slots, p.heads, p.size});
+  Tensor q_rotated = output(k, {0}), k_rotated = output(k, {0});
+  if (q) q_rotated = output(k, {p.q.count, p.q_heads, p.size});
+  if (positions) k_rotated = output(k, {p.tokens, p.heads, p.size});
+  Tensor memory_k = output(k, {p.slots, p.heads, p.size});
+  Tensor memory_v = output(k, {p.slots, p.heads, p.size});
   p.q_rotated = q_rotated.mutable_data_ptr();
   p.k_rotated = k_rotated.mutable_data_ptr();
   p.memory_k = memory_k.mutable_data_ptr();
@@ -312,10 +320,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_q_rotated
   Indices indices{cos, sin, keep_index, keep_position, q_positions, positions, {}};
   indices.fill(p, p.grad_q_rotated.count);
 
-  Tensor grad_q = torch::stable::new_empty(grad_memory_k, {0});
-  if (grad_q_rotated) grad_q = torch::stable::new_empty(grad_memory_k, {p.grad_q_rotated.count, p.q_heads, p.size});
-  Tensor grad_k = torch::stable::new_empty(grad_memory_k, {p.tokens, p.heads, p.size});
-  Tensor grad_v = torch::stable::new_empty(grad_memory_k, {p.tokens, p.heads, p.size});
+  Tensor grad_q = output(grad_memory_k, {0});
+  if (grad_q_rotated) grad_q = output(grad_memory_k, {p.grad_q_rotated.count, p.q_heads, p.size});
+  Tensor grad_k = output(grad_memory_k, {p.tokens, p.heads, p.size});
+  Tensor grad_v = output(grad_memory_k, {p.tokens, p.heads, p.size});
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr();

@@ -38,14 +38,14 @@ void check_spans(const char* name, const int64_t* spans, int64_t count) {
 Tensor split(Tensor spans, std::optional<Tensor> offset) {
   check_tensor("spans", spans, {-1, 2}, ScalarType::Long);
   const int64_t n = spans.size(0);
-  spans = torch::stable::contiguous(spans);
+  spans = dense(spans);
   const int64_t* span = spans.const_data_ptr<int64_t>();
   check_spans("spans", span, n);
   const double* noise = nullptr;
   if (offset) {
     check(offset->is_cpu(), "offset: expected a tensor on cpu");
     check_shape("offset", *offset, {n});
-    offset = torch::stable::contiguous(torch::stable::to(*offset, ScalarType::Double));
+    offset = dense_as(*offset, ScalarType::Double);
     check(offset->scalar_type() == ScalarType::Double, "offset: expected a floating dtype");
     noise = offset->const_data_ptr<double>();
     for (int64_t i = 0; i < n; ++i) {
@@ -73,12 +73,12 @@ Tensor split(Tensor spans, std::optional<Tensor> offset) {
 std::tuple<Tensor, Tensor> select(Tensor children, std::optional<Tensor> choice) {
   check_tensor("children", children, {-1, 2, 2}, ScalarType::Long);
   const int64_t n = children.size(0);
-  children = torch::stable::contiguous(children);
+  children = dense(children);
   const int64_t* in = children.const_data_ptr<int64_t>();
   const int64_t* wanted = nullptr;
   if (choice) {
     check_tensor("choice", *choice, {n}, ScalarType::Long);
-    choice = torch::stable::contiguous(*choice);
+    choice = dense(*choice);
     wanted = choice->const_data_ptr<int64_t>();
   }
   Tensor picked = empty_int64(children, {n, 2}), retained = empty_int64(children, {n, 2});
@@ -132,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layout(Tensor nodes, Tensor c
   check(slots_per_node >= 1, "slots_per_node: expected at least 1, got ", slots_per_node);
   check(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
   check(num_slots >= 0, "num_slots: expected at least 0, got ", num_slots);
-  nodes = torch::stable::contiguous(nodes);
-  chunk_index = torch::stable::contiguous(chunk_index);
+  nodes = dense(nodes);
+  chunk_index = dense(chunk_index);
   const int64_t* node = nodes.const_data_ptr<int64_t>();
   const int64_t* chunk_at = chunk_index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < count; ++i) {

@@ -140,13 +140,13 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   check(count <= std::numeric_limits<uint32_t>::max(), "nodes: expected at most 4294967295 rows, got ", count);
   if (valid) {
     check_tensor("valid", *valid, {count}, ScalarType::Bool);
-    valid = torch::stable::contiguous(*valid);
+    valid = dense(*valid);
   }
-  cu_groups = torch::stable::contiguous(cu_groups);
-  group_query = torch::stable::contiguous(group_query);
-  if (size > 1 && nodes.stride(1) != 1) nodes = torch::stable::contiguous(nodes);
+  cu_groups = dense(cu_groups);
+  group_query = dense(group_query);
+  if (size > 1 && nodes.stride(1) != 1) nodes = dense(nodes);
   const int64_t num_queries = queries.size(0);
-  queries = torch::stable::contiguous(torch::stable::to(queries, ScalarType::Float));
+  queries = dense_as(queries, ScalarType::Float);
 
   Similarity p{};
   p.cu_groups = cu_groups.const_data_ptr<int64_t>();

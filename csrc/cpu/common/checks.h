@@ -1,6 +1,7 @@
 // Argument checks of the CPU operators: every failure names the tensor, what was expected and what came.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -43,6 +44,15 @@ inline std::string shape_text(const Sizes& sizes) {
   }
   text << ']';
   return text.str();
+}
+
+// Asking first spares contiguous tensors a call through the dispatcher.
+inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline torch::stable::Tensor dense_as(const torch::stable::Tensor& tensor, torch::headeronly::ScalarType dtype) {
+  return dense(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
 }
 
 inline const char* dtype_text(torch::headeronly::ScalarType dtype) { return torch::headeronly::toString(dtype); }

@@ -1,0 +1,40 @@
+"""Context tree: the C++ kernels against the same steps in eager PyTorch (the vectorised reference)."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sharedllm_ext import reference
+from sharedllm_ext.ops.context_tree import context_tree_layout, context_tree_select, context_tree_split
+
+# short runs: these files together stay under 40 seconds on two cores
+pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3, warmup=True, warmup_iterations=2)
+
+OURS = SimpleNamespace(split=context_tree_split, select=context_tree_select, layout=context_tree_layout)
+EAGER = SimpleNamespace(
+    split=reference.context_tree_split, select=reference.context_tree_select, layout=reference.context_tree_layout
+)
+
+
+def tree(ops: SimpleNamespace, spans: torch.Tensor, depth: int, slots: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Right children to the given depth, then the layout: what one compress() call does."""
+    retained, node = [], spans
+    for level in range(depth):
+        children = ops.split(node, None)
+        if level == depth - 1:
+            retained += children.unbind(1)
+        else:
+            node, kept = ops.select(children, None)
+            retained.append(kept)
+    nodes = torch.stack(retained, 1)
+    return ops.layout(nodes, torch.arange(len(spans)), slots, tokens, len(spans) * (depth + 1) * slots)
+
+
+@pytest.mark.parametrize("chunks", [4, 128, 1024])
+@pytest.mark.parametrize("ops", [OURS, EAGER], ids=["ours", "eager"])
+def test_tree(benchmark: Callable[..., Any], ops: SimpleNamespace, chunks: int) -> None:
+    benchmark.group = f"context_tree: {chunks} chunks of 1024, depth 3, 32 slots"
+    spans = torch.tensor([[1024 * i, 1024] for i in range(chunks)])
+    benchmark(tree, ops, spans, 3, 32, 1024 * chunks)
