@@ -29,8 +29,9 @@ from common import (
     synchronize,
 )
 from files import log, write_json
-from sharedllm_ext import SharedLLMForCausalLM
 from torch import Tensor, nn
+
+from sharedllm_ext import SharedLLMForCausalLM
 
 INJECTED = re.compile(r"(^|[._])inject")
 COMPRESSOR = re.compile(r"(^|[._])compressor")
