@@ -15,6 +15,7 @@
 
 #include "common/checks.h"
 #include "common/simd.h"
+#include "common/tasks.h"
 #include "injected_attention_kernel.h"
 
 namespace sharedllm::injected {
@@ -86,11 +87,6 @@ void run(const Backward& p) {
     default:
       return generic::backward<T>(p);
   }
-}
-
-// Rows and heads may lie anywhere; the elements of a head must be neighbours.
-Tensor dense_heads(const Tensor& x) {
-  return x.stride(2) == 1 || x.size(2) <= 1 ? x : torch::stable::contiguous(x);
 }
 
 View view(const Tensor& x) {

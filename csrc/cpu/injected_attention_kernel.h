@@ -1,10 +1,6 @@
 // What the host operator hands to the kernels of injected attention, and how the work is cut.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -63,21 +59,6 @@ class Floats64 {
   };
   std::unique_ptr<float, Free> data_;
 };
-
-// Starts at most one worker for each thread; each takes task after task from the counter, so uneven tasks balance.
-template <class Worker>
-inline void run_tasks(int64_t tasks, const Worker& worker) {
-  if (tasks == 0) return;
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) worker(next);
-  });
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Slots that a kernel takes at once: a multiple of every tile's rows; keys and values of 128 elements fill half the L2 cache.
 constexpr int64_t kSlots = 96;

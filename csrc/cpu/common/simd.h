@@ -9,6 +9,14 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the deliberately undefined operands of its own intrinsics for mistakes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
 // Code between BEGIN and END may use the named instructions, whatever the compiler was told to aim at.
 #define SHAREDLLM_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
@@ -103,6 +111,7 @@ struct Generic {
     const I larger = a > b;
     return (F)(((I)a & larger) | ((I)b & ~larger));
   }
+  SHAREDLLM_SIMD float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   SHAREDLLM_SIMD F exp2(F x) {
     x = max(set1(kExp2Lowest), x);
     const F magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -140,6 +149,11 @@ struct Avx2 {
   SHAREDLLM_SIMD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   SHAREDLLM_SIMD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   SHAREDLLM_SIMD F max(F a, F b) { return _mm256_max_ps(a, b); }
+  SHAREDLLM_SIMD float sum(F x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
   SHAREDLLM_SIMD F exp2(F x) {
     x = max(set1(kExp2Lowest), x);
     const F whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -177,6 +191,7 @@ struct Avx512 {
   SHAREDLLM_SIMD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   SHAREDLLM_SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   SHAREDLLM_SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
+  SHAREDLLM_SIMD float sum(F x) { return _mm512_reduce_add_ps(x); }
   SHAREDLLM_SIMD F exp2(F x) {
     x = max(set1(kExp2Lowest), x);
     const F whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

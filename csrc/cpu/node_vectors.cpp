@@ -1,0 +1,136 @@
+// Node vectors' attention on the CPU: a node's last token over the node's keys and values, rotated on the way.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "common/checks.h"
+#include "common/simd.h"
+#include "common/tasks.h"
+
+namespace sharedllm::nodes {
+
+struct Problem {
+  const void *q, *k, *v;  // [N, Hq, D], [T, Hkv, D], [T, Hkv, D]; unit stride in D, the other strides in elements
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+  const int64_t* spans;    // [N, 2]
+  const float *cos, *sin;  // [P, R/2]
+  int64_t half, nodes, kv_heads, groups, size;
+  float scale;
+  void* out;  // [N, Hq, D]
+};
+
+namespace generic {
+using S = Generic;
+#include "node_vectors_kernel.inl"
+}  // namespace generic
+
+#if defined(__x86_64__)
+SHAREDLLM_BEGIN_TARGET(SHAREDLLM_AVX2)
+namespace avx2 {
+using S = Avx2;
+#include "node_vectors_kernel.inl"
+}  // namespace avx2
+SHAREDLLM_END_TARGET
+
+SHAREDLLM_BEGIN_TARGET(SHAREDLLM_AVX512)
+namespace avx512 {
+using S = Avx512;
+#include "node_vectors_kernel.inl"
+}  // namespace avx512
+SHAREDLLM_END_TARGET
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+void run(const Problem& p) {
+  auto kernel = &generic::run_nodes<T>;
+#if defined(__x86_64__)
+  switch (fastest_isa()) {
+    case Isa::kAvx512Bf16:
+    case Isa::kAvx512:
+      kernel = &avx512::run_nodes<T>;
+      break;
+    case Isa::kAvx2:
+      kernel = &avx2::run_nodes<T>;
+      break;
+    default:
+      break;
+  }
+#endif
+  // nodes differ in length: some at a time, so that no thread is left with the long ones; a node's heads stay together,
+  // as they share its tables
+  const int64_t step = p.kv_heads * std::max<int64_t>(1, p.nodes / 256);
+  const int64_t total = p.nodes * p.kv_heads;
+  run_tasks(ceil_div(total, step), [&](std::atomic<int64_t>& next) {
+    for (int64_t i; (i = step * next++) < total;) kernel(p, i, std::min(i + step, total));
+  });
+}
+
+Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, double scale) {
+  check(q.is_cpu(), "q: expected a tensor on cpu");
+  check_float32_or_bfloat16("q", q);
+  check_shape("q", q, {-1, -1, -1});
+  const ScalarType dtype = q.scalar_type();
+  check_tensor("k", k, {-1, -1, q.size(2)}, dtype);
+  check_tensor("v", v, {k.size(0), k.size(1), k.size(2)}, dtype);
+  check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q: expected a number of heads divisible by k's ", k.size(1),
+        ", got ", q.size(1));
+  check_tensor("spans", spans, {q.size(0), 2}, ScalarType::Long);
+  check_tensor("cos", cos, {-1, -1}, ScalarType::Float);
+  check_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float);
+  check(2 * cos.size(1) <= q.size(2), "cos: expected at most D/2 = ", q.size(2) / 2.0, " columns, got ", cos.size(1));
+  for (Tensor* x : {&q, &k, &v}) *x = dense_heads(*x);
+  for (Tensor* x : {&spans, &cos, &sin}) *x = torch::stable::contiguous(*x);
+
+  const int64_t *span = spans.const_data_ptr<int64_t>(), tokens = k.size(0), longest = cos.size(0);
+  for (int64_t i = 0; i < q.size(0); ++i) {
+    const int64_t start = span[2 * i], length = span[2 * i + 1];
+    check(start >= 0 && length >= 0 && length <= longest && start <= tokens - length, "spans[", i,
+          "]: expected start >= 0, 0 <= length <= ", longest, " and start + length <= ", tokens, ", got (", start, ", ",
+          length, ")");
+  }
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  const Problem p{q.const_data_ptr(),
+                  k.const_data_ptr(),
+                  v.const_data_ptr(),
+                  q.stride(0),
+                  q.stride(1),
+                  k.stride(0),
+                  k.stride(1),
+                  v.stride(0),
+                  v.stride(1),
+                  span,
+                  cos.const_data_ptr<float>(),
+                  sin.const_data_ptr<float>(),
+                  cos.size(1),
+                  q.size(0),
+                  k.size(1),
+                  q.size(1) / k.size(1),
+                  q.size(2),
+                  static_cast<float>(scale),
+                  out.mutable_data_ptr()};
+  if (dtype == ScalarType::Float) {
+    run<float>(p);
+  } else {
+    run<bf16>(p);
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) {
+  m.impl("node_vectors", TORCH_BOX(&node_vectors));
+}
+
+}  // namespace
+}  // namespace sharedllm::nodes
