@@ -272,7 +272,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         config, ids, lengths, chunks, counts = self.config, work.ids, work.lengths, work.chunks, work.counts
         limit = config.micro_batch_tokens or _MICRO_BATCH_TOKENS.get(ids.device.type, _MICRO_BATCH_TOKENS["cpu"])
         shape = self._tree_shape()
-        checkpointing = self.training and self.is_gradient_checkpointing
+        checkpointing = self.training and bool(getattr(self.model, "gradient_checkpointing", False))
         pieces: list[list[Tensor]] = [[] for _ in range(2 * len(lower.layers))]
         store: list[Tensor] | None = None
         slots_by_chunk: list[int] = []
@@ -317,7 +317,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             num_chunks=counts,
             num_tokens=lengths,
             memory_index=list(range(len(lengths))),
-            signature=self.memory_signature(),
+            # weights in training change with every step: such a memory belongs to its own forward pass
+            signature=self.memory_signature(fingerprint=not self.training),
         )
 
     def _rows_with_query(
@@ -351,7 +352,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     # -- memories and models ------------------------------------------------------------------------------------------
 
-    def memory_signature(self) -> dict[str, Any]:
+    def memory_signature(self, *, fingerprint: bool = True) -> dict[str, Any]:
         """What a memory must share with the model that reads it: sizes, tree, and a fingerprint of the compressor."""
         config, text_config = self.config, self.config.text_config
         attention = self.model.layers[0].self_attn
@@ -364,7 +365,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             "chunk_size": config.chunk_size,
             "tree_depth": config.tree_depth,
             "slots_per_node": config.slots_per_node,
-            "weights": self._weights_fingerprint(),
+            "weights": self._weights_fingerprint() if fingerprint else "in training",
         }
 
     def _weights_fingerprint(self) -> str:

@@ -1,0 +1,174 @@
+"""What a user can get wrong with the model, and the message that comes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sharedllm_ext import ContextMemory, SharedLLMConfig, SharedLLMForCausalLM, load_published_checkpoint
+
+from . import builders
+
+IDS, CONTEXT = torch.full((2, 6), 5), torch.full((2, 40), 7)
+
+
+@pytest.fixture(scope="module")
+def model() -> SharedLLMForCausalLM:
+    return builders.model()
+
+
+def _config(**fields: Any) -> SharedLLMConfig:
+    return SharedLLMConfig(text_config=builders.base().config, **{**builders.TREE, **fields})
+
+
+def _load(change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    config = _config()
+    state = SharedLLMForCausalLM(config).state_dict()
+    published = {
+        name.replace("injection.norm", "cross_attn.layernorm").replace("injection", "cross_attn"): tensor
+        for name, tensor in state.items()
+    }
+    change(published)
+    load_published_checkpoint(published, config)
+
+
+CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
+    "input_ids: floats": (lambda m: m(IDS.float()), r"input_ids: expected integer token ids, got dtype torch.float32"),
+    "context_ids: NaN": (
+        lambda m: m(IDS, context_ids=torch.full((2, 4), float("nan"))),
+        r"context_ids: expected integer token ids, got dtype torch.float32",
+    ),
+    "input_ids: one dimension": (lambda m: m(IDS[0]), r"input_ids: expected shape \[batch, tokens\], got \(6,\)"),
+    "context_ids: by chunk": (
+        lambda m: m(IDS, context_ids=CONTEXT.view(2, 4, 10)),
+        r"context_ids: expected shape \[batch, tokens\], got \(2, 4, 10\)",
+    ),
+    "context_ids: a list": (lambda m: m(IDS, context_ids=[[1, 2]]), r"context_ids: expected a tensor, got list"),
+    "input_ids: out of vocabulary": (lambda m: m(IDS + 200), r"input_ids: expected token ids from 0 to 127, got 205"),
+    "context_ids: negative": (
+        lambda m: m(IDS, context_ids=CONTEXT - 8),
+        r"context_ids: expected token ids from 0 to 127, got -1",
+    ),
+    "generate: out of vocabulary": (
+        lambda m: m.generate(IDS + 123, max_new_tokens=1),
+        r"input_ids: expected token ids from 0 to 127, got 128",
+    ),
+    "context_ids: other device": (
+        lambda m: m(IDS, context_ids=CONTEXT.to("meta")),
+        r"context_ids: expected device cpu as the model, got meta",
+    ),
+    "context mask: shape": (
+        lambda m: m(IDS, context_ids=CONTEXT, context_attention_mask=torch.ones(2, 39)),
+        r"context_attention_mask: expected the shape of context_ids \(2, 40\), got \(2, 39\)",
+    ),
+    "context mask without context": (
+        lambda m: m(IDS, context_attention_mask=torch.ones(2, 40)),
+        r"context_attention_mask: expected context_ids with it, got none",
+    ),
+    "generate: context mask without context": (
+        lambda m: m.generate(IDS, context_attention_mask=torch.ones(2, 40)),
+        r"context_attention_mask: expected context_ids with it, got none",
+    ),
+    "context: other batch": (
+        lambda m: m(IDS, context_ids=CONTEXT[:1]),
+        r"query_ids: expected 1 rows, one for each row of context_ids, got 2",
+    ),
+    "query: other batch": (
+        lambda m: m.compress(CONTEXT, query_ids=IDS[:1]),
+        r"query_ids: expected 2 rows, one for each row of context_ids, got 1",
+    ),
+    "query: floats": (
+        lambda m: m.compress(CONTEXT, query_ids=IDS / 2),
+        r"query_ids: expected integer token ids, got dtype torch.float32",
+    ),
+    "query mask: shape": (
+        lambda m: m.compress(CONTEXT, query_ids=IDS, query_attention_mask=torch.ones(2, 7)),
+        r"query_attention_mask: expected the shape of query_ids \(2, 6\), got \(2, 7\)",
+    ),
+    "both context and memory": (
+        lambda m: m(IDS, context_ids=CONTEXT, memory=m.compress(CONTEXT)),
+        r"context_ids, memory: expected at most one of them, got both",
+    ),
+    "generate: both context and memory": (
+        lambda m: m.generate(IDS, context_ids=CONTEXT, memory=m.compress(CONTEXT)),
+        r"context_ids, memory: expected at most one of them, got both",
+    ),
+    "memory: other batch": (
+        lambda m: m(torch.full((3, 6), 5), memory=m.compress(CONTEXT)),
+        r"memory: expected 3 batch rows as in input_ids, or 1, got 2",
+    ),
+    "memory: not one": (lambda m: m(IDS, memory={"keys": []}), r"memory: expected a ContextMemory, got dict"),
+    "memory: other device": (
+        lambda m: m(IDS, memory=m.compress(CONTEXT).to("meta")),
+        r"memory: expected device cpu as input_ids, got meta",
+    ),
+    "memory: other sizes": (
+        lambda m: m(IDS, memory=builders.model(injection_layers=3).compress(CONTEXT)),
+        r"injection_layers: expected 2, got 3",
+    ),
+    "no input": (lambda m: m(), r"input_ids, inputs_embeds: expected exactly one of them, got none"),
+    "labels: shape": (
+        lambda m: m(IDS, labels=IDS[:, 1:]),
+        r"labels: expected the shape of input_ids \(2, 6\), got \(2, 5\)",
+    ),
+    "generate: unknown argument": (lambda m: m.generate(IDS, contex_ids=CONTEXT), r"contex_ids"),
+    "config: no layers": (lambda m: _config(injection_layers=0), r"injection_layers: expected at least 1 .*, got 0"),
+    "config: too many layers": (
+        lambda m: _config(injection_layers=5),
+        r"injection_layers: expected at least 1 and at most 4 \(the layers of the base checkpoint\), got 5",
+    ),
+    "config: chunk size": (lambda m: _config(chunk_size=0), r"chunk_size: expected at least 1, got 0"),
+    "config: chunk size type": (lambda m: _config(chunk_size=32.5), r"chunk_size"),
+    "config: depth": (lambda m: _config(tree_depth=0), r"tree_depth: expected at least 1 and at most 32, got 0"),
+    "config: slots": (lambda m: _config(slots_per_node=-1), r"slots_per_node: expected at least 1, got -1"),
+    "config: window": (lambda m: _config(window=0), r"window: expected at least 1, got 0"),
+    "config: noise": (
+        lambda m: _config(split_noise=float("nan")),
+        r"split_noise: expected a finite standard deviation of at least 0 tokens, got nan",
+    ),
+    "config: micro-batch": (lambda m: _config(micro_batch_tokens=0), r"micro_batch_tokens: expected at least 1, got 0"),
+    "config: family": (
+        lambda m: SharedLLMConfig(text_config={"model_type": "gpt2"}),
+        r"text_config: expected a base checkpoint of type llama, mistral, qwen2, qwen3, got 'gpt2'",
+    ),
+    "from_base: unknown field": (
+        lambda m: SharedLLMForCausalLM.from_base(builders.base(), chunks=3),
+        r"fields: expected fields of SharedLLMConfig \(.*chunk_size.*\), got chunks",
+    ),
+    "from_base: dtype of a model": (
+        lambda m: SharedLLMForCausalLM.from_base(builders.base(), dtype=torch.float16),
+        r"dtype: expected None with a model as base",
+    ),
+    "from_base: no checkpoint": (lambda m: SharedLLMForCausalLM.from_base("/no/such/folder"), r"/no/such/folder"),
+    "memory file: none": (
+        lambda m: ContextMemory.load("/no/such/file"),
+        r"expected a file, got '/no/such/file', which does not exist",
+    ),
+    "published: missing": (
+        lambda m: _load(lambda state: state.pop("lm_head.weight")),
+        r"missing: \['lm_head.weight'\], unknown: \[\]",
+    ),
+    "published: unknown": (
+        lambda m: _load(lambda state: state.update(extra=torch.ones(1))),
+        r"missing: \[\], unknown: \['extra'\]",
+    ),
+    "published: shape": (
+        lambda m: _load(lambda state: state.update({"lm_head.weight": torch.ones(2, 2)})),
+        r"lm_head.weight: expected shape \(128, 64\), got \(2, 2\)",
+    ),
+    "published: encoder though tied": (
+        lambda m: _load(lambda state: state.update({"encoder.norm.weight": torch.ones(64)})),
+        r"encoder.norm.weight: expected no encoder.* parameters with tie_compressor=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message(case: str, model: SharedLLMForCausalLM) -> None:
+    act, message = CASES[case]
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        act(model)
+    # nothing is lost: the model works on
+    with torch.no_grad():
+        assert model(IDS, context_ids=CONTEXT).logits.isfinite().all()

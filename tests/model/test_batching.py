@@ -1,0 +1,173 @@
+"""Ragged batches, padding, lengths, chunk order, micro-batches, step-by-step decoding."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import builders
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["query", "fixed"])
+def model(request: pytest.FixtureRequest):
+    torch.manual_seed(0)
+    return builders.model(query_aware=request.param)
+
+
+def _pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    width = max(row.numel() for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(width - row.numel(), width) if side == "left" else slice(0, row.numel())
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_ragged_batch_equals_single(model, side: str) -> None:
+    texts = [builders.ids(n) for n in (20, 7, 13, 1)]
+    contexts = [builders.ids(n) for n in (100, 0, 33, 64)]
+    ids, mask = _pad(texts, "left")
+    context, context_mask = _pad(contexts, side)
+    output = model(ids, attention_mask=mask, context_ids=context, context_attention_mask=context_mask)
+    generated = model.generate(
+        ids,
+        attention_mask=mask,
+        context_ids=context,
+        context_attention_mask=context_mask,
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    for i, (text, own) in enumerate(zip(texts, contexts, strict=True)):
+        single = model(text[None], context_ids=own[None])
+        torch.testing.assert_close(output.logits[i, -text.numel() :], single.logits[0], atol=2e-5, rtol=1e-5)
+        begin, end = output.memory.cu_slots[i : i + 2]
+        for layer in range(2):
+            torch.testing.assert_close(
+                output.memory.keys[layer][begin:end], single.memory.keys[layer], atol=2e-5, rtol=1e-5
+            )
+        alone = model.generate(text[None], context_ids=own[None], max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert torch.equal(generated[i, -5:], alone[0, -5:])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 31, 32, 33, 63, 65, 95])
+@torch.no_grad()
+def test_any_length(model, length: int) -> None:
+    context = builders.ids(1, length)
+    memory = model.compress(context, query_ids=builders.ids(1, 5))
+    [(nodes, _)] = model.retrieve(context, query_ids=builders.ids(1, 5))
+    assert nodes[..., 1].sum() == length
+    assert memory.num_slots == nodes[..., 1].clamp(max=4).sum()
+    assert memory.num_chunks == [-(-length // 32)]
+    assert all(t.isfinite().all() for t in (*memory.keys, *memory.values))
+
+
+@torch.no_grad()
+def test_chunk_memory_does_not_depend_on_its_neighbours(model) -> None:
+    context, text = builders.ids(1, 5 * 32), builders.ids(1, 6)
+    memory = model.compress(context, query_ids=text)
+    for chunk in range(5):
+        alone = model.compress(context[:, chunk * 32 : (chunk + 1) * 32], query_ids=text)
+        place = slice(chunk * 16, (chunk + 1) * 16)
+        for layer in range(2):
+            torch.testing.assert_close(memory.values[layer][place], alone.values[layer], atol=2e-5, rtol=1e-5)
+            # the same keys but for the rotation by the chunk index
+            norms, expected = memory.keys[layer][place].norm(dim=-1), alone.keys[layer].norm(dim=-1)
+            torch.testing.assert_close(norms, expected, atol=2e-5, rtol=1e-5)
+            if chunk:
+                assert not torch.allclose(memory.keys[layer][place], alone.keys[layer], atol=1e-3)
+
+
+@torch.no_grad()
+def test_order_of_chunks_matters(model) -> None:
+    context, text = builders.ids(1, 4 * 32), builders.ids(1, 6)
+    reverse = context.view(4, 32).flip(0).reshape(1, -1)
+    difference = model(text, context_ids=context).logits - model(text, context_ids=reverse).logits
+    assert difference.abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_query_position_offset_matters(model) -> None:
+    context, text = builders.ids(1, 4 * 32), builders.ids(1, 6)
+    memory = model.compress(context, query_ids=text)
+    before = model(text, memory=memory).logits
+    model.config.query_position_offset = 0
+    try:
+        assert (model(text, memory=memory).logits - before).abs().max() > 1e-4
+    finally:
+        model.config.query_position_offset = 1
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 40, 64, 100_000])
+@torch.no_grad()
+def test_micro_batches_change_nothing(model, tokens: int) -> None:
+    context, text = builders.ids(2, 170), builders.ids(2, 6)
+    expected = model.compress(context, query_ids=text)
+    model.config.micro_batch_tokens = tokens
+    try:
+        memory = model.compress(context, query_ids=text)
+    finally:
+        model.config.micro_batch_tokens = None
+    assert memory.cu_slots == expected.cu_slots
+    for one, other in zip((*memory.keys, *memory.values), (*expected.keys, *expected.values), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_decoding_step_by_step_equals_full_forward(model) -> None:
+    context, text = builders.ids(2, 100), builders.ids(2, 24)
+    full = model(text, context_ids=context)
+    past, steps = None, []
+    for i in range(24):
+        step = model(text[:, i : i + 1], memory=full.memory, past_key_values=past, use_cache=True)
+        past = step.past_key_values
+        steps.append(step.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), full.logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_one_memory_serves_a_batch(model) -> None:
+    memory = model.compress(builders.ids(1, 70), query_ids=builders.ids(1, 4))
+    texts = builders.ids(3, 8)
+    together = model(texts, memory=memory).logits
+    for i in range(3):
+        torch.testing.assert_close(together[i], model(texts[i : i + 1], memory=memory).logits[0], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_long_plain_input_is_split(model) -> None:
+    long = builders.ids(2, 100)
+    window = model.config.window
+    split = model(long)
+    explicit = model(long[:, -window:], context_ids=long[:, :-window])
+    assert torch.equal(split.logits, explicit.logits)
+    out = model.generate(long, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(out[:, :100], long)
+    other = model.generate(
+        long[:, -window:], context_ids=long[:, :-window], max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(out[:, 100:], other[:, window:])
+    limited = model.generate(long, max_length=103, do_sample=False, eos_token_id=None)
+    assert limited.shape == (2, 103)
+
+
+@torch.no_grad()
+def test_long_plain_input_with_padding(model) -> None:
+    rows = [builders.ids(n) for n in (90, 10, 40)]
+    ids, mask = _pad(rows, "left")
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert torch.equal(out[i, -4:], alone[0, -4:])
+
+
+@torch.no_grad()
+def test_the_query_picks_nodes() -> None:
+    model = builders.model(query_aware=True)
+    context = builders.ids(1, 32 * 8)
+    picks = {tuple(model.retrieve(context, query_ids=builders.ids(1, 5))[0][0].flatten().tolist()) for _ in range(8)}
+    assert len(picks) > 1
+    fixed = model.retrieve(context)[0]
+    assert fixed[1] is None
+    assert fixed[0][0].tolist() == [[24, 4], [28, 4], [16, 8], [0, 16]]
