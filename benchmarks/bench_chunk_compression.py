@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from sharedllm_ext.ops.chunk_compression import chunk_compression, chunk_compression_backward
 from torch import Tensor
+
+from sharedllm_ext.ops.chunk_compression import chunk_compression, chunk_compression_backward
 
 # short runs: these files together stay under 40 seconds on two cores
 pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3, warmup=True, warmup_iterations=2)

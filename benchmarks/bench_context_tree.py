@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from sharedllm_ext import reference
 from sharedllm_ext.ops.context_tree import context_tree_layout, context_tree_select, context_tree_split
 

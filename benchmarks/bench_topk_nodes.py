@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from sharedllm_ext.ops.topk_nodes import topk_nodes
 from torch import Tensor
+
+from sharedllm_ext.ops.topk_nodes import topk_nodes
 
 # short runs: these files together stay under 40 seconds on two cores
 pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3, warmup=True, warmup_iterations=2)

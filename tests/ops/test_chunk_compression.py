@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from sharedllm_ext import reference
-from sharedllm_ext.ops.chunk_compression import chunk_compression, chunk_compression_backward
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sharedllm_ext import reference
+from sharedllm_ext.ops.chunk_compression import chunk_compression, chunk_compression_backward
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 P = 67
@@ -221,6 +222,25 @@ def test_autograd(
     assert_as_exact(ours, same, oracle)
 
 
+@pytest.mark.parametrize("tq", [None, 9])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_second_derivative(tq: int | None, rotated: bool, device: torch.device, generator: torch.Generator) -> None:
+    arguments = problem(generator, device, tq=tq, rotated=rotated)
+    names = [name for name in ("q", "k", "v") if arguments[name] is not None]
+
+    def second(function: Any, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        inputs = [arguments[name].clone().requires_grad_() for name in names]
+        outputs = function(**{**arguments, **dict(zip(names, inputs, strict=True))})
+        first = torch.autograd.grad(sum((x**3).sum() for x in outputs), inputs, create_graph=True)
+        return torch.autograd.grad(sum((x**2).sum() for x in first), inputs)
+
+    assert_as_exact(
+        second(chunk_compression, arguments),
+        second(reference.chunk_compression, arguments),
+        second(reference.chunk_compression, widened(arguments)),
+    )
+
+
 def test_one_gradient_alone(device: torch.device, generator: torch.Generator) -> None:
     for name in ("q", "k", "v"):
         arguments = problem(generator, device)
@@ -293,6 +313,8 @@ def test_opcheck(
     torch.library.opcheck(ops.chunk_compression, tuple(arguments.values()))
     outputs = chunk_compression(**arguments)
     grads = (outputs[0] if tq else None, outputs[1] if rotated else None, *outputs[2:])
+    torch.library.opcheck(ops.chunk_compression_backward, (*grads, *list(arguments.values())[3:], 41))
+    grads = tuple(None if x is None else x.detach().requires_grad_() for x in grads)
     torch.library.opcheck(ops.chunk_compression_backward, (*grads, *list(arguments.values())[3:], 41))
     for name in ("q", "k", "v"):
         if arguments[name] is not None:

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from sharedllm_ext import reference
 from sharedllm_ext.ops.context_tree import (
     context_tree_layout,
@@ -11,8 +14,6 @@ from sharedllm_ext.ops.context_tree import (
     context_tree_split,
     split_offsets,
 )
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def chunk_spans(lengths: list[int]) -> Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sharedllm_ext import reference
-from sharedllm_ext.ops.topk_nodes import topk_nodes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sharedllm_ext import reference
+from sharedllm_ext.ops.topk_nodes import topk_nodes
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 

@@ -212,6 +212,28 @@ def _backward(
 
 torch.library.register_autograd("sharedllm::chunk_compression", _backward, setup_context=_setup_context)
 
+
+def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_q_rotated, grad_k_rotated, _, _, cos, sin, q_positions, positions, keep_index, keep_position, _ = inputs
+    # a gradient without positions, or the other way round, took no part
+    ctx.has_q = grad_q_rotated is not None and q_positions is not None
+    ctx.has_k = grad_k_rotated is not None and positions is not None
+    used = (q_positions if ctx.has_q else None, positions if ctx.has_k else None)
+    ctx.save_for_backward(cos, sin, *used, keep_index, keep_position)
+
+
+def _backward_of_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+    # the operator is linear in the data and its backward the transpose, so the transpose of that is the operator
+    q_rotated, k_rotated, memory_k, memory_v = torch.ops.sharedllm.chunk_compression(
+        grad_q if ctx.has_q else None, grad_k, grad_v, *ctx.saved_tensors
+    )
+    return q_rotated if ctx.has_q else None, k_rotated if ctx.has_k else None, memory_k, memory_v, *(None,) * 7
+
+
+torch.library.register_autograd(
+    "sharedllm::chunk_compression_backward", _backward_of_backward, setup_context=_setup_context_of_backward
+)
+
 for _name in ("chunk_compression", "chunk_compression_backward"):
     if _name not in _library.cuda_kernels():
         torch.library.impl(f"sharedllm::{_name}", "CUDA", getattr(reference, _name))
