@@ -57,11 +57,12 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_as_exact(ours: tuple[Tensor, ...], same: tuple[Tensor, ...], oracle: tuple[Tensor, ...]) -> None:
-    """Error against float64 at most twice that of the same-dtype expression."""
+    """Error against float64 at most twice that of the same-dtype expression, or one float32 rounding of the largest."""
     for a, b, exact in zip(ours, same, oracle, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous()
         if a.numel():
-            allowed = 2 * (b.double() - exact).abs().max() + torch.finfo(torch.float32).eps
+            rounding = torch.finfo(torch.float32).eps * exact.abs().max().clamp(min=1)
+            allowed = 2 * (b.double() - exact).abs().max() + rounding
             assert (a.double() - exact).abs().max() <= allowed
 
 
