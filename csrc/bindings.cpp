@@ -1,13 +1,23 @@
 // pybind11 module: what is not an operator.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 
-#ifndef SHAREDLLM_CUDA_VERSION
-#define SHAREDLLM_CUDA_VERSION ""
-#endif
+#include "build_info.h"
 
 namespace {
+
+pybind11::list split(const std::string& text) {
+  pybind11::list entries;
+  size_t begin = 0;
+  while (begin < text.size()) {
+    const size_t end = std::min(text.find(';', begin), text.size());
+    entries.append(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return entries;
+}
 
 // What this build was made with; compared with the running installation when the libraries load.
 pybind11::dict build_info() {
@@ -17,17 +27,8 @@ pybind11::dict build_info() {
   info["torch"] = SHAREDLLM_TORCH_VERSION;
   info["cuda"] = SHAREDLLM_CUDA_VERSION;
   info["compiler"] = SHAREDLLM_COMPILER;
-  pybind11::list architectures;
-  std::string entry;
-  for (const char c : std::string(SHAREDLLM_ARCHITECTURES) + ";") {
-    if (c != ';') {
-      entry += c;
-    } else if (!entry.empty()) {
-      architectures.append(entry);
-      entry.clear();
-    }
-  }
-  info["architectures"] = architectures;
+  info["architectures"] = split(SHAREDLLM_ARCHITECTURES);
+  info["ptx"] = split(SHAREDLLM_PTX);
   return info;
 }
 

@@ -1,14 +1,21 @@
 """Loads the compiled operators and compares what they were built for with what runs here."""
 
+import ctypes
 import warnings
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent / "lib"
-CPU_LIBRARY = FOLDER / "libsharedllm_cpu.so"
-CUDA_LIBRARY = FOLDER / "libsharedllm_cuda.so"
+import torch
+
+from . import __version__
+
+PACKAGE = Path(__file__).resolve().parent
+CPU_LIBRARY = PACKAGE / "lib" / "libsharedllm_cpu.so"
+CUDA_LIBRARY = PACKAGE / "lib" / "libsharedllm_cuda.so"
 OLDEST_TORCH = (2, 10)
-REBUILD = "pip install --force-reinstall --no-deps ."
+# a checkout is built in place, an installed package from its source folder
+IN_CHECKOUT = (PACKAGE.parent.parent / "setup.py").is_file()
+REBUILD = "python setup.py build_ext --inplace" if IN_CHECKOUT else "pip install --force-reinstall --no-deps ."
 
 _cuda_operators: frozenset[str] = frozenset()
 
@@ -19,7 +26,7 @@ def cuda_kernels() -> frozenset[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """Version, revision, torch, CUDA, compiler and architectures of the installed build.
+    """Version, revision, torch, CUDA, compiler, architectures and PTX of the installed build.
 
     Raises:
         ImportError: the package was not built.
@@ -28,92 +35,144 @@ def build_info() -> dict[str, Any]:
         from . import _C
     except ImportError as error:
         raise ImportError(
-            f"sharedllm_ext: expected the compiled module _C in {FOLDER.parent}, got none that loads ({error});"
-            f" build it: {REBUILD}"
+            f"sharedllm_ext: expected the compiled module _C in {PACKAGE}, got none that loads ({error}); run:"
+            f" {REBUILD}"
         ) from error
     return _C.build_info()
 
 
-def problems(capabilities: list[tuple[int, int]] | None = None) -> list[str]:
-    """What does not fit between this build and the running Python packages and devices; empty if all is well.
+def broken(info: dict[str, Any], torch_version: str = torch.__version__) -> str | None:
+    """Why this build cannot be used with this torch and these Python files, with the command that mends it."""
+    if info["version"] != __version__:
+        return (
+            f"expected libraries of version {__version__} (that of the Python files), got {info['version']}"
+            f" (revision {info['revision']}); run: {REBUILD}"
+        )
+    running = tuple(int(part) for part in torch_version.split("+")[0].split(".")[:2])
+    if running < OLDEST_TORCH:
+        return (
+            f"expected torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer (the stable ABI of a build with torch"
+            f" {info['torch']}), got {torch_version}; run: pip install -U torch"
+        )
+    if not CPU_LIBRARY.is_file():
+        return f"expected {CPU_LIBRARY}, got no such file; run: {REBUILD}"
+    return None
+
+
+def cuda_problems(
+    info: dict[str, Any], capabilities: list[tuple[int, int]], torch_cuda: str | None = torch.version.cuda
+) -> list[str]:
+    """Why the CUDA kernels of this build cannot run here, with the command that mends it; empty if they can.
 
     Args:
-        capabilities: compute capabilities of the GPUs; default: those that torch sees.
+        info: what :func:`build_info` returns.
+        capabilities: compute capability of each GPU.
+        torch_cuda: CUDA version of the running torch.
     """
-    import torch
-
-    info = build_info()
-    found = []
-    running = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if running < OLDEST_TORCH:
-        found.append(
-            f"expected torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer (stable ABI; built with {info['torch']}), got"
-            f" {torch.__version__}; run: pip install -U torch"
-        )
-    if not torch.cuda.is_available():
-        return found
-    if capabilities is None:
-        capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if not capabilities:
+        return []
+    listed = ";".join(sorted({f"{major}.{minor}" for major, minor in capabilities}))
     if not info["architectures"]:
-        found.append(f"this build has no CUDA kernels, but torch sees {len(capabilities)} GPU(s); on this machine: {REBUILD}")
-        return found
-    for index, capability in enumerate(capabilities):
-        if not runs_on(capability, info["architectures"]):
+        return [
+            f"expected CUDA kernels for compute capability {listed}, got a CPU-only build; run:"
+            f" TORCH_CUDA_ARCH_LIST='{listed}' {REBUILD}"
+        ]
+    if not CUDA_LIBRARY.is_file():
+        return [f"expected {CUDA_LIBRARY}, got no such file; run: {REBUILD}"]
+    found = []
+    if torch_cuda is not None and info["cuda"] and _major(info["cuda"]) > _major(torch_cuda):
+        found.append(
+            f"expected kernels built with CUDA {_major(torch_cuda)} or older (torch uses CUDA {torch_cuda}), got CUDA"
+            f" {info['cuda']}; run, with CUDA_HOME set to that of torch: {REBUILD}"
+        )
+    compiled = ", ".join([*(f"sm_{name}" for name in info["architectures"]), *(f"PTX {name}" for name in info["ptx"])])
+    for index, (major, minor) in enumerate(capabilities):
+        if not runs_on((major, minor), info["architectures"], info["ptx"]):
             found.append(
-                f"GPU {index} has compute capability {capability[0]}.{capability[1]}, but the CUDA kernels were built for"
-                f" {', '.join(info['architectures'])}; run: TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} {REBUILD}"
+                f"expected CUDA kernels for compute capability {major}.{minor} (GPU {index}), got {compiled}; run:"
+                f" TORCH_CUDA_ARCH_LIST='{listed}' {REBUILD}"
             )
     return found
 
 
-def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether machine code of one of the architectures runs on a device of this compute capability.
+def runs_on(capability: tuple[int, int], architectures: list[str], ptx: list[str]) -> bool:
+    """Whether code of one of the architectures, or compiled from the PTX, runs on a device.
 
-    Code for ``xy`` runs on minor versions from ``y`` of the same major version, code for ``xya`` on ``x.y`` alone.
+    Machine code for ``xy`` runs on ``x.y`` and later minor versions of the same major version, code for ``xya`` on
+    ``x.y`` alone; PTX for ``xy`` runs on ``x.y`` and everything later.
     """
     for name in architectures:
-        number = int(name.rstrip("af"))
-        major, minor = divmod(number, 10)
-        exact = name.endswith("a")
-        if major == capability[0] and (minor == capability[1] if exact else minor <= capability[1]):
+        major, minor = divmod(int(name.rstrip("af")), 10)
+        if major == capability[0] and (minor == capability[1] if name.endswith("a") else minor <= capability[1]):
             return True
-    return False
+    return any(divmod(int(name), 10) <= capability for name in ptx)
 
 
-def _load() -> None:
-    global _cuda_operators
-    import torch
+def capabilities() -> list[tuple[int, int]]:
+    """Compute capability of each GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    # asked of the driver: torch would initialise CUDA, and a process that did cannot fork workers that use it
+    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
 
+    def ask(function: str, *arguments: int) -> int:
+        status = getattr(driver, function)(ctypes.byref(value), *arguments)
+        if status != 0:
+            raise RuntimeError(f"sharedllm_ext: {function}: expected status 0 of the CUDA driver, got {status}")
+        return value.value
+
+    driver.cuInit(0)
+    devices = [ask("cuDeviceGet", index) for index in range(torch.cuda.device_count())]
+    major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    return [
+        (ask("cuDeviceGetAttribute", major, device), ask("cuDeviceGetAttribute", minor, device)) for device in devices
+    ]
+
+
+def problems() -> list[str]:
+    """Everything that does not fit between this build and what runs here; empty if all is well."""
     info = build_info()
-    found = problems([]) if not torch.cuda.is_available() else []
-    if found:
-        raise ImportError(f"sharedllm_ext: {found[0]}")
-    if not CPU_LIBRARY.is_file():
-        raise ImportError(f"sharedllm_ext: expected {CPU_LIBRARY}, which does not exist; build it: {REBUILD}")
-    try:
-        torch.ops.load_library(CPU_LIBRARY)
-    except OSError as error:
-        raise ImportError(
-            f"sharedllm_ext: {CPU_LIBRARY} was built with torch {info['torch']} and does not load in torch"
-            f" {torch.__version__} ({error}); build it again: {REBUILD}"
-        ) from error
-    # torch.version.cuda needs no device and creates no context
-    if torch.version.cuda is None or not CUDA_LIBRARY.is_file() or not torch.cuda.is_available():
-        return
-    unfit = problems()
-    if unfit:
-        warnings.warn(f"sharedllm_ext: {'; '.join(unfit)}. CUDA tensors take the plain PyTorch path", stacklevel=2)
-        return
-    torch.ops.load_library(CUDA_LIBRARY)
-    _cuda_operators = frozenset(registered("CUDA"))
+    reason = broken(info)
+    return [*([reason] if reason else []), *cuda_problems(info, capabilities())]
 
 
 def registered(key: str) -> set[str]:
     """Operators with an implementation for a dispatch key such as CPU or CUDA."""
-    import torch
-
     names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
     return {name.removeprefix("sharedllm::").split(".")[0] for name in names if name.startswith("sharedllm::")}
+
+
+def _major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+def _load_library(path: Path, info: dict[str, Any]) -> None:
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"sharedllm_ext: expected {path}, built with torch {info['torch']} and CUDA {info['cuda'] or 'none'}, to"
+            f" load in torch {torch.__version__} with CUDA {torch.version.cuda or 'none'}, got: {error}; run: {REBUILD}"
+        ) from error
+
+
+def _load() -> None:
+    global _cuda_operators
+    info = build_info()
+    reason = broken(info)
+    if reason:
+        raise ImportError(f"sharedllm_ext: {reason}")
+    _load_library(CPU_LIBRARY, info)
+    # neither this nor asking for the capabilities creates a CUDA context
+    if torch.version.cuda is None or not info["architectures"] or not torch.cuda.is_available():
+        return
+    unfit = cuda_problems(info, capabilities())
+    if unfit:
+        text = f"sharedllm_ext: {'; '.join(unfit)}. Until then CUDA tensors take the plain PyTorch path"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return
+    _load_library(CUDA_LIBRARY, info)
+    _cuda_operators = frozenset(registered("CUDA"))
 
 
 _load()

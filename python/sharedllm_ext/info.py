@@ -5,7 +5,9 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton")
@@ -27,15 +29,19 @@ def collect() -> dict[str, Any]:
     report: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(), "problems": []}
     report["packages"] = {name: _version(name) for name in PACKAGES}
     report["sharedllm_ext"] = importlib.import_module(__package__).__version__
-    report["build"] = _attempt(report, "build information", lambda: dict(_library_module().build_info()))
-    report["cpu_capability"] = _attempt(
-        report, "CPU capability", lambda: importlib.import_module("._C", __package__).cpu_capability()
-    )
-    report["libraries"] = _attempt(report, "libraries", _libraries)
+    report["source_revision"] = _source_revision()
+    report["libraries"] = _attempt(report, "libraries", _libraries) or {}
+    compiled = _attempt(report, "compiled module", lambda: importlib.import_module("._C", __package__))
+    report["build"] = dict(compiled.build_info()) if compiled else None
+    report["cpu_capability"] = compiled.cpu_capability() if compiled else None
+    library = _attempt(report, "operators", lambda: importlib.import_module("._library", __package__))
     report["devices"] = _attempt(report, "devices", _devices) or []
-    report["operators"] = _attempt(report, "operators", _operators) or {}
-    for problem in _attempt(report, "comparison of build and machine", lambda: _library_module().problems()) or []:
-        report["problems"].append(problem)
+    report["operators"] = (_attempt(report, "operators", lambda: _operators(library)) if library else None) or {}
+    missing = [name for name, paths in report["operators"].items() if paths["cpu"] == "missing"]
+    if missing:
+        report["problems"].append(f"CPU library: expected a kernel of every operator, got none of {', '.join(missing)}")
+    if library:
+        report["problems"] += _attempt(report, "comparison of build and machine", library.problems) or []
     report["problems"] = list(dict.fromkeys(report["problems"]))
     return report
 
@@ -50,16 +56,19 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(report, indent=2))
         return 1 if report["problems"] else 0
     build = report["build"] or {}
-    print(f"sharedllm_ext   {report['sharedllm_ext']} (revision {build.get('revision', 'unknown')})")
+    print(f"sharedllm_ext   {report['sharedllm_ext']}, built from revision {build.get('revision', 'unknown')}")
+    if report["source_revision"] not in (None, build.get("revision")):
+        print(f"source          revision {report['source_revision']}, which is not the one that was built")
     print(f"Python          {report['python']} on {report['platform']}")
     for name, version in report["packages"].items():
         print(f"{name:<15} {version or 'not installed'}")
-    architectures = ", ".join(build.get("architectures", [])) or "none: CPU-only build"
-    print(f"built with      torch {build.get('torch')}, {build.get('compiler')}, CUDA {build.get('cuda') or 'none'}")
-    print(f"architectures   {architectures}")
-    print(f"CPU kernels     {report['cpu_capability']}")
-    for name, size in (report["libraries"] or {}).items():
-        print(f"{name:<26} {'missing' if size is None else f'{size / 1e6:.2f} MB'}")
+    if build:
+        code = [*build["architectures"], *(f"PTX {name}" for name in build["ptx"])]
+        print(f"built with      torch {build['torch']}, {build['compiler']}, CUDA {build['cuda'] or 'none'}")
+        print(f"architectures   {', '.join(code) or 'none: CPU-only build'}")
+        print(f"CPU             {report['cpu_capability']} instructions")
+    for name, size in report["libraries"].items():
+        print(f"{name:<26} {'none' if size is None else f'{size / 1e6:.2f} MB'}")
     for device in report["devices"] or ["no CUDA device"]:
         print(f"device          {device}")
     if report["operators"]:
@@ -90,13 +99,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _library_module() -> Any:
-    return importlib.import_module("._library", __package__)
+def _source_revision() -> str | None:
+    """Revision of the checkout that the package lies in; None for an installed package."""
+    checkout = Path(__file__).resolve().parent.parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _libraries() -> dict[str, int | None]:
-    from pathlib import Path
-
     folder = Path(__file__).resolve().parent / "lib"
     names = ("libsharedllm_cpu.so", "libsharedllm_cuda.so")
     return {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in names}
@@ -118,8 +133,7 @@ def _devices() -> list[str]:
     return found
 
 
-def _operators() -> dict[str, dict[str, str]]:
-    library = _library_module()
+def _operators(library: Any) -> dict[str, dict[str, str]]:
     importlib.import_module(".ops", __package__)
     cpu, cuda = library.registered("CPU"), library.cuda_kernels()
     return {
