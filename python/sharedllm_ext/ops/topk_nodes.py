@@ -9,6 +9,9 @@ from .. import _library, reference
 from ..reference.rotary import compute_dtype
 from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_cumulative, check_inside, check_tensor, check_that
 
+#: Largest ``k`` of the CUDA kernel (kTopkNodesMaxK in csrc/kernels/topk_nodes.h).
+CUDA_KERNEL_MAX_K = 1024
+
 
 def topk_nodes(
     queries: Tensor,
@@ -49,7 +52,8 @@ def topk_nodes(
         score = torch.nn.functional.cosine_similarity(queries[group_query], nodes, dim=-1, eps=eps)
         similarity, indices = score.masked_fill(~valid, -torch.inf).topk(k)
 
-    The CPU kernel takes float32 and bfloat16; float16 and float64 on the CPU take the reference.
+    The CPU kernel takes float32 and bfloat16; float16 and float64 on the CPU take the reference. So do float64 and
+    ``k`` above 1024 on CUDA; the CUDA kernel takes the rest.
     """
     check_tensor("nodes", nodes, ("N", "d"), FLOATS)
     device = nodes.device
@@ -65,6 +69,8 @@ def topk_nodes(
         if not torch.compiler.is_compiling():
             check_cumulative("cu_groups", cu_groups, nodes.shape[0])
             check_inside("group_query", group_query, 0, queries.shape[0])
+        return reference.topk_nodes(queries, nodes, cu_groups, group_query, k, valid, eps)
+    if device.type == "cuda" and (nodes.dtype == torch.float64 or k > CUDA_KERNEL_MAX_K):
         return reference.topk_nodes(queries, nodes, cu_groups, group_query, k, valid, eps)
     return torch.ops.sharedllm.topk_nodes(queries, nodes, cu_groups, group_query, k, valid, eps)
 

@@ -1,0 +1,46 @@
+// 16-byte loads, and element types as float.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace sharedllm {
+
+// Data read once: do not push what is reused (the queries) out of the caches.
+__device__ __forceinline__ uint4 load_streaming(const uint4* from) { return __ldcs(from); }
+__device__ __forceinline__ uint4 load_cached(const uint4* from) { return __ldg(from); }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+// The elements of one 32-bit word of a vector: one float, or two narrow numbers.
+template <class T>
+struct Word;
+
+template <>
+struct Word<float> {
+  static constexpr int kElements = 1;
+  static __device__ __forceinline__ float get(uint32_t word, int) { return __uint_as_float(word); }
+};
+
+template <>
+struct Word<__nv_bfloat16> {
+  static constexpr int kElements = 2;
+  // bfloat16 is the upper half of the float32 of the same value
+  static __device__ __forceinline__ float get(uint32_t word, int element) {
+    return __uint_as_float(element ? word & 0xffff0000u : word << 16);
+  }
+};
+
+template <>
+struct Word<__half> {
+  static constexpr int kElements = 2;
+  static __device__ __forceinline__ float get(uint32_t word, int element) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(element ? word >> 16 : word & 0xffffu)));
+  }
+};
+
+}  // namespace sharedllm

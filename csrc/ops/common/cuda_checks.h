@@ -1,0 +1,49 @@
+// Checks and conversions of the CUDA host operators: every failure names the tensor, what was expected and what came.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/common/checks.h"
+
+namespace sharedllm {
+
+inline void check_cuda_tensor(const char* name, const torch::stable::Tensor& tensor,
+                              std::initializer_list<int64_t> shape, torch::headeronly::ScalarType dtype,
+                              int32_t device) {
+  check(tensor.is_cuda(), name, ": expected a tensor on cuda:", device, ", got one on another kind of device");
+  check(tensor.get_device_index() == device, name, ": expected device cuda:", device,
+        ", got cuda:", tensor.get_device_index());
+  check(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype_text(dtype), ", got ",
+        dtype_text(tensor.scalar_type()));
+  check_shape(name, tensor, shape);
+}
+
+// The tensor itself if the elements of a row are neighbours in memory, else a copy.
+inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) > 1 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
+}
+
+inline cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* name, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::ostringstream text;
+  text << name << ": expected the CUDA kernels to start, got " << cudaGetErrorName(status) << ": "
+       << cudaGetErrorString(status);
+  throw std::runtime_error(text.str());
+}
+
+}  // namespace sharedllm
