@@ -22,7 +22,7 @@ def names() -> list[str]:
 def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Sizes and tensors of one golden file."""
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
+        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def build(sizes: dict[str, Any], tensors: dict[str, Tensor]) -> SharedLLMForCausalLM:

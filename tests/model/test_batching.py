@@ -54,9 +54,9 @@ def test_ragged_batch_equals_single(model, side: str) -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 31, 32, 33, 63, 65, 95])
 @torch.no_grad()
 def test_any_length(model, length: int) -> None:
-    context = builders.ids(1, length)
-    memory = model.compress(context, query_ids=builders.ids(1, 5))
-    [(nodes, _)] = model.retrieve(context, query_ids=builders.ids(1, 5))
+    context, query = builders.ids(1, length), builders.ids(1, 5)
+    memory = model.compress(context, query_ids=query)
+    [(nodes, _)] = model.retrieve(context, query_ids=query)
     assert nodes[..., 1].sum() == length
     assert memory.num_slots == nodes[..., 1].clamp(max=4).sum()
     assert memory.num_chunks == [-(-length // 32)]

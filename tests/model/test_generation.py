@@ -25,10 +25,11 @@ def greedy(model):
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {f"w{i}": i for i in range(builders.VOCABULARY)}
+    special = ["<pad>", "<bos>", "<eos>"]
+    vocabulary = {name: i for i, name in enumerate(special + [f"w{i}" for i in range(3, builders.VOCABULARY)])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
     tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w2")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 def test_compresses_once(model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_float32_kernels_near_oracle(layers: int, depth: int) -> None:
     expected = reference.compress(oracle, context[0], text[0])
     [(nodes, similarity)] = model.retrieve(context, query_ids=text)
     if depth > 1:
-        picked = torch.tensor([[pair for pair in chunk] for chunk in expected.similarity])
+        picked = torch.tensor(expected.similarity, dtype=torch.float64)
         torch.testing.assert_close(similarity.double(), picked, atol=1e-4, rtol=1e-4)
     assert nodes.shape == (3, depth + 1, 2)
     for layer in range(layers):

@@ -35,7 +35,8 @@ class SharedLLMDataCollator:
             label = torch.as_tensor(feature.get("labels", text), dtype=torch.int64)
             if label.shape != text.shape:
                 raise ValueError(
-                    f"example {i}: expected labels of the running text's shape {tuple(text.shape)}, got {tuple(label.shape)}"
+                    f"example {i}: expected labels of the running text's shape {tuple(text.shape)},"
+                    f" got {tuple(label.shape)}"
                 )
             texts.append(text)
             labels.append(label)

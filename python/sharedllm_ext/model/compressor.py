@@ -6,11 +6,11 @@ exactly once, so the packed order is the text's own.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import (
@@ -25,14 +25,16 @@ from ..ops import (
 from .stopwatch import Stopwatch
 
 Tables = tuple[Tensor, Tensor]
+# a Transformers decoder layer, whose submodules nn.Module's typing does not know
+Layer = Any
 
 
 class LowerModel(NamedTuple):
     """The compressor's modules: the embedding, the lowest layers, the final norm."""
 
-    embed_tokens: nn.Module
-    layers: Sequence[nn.Module]
-    norm: nn.Module
+    embed_tokens: Any
+    layers: Sequence[Layer]
+    norm: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ def micro_batches(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]
         yield batch
 
 
-def project(layer: nn.Module, normed: Tensor, name: str) -> Tensor:
+def project(layer: Layer, normed: Tensor, name: str) -> Tensor:
     """One of the layer's query, key or value projections, with the family's norm on it: ``[T, heads, D]``."""
     attention = layer.self_attn
     out = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
@@ -88,7 +90,7 @@ def project(layer: nn.Module, normed: Tensor, name: str) -> Tensor:
     return out if norm is None else norm(out)
 
 
-def sliding_window(layer: nn.Module) -> int | None:
+def sliding_window(layer: Layer) -> int | None:
     """Tokens that a query of this layer may look back on, itself included; ``None`` without a limit."""
     attention = layer.self_attn
     if hasattr(attention, "sliding_window"):
@@ -347,7 +349,7 @@ def _group_nodes(nodes: Tensor, lengths: Sequence[int], kept: Sequence[int], dev
 
 
 def _attend_and_finish(
-    layer: nn.Module,
+    layer: Layer,
     hidden: Tensor,
     query: Tensor,
     key: Tensor,
@@ -383,6 +385,6 @@ def _attend_and_finish(
     return _finish(layer, hidden, torch.cat(outputs)[order])
 
 
-def _finish(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+def _finish(layer: Layer, hidden: Tensor, attended: Tensor) -> Tensor:
     hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -35,7 +35,7 @@ class SharedLLMConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "memory"]
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
     injection_layers: int = 4
     chunk_size: int = 1024
     tree_depth: int = 3

@@ -15,7 +15,7 @@ from ..ops import injected_attention
 
 @dataclasses.dataclass
 class InjectedContext:
-    """What the injected blocks of one forward pass read; the arguments of :func:`sharedllm_ext.ops.injected_attention`."""
+    """What the injected blocks of one forward pass read; see :func:`sharedllm_ext.ops.injected_attention`."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -32,7 +32,7 @@ class InjectedAttention(nn.Module):
     ``o_proj(attention(rope(q_proj(norm(x)), n + 1), keys, values))``; the memory needs no projection of its own.
     """
 
-    def __init__(self, layer: nn.Module, layer_index: int) -> None:
+    def __init__(self, layer: Any, layer_index: int) -> None:
         super().__init__()
         attention = layer.self_attn
         hidden, width = attention.q_proj.in_features, attention.q_proj.out_features
@@ -47,7 +47,7 @@ class InjectedAttention(nn.Module):
         nn.init.zeros_(self.o_proj.weight)
 
     @torch.no_grad()
-    def start_from(self, layer: nn.Module) -> None:
+    def start_from(self, layer: Any) -> None:
         """Copy the layer's own norm and query projection, zero the output: the model starts equal to its base."""
         self.norm.load_state_dict(layer.input_layernorm.state_dict())
         self.q_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
@@ -103,19 +103,19 @@ class _InjectedLayer:
         return hidden_states + self.mlp(normed)  # type: ignore[attr-defined]
 
 
-class InjectedLlamaDecoderLayer(_InjectedLayer, LlamaDecoderLayer):
+class InjectedLlamaDecoderLayer(_InjectedLayer, LlamaDecoderLayer):  # type: ignore[misc]
     """Llama layer that reads the context memory."""
 
 
-class InjectedMistralDecoderLayer(_InjectedLayer, MistralDecoderLayer):
+class InjectedMistralDecoderLayer(_InjectedLayer, MistralDecoderLayer):  # type: ignore[misc]
     """Mistral layer that reads the context memory."""
 
 
-class InjectedQwen2DecoderLayer(_InjectedLayer, Qwen2DecoderLayer):
+class InjectedQwen2DecoderLayer(_InjectedLayer, Qwen2DecoderLayer):  # type: ignore[misc]
     """Qwen2 and Qwen2.5 layer that reads the context memory."""
 
 
-class InjectedQwen3DecoderLayer(_InjectedLayer, Qwen3DecoderLayer):
+class InjectedQwen3DecoderLayer(_InjectedLayer, Qwen3DecoderLayer):  # type: ignore[misc]
     """Qwen3 layer that reads the context memory."""
 
 
@@ -127,7 +127,7 @@ _INJECTED_CLASS = {
 }
 
 
-def install_injection(layers: nn.ModuleList, count: int) -> None:
+def install_injection(layers: Any, count: int) -> None:
     """Give the lowest ``count`` decoder layers an injected block each."""
     for index, layer in enumerate(layers[:count]):
         layer.injection = InjectedAttention(layer, index)

@@ -72,19 +72,17 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SharedLLMConfig) -> None:
         super().__init__(config)
         text_config = config.text_config
-        self.model = AutoModel.from_config(text_config)
+        self.model: Any = AutoModel.from_config(text_config)
         install_injection(self.model.layers, config.injection_layers)
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
-        self.compressor = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
+        self.lm_head: Any = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
         self._watch: Stopwatch | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, InjectedAttention):
-            nn.init.zeros_(module.o_proj.weight)
+        # the nested model's own initialisation does not know these
+        for block in self.injected_blocks:
+            nn.init.zeros_(block.o_proj.weight)
 
     @classmethod
     def from_base(
@@ -218,7 +216,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             without a query.
         """
         work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask)
-        lower, found = self.lower_model, []
+        lower = self.lower_model
+        found: list[tuple[Tensor, Tensor | None]] = []
         for document, count in enumerate(work.counts):
             chunks = [chunk for chunk in work.chunks if chunk.document == document]
             if not chunks:
@@ -442,13 +441,13 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits of the running text, given a context or its memory.
 
         Args:
-            input_ids: ``[B, L]`` running text. Longer than ``config.window``, with neither context nor memory nor cache,
-                it is split: the last ``window`` tokens are running text, the rest is context; logits and labels then
+            input_ids: ``[B, L]`` running text. Longer than ``config.window``, without context, memory, cache, it is
+                split: the last ``window`` tokens are running text, the rest is context; logits and labels then
                 belong to the last ``window`` tokens.
             attention_mask: ``[B, L]`` (with a cache: cached tokens + ``L``), 0 for padding.
-            labels: ``[B, L]``, -100 where no loss is taken. With ``config.query_aware`` the query is then the text before
-                the first label, so that no choice depends on what is to be predicted; a row whose first token has a
-                label is read with the fixed policy.
+            labels: ``[B, L]``, -100 where no loss is taken. With ``config.query_aware`` the query is then the text
+                before the first label, so that no choice depends on what is to be predicted; a row whose first token has
+                a label is read with the fixed policy.
             context_ids: ``[B, C]`` past context, compressed on the spot.
             context_attention_mask: ``[B, C]``, 0 for padding.
             memory: a memory from :meth:`compress` or of an earlier output, instead of ``context_ids``; one row serves
@@ -492,7 +491,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         elif memory is not None and fresh and not torch.compiler.is_compiling():
             self.check_memory(memory)
 
-        inputs = input_ids if input_ids is not None else inputs_embeds
+        inputs: Any = input_ids if input_ids is not None else inputs_embeds
         injected = {}
         if memory is not None:
             injected["injected_context"] = self._injected_context(
@@ -555,7 +554,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Generate after a running text, given ``context_ids`` or ``memory``; arguments as for Transformers' generate.
 
-        The context is compressed once. ``input_ids`` longer than ``config.window``, with neither context nor memory, are
+        The context is compressed once. ``input_ids`` longer than ``config.window``, without context or memory, are
         split as in :meth:`forward`; the result still begins with all of them.
         """
         context_ids = kwargs.pop("context_ids", None)
@@ -599,7 +598,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 memory = memory.expand(rows)
         if memory is not None:
             kwargs["memory"] = memory
-        result = super().generate(input_ids, generation_config, *args, **kwargs)
+        parent: Any = super()
+        result = parent.generate(input_ids, generation_config, *args, **kwargs)
         if prefix is None:
             return result
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -636,7 +636,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         memory = kwargs.pop("memory", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
+        parent: Any = super()
+        input_ids, model_kwargs = parent._expand_inputs_for_generation(*args, **kwargs)
         if memory is not None:
             expand_size = kwargs.get("expand_size", args[0] if args else 1)
             model_kwargs["memory"] = memory.expand(expand_size) if expand_size > 1 else memory

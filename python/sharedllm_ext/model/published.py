@@ -1,6 +1,7 @@
 """Checkpoints in the parameter names of the published code."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ _INJECTED = {
 def load_published_checkpoint(state_dict: Mapping[str, Tensor], config: SharedLLMConfig) -> SharedLLMForCausalLM:
     """Build a model from a state dict in the published code's names.
 
-    ``model.*`` is the decoder, ``model.layers.i.cross_attn.{layernorm,q_proj,o_proj}`` its injected blocks, ``lm_head.*``
-    the output, and ``encoder.*`` the compressor where ``config.tie_compressor`` is false.
+    ``model.*`` is the decoder, ``model.layers.i.cross_attn.{layernorm,q_proj,o_proj}`` its injected blocks,
+    ``lm_head.*`` the output, and ``encoder.*`` the compressor where ``config.tie_compressor`` is false.
 
     Args:
         state_dict: the parameters.
@@ -31,7 +32,7 @@ def load_published_checkpoint(state_dict: Mapping[str, Tensor], config: SharedLL
     Raises:
         ValueError: parameters are missing, unknown or of another shape than the configuration says.
     """
-    model = SharedLLMForCausalLM(config)
+    model: Any = SharedLLMForCausalLM(config)
     expected = model.state_dict()
     renamed: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():

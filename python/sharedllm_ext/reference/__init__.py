@@ -1,4 +1,4 @@
-"""Plain PyTorch oracles of every operator: same signatures as :mod:`sharedllm_ext.ops`, any floating dtype, any device."""
+"""Plain PyTorch oracles of every operator: signatures as in :mod:`sharedllm_ext.ops`, any floating dtype and device."""
 
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split

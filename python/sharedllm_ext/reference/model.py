@@ -4,10 +4,10 @@ Works on the parameters of a :class:`sharedllm_ext.SharedLLMForCausalLM` in any 
 none of the compressor's or decoder's code. One document, one running text, no padding.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ..model.modeling import SharedLLMForCausalLM
@@ -81,7 +81,7 @@ def logits(model: "SharedLLMForCausalLM", input_ids: Tensor, memory: ReferenceMe
 
 
 def _tree(
-    model: "SharedLLMForCausalLM", source: nn.Module, layer: nn.Module, chunk: Tensor, query: Tensor | None
+    model: "SharedLLMForCausalLM", source: Any, layer: Any, chunk: Tensor, query: Tensor | None
 ) -> tuple[list[Tensor], list[int], list[tuple[float, float]]]:
     """Retained nodes in slot order, choices and similarities."""
     retained: list[Tensor] = []
@@ -106,7 +106,7 @@ def _tree(
     return [node for node in (*leaves, *retained) if node.numel()], choices, similarities
 
 
-def _layer(layer: nn.Module, hidden: Tensor, frequencies: tuple[Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
+def _layer(layer: Any, hidden: Tensor, frequencies: tuple[Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
     """One whole layer on ``[l, d]``: its output, its raw keys and its values ``[l, Hkv, D]``."""
     attended, key, value = _self_attention(layer, hidden, frequencies)
     hidden = hidden + attended
@@ -114,7 +114,7 @@ def _layer(layer: nn.Module, hidden: Tensor, frequencies: tuple[Tensor, float]) 
 
 
 def _self_attention(
-    layer: nn.Module, hidden: Tensor, frequencies: tuple[Tensor, float]
+    layer: Any, hidden: Tensor, frequencies: tuple[Tensor, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, length = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
