@@ -1,0 +1,66 @@
+"""Injected attention: the kernels against the same expression in eager PyTorch, and PyTorch's fused attention."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from sharedllm_ext.ops.injected_attention import _plain, _plain_backward
+from torch import Tensor
+
+# short runs: all benchmarks together stay under two minutes on two cores
+pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=3, warmup=True, warmup_iterations=1)
+
+# queries, slots, Hq, Hkv, D
+SHAPES = {
+    "prefill, 32/8 heads of 128": (128, 1024, 32, 8, 128),
+    "prefill, 4/2 heads of 64": (512, 4096, 4, 2, 64),
+    "decode, 32/8 heads of 128": (1, 4096, 32, 8, 128),
+    "decode, 4/2 heads of 64": (1, 16384, 4, 2, 64),
+}
+
+
+def problem(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Tensor, ...], float]:
+    """Arguments of one row."""
+    queries, slots, q_heads, kv_heads, size = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(queries, q_heads, size, generator=generator).to(dtype)
+    k, v = (torch.randn(slots, kv_heads, size, generator=generator).to(dtype) for _ in range(2))
+    angle = torch.arange(129).unsqueeze(1) * torch.logspace(0, -4, size // 2)
+    rows = (torch.tensor([0, queries]), torch.tensor([[0, slots]]), torch.tensor([128]))
+    return tuple(x.to(device) for x in (q, k, v, *rows, angle.cos(), angle.sin())), size**-0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["ours", "eager", "fused"])
+def test_forward(
+    measure: Callable[[str, Callable[[], object]], None], how: str, shape: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    tensors, scale = problem(shape, dtype, device)
+    # without lse and rotation, which it cannot do
+    heads_first = [x.transpose(0, 1).unsqueeze(0) for x in tensors[:3]]
+    functions: dict[str, Callable[[], object]] = {
+        "ours": lambda: torch.ops.sharedllm.injected_attention(*tensors, scale),
+        "eager": lambda: _plain(*tensors, scale),
+        "fused": lambda: torch.nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=True),
+    }
+    measure(f"injected_attention {shape}, {dtype}", functions[how])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name.startswith("prefill")])
+@pytest.mark.parametrize("need_grad_kv", [False, True], ids=["grad_q", "grad_qkv"])
+@pytest.mark.parametrize("how", ["ours", "eager"])
+def test_backward(
+    measure: Callable[[str, Callable[[], object]], None],
+    how: str,
+    need_grad_kv: bool,
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    (q, k, v, *rest), scale = problem(shape, dtype, device)
+    out, lse = torch.ops.sharedllm.injected_attention(q, k, v, *rest, scale)
+    function = torch.ops.sharedllm.injected_attention_backward if how == "ours" else _plain_backward
+    group = f"injected_attention_backward {shape}, {dtype}, {'grad_qkv' if need_grad_kv else 'grad_q'}"
+    measure(group, lambda: function(torch.ones_like(out), None, q, k, v, out, lse, *rest, scale, need_grad_kv))

@@ -1,0 +1,47 @@
+"""What the benchmarks share: their file names, the device, and one benchmark of an expression."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect ``bench_*.py`` when the folder is given to pytest."""
+    config.addinivalue_line("python_files", "bench_*.py")
+
+
+def pytest_report_header() -> list[str]:
+    """The machine, as figures mean nothing without it."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {device}"]
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that the operators run on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def measure(benchmark: Any, device: torch.device) -> Callable[[str, Callable[[], object]], None]:
+    """``measure(group, function)``: time ``function()``, finished work included; cases of one group are compared."""
+
+    def run(group: str, function: Callable[[], object]) -> None:
+        def finished() -> None:
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.group = f"{group} {device.type}"
+        benchmark(finished)
+
+    return run
