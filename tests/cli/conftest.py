@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,15 @@ def sentences(count: int, seed: int = 0) -> str:
         picks = torch.randint(len(words), (6,), generator=generator).tolist()
         lines.append("    " * (i % 3) + " ".join(words[j] for j in picks) + ("\n" if i % 5 == 0 else ""))
     return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small for two: waiting threads only slow the rest of the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -248,12 +248,6 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ),
     ("chunks of nothing", ("init", "{base}", "{out}", "--chunk-size", "0"), 2, r"number of at least 1, got '0'"),
     ("negative noise", ("init", "{base}", "{out}", *TREE, "--split-noise", "-1"), 1, r"split_noise: expected.*got -1"),
-    (
-        "demo without room",
-        ("demo", "--model", "{model}", "--context-lengths", "900m"),
-        1,
-        r"are needed \(fewer --points",
-    ),
     ("demo of a base", ("demo", "--model", "{base}"), 1, r"expected a sharedllm checkpoint, got a llama one"),
 ]
 
@@ -287,6 +281,20 @@ def test_hub_name_without_a_hub(cli: Cli, place: dict[str, Path], monkeypatch: p
     assert result.code == 1
     assert result.err.startswith("sharedllm: error: somebody/some-model: the checkpoint cannot be loaded: ")
     assert result.err.count("\n") == 1
+
+
+def test_demo_with_a_small_standard_library(
+    cli: Cli, place: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "argparse.py").write_text("pass\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    result = cli("demo", "--model", place["model"], "--context-lengths", "0,1k", "--points", 2)
+    assert result.code == 1
+    assert re.fullmatch(
+        rf"sharedllm: error: {tmp_path}: this Python's standard library source has \d+ tokens, and 1280 are needed "
+        r"\(fewer --points or --context-lengths\)\n",
+        result.err,
+    )
 
 
 def test_json_stays_empty_on_errors(cli: Cli, place: dict[str, Path]) -> None:

@@ -113,7 +113,7 @@ def test_text_generation_pipeline(model) -> None:
     [result] = generator(prompt, do_sample=False, return_full_text=False, **STEPS)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     expected = model.generate(ids, do_sample=False, **STEPS)
-    assert result["generated_text"].split() == tokenizer.decode(expected[0, 80:]).split()
+    assert result["generated_text"].split() == tokenizer.decode(expected[0, 80:], skip_special_tokens=True).split()
 
 
 def test_hidden_states_and_attentions(model) -> None:

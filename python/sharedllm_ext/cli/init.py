@@ -117,5 +117,5 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in shown.items()))
     if tokenizer is None:
         say(f"sharedllm: warning: {args.base} has no tokenizer, so {out} has none either")
-    say("The new blocks start at zero: until they are trained, the model answers as its base does, without the context.")
+    say("The new blocks start at zero: until they are trained, the model answers as its base does, context or not.")
     return 0

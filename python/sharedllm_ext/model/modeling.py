@@ -446,8 +446,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 belong to the last ``window`` tokens.
             attention_mask: ``[B, L]`` (with a cache: cached tokens + ``L``), 0 for padding.
             labels: ``[B, L]``, -100 where no loss is taken. With ``config.query_aware`` the query is then the text
-                before the first label, so that no choice depends on what is to be predicted; a row whose first token has
-                a label is read with the fixed policy.
+                before the first label, so that no choice depends on what is to be predicted; a row whose first token
+                has a label is read with the fixed policy.
             context_ids: ``[B, C]`` past context, compressed on the spot.
             context_attention_mask: ``[B, C]``, 0 for padding.
             memory: a memory from :meth:`compress` or of an earlier output, instead of ``context_ids``; one row serves
