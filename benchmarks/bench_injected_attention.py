@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sharedllm_ext.ops.injected_attention import _plain, _plain_backward
 from torch import Tensor
+
+from sharedllm_ext.ops.injected_attention import _plain, _plain_backward
 
 # short runs: all benchmarks together stay under two minutes on two cores
 pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=3, warmup=True, warmup_iterations=1)

@@ -15,7 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> list[str]:
     """The machine, as figures mean nothing without it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {device}"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}, {device}"]
 
 
 @pytest.fixture(

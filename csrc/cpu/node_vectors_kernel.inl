@@ -74,10 +74,14 @@ inline void attend(const Problem& p, int64_t node, int64_t head, float* scratch)
   float *query = scratch, *sums = query + groups * size, *scores = sums + groups * size, *key = scores + groups * kTokens;
   float *top = key + size, *total = top + groups;
   const T* q = static_cast<const T*>(p.q) + node * p.q_row + head * groups * p.q_head;
-  const float exponent = p.scale * 1.4426950408889634f;
+  // scores are scaled in the exponent, to base 2, after the maximum is taken off; a negative scale's sign goes to the queries
+  const float exponent = std::abs(p.scale) * 1.4426950408889634f;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t last = (length - 1) * p.half;
     rotate_row(q + g * p.q_head, p.cos + last, p.sin + last, p.half, size, query + g * size);
+    if (p.scale < 0) {
+      for (int64_t i = 0; i < size; ++i) query[g * size + i] = -query[g * size + i];
+    }
     top[g] = -INFINITY;
     total[g] = 0.0f;
   }
@@ -89,19 +93,21 @@ inline void attend(const Problem& p, int64_t node, int64_t head, float* scratch)
     for (int64_t t = 0; t < count; ++t) {
       const int64_t place = (first + t) * p.half;
       rotate_row(k + t * p.k_row, p.cos + place, p.sin + place, p.half, size, key);
-      for (int64_t g = 0; g < groups; ++g) scores[g * kTokens + t] = dot(query + g * size, key, size) * exponent;
+      for (int64_t g = 0; g < groups; ++g) scores[g * kTokens + t] = dot(query + g * size, key, size);
     }
     for (int64_t g = 0; g < groups; ++g) {
       float* row = scores + g * kTokens;
-      float high = std::max(top[g], -FLT_MAX);
+      float high = -FLT_MAX;
       for (int64_t t = 0; t < count; ++t) high = std::max(high, row[t]);
-      for (int64_t t = count; t < kTokens; ++t) row[t] = -INFINITY;
+      high = std::max(top[g], std::max(high * exponent, -FLT_MAX));
+      for (int64_t t = count; t < kTokens; ++t) row[t] = 0.0f;
       S::F sum = S::zero();
       for (int64_t t = 0; t < kTokens; t += S::kLanes) {
-        const S::F weight = S::exp2(S::sub(S::load(row + t), S::set1(high)));
+        const S::F weight = S::exp2(S::fma(S::load(row + t), S::set1(exponent), S::set1(-high)));
         S::save(row + t, weight);
-        sum = S::add(sum, weight);
       }
+      for (int64_t t = count; t < kTokens; ++t) row[t] = 0.0f;
+      for (int64_t t = 0; t < kTokens; t += S::kLanes) sum = S::add(sum, S::load(row + t));
       const float factor = std::exp2(top[g] - high);
       total[g] = total[g] * factor + S::sum(sum);
       top[g] = high;

@@ -21,7 +21,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Fill fresh memory with NaN (integers: the largest value), so that no test passes on leftovers that happen to fit."""
+    """Fill fresh memory with NaN (integers: the largest value), so that leftovers never pass for results."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

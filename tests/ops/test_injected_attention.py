@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from sharedllm_ext import reference
 from sharedllm_ext.ops import injected_attention as module_function
 from sharedllm_ext.ops.injected_attention import _plain, _plain_backward, injected_attention
-from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 forward_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sharedllm.injected_attention
@@ -59,7 +60,7 @@ def oracle(arguments: list[Any]) -> list[Any]:
 
 
 def check_error(name: str, got: Tensor, same: Tensor, exact: Tensor) -> None:
-    """At most twice the error of the same-dtype expression; four float32 roundings where that one happens to be exact."""
+    """At most twice the error of the same-dtype expression, or four float32 roundings where that one is exact."""
     assert got.shape == exact.shape
     infinite = exact.isinf()
     assert torch.equal(got.isinf(), infinite), name
@@ -87,7 +88,9 @@ def compare(arguments: list[Any], generator: torch.Generator) -> None:
     some_lse = torch.randn(lse.shape, generator=generator).to(lse)
     for grad_lse in (None, some_lse):
         wide = None if grad_lse is None else grad_lse.double()
-        want = reference.injected_attention_backward(grad_out.double(), wide, *exact[:3], exact_out, exact_lse, *exact[3:])
+        want = reference.injected_attention_backward(
+            grad_out.double(), wide, *exact[:3], exact_out, exact_lse, *exact[3:]
+        )
         same = _plain_backward(grad_out, grad_lse, q, k, v, same_out, same_lse, *rest, True)
         got = backward_op(grad_out, grad_lse, q, k, v, out, lse, *rest, True)
         for name, *values in zip(("grad_q", "grad_k", "grad_v"), got, same, want, strict=True):
@@ -98,9 +101,7 @@ def compare(arguments: list[Any], generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_error_against_float64(
-    case: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> None:
+def test_error_against_float64(case: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     compare(problem(case, dtype, device, generator), generator)
 
 
@@ -129,7 +130,11 @@ def test_strided_inputs(dtype: torch.dtype, device: torch.device, generator: tor
         x = arguments[part]
         wide = torch.full((x.shape[0], x.shape[1] + 1, x.shape[2] + 3), torch.nan, dtype=dtype, device=device)
         wide[:, 1:, 2:-1] = x
-        for strided in (wide[:, 1:, 2:-1], x.transpose(0, 2).contiguous().transpose(0, 2), x.repeat(1, 1, 2)[..., : x.shape[2]]):
+        for strided in (
+            wide[:, 1:, 2:-1],
+            x.transpose(0, 2).contiguous().transpose(0, 2),
+            x.repeat(1, 1, 2)[..., : x.shape[2]],
+        ):
             assert not strided.is_contiguous()
             changed = injected_attention(*arguments[:part], strided, *arguments[part + 1 :])
             assert all(map(torch.equal, changed, plain))

@@ -1,5 +1,6 @@
 """Argument checks of the operators: every failure names the tensor, what was expected and what came."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -71,7 +72,7 @@ def check_cumulative(name: str, values: Tensor, total: int) -> None:
     """Check that cumulative counts start at 0, never fall and end at ``total`` (reads the values: CPU tensors only)."""
     numbers = values.tolist()
     check_that(numbers[0] == 0, f"{name}[0]", "0", numbers[0])
-    for i, (low, high) in enumerate(zip(numbers[:-1], numbers[1:], strict=True)):
+    for i, (low, high) in enumerate(itertools.pairwise(numbers)):
         check_that(low <= high, f"{name}[{i + 1}]", f"at least {name}[{i}] = {low}", high)
     check_that(numbers[-1] == total, f"{name}[{len(numbers) - 1}]", f"{total}", numbers[-1])
 

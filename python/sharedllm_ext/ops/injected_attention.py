@@ -40,8 +40,8 @@ def injected_attention(
     """Attention of each row's queries over the row's whole memory, without a causal mask.
 
     ``out = softmax(rope(q, position) k^T * scale) v`` and ``lse = log(sum(exp(rope(q, position) k^T * scale)))``;
-    ``Hq / Hkv`` query heads share a key/value head. Differentiable once in ``q``, ``k`` and ``v``, through both results;
-    the gradients of ``k`` and ``v`` are computed only if one of them requires it.
+    ``Hq / Hkv`` query heads share a key/value head. Differentiable once in ``q``, ``k`` and ``v``, through both
+    results; the gradients of ``k`` and ``v`` are computed only if one of them requires it.
 
     On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
     :mod:`sharedllm_ext.reference`. On CUDA the plain PyTorch path (used where the CUDA library has no kernel of this
@@ -54,7 +54,7 @@ def injected_attention(
         cu_q: ``[B + 1]`` int64, cumulative query counts: row ``b`` owns queries ``cu_q[b] .. cu_q[b + 1] - 1``.
         slot_range: ``[B, 2]`` int64, first slot and end of each row's memory.
         q_position: ``[B]`` int64, the one rotary position of all queries of a row.
-        cos: ``[P, R/2]`` float32, ``R <= D``; element ``i`` is rotated with ``i + R/2``, from ``R`` on all pass through.
+        cos: ``[P, R/2]`` float32, ``R <= D``; element ``i`` is rotated with ``i + R/2``, those from ``R`` on pass.
         sin: ``[P, R/2]`` float32.
         scale: factor on the scores, usually ``D ** -0.5``.
 
@@ -64,8 +64,8 @@ def injected_attention(
 
     Raises:
         TypeError: a dtype that is not the one expected.
-        ValueError: a shape or device that does not fit the others; on the CPU also a value of ``cu_q``, ``slot_range`` or
-            ``q_position`` that is out of range.
+        ValueError: a shape or device that does not fit the others; on the CPU also a value of ``cu_q``, ``slot_range``
+            or ``q_position`` that is out of range.
 
     Source: SharedLLM (arXiv 2603.04759), position-aware injection. Equivalent, for one row, to::
 

@@ -1,6 +1,7 @@
 """Node vectors' attention: a node's last token over the node's keys and values."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ PLAIN_ELEMENTS = 2**26
 def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """Attention of each node's last token over the whole node, rotary positions counted from the node's start.
 
-    ``out[i] = softmax(rope(q[i], l - 1) rope(k[s : s + l], 0 .. l - 1)^T * scale) v[s : s + l]`` with ``s, l = spans[i]``;
-    ``Hq / Hkv`` query heads share a key/value head. Differentiable in ``q``, ``k`` and ``v``; the backward pass recomputes
-    the forward in PyTorch.
+    ``out[i] = softmax(rope(q[i], l - 1) rope(k[s : s + l], 0 .. l - 1)^T * scale) v[s : s + l]`` with
+    ``s, l = spans[i]``; ``Hq / Hkv`` query heads share a key/value head. Differentiable once in ``q``, ``k`` and ``v``;
+    the backward pass recomputes the forward in PyTorch and is as deterministic as ``Tensor.index_add_``.
 
     On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
     :mod:`sharedllm_ext.reference`. The plain PyTorch path on CUDA does not wait for the device and takes time in
@@ -42,8 +43,8 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
 
     Raises:
         TypeError: a dtype that is not the one expected.
-        ValueError: a shape or device that does not fit the others; on the CPU also a span that is not inside the tokens or
-            is longer than the tables.
+        ValueError: a shape or device that does not fit the others; on the CPU also a span that is not inside the tokens
+            or is longer than the tables.
 
     Source: SharedLLM (arXiv 2603.04759), query-aware retrieval. Equivalent, for one node, to::
 
@@ -79,48 +80,79 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tens
     return q.new_empty(q.shape)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-    """The operator in plain PyTorch: nodes padded to the tables' length, some nodes at a time; differentiable."""
+class _Nodes(NamedTuple):
+    """Some nodes of the plain path, padded to one length; heads grouped as ``[nodes, Hkv, groups, …]``."""
+
+    part: slice
+    query: Tensor  # rotated, [nodes, Hkv, groups, D]
+    keys: Tensor  # rotated, [nodes, length, Hkv, D]
+    values: Tensor
+    weights: Tensor  # [nodes, Hkv, groups, length], 0 outside a node
+    token: Tensor  # [nodes, length]
+    cos: Tensor
+    sin: Tensor
+    last: Tensor  # [nodes], position of the last token
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Iterator[_Nodes]:
+    """Nodes a block at a time; nothing if no node can hold a token."""
     dtype = compute_dtype(q.dtype)
     tokens, heads, size = k.shape
     longest = min(cos.shape[0], tokens)
-    if q.shape[0] == 0 or longest == 0:
-        return q * 0
+    if not spans.is_cuda and spans.shape[0]:
+        longest = min(longest, int(spans[:, 1].max()))
+    if longest == 0:
+        return
     cos, sin = cos[:longest], sin[:longest]
     place = torch.arange(longest, device=q.device)
-    outs = []
-    for i in range(0, q.shape[0], step := max(PLAIN_ELEMENTS // (longest * heads * max(size, 1)), 1)):
-        start, length = spans[i : i + step].unbind(-1)
+    step = max(PLAIN_ELEMENTS // (longest * heads * max(size, 1)), 1)
+    for i in range(0, q.shape[0], step):
+        part = slice(i, i + step)
+        start, length = spans[part].unbind(-1)
         last = (length - 1).clamp(min=0)
         inside = place < length.unsqueeze(1)
         token = (start.unsqueeze(1) + place).clamp(max=tokens - 1)
-        query = rotate(q[i : i + step].to(dtype), cos[last], sin[last]).unflatten(1, (heads, -1))
-        keys, values = rotate(k[token].to(dtype), cos, sin), v[token].to(dtype)
+        query = rotate(q[part].to(dtype), cos[last], sin[last]).unflatten(1, (heads, -1))
+        # a token outside may hold NaN or infinity, and 0 * NaN is NaN
+        outside = ~inside[:, :, None, None]
+        keys = rotate(k[token].to(dtype), cos, sin).masked_fill(outside, 0)
+        values = v[token].to(dtype).masked_fill(outside, 0)
+        outside = ~inside[:, None, None]
         scores = torch.einsum("nhgd,nthd->nhgt", query, keys) * scale
-        # the lowest finite number, not -inf: an empty node's softmax stays free of NaN and is cleared below
-        scores = scores.masked_fill(~inside[:, None, None], torch.finfo(dtype).min)
-        # a masked token's value may be NaN or infinite, and 0 * NaN is NaN
-        values = values.masked_fill(~inside[:, :, None, None], 0)
-        out = torch.einsum("nhgt,nthd->nhgd", torch.softmax(scores, -1), values).flatten(1, 2)
-        outs.append(out.masked_fill((length == 0)[:, None, None], 0).to(q.dtype))
-    return torch.cat(outs)
+        # the lowest number, not -inf: the softmax of an empty node stays a number
+        weights = torch.softmax(scores.masked_fill(outside, torch.finfo(dtype).min), -1).masked_fill(outside, 0)
+        yield _Nodes(part, query, keys, values, weights, token, cos, sin, last)
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """The operator in plain PyTorch: nodes padded to the tables' length, some nodes at a time."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    for nodes in _padded(q, k, v, spans, cos, sin, scale):
+        out[nodes.part] = torch.einsum("nhgt,nthd->nhgd", nodes.weights, nodes.values).flatten(1, 2).to(q.dtype)
+    return out
+
+
+# an operator of its own, so that tracing does not look inside: the sizes depend on the spans
 @torch.library.custom_op("sharedllm::node_vectors_backward", mutates_args=())
 def _backward_op(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # an operator of its own, so that tracing does not look inside: the reference reads the spans on the host
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        forward = _plain if q.is_cuda else _reference
-        out = forward(inputs[0], inputs[1], inputs[2], spans, cos, sin, scale)
-        grads = torch.autograd.grad(out, inputs, grad_out, allow_unused=True)
-    grad_q, grad_k, grad_v = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
-        for grad, x in zip(grads, inputs, strict=True)
-    )
-    return grad_q, grad_k, grad_v
+    dtype = compute_dtype(q.dtype)
+    grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    grad_k, grad_v = (torch.zeros(k.shape, dtype=dtype, device=q.device) for _ in range(2))
+    for nodes in _padded(q, k, v, spans, cos, sin, scale):
+        upstream = grad_out[nodes.part].to(dtype).unflatten(1, (k.shape[1], -1))
+        grad_weights = torch.einsum("nhgd,nthd->nhgt", upstream, nodes.values)
+        delta = (nodes.weights * grad_weights).sum(-1, keepdim=True)
+        grad_scores = nodes.weights * (grad_weights - delta) * scale
+        grad_query = torch.einsum("nhgt,nthd->nhgd", grad_scores, nodes.keys).flatten(1, 2)
+        grad_q[nodes.part] = rotate(grad_query, nodes.cos[nodes.last], -nodes.sin[nodes.last]).to(q.dtype)
+        grad_keys = rotate(torch.einsum("nhgt,nhgd->nthd", grad_scores, nodes.query), nodes.cos, -nodes.sin)
+        # spans may overlap: tokens add up over the nodes that hold them
+        token = nodes.token.flatten()
+        grad_k.index_add_(0, token, grad_keys.flatten(0, 1))
+        grad_v.index_add_(0, token, torch.einsum("nhgt,nhgd->nthd", nodes.weights, upstream).flatten(0, 1))
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 @_backward_op.register_fake
