@@ -68,7 +68,7 @@ HELD_OUT = {
     "botorch", "dask", "django", "flask", "gpytorch", "mpmath", "networkx", "pydantic", "pyro-ppl", "seaborn",
     "sqlalchemy", "statsmodels", "sympy", "tornado", "werkzeug", "xarray",
 }  # fmt: skip
-# Never held out by the hash rule: the bulk of the training text, and lightning, which holds pytorch-lightning's modules.
+# Never held out by the hash rule: the bulk of the training text, and lightning, a copy of which is pytorch-lightning.
 ALWAYS_TRAIN = {
     "jax", "lightning", "numba", "numpy", "pandas", "scikit-learn", "scipy", "torch", "transformers", "triton",
 }  # fmt: skip
