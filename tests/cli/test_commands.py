@@ -198,6 +198,16 @@ def test_perplexity_table_is_the_model_s(cli: Cli, checkpoint: Path, text_file: 
     assert "4 points of 40 running tokens, the last 10 scored" in shown.out
 
 
+def test_perplexity_with_exact_memory(
+    cli: Cli, checkpoint: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("sharedllm_ext.evaluation.peak_memory.keep_no_freed_blocks", lambda: asked.append(True))
+    options = ("perplexity", checkpoint, text_file, "--context-lengths", "0", "--points", 1)
+    assert cli(*options).code == 0 and not asked
+    assert cli(*options, "--exact-memory").code == 0 and asked
+
+
 def test_perplexity_of_separate_documents(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(sentences(30, seed=i))

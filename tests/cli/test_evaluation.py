@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,6 +197,31 @@ def test_peak_memory_starts_again_each_time(monkeypatch: pytest.MonkeyPatch) -> 
             block += 1
     assert "sampled" in sampled.kind
     assert abs(sampled.bytes - large.bytes) < 100e6
+
+
+FREED = """
+import sys, torch
+from sharedllm_ext.evaluation.peak_memory import _resident_bytes, keep_no_freed_blocks
+if sys.argv[1] == "exact":
+    keep_no_freed_blocks()
+block = torch.ones(6_000_000)
+del block
+before = _resident_bytes()
+blocks = [torch.ones(n) for _ in range(8) for n in (5_000_000, 100)]
+blocks = blocks[1::2]
+print(_resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_freed_blocks_go_back_at_once() -> None:
+    kept = [
+        int(subprocess.run([sys.executable, "-c", FREED, mode], capture_output=True, check=True, timeout=60).stdout)
+        for mode in ("default", "exact")
+    ]
+    # of the freed blocks of 20 MB those below one still in use are kept by default
+    assert kept[0] > 20e6
+    assert kept[1] < 5e6
 
 
 def test_peak_memory_does_not_grow_with_the_context(checkpoint: Path) -> None:

@@ -1,6 +1,6 @@
 """Perplexity with growing context, the reading of texts, and the memory that it took."""
 
-from sharedllm_ext.evaluation.peak_memory import PeakMemory, measure_peak
+from sharedllm_ext.evaluation.peak_memory import PeakMemory, keep_no_freed_blocks, measure_peak
 from sharedllm_ext.evaluation.perplexity import (
     LengthResult,
     PerplexityReport,
@@ -18,6 +18,7 @@ __all__ = [
     "Texts",
     "encode",
     "evaluate_perplexity",
+    "keep_no_freed_blocks",
     "measure_peak",
     "pick_points",
     "read_texts",
