@@ -14,7 +14,7 @@ add_library(sharedllm_cuda SHARED ${SHAREDLLM_CUDA_SOURCES})
 set_target_properties(sharedllm_cuda PROPERTIES CUDA_ARCHITECTURES "${_cuda_architectures}" CUDA_VISIBILITY_PRESET hidden)
 target_include_directories(sharedllm_cuda SYSTEM PRIVATE "${SHAREDLLM_CUTLASS_INCLUDE}")
 target_compile_options(
-  sharedllm_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --expt-extended-lambda -Xptxas=-v -lineinfo>)
+  sharedllm_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --expt-extended-lambda>)
 find_package(CUDAToolkit REQUIRED)
 target_compile_definitions(sharedllm_cuda PRIVATE USE_CUDA)
 target_link_libraries(sharedllm_cuda PRIVATE sharedllm_torch_stable ${SHAREDLLM_TORCH_CPU_LIBRARIES} CUDA::cudart_static)

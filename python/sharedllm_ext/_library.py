@@ -1,6 +1,7 @@
 """Loads the compiled operators and compares what they were built for with what runs here."""
 
 import ctypes
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,25 @@ def _major(version: str) -> int:
     return int(version.split(".")[0])
 
 
+def _truncated(path: Path) -> str | None:
+    """Loading a truncated library would end the process with a bus error; the section table is a whole one's end."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":
+        return None
+    size, whole = path.stat().st_size, 64
+    if len(header) == 64:
+        (table,) = struct.unpack_from("<Q", header, 40)
+        entry, entries = struct.unpack_from("<HH", header, 58)
+        whole = table + entry * entries
+    return None if size >= whole else f"file truncated: {size} of {whole} bytes"
+
+
 def _load_library(path: Path, info: dict[str, Any]) -> None:
     try:
+        truncated = _truncated(path)
+        if truncated:
+            raise OSError(truncated)
         torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
