@@ -89,9 +89,7 @@ void run(const Backward& p) {
   }
 }
 
-View view(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1)};
-}
+View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
 // The arguments that both passes share, made dense and kept alive.
 struct Arguments {
@@ -137,8 +135,8 @@ struct Arguments {
     check_cumulative("cu_q", p.cu_q, rows + 1, p.queries);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t begin = p.slot_range[2 * row], end = p.slot_range[2 * row + 1];
-      check(0 <= begin && begin <= end && end <= p.slots, "slot_range[", row, "]: expected 0 <= begin <= end <= ", p.slots,
-            ", got (", begin, ", ", end, ")");
+      check(0 <= begin && begin <= end && end <= p.slots, "slot_range[", row,
+            "]: expected 0 <= begin <= end <= ", p.slots, ", got (", begin, ", ", end, ")");
     }
     check_range("q_position", p.q_position, rows, 0, cos.size(0));
     return p;
@@ -161,10 +159,11 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q,
-                                                               Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q,
-                                                               Tensor slot_range, Tensor q_position, Tensor cos,
-                                                               Tensor sin, double scale, bool need_grad_kv) {
+std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
+                                                               Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                               Tensor cu_q, Tensor slot_range, Tensor q_position,
+                                                               Tensor cos, Tensor sin, double scale,
+                                                               bool need_grad_kv) {
   Arguments arguments{q, k, v, cu_q, slot_range, q_position, cos, sin};
   Backward p{arguments.check_and_describe(scale), {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
   const ScalarType dtype = q.scalar_type();

@@ -15,13 +15,13 @@ struct View {
 };
 
 struct Problem {
-  View q, k, v;                // [T, Hq, D], [S, Hkv, D], [S, Hkv, D]
-  const int64_t* cu_q;         // [B + 1]
-  const int64_t* slot_range;   // [B, 2]
-  const int64_t* q_position;   // [B]
-  const float *cos, *sin;      // [P, R/2]
-  int64_t half;                // R/2
-  int64_t rows, queries, slots;  // B, T, S
+  View q, k, v;                             // [T, Hq, D], [S, Hkv, D], [S, Hkv, D]
+  const int64_t* cu_q;                      // [B + 1]
+  const int64_t* slot_range;                // [B, 2]
+  const int64_t* q_position;                // [B]
+  const float *cos, *sin;                   // [P, R/2]
+  int64_t half;                             // R/2
+  int64_t rows, queries, slots;             // B, T, S
   int64_t q_heads, kv_heads, groups, size;  // Hq, Hkv, Hq/Hkv, D
   float scale;
 };
@@ -32,14 +32,15 @@ struct Forward : Problem {
 };
 
 struct Backward : Problem {
-  View grad_out, out;      // [T, Hq, D]
-  const float* lse;        // [T, Hq]
-  const float* grad_lse;   // [T, Hq] or null
-  void* grad_q;            // [T, Hq, D]
-  void *grad_k, *grad_v;   // [S, Hkv, D] or null
+  View grad_out, out;     // [T, Hq, D]
+  const float* lse;       // [T, Hq]
+  const float* grad_lse;  // [T, Hq] or null
+  void* grad_q;           // [T, Hq, D]
+  void *grad_k, *grad_v;  // [S, Hkv, D] or null
 };
 
-// The queries of one row and one key/value head, the group's heads stacked: stacked query i is token first + i / groups.
+// The queries of one row and one key/value head, the group's heads stacked: stacked query i is token first + i /
+// groups.
 struct QueryBlock {
   int64_t row, head;
   int64_t begin, count;  // stacked queries
@@ -50,7 +51,8 @@ struct QueryBlock {
 class Floats64 {
  public:
   explicit Floats64(int64_t count)
-      : data_(static_cast<float*>(::operator new(sizeof(float) * static_cast<size_t>(count + 64), std::align_val_t{64}))) {}
+      : data_(static_cast<float*>(
+            ::operator new(sizeof(float) * static_cast<size_t>(count + 64), std::align_val_t{64}))) {}
   float* get() const { return data_.get(); }
 
  private:
@@ -60,14 +62,15 @@ class Floats64 {
   std::unique_ptr<float, Free> data_;
 };
 
-// Slots that a kernel takes at once: a multiple of every tile's rows; keys and values of 128 elements fill half the L2 cache.
+// Slots that a kernel takes at once: a multiple of every tile's rows; keys and values of 128 elements fill half the L2
+// cache.
 constexpr int64_t kSlots = 96;
 
 // Stacked queries of a task; a block of slots that is copied once serves all of them.
 constexpr int64_t kTaskQueries = 256;
 
-// Too few query blocks for many threads: their slots are cut into parts that are merged afterwards. The numbers depend on
-// the shapes alone, so the result does not depend on the number of threads.
+// Too few query blocks for many threads: their slots are cut into parts that are merged afterwards. The numbers depend
+// on the shapes alone, so the result does not depend on the number of threads.
 constexpr int64_t kWantedTasks = 64;
 constexpr int64_t kMinPart = 1024;
 constexpr int64_t kMaxParts = 64;

@@ -128,9 +128,7 @@ Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tens
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) {
-  m.impl("node_vectors", TORCH_BOX(&node_vectors));
-}
+STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) { m.impl("node_vectors", TORCH_BOX(&node_vectors)); }
 
 }  // namespace
 }  // namespace sharedllm::nodes

@@ -1,8 +1,6 @@
 // Kernel of the node vectors; included once for each instruction set, inside its namespace, with `S` its struct.
 
-inline int64_t lanes_down(int64_t n) {
-  return n / S::kLanes * S::kLanes;
-}
+inline int64_t lanes_down(int64_t n) { return n / S::kLanes * S::kLanes; }
 
 template <class T>
 inline void rotate_row(const T* from, const float* cos, const float* sin, int64_t half, int64_t size, float* to) {
@@ -37,8 +35,8 @@ inline float dot(const float* a, const float* b, int64_t size) {
 
 // sums[g] += weights[g][t] * v for the G queries of a group, element block by element block.
 template <class T>
-inline void add_weighted(const float* weights, int64_t weights_row, const T* v, int64_t v_row, int64_t tokens, int64_t groups,
-                         int64_t size, float* sums) {
+inline void add_weighted(const float* weights, int64_t weights_row, const T* v, int64_t v_row, int64_t tokens,
+                         int64_t groups, int64_t size, float* sums) {
   constexpr int64_t kTogether = 4;  // queries that share a load of v
   const int64_t whole = lanes_down(size);
   for (int64_t g = 0; g < groups; g += kTogether) {
@@ -71,10 +69,12 @@ constexpr int64_t kTokens = 64;  // tokens between two updates of the running ma
 template <class T>
 inline void attend(const Problem& p, int64_t node, int64_t head, float* scratch) {
   const int64_t start = p.spans[2 * node], length = p.spans[2 * node + 1], groups = p.groups, size = p.size;
-  float *query = scratch, *sums = query + groups * size, *scores = sums + groups * size, *key = scores + groups * kTokens;
+  float *query = scratch, *sums = query + groups * size, *scores = sums + groups * size,
+        *key = scores + groups * kTokens;
   float *top = key + size, *total = top + groups;
   const T* q = static_cast<const T*>(p.q) + node * p.q_row + head * groups * p.q_head;
-  // scores are scaled in the exponent, to base 2, after the maximum is taken off; a negative scale's sign goes to the queries
+  // scores are scaled in the exponent, to base 2, after the maximum is taken off; a negative scale's sign goes to the
+  // queries
   const float exponent = std::abs(p.scale) * 1.4426950408889634f;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t last = (length - 1) * p.half;

@@ -1,4 +1,5 @@
-// C (+)= A B with B and C as rows of vectors; included once for each instruction set, inside its namespace, with `S` its struct.
+// C (+)= A B with B and C as rows of vectors; included once for each instruction set, inside its namespace, with `S`
+// its struct.
 
 // Units are 32 bits: a float, or two bfloat16 that are neighbours along the summed dimension.
 struct Floats {
@@ -14,7 +15,8 @@ struct Pairs {
   }
 };
 
-// Bfloat16 pairs (a[i], b[i]), rounded; the row of `a` alone; and 16 pairs of two rows in memory, the second absent or not.
+// Bfloat16 pairs (a[i], b[i]), rounded; the row of `a` alone; and 16 pairs of two rows in memory, the second absent or
+// not.
 template <class V = S>
 SHAREDLLM_SIMD typename V::F pair(typename V::F a, typename V::F b) {
   return V::pair(V::narrow(a), V::narrow(b));
@@ -34,12 +36,12 @@ SHAREDLLM_SIMD void interleave(const bf16* a, const bf16* b, bool alone, float* 
 enum class Start { kZero, kAdd, kScale };  // what the sum starts from: 0, C, or C times a factor for each column
 
 struct Product {
-  int64_t depth;              // units along the summed dimension
-  const float* a;             // one unit at a time, to all lanes
-  int64_t a_row, a_step;      // units between rows of A, between steps of the sum
-  const float* b;             // [depth][columns]
+  int64_t depth;          // units along the summed dimension
+  const float* a;         // one unit at a time, to all lanes
+  int64_t a_row, a_step;  // units between rows of A, between steps of the sum
+  const float* b;         // [depth][columns]
   int64_t b_step;
-  float* c;                   // [rows][columns]
+  float* c;  // [rows][columns]
   int64_t c_row;
   const float* factor = nullptr;
 };
@@ -87,7 +89,8 @@ inline void product_columns(const Product& p, int64_t rows, int64_t column) {
   const float *a = p.a, *b = p.b + column, *factor = p.factor + (start == Start::kScale ? column : 0);
   float* c = p.c + column;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) product_tile<E, start, kRows, V>(p, a + r * p.a_row, b, c + r * p.c_row, factor);
+  for (; r + kRows <= rows; r += kRows)
+    product_tile<E, start, kRows, V>(p, a + r * p.a_row, b, c + r * p.c_row, factor);
   for (; r + 4 <= rows; r += 4) product_tile<E, start, 4, V>(p, a + r * p.a_row, b, c + r * p.c_row, factor);
   for (; r + 2 <= rows; r += 2) product_tile<E, start, 2, V>(p, a + r * p.a_row, b, c + r * p.c_row, factor);
   for (; r < rows; ++r) product_tile<E, start, 1, V>(p, a + r * p.a_row, b, c + r * p.c_row, factor);

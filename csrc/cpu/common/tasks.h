@@ -21,9 +21,7 @@ inline void run_tasks(int64_t tasks, const Worker& worker) {
   });
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows and heads may lie anywhere; the elements of a head must be neighbours.
 inline torch::stable::Tensor dense_heads(const torch::stable::Tensor& x) {

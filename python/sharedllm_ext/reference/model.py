@@ -113,9 +113,7 @@ def _layer(layer: Any, hidden: Tensor, frequencies: tuple[Tensor, float]) -> tup
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), key, value
 
 
-def _self_attention(
-    layer: Any, hidden: Tensor, frequencies: tuple[Tensor, float]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _self_attention(layer: Any, hidden: Tensor, frequencies: tuple[Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
     attention, length = layer.self_attn, hidden.shape[0]
     normed = layer.input_layernorm(hidden)
     query, key, value = (
