@@ -69,6 +69,15 @@ struct Slots {
   int64_t along_slots_row;
 };
 
+// Ask for a run of slots ahead of its use: a head's rows are short and far apart, which the hardware does not foresee.
+template <class T>
+inline void prefetch_slots(const View& view, int64_t first, int64_t count, int64_t head, int64_t size) {
+  for (int64_t s = 0; s < count; ++s) {
+    const T* row = at<T>(view, first + s, head);
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
 // A run of slots of one head. Copies where the layout or the type needs it, or where `reuse` repays packing them densely.
 template <class T>
 inline Slots load_slots(const View& view, int64_t first, int64_t count, int64_t head, int64_t size, bool need_size,
@@ -144,10 +153,14 @@ class ForwardBlock {
     // below three panels the copy costs more than scattered reads
     const bool reuse = panels > 2;
     for (int64_t first = low; first < high; first += kSlots) {
-      const int64_t count = std::min(kSlots, high - first);
+      const int64_t count = std::min(kSlots, high - first), ahead = std::min(kSlots, high - first - count);
       const Slots k = load_slots<T>(p_.k, first, count, block.head, p_.size, true, false, reuse, keys_.get(), nullptr);
       const Slots v =
           load_slots<T>(p_.v, first, count, block.head, p_.size, false, true, reuse, values_.get(), values_.get());
+      if (!reuse) {
+        prefetch_slots<T>(p_.k, first + count, ahead, block.head, p_.size);
+        prefetch_slots<T>(p_.v, first + count, ahead, block.head, p_.size);
+      }
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t columns = std::min(kPanel, block.count - panel * kPanel);
         step(k, v, count, panel, ceil_div(columns, S::kLanes), first == low, out + panel * p_.size * kPanel,
@@ -234,10 +247,11 @@ class ForwardBlock {
   Floats64 query_, scores_, keys_, values_, alpha_, vector_;
 };
 
-// Merge the parts of a query block and write the result.
+// Merge the parts of a query block and write the result. `panels`: out is [panels][D][kPanel], else [queries][D].
 template <class T>
-inline void finish(const Forward& p, const QueryBlock& block, int64_t parts, const float* out, int64_t out_part,
+inline void finish(const Forward& p, const QueryBlock& block, bool panels, int64_t parts, const float* out, int64_t out_part,
                    const float* top, const float* sum, int64_t top_part) {
+  const int64_t step = panels ? kPanel : 1;
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t stacked = block.begin + i;
     const int64_t place = (p.cu_q[block.row] + stacked / p.groups) * p.q_heads + block.head * p.groups + stacked % p.groups;
@@ -251,11 +265,11 @@ inline void finish(const Forward& p, const QueryBlock& block, int64_t parts, con
     }
     p.lse[place] = static_cast<float>(high * kLn2 + std::log(total));
     T* to = static_cast<T*>(p.out) + place * p.size;
-    const float* column = out + i / kPanel * p.size * kPanel + i % kPanel;
+    const float* column = out + (panels ? i / kPanel * p.size * kPanel + i % kPanel : i * p.size);
     for (int64_t part = 0; part < parts; ++part) weight[part] /= total;
     for (int64_t d = 0; d < p.size; ++d) {
       double x = 0;
-      for (int64_t part = 0; part < parts; ++part) x += weight[part] * column[part * out_part + d * kPanel];
+      for (int64_t part = 0; part < parts; ++part) x += weight[part] * column[part * out_part + d * step];
       store(to + d, static_cast<float>(x));
     }
   }
@@ -279,7 +293,7 @@ inline void forward_worker(const Forward& p, const std::vector<QueryBlock>& bloc
       state.run(block, task.low, task.high, task.out, task.top, task.sum);
     } else {
       state.run(block, task.low, task.high, out.get(), top.get(), sum.get());
-      finish<T>(p, block, 1, out.get(), 0, top.get(), sum.get(), 0);
+      finish<T>(p, block, true, 1, out.get(), 0, top.get(), sum.get(), 0);
     }
   }
 }
@@ -293,13 +307,207 @@ inline void finish_empty(const Forward& p, const QueryBlock& block) {
   }
 }
 
+// A row with few queries reads much memory for little arithmetic: all heads of a run of slots together, as they lie in
+// memory, and vectors along D, as few queries would leave most lanes of a panel idle.
+constexpr int64_t kFewQueries = 8;  // for each key/value head
+constexpr int64_t kFewSlots = 32;
+constexpr int64_t kMinFewPart = 256;
+constexpr int kTogether = S::kLanes == 16 ? 4 : 2;  // queries that share a load, times 4 slots: sums that fit the registers
+
+inline bool few_queries(const Problem& p, int64_t stacked) {
+  return stacked <= kFewQueries && p.size % S::kLanes == 0;
+}
+
+// scores[r][s] = q[r] k[s]
+template <class T, int R>
+inline void few_scores(const float* q, int64_t size, const T* k, int64_t k_row, int64_t count, float* scores) {
+  int64_t s = 0;
+  for (; s + 4 <= count; s += 4) {
+    const T* row = k + s * k_row;
+    S::F sum[R][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = S::zero();
+    for (int64_t d = 0; d < size; d += S::kLanes) {
+      const S::F a = S::load(row + d), b = S::load(row + k_row + d);
+      const S::F c = S::load(row + 2 * k_row + d), e = S::load(row + 3 * k_row + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const S::F x = S::load(q + r * size + d);
+        sum[r][0] = S::fma(x, a, sum[r][0]);
+        sum[r][1] = S::fma(x, b, sum[r][1]);
+        sum[r][2] = S::fma(x, c, sum[r][2]);
+        sum[r][3] = S::fma(x, e, sum[r][3]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) S::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kFewSlots + s);
+  }
+  for (; s < count; ++s) {
+    for (int r = 0; r < R; ++r) {
+      S::F sum = S::zero();
+      for (int64_t d = 0; d < size; d += S::kLanes) sum = S::fma(S::load(q + r * size + d), S::load(k + s * k_row + d), sum);
+      scores[r * kFewSlots + s] = S::sum(sum);
+    }
+  }
+}
+
+// sums[r] += weights[r][s] v[s], V vectors of D
+template <class T, int R, int V>
+inline void few_values_part(const float* weights, const T* v, int64_t v_row, int64_t count, int64_t size, float* sums) {
+  S::F sum[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) sum[r][i] = S::load(sums + r * size + i * S::kLanes);
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    S::F x[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) x[i] = S::load(v + s * v_row + i * S::kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const S::F weight = S::set1(weights[r * kFewSlots + s]);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sum[r][i] = S::fma(weight, x[i], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) S::save(sums + r * size + i * S::kLanes, sum[r][i]);
+  }
+}
+
+template <class T, int R>
+inline void few_values(const float* weights, const T* v, int64_t v_row, int64_t count, int64_t size, float* sums) {
+  int64_t d = 0;
+  for (; d + 4 * S::kLanes <= size; d += 4 * S::kLanes) few_values_part<T, R, 4>(weights, v + d, v_row, count, size, sums + d);
+  for (; d < size; d += S::kLanes) few_values_part<T, R, 1>(weights, v + d, v_row, count, size, sums + d);
+}
+
+// Scores [kFewSlots] of one query become weights; its running maximum, sum and output follow.
+inline void few_weights(float* scores, int64_t count, float exponent, float& top, float& total, float* sums, int64_t size) {
+  for (int64_t s = count; s < kFewSlots; ++s) scores[s] = scores[0];
+  S::F highest = S::load(scores);
+  for (int64_t s = S::kLanes; s < kFewSlots; s += S::kLanes) highest = S::max(highest, S::load(scores + s));
+  float lanes[S::kLanes];
+  S::save(lanes, highest);
+  float high = -FLT_MAX;
+  for (float x : lanes) high = std::max(high, x);
+  high = std::max(top, std::max(high * exponent, -FLT_MAX));
+  for (int64_t s = 0; s < kFewSlots; s += S::kLanes) {
+    S::save(scores + s, S::exp2(S::fma(S::load(scores + s), S::set1(exponent), S::set1(-high))));
+  }
+  for (int64_t s = count; s < kFewSlots; ++s) scores[s] = 0.0f;
+  S::F sum = S::zero();
+  for (int64_t s = 0; s < kFewSlots; s += S::kLanes) sum = S::add(sum, S::load(scores + s));
+  if (high != top) {
+    const float factor = std::exp2(top - high);
+    total *= factor;
+    for (int64_t d = 0; d < size; d += S::kLanes) S::save(sums + d, S::mul(S::load(sums + d), S::set1(factor)));
+  }
+  total += S::sum(sum);
+  top = high;
+}
+
+struct FewTask {
+  int64_t row, count, low, high;  // stacked queries of each head; slots
+  float *out, *top, *sum;         // [Hkv][count][D], [Hkv][count], [Hkv][count]
+};
+
+template <class T, int R>
+inline void few_step(const Forward& p, const float* query, const T* k, const T* v, int64_t count, float* scores, float* out,
+                     float* top, float* sum) {
+  few_scores<T, R>(query, p.size, k, p.k.row, count, scores);
+  for (int r = 0; r < R; ++r) {
+    few_weights(scores + r * kFewSlots, count, exponent_scale(p), top[r], sum[r], out + r * p.size, p.size);
+  }
+  few_values<T, R>(scores, v, p.v.row, count, p.size, out);
+}
+
+template <class T>
+inline void few_worker(const Forward& p, const std::vector<FewTask>& tasks, std::atomic<int64_t>& next) {
+  Floats64 queries(p.kv_heads * kFewQueries * p.size), scores(kTogether * kFewSlots);
+  for (int64_t i; (i = next++) < static_cast<int64_t>(tasks.size());) {
+    const FewTask& task = tasks[i];
+    for (int64_t j = 0; j < p.kv_heads * task.count; ++j) {
+      const int64_t token = p.cu_q[task.row] + j % task.count / p.groups;
+      const int64_t head = j / task.count * p.groups + j % task.count % p.groups;
+      rotate(p, task.row, at<T>(p.q, token, head), p.scale < 0 ? -1.0f : 1.0f, queries.get() + j * p.size);
+      task.top[j] = -INFINITY;
+      task.sum[j] = 0.0f;
+    }
+    std::memset(task.out, 0, sizeof(float) * p.kv_heads * task.count * p.size);
+    for (int64_t first = task.low; first < task.high; first += kFewSlots) {
+      const int64_t count = std::min(kFewSlots, task.high - first), ahead = std::min(kFewSlots, task.high - first - count);
+      for (int64_t head = 0; head < p.kv_heads; ++head) {
+        prefetch_slots<T>(p.k, first + count, ahead, head, p.size);
+        prefetch_slots<T>(p.v, first + count, ahead, head, p.size);
+        const T *k = at<T>(p.k, first, head), *v = at<T>(p.v, first, head);
+        int64_t j = head * task.count;
+        const int64_t end = j + task.count;
+        const auto step = [&](auto kernel, int64_t queries_together) {
+          kernel(p, queries.get() + j * p.size, k, v, count, scores.get(), task.out + j * p.size, task.top + j, task.sum + j);
+          j += queries_together;
+        };
+        while (j + kTogether <= end) step(few_step<T, kTogether>, kTogether);
+        while (j + 2 <= end) step(few_step<T, 2>, 2);
+        while (j < end) step(few_step<T, 1>, 1);
+      }
+    }
+  }
+}
+
+// Rows with few queries and some slots.
+template <class T>
+inline void forward_few(const Forward& p, const std::vector<int64_t>& rows) {
+  if (rows.empty()) return;
+  const int64_t wanted = std::min(kMaxParts, ceil_div(kWantedTasks, static_cast<int64_t>(rows.size())));
+  struct Merge {
+    int64_t row, count, parts, first;
+  };
+  std::vector<FewTask> tasks;
+  std::vector<Merge> merges;
+  for (int64_t row : rows) {
+    const int64_t low = p.slot_range[2 * row], high = p.slot_range[2 * row + 1], slots = high - low;
+    const int64_t length = ceil_div(std::max(ceil_div(slots, wanted), std::min(kMinFewPart, slots)), kFewSlots) * kFewSlots;
+    const int64_t count = (p.cu_q[row + 1] - p.cu_q[row]) * p.groups;
+    merges.push_back({row, count, ceil_div(slots, length), static_cast<int64_t>(tasks.size())});
+    for (int64_t begin = low; begin < high; begin += length) {
+      tasks.push_back({row, count, begin, std::min(begin + length, high), nullptr, nullptr, nullptr});
+    }
+  }
+  const int64_t heads = p.kv_heads * kFewQueries, total = static_cast<int64_t>(tasks.size());
+  Floats64 out(total * heads * p.size), top(total * heads), sum(total * heads);
+  for (int64_t i = 0; i < total; ++i) {
+    tasks[i].out = out.get() + i * heads * p.size;
+    tasks[i].top = top.get() + i * heads;
+    tasks[i].sum = sum.get() + i * heads;
+  }
+  run_tasks(total, [&](std::atomic<int64_t>& next) { few_worker<T>(p, tasks, next); });
+  run_tasks(merges.size() * p.kv_heads, [&](std::atomic<int64_t>& next) {
+    for (int64_t i; (i = next++) < static_cast<int64_t>(merges.size()) * p.kv_heads;) {
+      const Merge& merge = merges[i / p.kv_heads];
+      const int64_t head = i % p.kv_heads;
+      const FewTask& task = tasks[merge.first];
+      finish<T>(p, {merge.row, head, 0, merge.count, 0, 0}, false, merge.parts, task.out + head * merge.count * p.size,
+                heads * p.size, task.top + head * merge.count, task.sum + head * merge.count, heads);
+    }
+  });
+}
+
 template <class T>
 void forward(const Forward& p) {
   std::vector<QueryBlock> blocks;
+  std::vector<int64_t> few;
   int64_t max_queries = 1;
   for (int64_t row = 0; row < p.rows; ++row) {
     const int64_t stacked = (p.cu_q[row + 1] - p.cu_q[row]) * p.groups;
     const int64_t low = p.slot_range[2 * row], high = p.slot_range[2 * row + 1];
+    if (low < high && stacked > 0 && few_queries(p, stacked)) {
+      few.push_back(row);
+      continue;
+    }
     for (int64_t begin = 0; begin < stacked; begin += kTaskQueries) {
       const int64_t count = std::min(kTaskQueries, stacked - begin);
       for (int64_t head = 0; head < p.kv_heads; ++head) {
@@ -313,6 +521,7 @@ void forward(const Forward& p) {
       }
     }
   }
+  forward_few<T>(p, few);
   if (blocks.empty()) return;
   const int64_t wanted = std::min(kMaxParts, ceil_div(kWantedTasks, static_cast<int64_t>(blocks.size())));
   const auto part_length = [wanted](const QueryBlock& block) {
@@ -350,7 +559,7 @@ void forward(const Forward& p) {
   run_tasks(merges.size(), [&](std::atomic<int64_t>& next) {
     for (int64_t i; (i = next++) < static_cast<int64_t>(merges.size());) {
       const Task& merge = merges[i];
-      finish<T>(p, blocks[merge.block], merge.high, merge.out, columns * p.size, merge.top, merge.sum, columns);
+      finish<T>(p, blocks[merge.block], true, merge.high, merge.out, columns * p.size, merge.top, merge.sum, columns);
     }
   });
 }

@@ -112,6 +112,12 @@ struct Generic {
     return (F)(((I)a & larger) | ((I)b & ~larger));
   }
   SHAREDLLM_SIMD float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+  SHAREDLLM_SIMD void sum4(F a, F b, F c, F d, float* to) {
+    to[0] = sum(a);
+    to[1] = sum(b);
+    to[2] = sum(c);
+    to[3] = sum(d);
+  }
   SHAREDLLM_SIMD F exp2(F x) {
     x = max(set1(kExp2Lowest), x);
     const F magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -154,6 +160,10 @@ struct Avx2 {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
+  SHAREDLLM_SIMD void sum4(F a, F b, F c, F d, float* to) {
+    const F all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
   SHAREDLLM_SIMD F exp2(F x) {
     x = max(set1(kExp2Lowest), x);
     const F whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -192,6 +202,13 @@ struct Avx512 {
   SHAREDLLM_SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   SHAREDLLM_SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
   SHAREDLLM_SIMD float sum(F x) { return _mm512_reduce_add_ps(x); }
+  SHAREDLLM_SIMD void sum4(F a, F b, F c, F d, float* to) {
+    const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const F all = add(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)), _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   SHAREDLLM_SIMD F exp2(F x) {
     x = max(set1(kExp2Lowest), x);
     const F whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
