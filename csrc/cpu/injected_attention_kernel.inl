@@ -16,9 +16,7 @@ constexpr int64_t kPanel = S::kVectors * S::kLanes;  // queries in a panel
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 
-inline int64_t lanes_up(int64_t n) {
-  return ceil_div(n, S::kLanes) * S::kLanes;
-}
+inline int64_t lanes_up(int64_t n) { return ceil_div(n, S::kLanes) * S::kLanes; }
 
 // Element i of unit u sits in the low half for even i.
 template <class T>
@@ -30,10 +28,9 @@ inline void put(float* units, int64_t unit, int64_t part, float x) {
   }
 }
 
-// Scores are scaled in the exponent, to base 2; a negative scale's sign goes to the queries, so that the maximum stays one.
-inline float exponent_scale(const Problem& p) {
-  return std::abs(p.scale) * kLog2E;
-}
+// Scores are scaled in the exponent, to base 2; a negative scale's sign goes to the queries, so that the maximum stays
+// one.
+inline float exponent_scale(const Problem& p) { return std::abs(p.scale) * kLog2E; }
 
 // One query, rotated to the row's position (direction -1 rotates back), times a factor.
 template <class T>
@@ -61,7 +58,8 @@ inline void put_column(const float* x, int64_t size, float* panel, int64_t colum
   if (size % kPer) put<T>(panel, size / kPer * kPanel + column, 1, 0.0f);
 }
 
-// Slots as they lie in memory, or copied: units along D (keys against queries), and along the slots (values against weights).
+// Slots as they lie in memory, or copied: units along D (keys against queries), and along the slots (values against
+// weights).
 struct Slots {
   const float* along_size;
   int64_t along_size_row;
@@ -78,7 +76,8 @@ inline void prefetch_slots(const View& view, int64_t first, int64_t count, int64
   }
 }
 
-// A run of slots of one head. Copies where the layout or the type needs it, or where `reuse` repays packing them densely.
+// A run of slots of one head. Copies where the layout or the type needs it, or where `reuse` repays packing them
+// densely.
 template <class T>
 inline Slots load_slots(const View& view, int64_t first, int64_t count, int64_t head, int64_t size, bool need_size,
                         bool need_slots, bool reuse, float* size_copy, float* slots_copy) {
@@ -187,9 +186,9 @@ class ForwardBlock {
     using E = typename Traits<T>::E;
     float *scores = scores_.get(), *alpha = alpha_.get();
     const S::F scale = S::set1(exponent_scale(p_));
-    product<E, Start::kZero>({units_, k.along_size, k.along_size_row, 1, query_.get() + panel * units_ * kPanel, kPanel,
-                              scores, kPanel},
-                             count, vectors);
+    product<E, Start::kZero>(
+        {units_, k.along_size, k.along_size_row, 1, query_.get() + panel * units_ * kPanel, kPanel, scores, kPanel},
+        count, vectors);
     for (int64_t c = 0; c < vectors * S::kLanes; c += S::kLanes) {
       S::F high = S::load(scores + c), other = high;
       int64_t s = 0;
@@ -249,12 +248,13 @@ class ForwardBlock {
 
 // Merge the parts of a query block and write the result. `panels`: out is [panels][D][kPanel], else [queries][D].
 template <class T>
-inline void finish(const Forward& p, const QueryBlock& block, bool panels, int64_t parts, const float* out, int64_t out_part,
-                   const float* top, const float* sum, int64_t top_part) {
+inline void finish(const Forward& p, const QueryBlock& block, bool panels, int64_t parts, const float* out,
+                   int64_t out_part, const float* top, const float* sum, int64_t top_part) {
   const int64_t step = panels ? kPanel : 1;
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t stacked = block.begin + i;
-    const int64_t place = (p.cu_q[block.row] + stacked / p.groups) * p.q_heads + block.head * p.groups + stacked % p.groups;
+    const int64_t place =
+        (p.cu_q[block.row] + stacked / p.groups) * p.q_heads + block.head * p.groups + stacked % p.groups;
     float high = -FLT_MAX;
     for (int64_t part = 0; part < parts; ++part) high = std::max(high, top[part * top_part + i]);
     double total = 0;
@@ -312,11 +312,10 @@ inline void finish_empty(const Forward& p, const QueryBlock& block) {
 constexpr int64_t kFewQueries = 8;  // for each key/value head
 constexpr int64_t kFewSlots = 32;
 constexpr int64_t kMinFewPart = 256;
-constexpr int kTogether = S::kLanes == 16 ? 4 : 2;  // queries that share a load, times 4 slots: sums that fit the registers
+constexpr int kTogether =
+    S::kLanes == 16 ? 4 : 2;  // queries that share a load, times 4 slots: sums that fit the registers
 
-inline bool few_queries(const Problem& p, int64_t stacked) {
-  return stacked <= kFewQueries && p.size % S::kLanes == 0;
-}
+inline bool few_queries(const Problem& p, int64_t stacked) { return stacked <= kFewQueries && p.size % S::kLanes == 0; }
 
 // scores[r][s] = q[r] k[s]
 template <class T, int R>
@@ -345,7 +344,8 @@ inline void few_scores(const float* q, int64_t size, const T* k, int64_t k_row, 
   for (; s < count; ++s) {
     for (int r = 0; r < R; ++r) {
       S::F sum = S::zero();
-      for (int64_t d = 0; d < size; d += S::kLanes) sum = S::fma(S::load(q + r * size + d), S::load(k + s * k_row + d), sum);
+      for (int64_t d = 0; d < size; d += S::kLanes)
+        sum = S::fma(S::load(q + r * size + d), S::load(k + s * k_row + d), sum);
       scores[r * kFewSlots + s] = S::sum(sum);
     }
   }
@@ -381,12 +381,14 @@ inline void few_values_part(const float* weights, const T* v, int64_t v_row, int
 template <class T, int R>
 inline void few_values(const float* weights, const T* v, int64_t v_row, int64_t count, int64_t size, float* sums) {
   int64_t d = 0;
-  for (; d + 4 * S::kLanes <= size; d += 4 * S::kLanes) few_values_part<T, R, 4>(weights, v + d, v_row, count, size, sums + d);
+  for (; d + 4 * S::kLanes <= size; d += 4 * S::kLanes)
+    few_values_part<T, R, 4>(weights, v + d, v_row, count, size, sums + d);
   for (; d < size; d += S::kLanes) few_values_part<T, R, 1>(weights, v + d, v_row, count, size, sums + d);
 }
 
 // Scores [kFewSlots] of one query become weights; its running maximum, sum and output follow.
-inline void few_weights(float* scores, int64_t count, float exponent, float& top, float& total, float* sums, int64_t size) {
+inline void few_weights(float* scores, int64_t count, float exponent, float& top, float& total, float* sums,
+                        int64_t size) {
   for (int64_t s = count; s < kFewSlots; ++s) scores[s] = scores[0];
   S::F highest = S::load(scores);
   for (int64_t s = S::kLanes; s < kFewSlots; s += S::kLanes) highest = S::max(highest, S::load(scores + s));
@@ -416,8 +418,8 @@ struct FewTask {
 };
 
 template <class T, int R>
-inline void few_step(const Forward& p, const float* query, const T* k, const T* v, int64_t count, float* scores, float* out,
-                     float* top, float* sum) {
+inline void few_step(const Forward& p, const float* query, const T* k, const T* v, int64_t count, float* scores,
+                     float* out, float* top, float* sum) {
   few_scores<T, R>(query, p.size, k, p.k.row, count, scores);
   for (int r = 0; r < R; ++r) {
     few_weights(scores + r * kFewSlots, count, exponent_scale(p), top[r], sum[r], out + r * p.size, p.size);
@@ -439,7 +441,8 @@ inline void few_worker(const Forward& p, const std::vector<FewTask>& tasks, std:
     }
     std::memset(task.out, 0, sizeof(float) * p.kv_heads * task.count * p.size);
     for (int64_t first = task.low; first < task.high; first += kFewSlots) {
-      const int64_t count = std::min(kFewSlots, task.high - first), ahead = std::min(kFewSlots, task.high - first - count);
+      const int64_t count = std::min(kFewSlots, task.high - first),
+                    ahead = std::min(kFewSlots, task.high - first - count);
       for (int64_t head = 0; head < p.kv_heads; ++head) {
         prefetch_slots<T>(p.k, first + count, ahead, head, p.size);
         prefetch_slots<T>(p.v, first + count, ahead, head, p.size);
@@ -447,7 +450,8 @@ inline void few_worker(const Forward& p, const std::vector<FewTask>& tasks, std:
         int64_t j = head * task.count;
         const int64_t end = j + task.count;
         const auto step = [&](auto kernel, int64_t queries_together) {
-          kernel(p, queries.get() + j * p.size, k, v, count, scores.get(), task.out + j * p.size, task.top + j, task.sum + j);
+          kernel(p, queries.get() + j * p.size, k, v, count, scores.get(), task.out + j * p.size, task.top + j,
+                 task.sum + j);
           j += queries_together;
         };
         while (j + kTogether <= end) step(few_step<T, kTogether>, kTogether);
@@ -470,7 +474,8 @@ inline void forward_few(const Forward& p, const std::vector<int64_t>& rows) {
   std::vector<Merge> merges;
   for (int64_t row : rows) {
     const int64_t low = p.slot_range[2 * row], high = p.slot_range[2 * row + 1], slots = high - low;
-    const int64_t length = ceil_div(std::max(ceil_div(slots, wanted), std::min(kMinFewPart, slots)), kFewSlots) * kFewSlots;
+    const int64_t length =
+        ceil_div(std::max(ceil_div(slots, wanted), std::min(kMinFewPart, slots)), kFewSlots) * kFewSlots;
     const int64_t count = (p.cu_q[row + 1] - p.cu_q[row]) * p.groups;
     merges.push_back({row, count, ceil_div(slots, length), static_cast<int64_t>(tasks.size())});
     for (int64_t begin = low; begin < high; begin += length) {
@@ -580,13 +585,13 @@ class Packed {
     return sizeof(float) * (2 * ceil_div(p.size, kPer) * kPanel + 2 * kPanel / kPer * lanes_up(p.size) + 3 * kPanel);
   }
 
-  float* query(int64_t panel) const { return data_.get() + panel * stride_; }             // [units of D][kPanel]
-  float* grad(int64_t panel) const { return query(panel) + units_; }                      // [units of D][kPanel]
-  float* lse(int64_t panel) const { return grad(panel) + units_; }                        // [kPanel], to base 2
-  float* lse_rest(int64_t panel) const { return lse(panel) + kPanel; }                    // [kPanel], what float32 cuts off
-  float* delta(int64_t panel) const { return lse_rest(panel) + kPanel; }                  // [kPanel]
-  float* query_rows(int64_t panel) const { return delta(panel) + kPanel; }                // [units of queries][D]
-  float* grad_rows(int64_t panel) const { return query_rows(panel) + rows_; }             // [units of queries][D]
+  float* query(int64_t panel) const { return data_.get() + panel * stride_; }  // [units of D][kPanel]
+  float* grad(int64_t panel) const { return query(panel) + units_; }           // [units of D][kPanel]
+  float* lse(int64_t panel) const { return grad(panel) + units_; }             // [kPanel], to base 2
+  float* lse_rest(int64_t panel) const { return lse(panel) + kPanel; }         // [kPanel], what float32 cuts off
+  float* delta(int64_t panel) const { return lse_rest(panel) + kPanel; }       // [kPanel]
+  float* query_rows(int64_t panel) const { return delta(panel) + kPanel; }     // [units of queries][D]
+  float* grad_rows(int64_t panel) const { return query_rows(panel) + rows_; }  // [units of queries][D]
 
   void fill(const Backward& p, int64_t panel, const QueryBlock& block, float* vector) const {
     std::memset(query(panel), 0, sizeof(float) * stride_);
@@ -657,7 +662,8 @@ class BackwardChunk {
       const bool reuse = last - first > 2;
       const Slots k = load_slots<T>(p_.k, begin, end - begin, head, p_.size, true, true, reuse, keys_.get(),
                                     kUsePairs<T> ? keys_by_slot_.get() : keys_.get());
-      const Slots v = load_slots<T>(p_.v, begin, end - begin, head, p_.size, true, false, reuse, values_.get(), nullptr);
+      const Slots v =
+          load_slots<T>(p_.v, begin, end - begin, head, p_.size, true, false, reuse, values_.get(), nullptr);
       if (p_.grad_k) {
         std::memset(grad_k_.get(), 0, sizeof(float) * (end - begin) * width_);
         std::memset(grad_v_.get(), 0, sizeof(float) * (end - begin) * width_);
@@ -667,8 +673,8 @@ class BackwardChunk {
         const int64_t from = std::max(panel.block.low, begin), to = std::min(panel.block.high, end);
         if (from >= to) continue;
         const bool fresh = from == std::max(panel.block.low, low);
-        step(k, v, from - begin, to - begin, i, partial_ + (panel.partial + chunk - panel.first_chunk) * p_.size * kPanel,
-             fresh);
+        step(k, v, from - begin, to - begin, i,
+             partial_ + (panel.partial + chunk - panel.first_chunk) * p_.size * kPanel, fresh);
       }
       if (!p_.grad_k) continue;
       for (int64_t s = 0; s < end - begin; ++s) {
@@ -700,8 +706,14 @@ class BackwardChunk {
       differentiate<T>(from, to, c, index);
     }
     const int64_t unit = from / kPer, depth = ceil_div(to, kPer) - unit;
-    const Product to_query{depth, k.along_slots + unit * k.along_slots_row, 1, k.along_slots_row,
-                           (kUsePairs<T> ? paired_.get() : grads) + unit * kPanel, kPanel, grad_q, kPanel};
+    const Product to_query{depth,
+                           k.along_slots + unit * k.along_slots_row,
+                           1,
+                           k.along_slots_row,
+                           (kUsePairs<T> ? paired_.get() : grads) + unit * kPanel,
+                           kPanel,
+                           grad_q,
+                           kPanel};
     if (fresh) {
       product<E, Start::kZero>(to_query, p_.size, vectors);
     } else {
@@ -826,7 +838,8 @@ void backward(const Backward& p) {
         const int64_t first_chunk = low / chunk_length;
         const int64_t count = low == high ? 0 : ceil_div(high, chunk_length) - first_chunk;
         for (int64_t begin = 0; begin < stacked; begin += kPanel) {
-          panels.push_back({{row, head, begin, std::min(kPanel, stacked - begin), low, high}, first_chunk, count, partials});
+          panels.push_back(
+              {{row, head, begin, std::min(kPanel, stacked - begin), low, high}, first_chunk, count, partials});
           partials += count;
         }
       }

@@ -1,4 +1,5 @@
-// Vectors of floats for the attention kernels, one struct for each instruction set; a kernel file is included once for each.
+// Vectors of floats for the attention kernels, one struct for each instruction set; a kernel file is included once for
+// each.
 #pragma once
 
 #include <cmath>
@@ -51,9 +52,7 @@ inline Isa fastest_isa() {
   return Isa::kGeneric;
 }
 
-inline float to_float(float x) {
-  return x;
-}
+inline float to_float(float x) { return x; }
 
 inline float to_float(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -70,16 +69,12 @@ inline bf16 to_bf16(float x) {
   return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline void store(float* to, float x) {
-  *to = x;
-}
+inline void store(float* to, float x) { *to = x; }
 
-inline void store(bf16* to, float x) {
-  *to = to_bf16(x);
-}
+inline void store(bf16* to, float x) { *to = to_bf16(x); }
 
 // 2^f on [-1/2, 1/2]: interpolation at the Chebyshev nodes, relative error 2e-8 before rounding.
-constexpr float kExp2[7] = {1.0f,           0.693147182f,  0.240226507f,  0.0555032715f,
+constexpr float kExp2[7] = {1.0f,           0.693147182f,  0.240226507f,   0.0555032715f,
                             0.00961805694f, 0.0013400428f, 0.000154614449f};
 // 2^x is 0 in float32 below; also keeps -inf - -inf away from the polynomial.
 constexpr float kExp2Lowest = -160.0f;
@@ -100,7 +95,9 @@ struct Generic {
     std::memcpy(&x, from, sizeof x);
     return x;
   }
-  SHAREDLLM_SIMD F load(const bf16* from) { return F{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])}; }
+  SHAREDLLM_SIMD F load(const bf16* from) {
+    return F{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
+  }
   SHAREDLLM_SIMD void save(float* to, F x) { std::memcpy(to, &x, sizeof x); }
   SHAREDLLM_SIMD F add(F a, F b) { return a + b; }
   SHAREDLLM_SIMD F sub(F a, F b) { return a - b; }
@@ -205,7 +202,8 @@ struct Avx512 {
   SHAREDLLM_SIMD void sum4(F a, F b, F c, F d, float* to) {
     const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const F all = add(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)), _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
+    const F all =
+        add(_mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)), _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
@@ -234,7 +232,9 @@ struct Avx512Bf16 : Avx512 {
     const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low), upper));
   }
-  SHAREDLLM_SIMD __m256i load_narrow(const bf16* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  SHAREDLLM_SIMD __m256i load_narrow(const bf16* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
   SHAREDLLM_SIMD void store_narrow(float* to, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
 };
 SHAREDLLM_END_TARGET
