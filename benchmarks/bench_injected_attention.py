@@ -64,4 +64,5 @@ def test_backward(
     out, lse = torch.ops.sharedllm.injected_attention(q, k, v, *rest, scale)
     function = torch.ops.sharedllm.injected_attention_backward if how == "ours" else _plain_backward
     group = f"injected_attention_backward {shape}, {dtype}, {'grad_qkv' if need_grad_kv else 'grad_q'}"
-    measure(group, lambda: function(torch.ones_like(out), None, q, k, v, out, lse, *rest, scale, need_grad_kv))
+    grad_out = torch.ones_like(out)
+    measure(group, lambda: function(grad_out, None, q, k, v, out, lse, *rest, scale, need_grad_kv))

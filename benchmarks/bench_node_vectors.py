@@ -34,6 +34,7 @@ def test_node_vectors(
     start = torch.arange(nodes, device=device) * length
     spans = torch.stack((start, torch.full_like(start, length)), -1)
     angle = torch.arange(length, device=device).unsqueeze(1) * torch.logspace(0, -4, size // 2, device=device)
+    cos, sin = angle.cos(), angle.sin()
     function = node_vectors if how == "ours" else _plain
     group = f"node_vectors {nodes} nodes of {length}, {q_heads}/{kv_heads} heads of {size}, {dtype}"
-    measure(group, lambda: function(q, k, v, spans, angle.cos(), angle.sin(), size**-0.5))
+    measure(group, lambda: function(q, k, v, spans, cos, sin, size**-0.5))
