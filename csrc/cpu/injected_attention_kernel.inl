@@ -312,6 +312,7 @@ inline void finish_empty(const Forward& p, const QueryBlock& block) {
 constexpr int64_t kFewQueries = 8;  // for each key/value head
 constexpr int64_t kFewSlots = 32;
 constexpr int64_t kMinFewPart = 256;
+constexpr int64_t kSerialMerge = 1 << 17;  // floats
 constexpr int kTogether =
     S::kLanes == 16 ? 4 : 2;  // queries that share a load, times 4 slots: sums that fit the registers
 
@@ -490,7 +491,7 @@ inline void forward_few(const Forward& p, const std::vector<int64_t>& rows) {
     tasks[i].sum = sum.get() + i * heads;
   }
   run_tasks(total, [&](std::atomic<int64_t>& next) { few_worker<T>(p, tasks, next); });
-  run_tasks(merges.size() * p.kv_heads, [&](std::atomic<int64_t>& next) {
+  const auto merge_all = [&](std::atomic<int64_t>& next) {
     for (int64_t i; (i = next++) < static_cast<int64_t>(merges.size()) * p.kv_heads;) {
       const Merge& merge = merges[i / p.kv_heads];
       const int64_t head = i % p.kv_heads;
@@ -498,7 +499,14 @@ inline void forward_few(const Forward& p, const std::vector<int64_t>& rows) {
       finish<T>(p, {merge.row, head, 0, merge.count, 0, 0}, false, merge.parts, task.out + head * merge.count * p.size,
                 heads * p.size, task.top + head * merge.count, task.sum + head * merge.count, heads);
     }
-  });
+  };
+  // waking the threads a second time costs more than merging a few heads
+  if (total * heads * p.size < kSerialMerge) {
+    std::atomic<int64_t> next{0};
+    merge_all(next);
+  } else {
+    run_tasks(merges.size() * p.kv_heads, merge_all);
+  }
 }
 
 template <class T>
