@@ -14,5 +14,9 @@ target_include_directories(sharedllm_torch_stable INTERFACE "${CMAKE_CURRENT_SOU
 target_compile_definitions(sharedllm_torch_stable INTERFACE TORCH_TARGET_VERSION=0x020a000000000000ULL)
 find_library(SHAREDLLM_TORCH_CPU torch_cpu PATHS "${SHAREDLLM_TORCH_DIR}/lib" NO_DEFAULT_PATH REQUIRED)
 set(SHAREDLLM_TORCH_CPU_LIBRARIES "${SHAREDLLM_TORCH_CPU}")
+# a toolchain that links the C++ runtime statically must not export it: torch's own copy would be mixed with ours
+if(NOT APPLE)
+  target_link_options(sharedllm_torch_stable INTERFACE LINKER:--exclude-libs,ALL)
+endif()
 # torch is always imported first, so its libraries are found by name: no path of this machine in the result
 set(CMAKE_SKIP_RPATH ON)
