@@ -1,7 +1,7 @@
 """Table of a pytest-benchmark run: the operator beside the same expression in eager PyTorch, and the best peer.
 
-    python -m pytest benchmarks --benchmark-json=benchmarks.json
-    python benchmarks/report.py benchmarks.json
+python -m pytest benchmarks --benchmark-json=benchmarks.json
+python benchmarks/report.py benchmarks.json
 """
 
 import argparse
@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         document = json.loads(arguments.results.read_text())
         table = rows(document["benchmarks"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        print(f"report: {arguments.results}: expected the JSON file of a pytest-benchmark run ({error})", file=sys.stderr)
+        text = f"report: {arguments.results}: expected the JSON file of a pytest-benchmark run, got {error!r}"
+        print(text, file=sys.stderr)
         return 2
     machine, commit = document["machine_info"], document["commit_info"]
     print(f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cpu']['count']} cores,")
