@@ -212,7 +212,8 @@ class CMakeBuild(build_ext):
             options["SHAREDLLM_PTX"] = ";".join(portable_code(architectures, requested_capabilities()))
             options["CMAKE_CUDA_COMPILER"] = find_nvcc() or "nvcc"
             say(f"building CUDA kernels for {', '.join(architectures)} with {find_nvcc()}")
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        # --fresh: under build isolation the ninja and pybind11 that an earlier build cached no longer exist
+        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         self.call(configure + [f"-D{name}={value}" for name, value in options.items()])
         self.call(["cmake", "--build", str(build), "-j", str(parallel_jobs())])
         if not architectures:
