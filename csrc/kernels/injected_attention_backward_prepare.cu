@@ -1,0 +1,164 @@
+// Before and after the backward kernels: what each query needs once, and the rotation of its gradient. Bound by memory.
+#include <cuda_runtime.h>
+
+#include "kernels/common/attention_rows.cuh"
+#include "kernels/common/query_rotation.cuh"
+#include "kernels/common/warp.cuh"
+#include "kernels/injected_attention_backward.h"
+
+namespace sharedllm {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kElements = 8;  // of one thread: 16 bytes
+constexpr float kLog2E = 1.4426950408889634f;
+
+// The tables' row for the position of the batch row that owns a query.
+__device__ __forceinline__ RotaryRow find_rotary_row(const InjectedAttentionParams& p, int64_t query) {
+  if (p.num_rows == 0 || p.num_positions == 0) return {nullptr, nullptr, 0};
+  int64_t row = 0, end = p.num_rows;  // the last row that begins at or before the query
+  while (row + 1 < end) {
+    const int64_t middle = row + (end - row) / 2;
+    if (__ldg(p.cu_q + middle) <= query) {
+      row = middle;
+    } else {
+      end = middle;
+    }
+  }
+  const int64_t at = clamp_index(__ldg(p.q_position + row), 0, p.num_positions - 1) * p.rotary_half;
+  return {p.cos + at, p.sin + at, p.rotary_half};
+}
+
+// kLanes threads, 8 elements each, share one head of one query.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const InjectedAttentionBackwardParams p) {
+  const InjectedAttentionParams& f = p.forward;
+  const int chunk = threadIdx.x % kLanes;
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const bool inside = vector < f.num_queries * f.q_heads;
+  const bool loads = inside && chunk * kElements < f.head_size;
+  const int64_t at = vector * f.head_size + chunk * kElements;
+  float sum = 0;
+  if (loads) {
+    float out[kElements], grad[kElements];
+    unpack8(T{}, load_streaming(reinterpret_cast<const uint4*>(static_cast<const T*>(f.out) + at)), out);
+    unpack8(T{}, load_streaming(reinterpret_cast<const uint4*>(static_cast<const T*>(p.grad_out) + at)), grad);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) sum += out[i] * grad[i];
+    const int64_t query = vector / f.q_heads, head = vector % f.q_heads;
+    const T* const from = static_cast<const T*>(f.q) + query * f.q_stride[0] + head * f.q_stride[1];
+    *reinterpret_cast<uint4*>(static_cast<T*>(p.q_rotated) + at) =
+        rotated_chunk(from, chunk, find_rotary_row(f, query), 1.0f);
+    if (p.grad_q_float != nullptr) {
+      float4* const to = reinterpret_cast<float4*>(p.grad_q_float + at);
+      to[0] = to[1] = make_float4(0, 0, 0, 0);
+    }
+  }
+  sum = sum_lanes<kLanes>(sum);
+  if (inside && chunk == 0) {
+    const float lse = f.lse[vector];
+    p.delta[vector] = p.grad_lse == nullptr ? sum : sum - p.grad_lse[vector];
+    p.lse_log2[vector] = lse == -__int_as_float(0x7f800000) ? __int_as_float(0x7f800000) : lse * kLog2E;
+  }
+}
+
+__device__ __forceinline__ void load8(const float* from, float (&to)[kElements]) {
+  const float4 low = __ldcs(reinterpret_cast<const float4*>(from));
+  const float4 high = __ldcs(reinterpret_cast<const float4*>(from) + 1);
+  to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+  to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const InjectedAttentionBackwardParams p) {
+  const InjectedAttentionParams& f = p.forward;
+  const int chunks = f.head_size / kElements;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t vector = index / chunks;
+  if (vector >= f.num_queries * f.q_heads) return;
+  const int first = static_cast<int>(index % chunks) * kElements;
+  const float* const from = p.grad_q_float + vector * f.head_size;
+  const RotaryRow rotary = find_rotary_row(f, vector / f.q_heads);
+  float x[kElements];
+  load8(from + first, x);
+  if (rotary.half % kElements == 0 && first < 2 * rotary.half) {
+    const bool low = first < rotary.half;
+    const int at = low ? first : first - rotary.half;
+    float partner[kElements];
+    load8(from + (low ? first + rotary.half : at), partner);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float cos = __ldg(rotary.cos + at + i), sin = __ldg(rotary.sin + at + i);
+      x[i] = x[i] * cos + (low ? partner[i] : -partner[i]) * sin;
+    }
+  } else if (first < 2 * rotary.half) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int element = first + i, half = rotary.half;
+      if (element < half) {
+        x[i] = x[i] * rotary.cos[element] + from[element + half] * rotary.sin[element];
+      } else if (element < 2 * half) {
+        x[i] = x[i] * rotary.cos[element - half] - from[element - half] * rotary.sin[element - half];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) x[i] *= f.scale;
+  *reinterpret_cast<uint4*>(static_cast<T*>(p.grad_q) + vector * f.head_size + first) = pack8(T{}, x);
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+bool is_supported(const InjectedAttentionParams& p) {
+  return p.type != FloatType::kFloat32 && p.head_size % kElements == 0 && p.head_size > 0 && p.head_size <= 256 &&
+         2 * p.rotary_half <= p.head_size;
+}
+
+template <class T>
+cudaError_t launch_prepare(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
+  const InjectedAttentionParams& f = p.forward;
+  const int lanes = f.head_size <= 64 ? 8 : f.head_size <= 128 ? 16 : 32;
+  const int64_t vectors = f.num_queries * f.q_heads, per_block = kThreads / lanes;
+  const int64_t blocks = (vectors + per_block - 1) / per_block;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  const auto kernel = lanes == 8 ? prepare_kernel<T, 8> : lanes == 16 ? prepare_kernel<T, 16> : prepare_kernel<T, 32>;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
+  const InjectedAttentionParams& f = p.forward;
+  const int64_t threads = f.num_queries * f.q_heads * (f.head_size / kElements);
+  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  finish_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_injected_attention_backward_prepare(const InjectedAttentionBackwardParams& params,
+                                                       cudaStream_t stream) {
+  const InjectedAttentionParams& f = params.forward;
+  if (!is_supported(f) || f.q_stride[0] % kElements != 0 || f.q_stride[1] % kElements != 0 || !is_aligned(f.q) ||
+      !is_aligned(f.out) || !is_aligned(params.grad_out) || !is_aligned(params.q_rotated) ||
+      !is_aligned(params.grad_q_float)) {
+    return cudaErrorNotSupported;
+  }
+  return f.type == FloatType::kBFloat16 ? launch_prepare<__nv_bfloat16>(params, stream)
+                                        : launch_prepare<__half>(params, stream);
+}
+
+cudaError_t launch_injected_attention_backward_finish(const InjectedAttentionBackwardParams& params,
+                                                      cudaStream_t stream) {
+  if (!is_supported(params.forward) || !is_aligned(params.grad_q_float) || !is_aligned(params.grad_q)) {
+    return cudaErrorNotSupported;
+  }
+  return params.forward.type == FloatType::kBFloat16 ? launch_finish<__nv_bfloat16>(params, stream)
+                                                     : launch_finish<__half>(params, stream);
+}
+
+}  // namespace sharedllm
