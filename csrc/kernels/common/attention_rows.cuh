@@ -16,7 +16,7 @@ struct RowTile {
   int64_t q_count;     // its queries
   int64_t slot_begin;  // first slot of its memory
   int64_t slot_count;
-  int64_t position;    // rotary position of its queries
+  int64_t position;  // rotary position of its queries
 };
 
 __device__ __forceinline__ int64_t clamp_index(int64_t x, int64_t low, int64_t high) {

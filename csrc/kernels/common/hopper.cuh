@@ -68,8 +68,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
 }
 
 // A box of a three-dimensional tensor, innermost coordinate first.
-__device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y,
-                                               int32_t z, uint64_t hint) {
+__device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x,
+                                               int32_t y, int32_t z, uint64_t hint) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
@@ -86,14 +86,16 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared-memory operand in 128-byte swizzle: rows of 128 bytes, atoms of 8 rows (1024 bytes), the base 1024-byte aligned.
+// Shared-memory operand in 128-byte swizzle: rows of 128 bytes, atoms of 8 rows (1024 bytes), the base 1024-byte
+// aligned.
 //
-// K-major (the contraction index runs along the 128-byte rows): 8-row atoms follow each other every 1024 bytes, which is
-// the stride offset; the leading offset is not used. The next 16 elements of k are 32 bytes further.
+// K-major (the contraction index runs along the 128-byte rows): 8-row atoms follow each other every 1024 bytes, which
+// is the stride offset; the leading offset is not used. The next 16 elements of k are 32 bytes further.
 //
 // MN-major (the output index runs along the 128-byte rows, the contraction index over the rows): 8 rows of k further is
 // `stride_bytes` (1024 in a panel whose rows follow each other), the next 64 output elements `leading_bytes`.
-__device__ __forceinline__ uint64_t swizzled_operand(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes) {
+__device__ __forceinline__ uint64_t swizzled_operand(const void* shared, uint32_t leading_bytes,
+                                                     uint32_t stride_bytes) {
   uint64_t descriptor = (shared_address(shared) & 0x3ffff) >> 4;
   descriptor |= static_cast<uint64_t>(leading_bytes >> 4) << 16;
   descriptor |= static_cast<uint64_t>(stride_bytes >> 4) << 32;
@@ -105,6 +107,12 @@ template <int kCount>
 __device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void fence_registers(uint32_t (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 template <uint32_t kRegisters>
