@@ -1,0 +1,85 @@
+// What the Hopper kernels of the injected attention's backward share: query tiles, products with a transposed A
+// operand.
+#pragma once
+
+#include "kernels/common/attention_rows.cuh"
+#include "kernels/common/hopper.cuh"
+#include "kernels/common/tensor_map.h"
+#include "kernels/common/warpgroup_product.cuh"
+
+namespace sharedllm {
+
+// A tile of at most 64 packed rows: `heads` query heads of one key/value head times `queries` queries, query-major,
+// never from the middle of a query, so that one box of a tensor map holds it whatever the group is (63 rows for a group
+// of 7). A group of more than 64 heads is cut into `chunks`, and each of them counts as a key/value head of its own.
+struct QueryTiling {
+  int32_t heads;
+  int32_t queries;
+  int32_t chunks;
+};
+
+constexpr int kTileRows = 64;
+
+__host__ __device__ __forceinline__ QueryTiling make_query_tiling(int group) {
+  QueryTiling tiling;
+  tiling.heads = group < kTileRows ? group : kTileRows;
+  tiling.queries = kTileRows / tiling.heads;
+  tiling.chunks = (group + tiling.heads - 1) / tiling.heads;
+  return tiling;
+}
+
+// Query tensors are seen as [T, kv heads, group, D], so that the heads behind a group's end arrive as zeros.
+struct BackwardTensorMaps {
+  CUtensorMap query, grad_out;  // boxes of a query tile
+  CUtensorMap key, value;       // boxes of `slots` slots
+};
+
+inline cudaError_t encode_backward_maps(BackwardTensorMaps* maps, const InjectedAttentionBackwardParams& params,
+                                        const QueryTiling& tiling, int32_t slots) {
+  const InjectedAttentionParams& p = params.forward;
+  if (p.num_queries > INT32_MAX || p.num_slots > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t size = p.head_size, group = p.q_heads / p.kv_heads;
+  const int64_t query_sizes[4] = {size, group, p.kv_heads, p.num_queries};
+  const int64_t query_strides[3] = {size, group * size, p.q_heads * size};
+  const int32_t query_box[4] = {64, tiling.heads, 1, tiling.queries};
+  const int64_t slot_sizes[3] = {size, p.kv_heads, p.num_slots};
+  const int64_t key_strides[2] = {p.k_stride[1], p.k_stride[0]}, value_strides[2] = {p.v_stride[1], p.v_stride[0]};
+  const int32_t slot_box[3] = {64, 1, slots};
+  cudaError_t status =
+      encode_tensor_map_4d(&maps->query, p.type, params.q_rotated, query_sizes, query_strides, query_box);
+  if (status != cudaSuccess) return status;
+  status = encode_tensor_map_4d(&maps->grad_out, p.type, params.grad_out, query_sizes, query_strides, query_box);
+  if (status != cudaSuccess) return status;
+  status = encode_tensor_map_3d(&maps->key, p.type, p.k, slot_sizes, key_strides, slot_box);
+  if (status != cudaSuccess) return status;
+  return encode_tensor_map_3d(&maps->value, p.type, p.v, slot_sizes, value_strides, slot_box);
+}
+
+// A box of a four-dimensional tensor, innermost coordinate first.
+__device__ __forceinline__ void tensor_load_4d(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x,
+                                               int32_t y, int32_t z, int32_t w, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(hint)
+      : "memory");
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Sets rows [first, end) of a tile of 128-byte panels to zero; every lane of one warp takes part. The swizzle permutes
+// only inside a row of 128 bytes.
+__device__ __forceinline__ void zero_rows(uint8_t* tile, int panels, int panel_bytes, int first, int end) {
+  const int lane = threadIdx.x % 32;
+  for (int panel = 0; panel < panels; ++panel) {
+    for (int offset = first * 128 + lane * 16; offset < end * 128; offset += 512) {
+      *reinterpret_cast<uint4*>(tile + panel * panel_bytes + offset) = uint4{};
+    }
+  }
+}
+
+}  // namespace sharedllm

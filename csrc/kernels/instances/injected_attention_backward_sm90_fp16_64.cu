@@ -1,0 +1,3 @@
+#include "kernels/injected_attention_query_gradient_sm90.cuh"
+
+template cudaError_t sharedllm::launch_query_gradient<__half, 64>(const InjectedAttentionBackwardParams&, cudaStream_t);
