@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import eager
 import pytest
 import torch
 from torch import Tensor
@@ -16,45 +17,13 @@ pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3, warmup=True, war
 HQ, HKV, D, CHUNK, SLOTS = 32, 8, 128, 1024, 128
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
-
-
-def eager_forward(
-    q: Tensor | None, k: Tensor, v: Tensor, tables: Any, q_positions: Any, positions: Any, keep: Tensor, at: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    cos, sin = tables
-    q_rotated = None if q is None else rotate(q, cos[q_positions], sin[q_positions])
-    k_rotated = None if positions is None else rotate(k, cos[positions], sin[positions])
-    return q_rotated, k_rotated, rotate(k.index_select(0, keep), cos[at], sin[at]), v.index_select(0, keep)
-
-
-def eager_backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_mk: Tensor,
-    grad_mv: Tensor,
-    tables: Any,
-    positions: Tensor,
-    keep: Tensor,
-    at: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cos, sin = tables
-    back = -sin[positions]
-    grad_q = rotate(grad_q, cos[positions], back)
-    grad_k = rotate(grad_k, cos[positions], back)
-    grad_k.index_add_(0, keep, rotate(grad_mk, cos[at], -sin[at]))
-    return grad_q, grad_k, torch.zeros_like(grad_k).index_copy_(0, keep, grad_mv)
-
-
 @lru_cache(maxsize=2)
 def arguments(chunks: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Queries, keys and values; half tables and the eager expression's full ones; positions, kept tokens, rotations."""
     tokens = chunks * CHUNK
     angle = torch.outer(torch.arange(2 * CHUNK), 10000.0 ** (-torch.arange(D // 2) / (D // 2)))
     half = (angle.cos(), angle.sin())
-    full = tuple(torch.cat((x, x), -1).unsqueeze(1).to(dtype) for x in half)
+    full = eager.full_tables(*half, dtype)
     positions = torch.arange(tokens) % CHUNK
     keep = torch.arange(0, tokens, CHUNK // SLOTS)
     data = (torch.randn(tokens, HQ, D), torch.randn(tokens, HKV, D), torch.randn(tokens, HKV, D))
@@ -74,7 +43,7 @@ def test_forward(benchmark: Callable[..., Any], how: str, chunks: int, what: str
     if how == "ours":
         benchmark(chunk_compression, given[0], k, v, cos, sin, given[1], given[1], keep, at)
     else:
-        benchmark(eager_forward, given[0], k, v, full, given[1], given[1], keep, at)
+        benchmark(eager.compression, given[0], k, v, full, given[1], given[1], keep, at)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -86,4 +55,4 @@ def test_backward(benchmark: Callable[..., Any], how: str, dtype: torch.dtype) -
     if how == "ours":
         benchmark(chunk_compression_backward, *grads, cos, sin, positions, positions, keep, at, len(k))
     else:
-        benchmark(eager_backward, *grads, full, positions, keep, at)
+        benchmark(eager.compression_backward, *grads, full, positions, keep, at)

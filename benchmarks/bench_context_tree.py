@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import eager
 import pytest
 import torch
 
@@ -19,23 +20,9 @@ EAGER = SimpleNamespace(
 )
 
 
-def tree(ops: SimpleNamespace, spans: torch.Tensor, depth: int, slots: int, tokens: int) -> tuple[torch.Tensor, ...]:
-    """Right children to the given depth, then the layout: what one compress() call does."""
-    retained, node = [], spans
-    for level in range(depth):
-        children = ops.split(node, None)
-        if level == depth - 1:
-            retained += children.unbind(1)
-        else:
-            node, kept = ops.select(children, None)
-            retained.append(kept)
-    nodes = torch.stack(retained, 1)
-    return ops.layout(nodes, torch.arange(len(spans)), slots, tokens, len(spans) * (depth + 1) * slots)
-
-
 @pytest.mark.parametrize("chunks", [4, 128, 1024])
 @pytest.mark.parametrize("ops", [OURS, EAGER], ids=["ours", "eager"])
 def test_tree(benchmark: Callable[..., Any], ops: SimpleNamespace, chunks: int) -> None:
     benchmark.group = f"context_tree: {chunks} chunks of 1024, depth 3, 32 slots"
     spans = torch.tensor([[1024 * i, 1024] for i in range(chunks)])
-    benchmark(tree, ops, spans, 3, 32, 1024 * chunks)
+    benchmark(eager.tree, ops, spans, torch.arange(chunks), 3, 32, 1024 * chunks)

@@ -3,25 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import eager
 import pytest
 import torch
-from torch import Tensor
 
 from sharedllm_ext.ops.topk_nodes import topk_nodes
 
 # short runs: these files together stay under 40 seconds on two cores
 pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3, warmup=True, warmup_iterations=2)
-
-
-def cosine(query: Tensor, nodes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Groups of one size: nodes ``[G, n, d]``, query ``[1, 1, d]``."""
-    return torch.nn.functional.cosine_similarity(query, nodes, dim=-1, eps=1e-6).topk(k)
-
-
-def products(query: Tensor, nodes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same with a matrix product, which eager PyTorch runs faster than cosine_similarity."""
-    dots = torch.matmul(nodes, query.flatten())
-    return (dots / (nodes.norm(dim=-1).clamp(min=1e-6) * query.norm().clamp(min=1e-6))).topk(k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -38,4 +27,4 @@ def test_topk(
         cu_groups, group_query = torch.arange(groups + 1) * size, torch.zeros(groups, dtype=torch.int64)
         benchmark(topk_nodes, query[0], nodes.view(-1, d), cu_groups, group_query, k)
     else:
-        benchmark(cosine if how == "cosine" else products, query, nodes, k)
+        benchmark(eager.cosine if how == "cosine" else eager.products, query, nodes, k)

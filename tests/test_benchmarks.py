@@ -1,0 +1,259 @@
+"""The GPU benchmarks' own logic, without a GPU: comparison with a baseline, checks, tables."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+baseline, cases, run_gpu = (importlib.import_module(name) for name in ("baseline", "cases", "run_gpu"))
+sys.path.remove(str(FOLDER))
+
+
+def never(case: str) -> float:
+    raise AssertionError(f"{case} was measured again")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "slower"),
+    [
+        (1000.0, 1050.0, False),
+        (1000.0, 1050.1, True),
+        (1000.0, 10.0, False),
+        (4.0, 5.0, False),
+        (4.0, 5.1, True),
+        (20.0, 21.0, False),
+        (1000.0, math.nan, True),
+        (1000.0, math.inf, True),
+    ],
+)
+def test_slower_by_more_than_five_per_cent_and_a_microsecond(before: float, now: float, slower: bool) -> None:
+    assert baseline.is_slower(before, now) is slower
+
+
+def test_nothing_is_measured_again_without_a_suspicion() -> None:
+    assert baseline.compare({"a": 100.0, "b": 3.0}, {"a": 104.0, "b": 2.0, "new": 7.0}, never) == []
+
+
+def test_a_suspicion_is_measured_again_and_the_fastest_counts() -> None:
+    asked = []
+
+    def again(case: str) -> float:
+        asked.append(case)
+        return {"noise": 101.0, "real": 119.0}[case]
+
+    found = baseline.compare({"noise": 100.0, "real": 100.0}, {"noise": 200.0, "real": 120.0}, again)
+    assert found == [baseline.Finding("real", 100.0, 119.0)]
+    assert asked == ["noise"] + ["real"] * baseline.REPEATS
+    assert str(found[0]) == "real: 119.0 us, baseline 100.0 us (+19.0%)"
+
+
+def test_a_time_that_cannot_be_measured_again_stays() -> None:
+    found = baseline.compare({"a": 100.0}, {"a": 200.0}, lambda case: math.nan)
+    assert found == [baseline.Finding("a", 100.0, 200.0)]
+
+
+def test_a_missing_case_is_a_finding() -> None:
+    (found,) = baseline.compare({"a": 100.0}, {}, never)
+    assert found.case == "a" and math.isnan(found.now)
+    assert str(found) == "a: expected a time (baseline 100.0 us), got none"
+
+
+def test_a_baseline_is_read_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "gpu.json"
+    baseline.save(path, {"gpu": "GPU", "date": "today"}, {"copy": 3.123456e12}, {"a": 1.236, "b": math.nan})
+    content = baseline.load(path)
+    assert content == {"gpu": "GPU", "date": "today", "ceilings": {"copy": 3.123e12}, "microseconds": {"a": 1.24}}
+    assert baseline.ceiling_changes(content["ceilings"], {"copy": 3.2e12}) == []
+    (change,) = baseline.ceiling_changes(content["ceilings"], {"copy": 2.5e12})
+    assert change == "copy: 2.5e+12, baseline 3.123e+12 (-19.9%)"
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"microseconds": {}}', '{"microseconds": {"a": 0}}'])
+def test_what_is_no_baseline_is_an_error(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"gpu\.json: expected"):
+        baseline.load(path)
+
+
+def test_stored_baselines_name_existing_cases() -> None:
+    names = {case.name for case in cases.CASES}
+    for path in baseline.FOLDER.glob("*.json"):
+        content = baseline.load(path)
+        assert baseline.path_of(content["gpu"]) == path
+        assert set(content["microseconds"]) <= names
+
+
+def test_file_of_a_gpu() -> None:
+    assert baseline.path_of("NVIDIA H100 80GB HBM3").name == "NVIDIA-H100-80GB-HBM3.json"
+
+
+def test_names_are_unique_and_floors_positive() -> None:
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names)
+    ceilings = {"copy": 3e12, "read": 3e12, "gemm": 7e14}
+    assert all(case.floor_us(ceilings) > 0 and case.bytes > 0 for case in cases.CASES)
+    (case,) = (case for case in cases.CASES if case.shape == "32/8, 4096 x 16384, 128")
+    assert case.flops == 4 * 32 * 128 * 4096 * 16384
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "DEVICE", "cpu")
+    for name, value in {"CHUNK": 64, "TOKENS": 2048, "Q_HEADS": 4, "KV_HEADS": 2, "SIZE": 16}.items():
+        monkeypatch.setattr(cases, name, value)
+
+
+def built() -> dict[str, Any]:
+    """One case of each kind, at the size of the fixture."""
+    ragged = cases.Attention((5, 1, 300), (70, 513, 40), 4, 2, 16)
+    return {
+        "attention": cases.build_attention(ragged, None),
+        "attention_backward": cases.build_attention_backward(
+            cases.one_row(9, 70, q_heads=4, kv_heads=2, size=16), True
+        ),
+        "attention_grad_q": cases.build_attention_backward(cases.one_row(9, 70, q_heads=4, kv_heads=2, size=16), False),
+        "compression": cases.build_compression(False),
+        "memory_alone": cases.build_compression(True),
+        "compression_backward": cases.build_compression_backward(),
+        "node_vectors": cases.build_node_vectors(9, 2),
+        "topk": cases.build_topk(1, 400, 32, 64),
+        "siblings": cases.build_topk(30, 2, 2, 64),
+        "retrieval": cases.build_retrieval(9),
+        **{step: cases.build_tree(9, step) for step in ("split", "select", "layout", "all")},
+    }
+
+
+@pytest.mark.usefixtures("small")
+def test_checks_accept_right_results_and_peers_compute_the_same() -> None:
+    for name, case in built().items():
+        assert case.check() is None, name
+        for peer in case.prepare.keys() - {"flash", "cudnn", "padded", "compile"}:
+            case.prepare[peer]()()
+
+
+@pytest.mark.usefixtures("small")
+def test_checks_refuse_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(function: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            first, *rest = (result,) if isinstance(result, torch.Tensor) else result
+            first = first.clone()
+            if first.numel():
+                first.view(-1)[-1] += 1
+            return first if isinstance(result, torch.Tensor) else (first, *rest)
+
+        return run
+
+    for name in ("injected_attention", "chunk_compression", "chunk_compression_backward", "node_vectors"):
+        monkeypatch.setattr(cases, name, spoiled(getattr(cases, name)))
+    for name in ("split", "select", "layout"):
+        monkeypatch.setattr(cases.OURS, name, spoiled(getattr(cases.OURS, name)))
+    monkeypatch.setattr(cases.ops, "topk_nodes", spoiled(cases.ops.topk_nodes))
+    for name, case in built().items():
+        # what the spoiling does not reach, or what fails before the check can see it
+        if name not in ("memory_alone", "attention_backward", "attention_grad_q", "retrieval", "all"):
+            assert case.check(), name
+
+
+def test_nan_never_passes() -> None:
+    exact = torch.ones(3, dtype=torch.float64)
+    for bad in (torch.nan, torch.inf):
+        assert cases.too_far("x", torch.tensor([1, 1, bad]), torch.ones(3), exact)
+    assert cases.too_far("x", torch.ones(2), torch.ones(3), exact)
+    assert cases.too_far("x", torch.ones(3), torch.ones(3), exact) is None
+
+
+def test_a_section_is_replaced_and_the_rest_kept(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\nCPU\n")
+    run_gpu.write_section(path, "one", "first")
+    run_gpu.write_section(path, "two", "other")
+    run_gpu.write_section(path, "one", "second")
+    text = path.read_text()
+    assert text.startswith("# Results\n\nCPU\n") and "first" not in text
+    assert text.index("second") < text.index("other")
+    assert text.count("begin") == text.count("end -->") == 2
+
+
+class FakeSession(run_gpu.Session):  # type: ignore[name-defined, misc]
+    def __init__(self, chosen: Any) -> None:
+        self.chosen, self.peers, self.failures = chosen, True, 0
+        self.header = dict.fromkeys(("gpu", "driver", "cuda", "torch", "commit", "date"), "?")
+        self.ceilings = {"copy": 3e12, "read": 2e12, "gemm": 7e14}
+        self.results: dict[str, dict[str, float]] = {case.name: {} for case in chosen}
+        self.notes: dict[str, str] = {}
+        self.red: dict[str, str] = {}
+        self.end = math.inf
+
+
+def case_of(operator: str, message: str | None, flops: float = 7e9) -> Any:
+    call = {"ours": lambda: lambda: None, "peer": lambda: lambda: None}
+    built = cases.Built(call, lambda: message)
+    return cases.Case(operator, "Table", f"shape of {operator}", flops, 3e6, ("peer",), lambda: built)
+
+
+def test_a_red_operator_gets_no_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(run_gpu, "median_us", lambda call, seconds=0: 20.0)
+    session = FakeSession([case_of("good", None), case_of("bad", "out: wrong")])
+    session.check()
+    session.time()
+    assert session.failures == 1 and session.times() == {"Table: shape of good": 20.0}
+    good, bad = session.report().splitlines()[-2:]
+    # 7e9 operations take 10 us at the ceiling
+    assert good == "| shape of good | 20.0 | 350.0 | 150 | 50% | 1.00 | - | peer 20.0 |"
+    assert bad == "| shape of bad | red | - | - | - | - | - | - |"
+    assert "red: bad" in session.verdict(0)
+    assert "bad: red: Table: shape of bad: out: wrong" in capsys.readouterr().err
+    json.dumps(session.document())
+
+
+def test_a_failure_is_named_and_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_gpu, "median_us", lambda call, seconds=0: call() or 20.0)
+
+    def fail() -> None:
+        raise RuntimeError("no such kernel\nstack")
+
+    def not_here() -> Any:
+        raise cases.Unavailable("no switch")
+
+    good, peerless, failing, missing = (case_of(name, None) for name in ("good", "peerless", "failing", "missing"))
+    peerless.build().prepare["peer"] = fail
+    failing.build().prepare["ours"] = lambda: fail
+    missing = run_gpu.Case("missing", "Table", "shape of missing", 0, 1, (), not_here)
+    session = FakeSession([good, failing, peerless, missing])
+    session.check()
+    session.time()
+    lines = session.report().splitlines()[-4:]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "20.0",
+        "RuntimeError: no such kernel",
+        "20.0",
+        "not here: no switch",
+    ]
+    assert lines[2].endswith("| - | - | peer - |")
+    assert session.failures == 1 and "failing (RuntimeError: no such kernel)" in session.verdict(0)
+
+
+def test_a_slowdown_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(run_gpu, "median_us", lambda call, seconds=0: 20.0)
+    known = [case_of("a", None), case_of("b", None)]
+    monkeypatch.setattr(cases, "CASES", known)
+    session = FakeSession(known)
+    session.time()
+    names = [case.name for case in known]
+    content = {"microseconds": {names[0]: 20.0, names[1]: 10.0, "gone": 5.0}, "ceilings": {"gemm": 8e14}}
+    assert session.compare(content) == 2
+    printed = capsys.readouterr().out
+    assert f"slower: {names[1]}: 20.0 us, baseline 10.0 us (+100.0%)" in printed
+    assert "slower: gone: expected a case of this name" in printed
+    assert "the machine differs from the baseline's: gemm" in printed
+    assert session.compare({"microseconds": {names[0]: 19.9}}) == 0
