@@ -7,65 +7,82 @@
 #include <algorithm>
 
 #include "kernels/common/attention_rows.cuh"
-#include "kernels/common/query_rotation.cuh"
 #include "kernels/common/tensor_map.h"
+#include "kernels/common/vector_load.cuh"
 #include "kernels/common/warpgroup_product.cuh"
 #include "kernels/injected_attention_sm90.h"
 
 namespace sharedllm {
 
-// Slots of a block and consumer warpgroups: the largest that keep accumulators, scores and weights in registers (240 a
-// thread with two consumer warpgroups) and two stages of keys and values beside the queries in 227 KB.
-template <int kHeadSize>
-struct Sm90Tile;
-template <>
-struct Sm90Tile<64> {
-  static constexpr int kSlots = 128, kWarpgroups = 3;
-};
-template <>
-struct Sm90Tile<96> {
-  static constexpr int kSlots = 176, kWarpgroups = 2;
-};
-template <>
-struct Sm90Tile<128> {
-  static constexpr int kSlots = 176, kWarpgroups = 2;
-};
-template <>
-struct Sm90Tile<256> {
-  static constexpr int kSlots = 80, kWarpgroups = 2;
-};
-
 namespace sm90 {
 
-constexpr int kStages = 2;
 constexpr int kPanel = 64;  // columns of a panel of 128-byte rows
+constexpr int kLoaders = 96;
+// named barriers; those of turns and warpgroups take up to three each
+constexpr int kTurnBarrier = 1, kLoaderBarrier = 7;
 // The maximum is only raised when it grows by a factor of 2^8 in the weights: until then float32 sums lose nothing, and
 // the rescaling of the accumulators is skipped.
 constexpr float kGrowth = 8.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
 
-template <int kHeadSize, int kSlots, int kWarpgroups>
+template <int kHeadSize>
 struct Shape {
+  using Tile = Sm90Tile<kHeadSize>;
+  static constexpr int kSlots = Tile::kSlots, kWarpgroups = Tile::kWarpgroups, kQueryStages = Tile::kQueryStages;
   static constexpr int kPanels = (kHeadSize + kPanel - 1) / kPanel;
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kQueryBytes = kRows * kPanels * 128;
   static constexpr int kSlotBytes = kSlots * kPanels * 128;
-  static constexpr int kBarrierOffset = kQueryBytes + 2 * kStages * kSlotBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + 4 * kStages * 8;
+  // keys and values share one ring, in the order in which they are used; more than six stages hide nothing more
+  static constexpr int kFit = (227 * 1024 - 128 - kQueryStages * kQueryBytes) / kSlotBytes;
+  static constexpr int kStages = kFit < 6 ? kFit : 6;
+  static constexpr int kBarrierOffset = kQueryStages * kQueryBytes + kStages * kSlotBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + 2 * (kStages + kQueryStages) * 8;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // 64K registers: what the producer gives up goes to the consumers
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
-  static_assert(kSharedBytes <= 227 * 1024);
+  // 64K registers: what the loading warpgroup gives up goes to the consumers
+  static constexpr int kLoaderRegisters = kHeadSize == 256 ? 40 : kWarpgroups == 2 ? 72 : 32;
+  static constexpr int kConsumerRegisters = kHeadSize == 256 ? 232 : kWarpgroups == 2 ? 216 : 160;
+  static_assert(kStages >= 4 && kSharedBytes <= 227 * 1024);
 };
 
-// A block's place in its pipeline.
+// A place in a ring of shared-memory stages.
+template <int kStages>
 struct Cursor {
-  int count = 0;
-  __device__ __forceinline__ int stage() const { return count % kStages; }
-  __device__ __forceinline__ uint32_t phase() const { return (count / kStages) & 1; }
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
 };
+
+// Byte of an element in panels of 64 columns and kRows rows, 16-byte units swizzled inside eight rows.
+template <int kRows>
+__device__ __forceinline__ int swizzled(int row, int column) {
+  return column / kPanel * (kRows * 128) + row * 128 + ((column / 8 ^ row) & 7) * 16 + column % 8 * 2;
+}
+
+// Turns four pairs of elements, 8-byte aligned, in place.
+template <class T>
+__device__ __forceinline__ void turn_quad(T* low, T* high, const float4& cos, const float4& sin, float factor) {
+  const float c[4] = {cos.x * factor, cos.y * factor, cos.z * factor, cos.w * factor};
+  const float s[4] = {sin.x * factor, sin.y * factor, sin.z * factor, sin.w * factor};
+  uint2 words[2] = {*reinterpret_cast<const uint2*>(low), *reinterpret_cast<const uint2*>(high)};
+  const uint32_t x[2] = {words[0].x, words[0].y}, y[2] = {words[1].x, words[1].y};
+  uint32_t turned[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float x0 = Word<T>::get(x[i], 0), x1 = Word<T>::get(x[i], 1);
+    const float y0 = Word<T>::get(y[i], 0), y1 = Word<T>::get(y[i], 1);
+    turned[0][i] = pack(T{}, x0 * c[2 * i] - y0 * s[2 * i], x1 * c[2 * i + 1] - y1 * s[2 * i + 1]);
+    turned[1][i] = pack(T{}, y0 * c[2 * i] + x0 * s[2 * i], y1 * c[2 * i + 1] + x1 * s[2 * i + 1]);
+  }
+  *reinterpret_cast<uint2*>(low) = make_uint2(turned[0][0], turned[0][1]);
+  *reinterpret_cast<uint2*>(high) = make_uint2(turned[1][0], turned[1][1]);
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -73,26 +90,92 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// Blocks of slots that a split of a row covers.
-struct Blocks {
-  int64_t begin, end;
-};
-__device__ __forceinline__ Blocks split_blocks(int64_t slots, int block, int splits, int split) {
-  const int64_t blocks = (slots + block - 1) / block;
-  const int64_t each = (blocks + splits - 1) / splits;
-  const int64_t begin = each * split < blocks ? each * split : blocks;
-  return {begin, begin + each < blocks ? begin + each : blocks};
-}
+// What a persistent block does next: some blocks of slots for one tile of packed rows and one key/value head. Counts
+// fit in 32 bits (the plan sees to it), and registers are short.
+struct Work {
+  int q_begin, packed_count;  // queries of the batch row, and how many packed rows they make
+  int first_packed;           // of the tile
+  int slot_begin, slot_count, position;
+  int head;
+  int begin, end;  // blocks of slots
+  int part;        // where partial results go, -1: the result is whole
 
-// Work item of a persistent block: tile of packed rows fastest, so that blocks that run together read the same slots.
-struct Item {
-  int64_t tile;
-  int split, head;
+  // Takes over what find_row_tile or load_row has found.
+  __device__ __forceinline__ void set(const RowTile& row, int group, int rows) {
+    q_begin = static_cast<int>(row.q_begin);
+    packed_count = static_cast<int>(row.q_count) * group;
+    first_packed = static_cast<int>(row.tile) * rows;
+    slot_begin = static_cast<int>(row.slot_begin);
+    slot_count = static_cast<int>(row.slot_count);
+    position = static_cast<int>(row.position);
+  }
 };
-__device__ __forceinline__ Item item_of(int64_t index, int64_t tiles, int splits) {
-  const int64_t rest = index / tiles;
-  return {index % tiles, static_cast<int>(rest % splits), static_cast<int>(rest / splits)};
-}
+
+// The same sequence for every role of a block. Tiles come fastest, so that blocks that run together read the same
+// slots. With a tail the batch is one row: the tiles that do not fill all blocks once more are cut into equal shares of
+// slots.
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const InjectedAttentionSm90Params& p, int rows, int slots)
+      : p_(p), rows_(rows), slots_(slots), index_(blockIdx.x) {}
+
+  __device__ __forceinline__ bool next(Work* work) {
+    const uint32_t tiles = p_.tiles, whole = p_.whole_items;
+    const int group = p_.q_heads / p_.kv_heads;
+    while (index_ < whole) {
+      const uint32_t index = index_, rest = index / tiles, splits = p_.splits;
+      index_ += gridDim.x;
+      const RowTile row = find_row_tile(p_, index % tiles, rows_);
+      if (row.row < 0) continue;
+      work->set(row, group, rows_);
+      work->head = static_cast<int>(rest / splits);
+      const uint32_t split = rest % splits, blocks = blocks_of(row.slot_count), each = (blocks + splits - 1) / splits;
+      work->begin = static_cast<int>(min(each * split, blocks));
+      work->end = static_cast<int>(min(each * split + each, blocks));
+      work->part = splits > 1 ? static_cast<int>(split) : -1;
+      return true;
+    }
+    const uint32_t shares = p_.tail_shares;
+    if (p_.tail_items == 0 || blockIdx.x >= shares) return false;
+    RowTile row;
+    load_row(p_, 0, &row);
+    const uint32_t blocks = blocks_of(row.slot_count);
+    uint32_t item, segment = segment_++;
+    if (blocks == 0) {
+      // nothing to share: the tiles are spread out to be filled with zeros
+      item = blockIdx.x + segment * shares;
+      if (item >= static_cast<uint32_t>(p_.tail_items)) return false;
+      work->begin = work->end = 0;
+      work->part = -1;
+    } else {
+      const uint64_t total = static_cast<uint64_t>(blocks) * p_.tail_items;
+      if (segment == 0) at_ = static_cast<uint32_t>(total * blockIdx.x / shares);
+      const uint32_t end = static_cast<uint32_t>(total * (blockIdx.x + 1) / shares);
+      if (at_ >= end) return false;
+      item = at_ / blocks;
+      const uint32_t first = item * blocks, stop = min(end, first + blocks);
+      work->begin = static_cast<int>(at_ - first);
+      work->end = static_cast<int>(stop - first);
+      work->part = at_ == first && stop == first + blocks ? -1 : static_cast<int>(2 * blockIdx.x + segment);
+      at_ = stop;
+    }
+    const uint32_t global = whole + item;
+    row.tile = global % tiles;
+    work->set(row, group, rows_);
+    work->head = static_cast<int>(global / tiles);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t blocks_of(int64_t slots) const {
+    return (static_cast<uint32_t>(slots) + slots_ - 1) / slots_;
+  }
+
+  const InjectedAttentionSm90Params& p_;
+  const int rows_, slots_;
+  uint32_t index_;
+  uint32_t at_ = 0, segment_ = 0;  // in the tail
+};
 
 // Weights of one block of scores in place; raises the running maximum if it has to and says by which factors the
 // accumulators shrink. A thread holds two rows: elements 4j, 4j + 1 and 4j + 2, 4j + 3.
@@ -141,66 +224,137 @@ __device__ __forceinline__ bool weigh(float (&s)[kCount], float (&maximum)[2], f
   return rescale;
 }
 
-template <class T, int kHeadSize, int kSlots, int kWarpgroups>
-__global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1)
-    injected_attention(const __grid_constant__ InjectedAttentionParams p, const __grid_constant__ CUtensorMap key_map,
-                       const __grid_constant__ CUtensorMap value_map, int64_t tiles) {
+// The queries of one tile: copied, then turned in place.
+template <class T, int kHeadSize>
+__device__ __forceinline__ void load_queries(const InjectedAttentionSm90Params& p, const Work& work, uint8_t* to,
+                                             float factor, int thread) {
+  using S = Shape<kHeadSize>;
+  constexpr int kChunks = kHeadSize / 8;
+  const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
+  const int used = min(work.packed_count - work.first_packed, S::kRows);
+  const int64_t first_query = work.q_begin + work.first_packed / group;
+  const uint32_t first_member = work.first_packed % group;
+  // not unrolled: copies are asynchronous, and registers are few here
+#pragma unroll 1
+  for (int i = thread; i < S::kRows * kChunks; i += kLoaders) {
+    const int r = i / kChunks, chunk = i % kChunks;
+    const uint32_t member = first_member + r, query = member / group;
+    const T* const from = static_cast<const T*>(p.q) + (first_query + query) * p.q_stride[0] +
+                          (work.head * group + (member - query * group)) * p.q_stride[1] + 8 * chunk;
+    copy_async_16(to + swizzled<S::kRows>(r, 8 * chunk), r < used ? from : static_cast<const T*>(p.q), r < used);
+  }
+  wait_copies_async();
+  named_barrier_sync(kLoaderBarrier, kLoaders);
+
+  const int half = p.rotary_half;
+  const float* const cos = p.cos + static_cast<int64_t>(work.position) * half;
+  const float* const sin = p.sin + static_cast<int64_t>(work.position) * half;
+  const auto element = [&](int r, int column) { return reinterpret_cast<T*>(to + swizzled<S::kRows>(r, column)); };
+  if (half % 4 == 0 && reinterpret_cast<uintptr_t>(p.cos) % 16 == 0 && reinterpret_cast<uintptr_t>(p.sin) % 16 == 0) {
+    const int quads = half / 4;
+#pragma unroll 1
+    for (int i = thread; i < used * quads; i += kLoaders) {
+      const int r = i / quads, column = i % quads * 4;
+      const float4 c = __ldg(reinterpret_cast<const float4*>(cos + column));
+      const float4 s = __ldg(reinterpret_cast<const float4*>(sin + column));
+      turn_quad<T>(element(r, column), element(r, column + half), c, s, factor);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread; i < used * half; i += kLoaders) {
+      const int r = i / half, column = i % half;
+      T *const low = element(r, column), *const high = element(r, column + half);
+      const float x = to_float(*low), y = to_float(*high), c = cos[column] * factor, s = sin[column] * factor;
+      *low = from_float<T>(x * c - y * s);
+      *high = from_float<T>(y * c + x * s);
+    }
+  }
+  if (factor != 1.0f) {
+    const int rest = kHeadSize - 2 * half;
+#pragma unroll 1
+    for (int i = thread; i < used * rest; i += kLoaders) {
+      T* const x = element(i / rest, 2 * half + i % rest);
+      *x = from_float<T>(to_float(*x) * factor);
+    }
+  }
+  async_proxy_fence();
+}
+
+template <class T, int kHeadSize>
+__global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
+    injected_attention(const __grid_constant__ InjectedAttentionSm90Params p,
+                       const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = Shape<kHeadSize, kSlots, kWarpgroups>;
+  using S = Shape<kHeadSize>;
+  constexpr int kSlots = S::kSlots, kWarpgroups = S::kWarpgroups, kQueryStages = S::kQueryStages;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* const queries = shared;
-  uint8_t* const keys = queries + S::kQueryBytes;
-  uint8_t* const values = keys + kStages * S::kSlotBytes;
-  uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + S::kBarrierOffset);
-  uint64_t *const key_full = barriers, *const key_empty = barriers + kStages;
-  uint64_t *const value_full = barriers + 2 * kStages, *const value_empty = barriers + 3 * kStages;
+  uint8_t* const slots = queries + kQueryStages * S::kQueryBytes;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared + S::kBarrierOffset);
+  uint64_t* const empty = full + S::kStages;
+  uint64_t* const query_full = empty + S::kStages;
+  uint64_t* const query_empty = query_full + kQueryStages;
 
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&key_map);
     prefetch_tensor_map(&value_map);
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(key_full + stage, 1);
-      barrier_init(value_full + stage, 1);
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      barrier_init(full + stage, 1);
       // one arrival for each consumer warp
-      barrier_init(key_empty + stage, 4 * kWarpgroups);
-      barrier_init(value_empty + stage, 4 * kWarpgroups);
+      barrier_init(empty + stage, 4 * kWarpgroups);
+    }
+#pragma unroll
+    for (int stage = 0; stage < kQueryStages; ++stage) {
+      barrier_init(query_full + stage, kLoaders);
+      barrier_init(query_empty + stage, 4 * kWarpgroups);
     }
     barrier_init_fence();
   }
   __syncthreads();
-  const int64_t items = tiles * p.splits * p.kv_heads;
+  Walk walk(p, S::kRows, kSlots);
+  Work work;
+
+  // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
+  // 0
+  const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
 
   if (warpgroup == 0) {
-    lower_registers<S::kProducerRegisters>();
-    if (warp != 0) return;
-    Cursor key, value;
-    const auto load = [&](const CUtensorMap& map, uint8_t* to, uint64_t* full, uint64_t* empty, Cursor& cursor,
-                          int head, int64_t slot) {
-      const int stage = cursor.stage();
-      barrier_wait(empty + stage, cursor.phase() ^ 1);
-      barrier_arrive_expect(full + stage, S::kSlotBytes);
+    lower_registers<S::kLoaderRegisters>();
+    if (warp > 0) {
+      const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
+      Cursor<kQueryStages> query;
+      while (walk.next(&work)) {
+        if (work.begin == work.end) continue;
+        barrier_wait(query_empty + query.stage, query.phase ^ 1);
+        load_queries<T, kHeadSize>(p, work, queries + query.stage * S::kQueryBytes, factor, threadIdx.x - 32);
+        barrier_arrive(query_full + query.stage);
+        query.advance();
+      }
+      return;
+    }
+    Cursor<S::kStages> cursor;
+    const auto load = [&](const CUtensorMap& map, int block) {
+      barrier_wait(empty + cursor.stage, cursor.phase ^ 1);
+      barrier_arrive_expect(full + cursor.stage, S::kSlotBytes);
+      const int32_t slot = work.slot_begin + block * kSlots;
 #pragma unroll
       for (int panel = 0; panel < S::kPanels; ++panel) {
-        tensor_load_3d(to + stage * S::kSlotBytes + panel * kSlots * 128, &map, full + stage, panel * kPanel, head,
-                       static_cast<int32_t>(slot), kEvictLast);
+        tensor_load_3d(slots + cursor.stage * S::kSlotBytes + panel * kSlots * 128, &map, full + cursor.stage,
+                       panel * kPanel, work.head, slot, kEvictLast);
       }
-      ++cursor.count;
+      cursor.advance();
     };
-    for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-      const Item item = item_of(index, tiles, p.splits);
-      const RowTile row = find_row_tile(p, item.tile, S::kRows);
-      if (row.row < 0) continue;
-      const Blocks blocks = split_blocks(row.slot_count, kSlots, p.splits, item.split);
-      if (lane == 0 && blocks.begin < blocks.end) {
+    while (walk.next(&work)) {
+      if (lane == 0 && work.begin < work.end) {
         // the last block first: it is the one with a ragged end
-        load(key_map, keys, key_full, key_empty, key, item.head, row.slot_begin + (blocks.end - 1) * kSlots);
-        for (int64_t n = blocks.end - 1; n > blocks.begin; --n) {
-          load(key_map, keys, key_full, key_empty, key, item.head, row.slot_begin + (n - 1) * kSlots);
-          load(value_map, values, value_full, value_empty, value, item.head, row.slot_begin + n * kSlots);
+        load(key_map, work.end - 1);
+        for (int block = work.end - 1; block > work.begin; --block) {
+          load(key_map, block - 1);
+          load(value_map, block);
         }
-        load(value_map, values, value_full, value_empty, value, item.head, row.slot_begin + blocks.begin * kSlots);
+        load(value_map, work.begin);
       }
       __syncwarp();
     }
@@ -208,88 +362,70 @@ __global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1)
   }
 
   raise_registers<S::kConsumerRegisters>();
-  const int consumer = warpgroup - 1, thread = threadIdx.x % 128;
-  const int turn = 1 + consumer, own = 1 + kWarpgroups + consumer;  // named barriers
+  const int consumer = warpgroup - 1;
+  const int turn = kTurnBarrier + consumer, own = kTurnBarrier + kWarpgroups + consumer;
   const auto give_turn = [&] {
 #pragma unroll
     for (int other = 1; other < kWarpgroups; ++other) {
-      named_barrier_arrive(1 + (consumer + other) % kWarpgroups, 128 * kWarpgroups);
+      named_barrier_arrive(kTurnBarrier + (consumer + other) % kWarpgroups, 128 * kWarpgroups);
     }
   };
   // the first warpgroup begins: those behind it in the round have already had their turn
 #pragma unroll
   for (int ahead = 0; ahead < kWarpgroups - 1; ++ahead) {
-    if (consumer > ahead) named_barrier_arrive(1 + ahead, 128 * kWarpgroups);
+    if (consumer > ahead) named_barrier_arrive(kTurnBarrier + ahead, 128 * kWarpgroups);
   }
 
-  // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
-  // 0
-  const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
-  const float query_factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
   const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
-  uint8_t* const my_queries = queries + consumer * 64 * 128;
-  const uint64_t query_operand = swizzled_operand(my_queries, 16, 1024);
-  const uint64_t key_operand = swizzled_operand(keys, 16, 1024);
-  const uint64_t value_operand = swizzled_operand(values, kSlots * 128, 1024);
-  // of the keys' pipeline; inside a tile the values are one block behind
-  Cursor key;
+  const uint64_t query_operand = swizzled_operand(queries + consumer * 64 * 128, 16, 1024);
+  const uint64_t key_operand = swizzled_operand(slots, 16, 1024);
+  const uint64_t value_operand = swizzled_operand(slots, kSlots * 128, 1024);
+  Cursor<S::kStages> cursor;
+  Cursor<kQueryStages> query;
 
   const auto multiply_keys = [&](float (&s)[kSlots / 2]) {
-    const uint64_t operand = key_operand + key.stage() * (S::kSlotBytes >> 4);
+    const uint64_t a = query_operand + query.stage * (S::kQueryBytes >> 4);
+    const uint64_t b = key_operand + cursor.stage * (S::kSlotBytes >> 4);
 #pragma unroll
     for (int step = 0; step < kHeadSize / 16; ++step) {
       const int panel = step / 4, inside = step % 4 * 2;  // 32 bytes
-      multiply<T, kSlots, Major::K>(query_operand + (panel * S::kRows * 8 + inside),
-                                    operand + (panel * kSlots * 8 + inside), s, step != 0);
+      multiply<T, kSlots, Major::K>(a + (panel * S::kRows * 8 + inside), b + (panel * kSlots * 8 + inside), s,
+                                    step != 0);
     }
   };
-  const auto multiply_values = [&](const Cursor& value, const uint32_t (&weights)[kSlots / 4],
-                                   float (&o)[kHeadSize / 2]) {
-    const uint64_t operand = value_operand + value.stage() * (S::kSlotBytes >> 4);
+  const auto multiply_values = [&](const uint32_t (&weights)[kSlots / 4], float (&o)[kHeadSize / 2]) {
+    const uint64_t b = value_operand + cursor.stage * (S::kSlotBytes >> 4);
 #pragma unroll
     for (int step = 0; step < kSlots / 16; ++step) {
-      multiply<T, kHeadSize, Major::MN>(weights + 4 * step, operand + step * 128, o, true);
+      multiply<T, kHeadSize, Major::MN>(weights + 4 * step, b + step * 128, o, true);
     }
   };
-  const auto release = [&](uint64_t* empty, const Cursor& cursor) {
-    if (lane == 0) barrier_arrive(empty + cursor.stage());
+  const auto release = [&](uint64_t* barrier) {
+    if (lane == 0) barrier_arrive(barrier);
   };
 
-  for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-    const Item item = item_of(index, tiles, p.splits);
-    const RowTile row = find_row_tile(p, item.tile, S::kRows);
-    if (row.row < 0) continue;
-    const Blocks blocks = split_blocks(row.slot_count, kSlots, p.splits, item.split);
-    const int64_t first_packed = row.tile * S::kRows + consumer * 64;
-    const int64_t packed_rows = row.q_count * group - first_packed;  // of this warpgroup; may be none
-    const int used_rows = packed_rows < 64 ? (packed_rows < 0 ? 0 : static_cast<int>(packed_rows)) : 64;
-    const int64_t first_query = row.q_begin + first_packed / group;
-    const uint32_t first_member = static_cast<uint32_t>(first_packed % group);
+  while (walk.next(&work)) {
+    const uint32_t first_packed = work.first_packed + consumer * 64;
+    // of this warpgroup; may be none
+    const int used_rows = min(work.packed_count - static_cast<int>(first_packed), 64);
     const auto token_and_head = [&](int r) {
-      const uint32_t member = first_member + r, query = member / group;
-      return (first_query + query) * p.q_heads + item.head * group + (member - query * group);
+      const uint32_t packed = first_packed + r, query_of_row = packed / group;
+      return static_cast<int64_t>(work.q_begin + query_of_row) * p.q_heads + work.head * group +
+             (packed - query_of_row * group);
     };
-
-    if (blocks.begin < blocks.end) {
-      const RotaryRow rotary{p.cos + row.position * p.rotary_half, p.sin + row.position * p.rotary_half, p.rotary_half};
-      constexpr int kChunks = kHeadSize / 8;
-      // the tile before has left this memory
-      named_barrier_sync(own, 128);
-#pragma unroll 2
-      for (int i = thread; i < 64 * kChunks; i += 128) {
-        const int r = i / kChunks, chunk = i % kChunks;
-        uint4 rotated = make_uint4(0, 0, 0, 0);
-        if (r < used_rows) {
-          const uint32_t member = first_member + r, query = member / group;
-          const T* from = static_cast<const T*>(p.q) + (first_query + query) * p.q_stride[0] +
-                          (item.head * group + (member - query * group)) * p.q_stride[1];
-          rotated = rotated_chunk(from, chunk, rotary, query_factor);
+    if (work.begin == work.end) {
+      for (int r = threadIdx.x % 128; r < used_rows; r += 128) {
+        const int64_t at = token_and_head(r);
+        if (work.part >= 0) {
+          p.partial_lse[static_cast<int64_t>(work.part) * p.num_queries * p.q_heads + at] = -kInfinity;
+          continue;
         }
-        *reinterpret_cast<uint4*>(my_queries + (chunk / 8) * (S::kRows * 128) + r * 128 + (((chunk ^ r) & 7) << 4)) =
-            rotated;
+        p.lse[at] = -kInfinity;
+        for (int chunk = 0; chunk < kHeadSize / 8; ++chunk) {
+          reinterpret_cast<uint4*>(static_cast<T*>(p.out) + at * kHeadSize)[chunk] = make_uint4(0, 0, 0, 0);
+        }
       }
-      async_proxy_fence();
-      named_barrier_sync(own, 128);
+      continue;
     }
 
     float o[kHeadSize / 2], s[kSlots / 2];
@@ -298,153 +434,238 @@ __global__ void __launch_bounds__(128 * (kWarpgroups + 1), 1)
 #pragma unroll
     for (int i = 0; i < kHeadSize / 2; ++i) o[i] = 0;
 
-    if (blocks.begin < blocks.end) {
-      barrier_wait(key_full + key.stage(), key.phase());
-      fence_registers(s);
-      wgmma_fence();
-      multiply_keys(s);
-      wgmma_commit();
-      wgmma_wait<0>();
-      fence_registers(s);
-      release(key_empty, key);
+    barrier_wait(query_full + query.stage, query.phase);
+    barrier_wait(full + cursor.stage, cursor.phase);
+    fence_registers(s);
+    wgmma_fence();
+    multiply_keys(s);
+    wgmma_commit();
+    wgmma_wait<0>();
+    fence_registers(s);
+    release(empty + cursor.stage);
+    cursor.advance();
 
-      const int valid = static_cast<int>(row.slot_count - (blocks.end - 1) * kSlots);
-      if (valid < kSlots) {
+    const int valid = max(work.slot_count - (work.end - 1) * kSlots, 0);
+    if (valid < kSlots) {
 #pragma unroll
-        for (int j = 0; j < kSlots / 2; ++j) {
-          const int column = j / 4 * 8 + lane % 4 * 2 + (j & 1);
-          if (column >= valid) s[j] = -kInfinity;
-        }
-        // the slots behind belong to somebody else; a weight of 0 does not silence a NaN
-        barrier_wait(value_full + key.stage(), key.phase());
-        uint8_t* const stage = values + key.stage() * S::kSlotBytes;
-        for (int i = valid * 8 + thread; i < kSlots * 8; i += 128) {
-#pragma unroll
-          for (int panel = 0; panel < S::kPanels; ++panel) {
-            *reinterpret_cast<uint4*>(stage + panel * kSlots * 128 + i * 16) = make_uint4(0, 0, 0, 0);
-          }
-        }
-        async_proxy_fence();
-        named_barrier_sync(own, 128);
+      for (int j = 0; j < kSlots / 2; ++j) {
+        const int column = j / 4 * 8 + lane % 4 * 2 + (j & 1);
+        if (column >= valid) s[j] = -kInfinity;
       }
-      weigh(s, maximum, sum, factor, scale_log2);
+      // The slots behind belong to somebody else, and a weight of 0 does not silence a NaN. Their values stand in the
+      // next stage but one if there is another block of keys, else in the next.
+      Cursor<S::kStages> value = cursor;
+      if (work.end - work.begin > 1) value.advance();
+      barrier_wait(full + value.stage, value.phase);
+      uint8_t* const stage = slots + value.stage * S::kSlotBytes;
+      for (int i = valid * 8 + threadIdx.x % 128; i < kSlots * 8; i += 128) {
 #pragma unroll
-      for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
-
-      for (int left = static_cast<int>(blocks.end - blocks.begin) - 1; left > 0; --left) {
-        const Cursor value = key;
-        ++key.count;
-        barrier_wait(key_full + key.stage(), key.phase());
-        named_barrier_sync(turn, 128 * kWarpgroups);
-        fence_registers(s);
-        fence_registers(o);
-        fence_registers(weights);
-        wgmma_fence();
-        multiply_keys(s);
-        wgmma_commit();
-        barrier_wait(value_full + value.stage(), value.phase());
-        multiply_values(value, weights, o);
-        wgmma_commit();
-        give_turn();
-        wgmma_wait<1>();
-        fence_registers(s);
-        release(key_empty, key);
-        const bool rescale = weigh(s, maximum, sum, factor, scale_log2);
-        wgmma_wait<0>();
-        fence_registers(o);
-        release(value_empty, value);
-#pragma unroll
-        for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
-        if (rescale) {
-#pragma unroll
-          for (int i = 0; i < kHeadSize / 2; i += 4) {
-            o[i] *= factor[0];
-            o[i + 1] *= factor[0];
-            o[i + 2] *= factor[1];
-            o[i + 3] *= factor[1];
-          }
+        for (int panel = 0; panel < S::kPanels; ++panel) {
+          *reinterpret_cast<uint4*>(stage + panel * kSlots * 128 + i * 16) = make_uint4(0, 0, 0, 0);
         }
       }
-      barrier_wait(value_full + key.stage(), key.phase());
+      async_proxy_fence();
+      named_barrier_sync(own, 128);
+    }
+    weigh(s, maximum, sum, factor, scale_log2);
+#pragma unroll
+    for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
+
+    for (int left = work.end - work.begin - 1; left > 0; --left) {
+      barrier_wait(full + cursor.stage, cursor.phase);
+      named_barrier_sync(turn, 128 * kWarpgroups);
+      fence_registers(s);
       fence_registers(o);
       fence_registers(weights);
       wgmma_fence();
-      multiply_values(key, weights, o);
+      multiply_keys(s);
       wgmma_commit();
+      uint64_t* const keys_used = empty + cursor.stage;
+      cursor.advance();
+      barrier_wait(full + cursor.stage, cursor.phase);
+      wgmma_fence();
+      multiply_values(weights, o);
+      wgmma_commit();
+      give_turn();
+      wgmma_wait<1>();
+      fence_registers(s);
+      release(keys_used);
+      const bool rescale = weigh(s, maximum, sum, factor, scale_log2);
       wgmma_wait<0>();
       fence_registers(o);
-      release(value_empty, key);
-      ++key.count;
+      release(empty + cursor.stage);
+      cursor.advance();
+#pragma unroll
+      for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
+      if (rescale) {
+#pragma unroll
+        for (int i = 0; i < kHeadSize / 2; i += 4) {
+          o[i] *= factor[0];
+          o[i + 1] *= factor[0];
+          o[i + 2] *= factor[1];
+          o[i + 3] *= factor[1];
+        }
+      }
     }
+    if constexpr (kQueryStages == 1) release(query_empty + query.stage);
+    barrier_wait(full + cursor.stage, cursor.phase);
+    fence_registers(o);
+    fence_registers(weights);
+    wgmma_fence();
+    multiply_values(weights, o);
+    wgmma_commit();
+    wgmma_wait<0>();
+    fence_registers(o);
+    release(empty + cursor.stage);
+    cursor.advance();
 
-    float* const lse = p.splits == 1 ? p.lse : p.partial_lse + item.split * p.num_queries * p.q_heads;
+    // one split of a row, or one part of a tile
+    const bool in_tail = work.part >= 0 && p.splits == 1;
+    const auto partial_row = [&](int r) {
+      const int64_t part = work.part;
+      return in_tail ? part * S::kRows + consumer * 64 + r : part * p.num_queries * p.q_heads + token_and_head(r);
+    };
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-      // no slots, or -inf scores alone: zeros
+      // scores of -inf alone: zeros
       const bool nothing = sum[i] == 0.0f;
       inverse[i] = nothing ? 0.0f : 1.0f / sum[i];
       const int r = warp % 4 * 16 + lane / 4 + 8 * i;
       if (lane % 4 == 0 && r < used_rows) {
-        lse[token_and_head(r)] = nothing ? -kInfinity : (maximum[i] * scale_log2 + log2f(sum[i])) * kLn2;
+        const float lse = nothing ? -kInfinity : (maximum[i] * scale_log2 + log2f(sum[i])) * kLn2;
+        if (work.part < 0) {
+          p.lse[token_and_head(r)] = lse;
+        } else {
+          p.partial_lse[partial_row(r)] = lse;
+        }
       }
     }
-    if (p.splits > 1) {
-      float* const partial = p.partial_out + item.split * p.num_queries * p.q_heads * kHeadSize;
+    if (work.part >= 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int r = warp % 4 * 16 + lane / 4 + 8 * i;
         if (r >= used_rows) continue;
-        float* const to = partial + token_and_head(r) * kHeadSize + lane % 4 * 2;
+        float* const to = p.partial_out + partial_row(r) * kHeadSize + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kHeadSize / 8; ++j) {
           *reinterpret_cast<float2*>(to + 8 * j) =
               make_float2(o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
         }
       }
-      continue;
-    }
-    // through the queries' shared memory, as soon as the whole warpgroup has finished with it, so that rows are stored
-    // whole
-    named_barrier_sync(own, 128);
-#pragma unroll
-    for (int j = 0; j < kHeadSize / 8; ++j) {
+    } else if constexpr (kQueryStages == 1) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int r = warp % 4 * 16 + lane / 4 + 8 * i;
-        *reinterpret_cast<uint32_t*>(my_queries + (j / 8) * (S::kRows * 128) + r * 128 + (((j ^ r) & 7) << 4) +
-                                     lane % 4 * 4) =
-            pack(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+        if (r >= used_rows) continue;
+        T* const to = static_cast<T*>(p.out) + token_and_head(r) * kHeadSize + lane % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < kHeadSize / 8; ++j) {
+          *reinterpret_cast<uint32_t*>(to + 8 * j) =
+              pack(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+        }
       }
-    }
-    // a warp reads back only the 16 rows that it wrote
-    __syncwarp();
-    constexpr int kChunks = kHeadSize / 8;
+    } else {
+      // through the queries' shared memory, as soon as the whole warpgroup has finished with it, so that rows are
+      // stored whole
+      uint8_t* const staging = queries + query.stage * S::kQueryBytes;
+      named_barrier_sync(own, 128);
+#pragma unroll
+      for (int j = 0; j < kHeadSize / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int r = consumer * 64 + warp % 4 * 16 + lane / 4 + 8 * i;
+          *reinterpret_cast<uint32_t*>(staging + swizzled<S::kRows>(r, 8 * j) + lane % 4 * 4) =
+              pack(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+        }
+      }
+      // a warp reads back only the 16 rows that it wrote
+      __syncwarp();
+      constexpr int kChunks = kHeadSize / 8;
 #pragma unroll 4
-    for (int i = lane; i < 16 * kChunks; i += 32) {
-      const int r = warp % 4 * 16 + i / kChunks, chunk = i % kChunks;
-      if (r < used_rows) {
-        const uint4 whole = *reinterpret_cast<const uint4*>(my_queries + (chunk / 8) * (S::kRows * 128) + r * 128 +
-                                                            (((chunk ^ r) & 7) << 4));
-        *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + token_and_head(r) * kHeadSize + 8 * chunk) = whole;
+      for (int i = lane; i < 16 * kChunks; i += 32) {
+        const int r = warp % 4 * 16 + i / kChunks, chunk = i % kChunks;
+        if (r < used_rows) {
+          *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + token_and_head(r) * kHeadSize + 8 * chunk) =
+              *reinterpret_cast<const uint4*>(staging + swizzled<S::kRows>(consumer * 64 + r, 8 * chunk));
+        }
       }
+      __syncwarp();
     }
+    if constexpr (kQueryStages > 1) release(query_empty + query.stage);
+    query.advance();
   }
 #endif
+}
+
+// Merges the parts of the tiles that the tail cut up, a warp to a packed row, in the order of the slots.
+template <class T, int kHeadSize>
+__global__ void __launch_bounds__(256) injected_attention_tail(const __grid_constant__ InjectedAttentionSm90Params p) {
+  using S = Shape<kHeadSize>;
+  constexpr int kPerLane = kHeadSize / 32;
+  const int lane = threadIdx.x % 32;
+  const uint32_t job = blockIdx.x * 8 + threadIdx.x / 32, item = job / S::kRows, r = job % S::kRows;
+  if (item >= static_cast<uint32_t>(p.tail_items)) return;
+  const uint32_t global = static_cast<uint32_t>(p.whole_items) + item, tiles = static_cast<uint32_t>(p.tiles);
+  RowTile row;
+  load_row(p, 0, &row);
+  const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
+  const int64_t packed = static_cast<int64_t>(global % tiles) * S::kRows + r;
+  const uint64_t shares = p.tail_shares, blocks = (row.slot_count + S::kSlots - 1) / S::kSlots;
+  const uint64_t total = blocks * p.tail_items, first_block = item * blocks, last_block = first_block + blocks - 1;
+  if (packed >= row.q_count * group || blocks == 0) return;
+  // share i begins at total * i / shares: the first and the last one that hold blocks of this tile
+  const uint32_t first = static_cast<uint32_t>(((first_block + 1) * shares - 1) / total);
+  const uint32_t last = static_cast<uint32_t>(((last_block + 1) * shares - 1) / total);
+  if (first == last) return;  // whole: the result is written
+  const int64_t at = (row.q_begin + packed / group) * p.q_heads + global / tiles * group + packed % group;
+  // -1 for a share without blocks
+  const auto part_row = [&](uint32_t share) -> int64_t {
+    const uint64_t begin = total * share / shares, end = total * (share + 1) / shares;
+    if (begin == end) return -1;
+    // a share that begins before this tile has its first part there
+    const bool second = begin < first_block;
+    return (2 * static_cast<int64_t>(share) + (second ? 1 : 0)) * S::kRows + r;
+  };
+  float best = -kInfinity;
+  for (uint32_t share = first; share <= last; ++share) {
+    const int64_t part = part_row(share);
+    if (part < 0) continue;
+    const float lse = p.partial_lse[part];
+    best = lse > best || lse != lse ? lse : best;
+  }
+  float sum = 0, out[kPerLane] = {};
+  for (uint32_t share = first; share <= last; ++share) {
+    const int64_t part = part_row(share);
+    if (part < 0) continue;
+    const float lse = p.partial_lse[part];
+    if (lse == -kInfinity) continue;
+    const float weight = exp2f((lse - best) * kLog2E);
+    sum += weight;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      out[i] = fmaf(weight, p.partial_out[part * kHeadSize + lane + 32 * i], out[i]);
+    }
+  }
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    static_cast<T*>(p.out)[at * kHeadSize + lane + 32 * i] = from_float<T>(out[i] * inverse);
+  }
+  if (lane == 0) p.lse[at] = sum == 0.0f ? -kInfinity : best + logf(sum);
 }
 
 }  // namespace sm90
 
 template <class T, int kHeadSize>
-cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionParams& p, cudaStream_t stream) {
-  constexpr int kSlots = Sm90Tile<kHeadSize>::kSlots, kWarpgroups = Sm90Tile<kHeadSize>::kWarpgroups;
-  using S = sm90::Shape<kHeadSize, kSlots, kWarpgroups>;
-  const auto kernel = sm90::injected_attention<T, kHeadSize, kSlots, kWarpgroups>;
+cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
+  using S = sm90::Shape<kHeadSize>;
+  const auto kernel = sm90::injected_attention<T, kHeadSize>;
   CUtensorMap maps[2];
-  const int64_t sizes[3] = {kHeadSize, p.kv_heads, std::max<int64_t>(p.num_slots, 1)};
-  const int32_t box[3] = {sm90::kPanel, 1, kSlots};
+  const int64_t sizes[3] = {kHeadSize, p.kv_heads, p.num_slots};
+  const int32_t box[3] = {sm90::kPanel, 1, S::kSlots};
   for (int i = 0; i < 2; ++i) {
     const int64_t* const strides = i ? p.v_stride : p.k_stride;
     const int64_t map_strides[2] = {strides[1], strides[0]};
@@ -453,20 +674,18 @@ cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionParam
   }
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (status != cudaSuccess) return status;
-  int device = 0, multiprocessors = 0;
-  status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  // a batch row adds at most one tile that is not full
-  const int64_t tiles = p.num_queries * (p.q_heads / p.kv_heads) / S::kRows + p.num_rows;
-  const int64_t items = tiles * p.splits * p.kv_heads;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(items, multiprocessors)));
+  config.gridDim = dim3(static_cast<unsigned>(p.grid));
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kSharedBytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, p, maps[0], maps[1], tiles);
+  status = cudaLaunchKernelEx(&config, kernel, p, maps[0], maps[1]);
+  if (status != cudaSuccess || p.tail_items == 0) return status;
+  cudaLaunchConfig_t merge{};
+  merge.gridDim = dim3(static_cast<unsigned>((static_cast<int64_t>(p.tail_items) * S::kRows + 7) / 8));
+  merge.blockDim = dim3(256);
+  merge.stream = stream;
+  return cudaLaunchKernelEx(&merge, sm90::injected_attention_tail<T, kHeadSize>, p);
 }
 
 }  // namespace sharedllm

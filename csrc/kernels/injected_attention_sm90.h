@@ -5,16 +5,39 @@
 
 namespace sharedllm {
 
-// Slots of a row are split where the tiles alone would leave multiprocessors idle; sets params->splits for the current
-// device from what the host knows (T, B, S).
-cudaError_t plan_injected_attention_sm90(InjectedAttentionParams* params);
+// Slots of a block, consumer warpgroups, and stages of queries. Blocks of 128 slots fit the paper's chunks, which keep
+// 128 slots each, so that no block is cut off; 256 columns leave room for 80 slots and one stage of queries only. Three
+// consumer warpgroups hide the softmax better, where their accumulators fit in 152 registers.
+template <int kHeadSize>
+struct Sm90Tile {
+  static constexpr int kSlots = 128, kWarpgroups = 2, kQueryStages = 2;
+};
+template <>
+struct Sm90Tile<64> {
+  static constexpr int kSlots = 128, kWarpgroups = 3, kQueryStages = 2;
+};
+template <>
+struct Sm90Tile<256> {
+  static constexpr int kSlots = 80, kWarpgroups = 2, kQueryStages = 1;
+};
 
-// Needs compute capability 9.0, bfloat16 or float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and strides
-// to 8 elements, T > 0; partial results where params.splits > 1. cudaErrorNotSupported for anything else.
-cudaError_t launch_injected_attention_sm90(const InjectedAttentionParams& params, cudaStream_t stream);
+// Persistent blocks take whole_items tiles, head by head; tail_items more (of a batch of one row) are cut into
+// tail_shares equal shares of slots, whose partial results are [2 * tail_shares, packed rows of a tile, D].
+struct InjectedAttentionSm90Params : InjectedAttentionParams {
+  int64_t partial_rows;  // vectors of D elements that partial_out has to hold, and elements of partial_lse
+  int32_t grid, tiles, whole_items, tail_items, tail_shares;
+};
+
+// Cuts the work for the current device, from what the host knows (T, B, S): everything but the pointers to partial
+// results. Needs compute capability 9.0, bfloat16 or float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and
+// strides to 8 elements, T > 0, fewer than 2^31 packed rows, slots and tiles; cudaErrorNotSupported for anything else.
+cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params);
+
+// Queues a planned problem; with params.splits > 1 launch_injected_attention_combine has to follow.
+cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& params, cudaStream_t stream);
 
 // One element type and head size; defined in kernels/instances.
 template <class T, int kHeadSize>
-cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionParams& params, cudaStream_t stream);
+cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& params, cudaStream_t stream);
 
 }  // namespace sharedllm
