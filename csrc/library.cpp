@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
       " -> (Tensor positions, Tensor cu_nodes, Tensor keep_index, Tensor keep_position, Tensor cu_slots)");
   m.def("node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, float scale) -> Tensor");
   m.def(
+      "tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, int levels, float scale)"
+      " -> Tensor");
+  m.def(
       "topk_nodes(Tensor queries, Tensor nodes, Tensor cu_groups, Tensor group_query, int k, Tensor? valid, float eps)"
       " -> (Tensor indices, Tensor similarity)");
   m.def(

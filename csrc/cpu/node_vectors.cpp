@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "common/checks.h"
 #include "common/simd.h"
@@ -52,6 +53,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// 2^levels leaves to a root: more would be a mistake.
+constexpr int64_t kMaxLevels = 20;
+
 template <class T>
 void run(const Problem& p) {
   auto kernel = &generic::run_nodes<T>;
@@ -77,29 +81,32 @@ void run(const Problem& p) {
   });
 }
 
-Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, double scale) {
-  check(q.is_cpu(), "q: expected a tensor on cpu");
-  check_float32_or_bfloat16("q", q);
-  check_shape("q", q, {-1, -1, -1});
+// q: [N, Hq, D]; longest: tokens that a span may hold.
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spans, Tensor* cos, Tensor* sin,
+                  int64_t longest) {
   const ScalarType dtype = q.scalar_type();
-  check_tensor("k", k, {-1, -1, q.size(2)}, dtype);
-  check_tensor("v", v, {k.size(0), k.size(1), k.size(2)}, dtype);
-  check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q: expected a number of heads divisible by k's ", k.size(1),
-        ", got ", q.size(1));
-  check_tensor("spans", spans, {q.size(0), 2}, ScalarType::Long);
-  check_tensor("cos", cos, {-1, -1}, ScalarType::Float);
-  check_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float);
-  check(2 * cos.size(1) <= q.size(2), "cos: expected at most D/2 = ", q.size(2) / 2.0, " columns, got ", cos.size(1));
-  for (Tensor* x : {&q, &k, &v}) *x = dense_heads(*x);
-  for (Tensor* x : {&spans, &cos, &sin}) *x = torch::stable::contiguous(*x);
-
-  const int64_t *span = spans.const_data_ptr<int64_t>(), tokens = k.size(0), longest = cos.size(0);
+  const int64_t heads = q.size(q.dim() - 2), size = q.size(q.dim() - 1);
+  check_tensor("k", k, {-1, -1, size}, dtype);
+  check_tensor("v", v, {k.size(0), k.size(1), size}, dtype);
+  check(k.size(1) > 0 && heads % k.size(1) == 0, "q: expected a number of heads divisible by k's ", k.size(1), ", got ",
+        heads);
+  check_tensor("spans", *spans, {q.size(0), 2}, ScalarType::Long);
+  check_tensor("cos", *cos, {-1, -1}, ScalarType::Float);
+  check_tensor("sin", *sin, {cos->size(0), cos->size(1)}, ScalarType::Float);
+  check(2 * cos->size(1) <= size, "cos: expected at most D/2 = ", size / 2.0, " columns, got ", cos->size(1));
+  for (Tensor* x : {spans, cos, sin}) *x = torch::stable::contiguous(*x);
+  const int64_t *span = spans->const_data_ptr<int64_t>(), tokens = k.size(0);
   for (int64_t i = 0; i < q.size(0); ++i) {
     const int64_t start = span[2 * i], length = span[2 * i + 1];
     check(start >= 0 && length >= 0 && length <= longest && start <= tokens - length, "spans[", i,
           "]: expected start >= 0, 0 <= length <= ", longest, " and start + length <= ", tokens, ", got (", start, ", ",
           length, ")");
   }
+}
+
+// Inputs are checked, and the elements of a head lie side by side.
+Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const int64_t* spans, const Tensor& cos,
+                  const Tensor& sin, double scale) {
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   const Problem p{q.const_data_ptr(),
                   k.const_data_ptr(),
@@ -110,7 +117,7 @@ Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tens
                   k.stride(1),
                   v.stride(0),
                   v.stride(1),
-                  span,
+                  spans,
                   cos.const_data_ptr<float>(),
                   sin.const_data_ptr<float>(),
                   cos.size(1),
@@ -120,7 +127,7 @@ Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tens
                   q.size(2),
                   static_cast<float>(scale),
                   out.mutable_data_ptr()};
-  if (dtype == ScalarType::Float) {
+  if (q.scalar_type() == ScalarType::Float) {
     run<float>(p);
   } else {
     run<bf16>(p);
@@ -128,7 +135,54 @@ Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tens
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) { m.impl("node_vectors", TORCH_BOX(&node_vectors)); }
+Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, double scale) {
+  check(q.is_cpu(), "q: expected a tensor on cpu");
+  check_float32_or_bfloat16("q", q);
+  check_shape("q", q, {-1, -1, -1});
+  check_inputs(q, k, v, &spans, &cos, &sin, cos.size(0));
+  return attend_all(dense_heads(q), dense_heads(k), dense_heads(v), spans.const_data_ptr<int64_t>(), cos, sin, scale);
+}
+
+Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, int64_t levels,
+                         double scale) {
+  check(q.is_cpu(), "q: expected a tensor on cpu");
+  check_float32_or_bfloat16("q", q);
+  check(levels >= 1 && levels <= kMaxLevels, "levels: expected 1 to ", kMaxLevels, ", got ", levels);
+  check_shape("q", q, {-1, int64_t{1} << levels, -1, -1});
+  // the halves of a root must fit into the tables
+  check_inputs(q, k, v, &spans, &cos, &sin, 2 * cos.size(0));
+  q = torch::stable::contiguous(q);
+  const int64_t n = q.size(0), leaves = q.size(1), rows = 2 * leaves - 2,
+                bytes = q.size(2) * q.size(3) * q.element_size();
+  Tensor queries = torch::stable::new_empty(q, {n * rows, q.size(2), q.size(3)});
+  const auto* from = static_cast<const char*>(q.const_data_ptr());
+  auto* to = static_cast<char*>(queries.mutable_data_ptr());
+  std::vector<int64_t> nodes(2 * n * rows);
+  const int64_t* span = spans.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i) {
+    // level by level: the parent of a row is known before the row
+    for (int64_t level = 1, row = 0; level <= levels; ++level) {
+      for (int64_t node = 0; node < int64_t{1} << level; ++node, ++row) {
+        const int64_t* parent =
+            level == 1 ? span + 2 * i : &nodes[2 * (i * rows + (int64_t{1} << (level - 1)) - 2 + node / 2)];
+        const int64_t left = parent[1] / 2;
+        int64_t* child = &nodes[2 * (i * rows + row)];
+        child[0] = node % 2 ? parent[0] + left : parent[0];
+        child[1] = node % 2 ? parent[1] - left : left;
+        // a node's last token is its last leaf's
+        const int64_t leaf = ((node + 1) << (levels - level)) - 1;
+        if (bytes > 0) std::memcpy(to + (i * rows + row) * bytes, from + (i * leaves + leaf) * bytes, bytes);
+      }
+    }
+  }
+  const Tensor out = attend_all(queries, dense_heads(k), dense_heads(v), nodes.data(), cos, sin, scale);
+  return torch::stable::reshape(out, {n, rows, q.size(2), q.size(3)});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) {
+  m.impl("node_vectors", TORCH_BOX(&node_vectors));
+  m.impl("tree_node_vectors", TORCH_BOX(&tree_node_vectors));
+}
 
 }  // namespace
 }  // namespace sharedllm::nodes

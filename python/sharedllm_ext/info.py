@@ -16,6 +16,7 @@ OPERATORS = (
     "context_tree_select",
     "context_tree_layout",
     "node_vectors",
+    "tree_node_vectors",
     "topk_nodes",
     "chunk_compression",
     "chunk_compression_backward",

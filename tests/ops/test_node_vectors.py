@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharedllm_ext import reference
-from sharedllm_ext.ops import node_vectors as exported
-from sharedllm_ext.ops.node_vectors import _plain, node_vectors
+from sharedllm_ext import ops, reference
+from sharedllm_ext.ops.node_vectors import _plain, _tree_plain, node_vectors, tree_node_vectors
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,6 +24,25 @@ CASES = {
     "odd sizes": ([(0, 77), (7, 31)], 77, 3, 3, 33, 10, 80),
     "group of 7": ([(0, 129), (1, 128)], 129, 7, 1, 24, 24, 129),
     "no rotation": ([(2, 9)], 12, 6, 2, 8, 0, 9),
+    # sizes of the kernel with tensor cores
+    "llama heads": ([(0, 100), (100, 77), (3, 1), (9, 0), (20, 180)], 200, 32, 8, 128, 128, 200),
+    "group of 7, D 128": ([(0, 333), (55, 256)], 400, 14, 2, 128, 128, 400),
+    "group of 16": ([(0, 133), (55, 56)], 200, 32, 2, 128, 64, 200),
+    "D 96": ([(0, 133), (55, 56), (1, 2)], 200, 4, 4, 96, 96, 200),
+    "D 256, group of 12": ([(0, 133), (55, 56), (1, 2)], 200, 24, 2, 256, 64, 200),
+    "one long node among short ones": ([(0, 3000), *((13 * i, i % 37) for i in range(40))], 3000, 4, 2, 64, 64, 3000),
+}
+
+# roots (start, length), tokens, Hq, Hkv, D, R, rows of the tables, levels
+TREES = {
+    "chunks": ([(0, 256), (256, 256), (512, 200)], 712, 8, 2, 64, 64, 128, 2),
+    "one level": ([(3, 65), (0, 64)], 70, 4, 2, 16, 8, 40, 1),
+    "llama heads": ([(0, 256), (256, 77)], 333, 32, 8, 128, 128, 128, 2),
+    "deep": ([(0, 129), (129, 3), (1, 1), (5, 0), (7, 31)], 140, 6, 2, 96, 48, 65, 4),
+    "odd sizes": ([(0, 77), (7, 31)], 77, 3, 3, 33, 10, 39, 3),
+    "group of 7": ([(0, 129)], 129, 14, 2, 128, 128, 65, 2),
+    "empty roots": ([(0, 0), (9, 0)], 9, 2, 1, 64, 64, 1, 2),
+    "no roots": ([], 9, 2, 1, 64, 64, 1, 2),
 }
 
 
@@ -45,23 +63,39 @@ def problem(
     return [*(x.to(device) for x in tensors), size**-0.5 if scale is None else scale]
 
 
+def tree_problem(case: str, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator) -> list[Any]:
+    """Arguments of the operator on trees."""
+    spans, tokens, q_heads, kv_heads, size, rotary, rows, levels = TREES[case]
+    angle = torch.arange(rows).unsqueeze(1) * torch.logspace(0, -4, rotary // 2)
+    tensors = [
+        torch.randn(len(spans), 2**levels, q_heads, size, generator=generator).to(dtype),
+        torch.randn(tokens, kv_heads, size, generator=generator).to(dtype),
+        torch.randn(tokens, kv_heads, size, generator=generator).to(dtype),
+        torch.tensor(spans, dtype=torch.int64).view(-1, 2),
+        angle.cos(),
+        angle.sin(),
+    ]
+    return [*(x.to(device) for x in tensors), levels, size**-0.5]
+
+
 def oracle(arguments: list[Any]) -> list[Any]:
     """The same arguments in float64."""
     return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
 
 
-def compare(arguments: list[Any]) -> None:
+def compare(arguments: list[Any], name: str = "node_vectors") -> None:
     """Root mean square error at most twice that of the same-dtype expression; the worst element, one draw, four times.
 
     Four float32 roundings are allowed where the other expression happens to be exact.
     """
-    out = node_vectors(*arguments)
-    exact = reference.node_vectors(*oracle(arguments))
+    out = getattr(ops, name)(*arguments)
+    exact = getattr(reference, name)(*oracle(arguments))
     assert out.dtype == arguments[0].dtype and out.shape == exact.shape and out.is_contiguous()
     assert not out.isnan().any()
     if out.numel():
         floor = 4 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
-        for same in (reference.node_vectors(*arguments), _plain(*arguments)):
+        plain = {"node_vectors": _plain, "tree_node_vectors": _tree_plain}[name]
+        for same in (getattr(reference, name)(*arguments), plain(*arguments)):
             error, other = out.double() - exact, same.double() - exact
             assert error.square().mean().sqrt() <= 2 * other.square().mean().sqrt() + floor
             assert error.abs().max() <= 4 * other.abs().max() + floor
@@ -77,6 +111,37 @@ def test_error_against_float64(case: str, dtype: torch.dtype, device: torch.devi
 @pytest.mark.parametrize("scale", [0.0, -0.3, 10.0])
 def test_scales(scale: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     compare(problem("overlapping", dtype, device, generator, scale))
+
+
+@pytest.mark.parametrize("case", TREES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_trees(case: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    compare(tree_problem(case, dtype, device, generator), "tree_node_vectors")
+
+
+@pytest.mark.parametrize("case", ["chunks", "odd sizes"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_trees_of_other_dtypes(case: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    arguments = tree_problem(case, dtype, device, generator)
+    torch.testing.assert_close(tree_node_vectors(*arguments), reference.tree_node_vectors(*arguments))
+
+
+def test_nodes_of_a_tree(generator: torch.Generator) -> None:
+    nodes, leaf = reference.tree_nodes(torch.tensor([[10, 7]]), 2)
+    assert nodes.tolist() == [[[10, 3], [13, 4], [10, 1], [11, 2], [13, 2], [15, 2]]]
+    assert leaf.tolist() == [1, 3, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autograd_of_trees(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    arguments = tree_problem("deep", dtype, device, generator)
+    results = []
+    for function in (tree_node_vectors, reference.tree_node_vectors):
+        inputs = [x.clone().requires_grad_() for x in arguments[:3]]
+        (function(*inputs, *arguments[3:]) ** 2).sum().backward()
+        results.append([x.grad for x in inputs])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -186,6 +251,57 @@ def test_opcheck(case: str, dtype: torch.dtype, device: torch.device, generator:
     torch.library.opcheck(torch.ops.sharedllm.node_vectors_backward.default, (torch.ones_like(q), q, k, v, *rest))
 
 
+@pytest.mark.parametrize("case", ["chunks", "no roots"])
+def test_opcheck_of_trees(case: str, device: torch.device, generator: torch.Generator) -> None:
+    q, k, v, *rest = tree_problem(case, torch.float32, device, generator)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.sharedllm.tree_node_vectors.default, (*leaves, *rest))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_cuda_never_waits(dtype: torch.dtype, generator: torch.Generator) -> None:
+    plain, tree = (
+        make(case, dtype, "cuda", generator) for make, case in ((problem, "overlapping"), (tree_problem, "chunks"))
+    )
+    leaves = [[x.requires_grad_() for x in arguments[:3]] for arguments in (plain, tree)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for function, arguments, inputs in zip((node_vectors, tree_node_vectors), (plain, tree), leaves, strict=True):
+            out = function(*arguments)
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_cuda_graph_and_same_bits(generator: torch.Generator) -> None:
+    for function, arguments in (
+        (node_vectors, problem("one long node among short ones", torch.bfloat16, "cuda", generator)),
+        (tree_node_vectors, tree_problem("llama heads", torch.bfloat16, "cuda", generator)),
+    ):
+        want = function(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = function(*arguments)
+        for _ in range(3):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_wild_spans_stay_inside_on_cuda(generator: torch.Generator) -> None:
+    arguments = problem("llama heads", torch.bfloat16, "cuda", generator)
+    want = node_vectors(*arguments)
+    arguments[3][0] = torch.tensor([-5, 2**62])
+    arguments[3][1] = torch.tensor([2**62, 2**62])
+    out = node_vectors(*arguments)
+    # the others' results do not change but for rounding, as work is dealt out anew
+    torch.testing.assert_close(out[2:], want[2:])
+    assert not out.isnan().any() and (out[1] == 0).all()
+
+
 def test_compile(device: torch.device, generator: torch.Generator) -> None:
     compiled = torch.compile(node_vectors, fullgraph=True, backend="aot_eager")
     for case in ("overlapping", "empty nodes"):
@@ -197,8 +313,8 @@ def test_compile(device: torch.device, generator: torch.Generator) -> None:
             assert torch.equal(x.grad, y.grad)
 
 
-def test_package_exports_the_function() -> None:
-    assert exported is node_vectors
+def test_package_exports_the_functions() -> None:
+    assert ops.node_vectors is node_vectors and ops.tree_node_vectors is tree_node_vectors
 
 
 NAMES = ("q", "k", "v", "spans", "cos", "sin", "scale")
@@ -232,6 +348,43 @@ def test_mistakes(
     arguments[name] = change(arguments[name])
     with pytest.raises(error, match=message):
         node_vectors(**arguments)
+
+
+TREE_MISTAKES: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
+    ("q", lambda x: x[:, 1:], ValueError, r"q: expected shape \[n, 4, Hq, D\], got \[3, 3, 8, 64\]"),
+    ("q", lambda x: x[:, :, :7], ValueError, "q: expected a number of heads divisible by k's 2, got 7"),
+    ("k", lambda x: x[..., 1:], ValueError, r"k: expected shape \[T, Hkv, 64\], got \[712, 2, 63\]"),
+    ("v", lambda x: x.bfloat16(), TypeError, "v: expected dtype torch.float32, got torch.bfloat16"),
+    ("spans", lambda x: x[1:], ValueError, r"spans: expected shape \[3, 2\], got \[2, 2\]"),
+    ("cos", lambda x: x.bfloat16(), TypeError, "cos: expected dtype torch.float32, got torch.bfloat16"),
+    ("levels", lambda x: 0, ValueError, "levels: expected 1 to 20, got 0"),
+    ("levels", lambda x: 21, ValueError, "levels: expected 1 to 20, got 21"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), TREE_MISTAKES)
+def test_mistakes_with_trees(
+    name: str,
+    change: Callable[[Any], Any],
+    error: type[Exception],
+    message: str,
+    device: torch.device,
+    generator: torch.Generator,
+) -> None:
+    names = (*NAMES[:-1], "levels", "scale")
+    arguments = dict(zip(names, tree_problem("chunks", torch.float32, device, generator), strict=True))
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error, match=message):
+        tree_node_vectors(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_roots_longer_than_the_tables(dtype: torch.dtype, generator: torch.Generator) -> None:
+    arguments = tree_problem("chunks", dtype, "cpu", generator)
+    arguments[3][1, 1] = 257
+    message = r"spans\[1\]: expected start >= 0, 0 <= length <= 256 and start \+ length <= 712, got \(256, 257\)"
+    with pytest.raises(ValueError, match=message):
+        tree_node_vectors(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

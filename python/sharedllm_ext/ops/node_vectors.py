@@ -8,10 +8,17 @@ from torch import Tensor
 
 from .._library import cuda_kernels
 from ..reference.node_vectors import node_vectors as _reference
+from ..reference.node_vectors import tree_node_vectors as _tree_reference
+from ..reference.node_vectors import tree_nodes
 from ..reference.rotary import compute_dtype, rotate
 from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_heads, check_rotary, check_tensor, check_that
 
-__all__ = ["node_vectors"]
+__all__ = ["node_vectors", "tree_node_vectors"]
+
+#: Largest head size of the CUDA kernel (kNodeVectorsMaxSize in csrc/kernels/node_vectors.h).
+CUDA_KERNEL_MAX_SIZE = 256
+#: Most levels of :func:`tree_node_vectors`.
+MAX_LEVELS = 20
 
 #: Elements of the gathered keys that the plain path holds at once: 256 MiB of float32.
 PLAIN_ELEMENTS = 2**26
@@ -25,8 +32,10 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
     the backward pass recomputes the forward in PyTorch and is as deterministic as ``Tensor.index_add_``.
 
     On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
-    :mod:`sharedllm_ext.reference`. The plain PyTorch path on CUDA does not wait for the device and takes time in
-    proportion to ``N * P``: pass tables no longer than the longest node.
+    :mod:`sharedllm_ext.reference`. On CUDA, float32, bfloat16 and float16 with ``D <= 256`` run in a CUDA kernel, whose
+    work is shared out evenly whatever the lengths are; the rest runs in plain PyTorch, in time proportional to ``N * P``.
+    Neither waits for the device. The CUDA kernel for 16-bit numbers turns queries and keys by the difference of their
+    positions, so the tables must be those of angles proportional to the position (times a common factor).
 
     Args:
         q: ``[N, Hq, D]``, the query projections of each node's last token, not rotated.
@@ -44,7 +53,7 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
     Raises:
         TypeError: a dtype that is not the one expected.
         ValueError: a shape or device that does not fit the others; on the CPU also a span that is not inside the tokens
-            or is longer than the tables.
+            or is longer than the tables. On CUDA such a span is cut to what is there.
 
     Source: SharedLLM (arXiv 2603.04759), query-aware retrieval. Equivalent, for one node, to::
 
@@ -61,14 +70,76 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
     check_tensor("spans", spans, (q.shape[0], 2), torch.int64, device)
     check_rotary(cos, sin, size, device)
     if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
-        _check_values(k, spans, cos)
+        _check_values(k, spans, cos.shape[0])
         return _reference(q, k, v, spans, cos, sin, scale)
+    if _outside_cuda_kernel(q):
+        return torch.ops.sharedllm.node_vectors_plain(q, k, v, spans, cos, sin, scale)
     return torch.ops.sharedllm.node_vectors(q, k, v, spans, cos, sin, scale)
 
 
-def _check_values(k: Tensor, spans: Tensor, cos: Tensor) -> None:
+def tree_node_vectors(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, levels: int, scale: float
+) -> Tensor:
+    """:func:`node_vectors` of all nodes of the first levels of trees whose nodes are halved.
+
+    A node of length ``l`` has the children of :func:`~sharedllm_ext.ops.context_tree_split` without noise: its first
+    ``floor(l / 2)`` tokens and the rest. Keys and values are read once for all levels on CUDA: rotary scores depend on
+    relative positions only, so a node and its right child, which end with the same token, share their scores.
+
+    Args:
+        q: ``[n, 2^levels, Hq, D]``, the query projections at the last token of each leaf, not rotated. The leaves are
+            the nodes of the last level; every node ends where one of them does.
+        k: ``[T, Hkv, D]``, the key projections of all tokens, not rotated.
+        v: ``[T, Hkv, D]``, the value projections of all tokens.
+        spans: ``[n, 2]`` int64, (start, length) of the roots, in tokens.
+        cos: ``[P, R/2]`` float32, ``R <= D`` and ``2 P`` at least the longest length; element ``i`` is rotated with
+            ``i + R/2``, from ``R`` on all pass through.
+        sin: ``[P, R/2]`` float32.
+        levels: how often the roots are halved, 1 to 20.
+        scale: factor on the scores, usually ``D ** -0.5``.
+
+    Returns:
+        ``[n, 2^(levels + 1) - 2, Hq, D]`` in q's dtype: the vectors of the two halves, the four quarters and so on, each
+        level from left to right; the root has none. Zeros for an empty node. Differentiable once in ``q``, ``k`` and
+        ``v``.
+
+    Raises:
+        TypeError: a dtype that is not the one expected.
+        ValueError: a shape, number or device that does not fit the others; on the CPU also a span that is not inside
+            the tokens or is longer than twice the tables. On CUDA such a span is cut to what is there.
+
+    Equivalent to::
+
+        nodes, leaf = sharedllm_ext.reference.tree_nodes(spans, levels)
+        node_vectors(q[:, leaf].flatten(0, 1), k, v, nodes.flatten(0, 1), cos, sin, scale).unflatten(0, nodes.shape[:2])
+    """
+    check_that(1 <= levels <= MAX_LEVELS, "levels", f"1 to {MAX_LEVELS}", levels)
+    check_tensor("q", q, ("n", 2**levels, "Hq", "D"), FLOATS)
+    device, size = q.device, q.shape[3]
+    check_tensor("k", k, ("T", "Hkv", size), q.dtype, device)
+    check_tensor("v", v, tuple(k.shape), q.dtype, device)
+    check_heads(q[:, 0], k)
+    check_tensor("spans", spans, (q.shape[0], 2), torch.int64, device)
+    check_rotary(cos, sin, size, device)
+    if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
+        _check_values(k, spans, 2 * cos.shape[0])
+        return _tree_reference(q, k, v, spans, cos, sin, levels, scale)
+    if _outside_cuda_kernel(q):
+        nodes, leaf = tree_nodes(spans, levels)
+        out = torch.ops.sharedllm.node_vectors_plain(
+            q[:, leaf].flatten(0, 1), k, v, nodes.flatten(0, 1), cos, sin, scale
+        )
+        return out.reshape(*nodes.shape[:2], *q.shape[2:])
+    return torch.ops.sharedllm.tree_node_vectors(q, k, v, spans, cos, sin, levels, scale)
+
+
+def _outside_cuda_kernel(q: Tensor) -> bool:
+    return q.is_cuda and (q.dtype == torch.float64 or q.shape[-1] > CUDA_KERNEL_MAX_SIZE)
+
+
+def _check_values(k: Tensor, spans: Tensor, longest: int) -> None:
     """What the C++ operator checks by itself, for the reference path."""
-    tokens, longest = k.shape[0], cos.shape[0]
+    tokens = k.shape[0]
     for node, (start, length) in enumerate(spans.tolist()):
         inside = start >= 0 and 0 <= length <= longest and start + length <= tokens
         expected = f"start >= 0, 0 <= length <= {longest} and start + length <= {tokens}"
@@ -78,6 +149,13 @@ def _check_values(k: Tensor, spans: Tensor, cos: Tensor) -> None:
 @torch.library.register_fake("sharedllm::node_vectors")
 def _fake(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("sharedllm::tree_node_vectors")
+def _tree_fake(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, levels: int, scale: float
+) -> Tensor:
+    return q.new_empty((q.shape[0], 2 ** (levels + 1) - 2, *q.shape[2:]))
 
 
 class _Nodes(NamedTuple):
@@ -132,7 +210,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Ten
     return out
 
 
-# an operator of its own, so that tracing does not look inside: the sizes depend on the spans
+# operators of their own, so that tracing does not look inside: the sizes depend on the spans
+_plain_op = torch.library.custom_op("sharedllm::node_vectors_plain", _plain, mutates_args=())
+_plain_op.register_fake(_fake)
+
+
 @torch.library.custom_op("sharedllm::node_vectors_backward", mutates_args=())
 def _backward_op(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float
@@ -183,6 +265,38 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("sharedllm::node_vectors", _backward, setup_context=_setup_context)
+_plain_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _tree_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.levels, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _tree_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, spans, *tables = ctx.saved_tensors
+    nodes, leaf = tree_nodes(spans, ctx.levels)
+    grad_queries, grad_k, grad_v = torch.ops.sharedllm.node_vectors_backward(
+        grad_out.flatten(0, 1), q[:, leaf].flatten(0, 1), k, v, nodes.flatten(0, 1), *tables, ctx.scale
+    )
+    # several nodes end with the same token
+    grad_q = torch.zeros_like(q, dtype=compute_dtype(q.dtype))
+    grad_q.index_add_(1, leaf, grad_queries.reshape(grad_out.shape).to(grad_q.dtype))
+    return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None, None
+
+
+torch.library.register_autograd("sharedllm::tree_node_vectors", _tree_backward, setup_context=_tree_setup_context)
+
+
+def _tree_plain(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, levels: int, scale: float
+) -> Tensor:
+    nodes, leaf = tree_nodes(spans, levels)
+    out = _plain(q[:, leaf].flatten(0, 1), k, v, nodes.flatten(0, 1), cos, sin, scale)
+    return out.reshape(*nodes.shape[:2], *q.shape[2:])
+
 
 if "node_vectors" not in cuda_kernels():
     torch.library.impl("sharedllm::node_vectors", "CUDA", _plain)
+if "tree_node_vectors" not in cuda_kernels():
+    torch.library.impl("sharedllm::tree_node_vectors", "CUDA", _tree_plain)

@@ -3,7 +3,7 @@
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split
 from .injected_attention import injected_attention, injected_attention_backward
-from .node_vectors import node_vectors
+from .node_vectors import node_vectors, tree_node_vectors, tree_nodes
 from .topk_nodes import topk_nodes
 
 __all__ = [
@@ -16,4 +16,6 @@ __all__ = [
     "injected_attention_backward",
     "node_vectors",
     "topk_nodes",
+    "tree_node_vectors",
+    "tree_nodes",
 ]

@@ -1,0 +1,591 @@
+// Node vectors' attention: how the tokens are shared out among warps, and the kernel for tensor cores.
+//
+// Leaves are cut into tiles of 16 keys. All tiles of all leaves, in order, are dealt out in equal runs to the workers,
+// so ragged nodes cost what they hold and nothing has to be known on the host. A worker is some warps (units), one for
+// each key/value head and group of query rows. A node that lies inside one run is finished there; of the others each
+// worker leaves a partial result in the workspace, at most two for each level, and a second kernel merges them in
+// order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/common/vector_load.cuh"
+#include "kernels/common/warp.cuh"
+#include "kernels/node_vectors.h"
+
+namespace sharedllm {
+namespace node_vectors {
+
+constexpr int kTile = 16;
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Leaf {
+  int64_t start;
+  int32_t length;
+  int32_t position;  // of its first token in the node of first_level
+};
+
+// A node that goes on in the next worker's run.
+struct Unfinished {
+  int64_t node;  // row of out, -1 for none
+  int64_t last_worker;
+};
+
+struct Workspace {
+  int64_t* first_tile;     // [leaves + 1]
+  Leaf* leaves;            // [leaves]
+  Unfinished* unfinished;  // [workers, levels]
+  // what a worker began in the middle of (0) and what it leaves in the middle (1)
+  float2* stats;  // [workers, 2, levels, Hq]: maximum of the scores, to base 2, and sum of the weights
+  float* sums;    // [workers, 2, levels, Hq, D]: weighted values
+};
+
+__host__ __device__ inline int64_t align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+__host__ __device__ inline int64_t num_leaves(const NodeVectorsParams& p) { return p.num_roots << p.last_level; }
+__host__ __device__ inline int num_levels(const NodeVectorsParams& p) { return p.last_level - p.first_level + 1; }
+
+// Returns the bytes needed.
+__host__ __device__ inline int64_t divide_workspace(const NodeVectorsParams& p, Workspace* w) {
+  char* const base = static_cast<char*>(p.workspace);
+  const int64_t leaves = num_leaves(p), levels = num_levels(p), rows = p.workers * 2 * levels * p.q_heads;
+  int64_t at = 0;
+  w->first_tile = reinterpret_cast<int64_t*>(base + at);
+  at += align16(sizeof(int64_t) * (leaves + 1));
+  w->leaves = reinterpret_cast<Leaf*>(base + at);
+  at += align16(sizeof(Leaf) * leaves);
+  w->unfinished = reinterpret_cast<Unfinished*>(base + at);
+  at += align16(sizeof(Unfinished) * p.workers * levels);
+  w->stats = reinterpret_cast<float2*>(base + at);
+  at += align16(sizeof(float2) * rows);
+  w->sums = reinterpret_cast<float*>(base + at);
+  return at + align16(sizeof(float) * rows * p.head_size);
+}
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// A worker's run of tiles.
+struct Run {
+  int64_t begin, end, tiles_per_worker;
+};
+
+__device__ __forceinline__ Run run_of(const NodeVectorsParams& p, const Workspace& w, int64_t worker) {
+  const int64_t total = w.first_tile[num_leaves(p)], share = (total + p.workers - 1) / p.workers;
+  const int64_t begin = worker * share;
+  return {begin < total ? begin : total, begin + share < total ? begin + share : total, share};
+}
+
+// The tile at which a warp is.
+struct Cursor {
+  int64_t leaf;
+  int64_t start;     // first token of the leaf
+  int32_t length;    // of the leaf
+  int32_t position;  // of the leaf's first token
+  int32_t done;      // tokens of the leaf before this tile
+
+  __device__ __forceinline__ void load(const Workspace& w) {
+    const Leaf found = w.leaves[leaf];
+    start = found.start;
+    length = found.length;
+    position = found.position;
+  }
+  // Every lane of the warp takes part.
+  __device__ __forceinline__ void seek(const NodeVectorsParams& p, const Workspace& w, int64_t tile, int lane) {
+    leaf = lower_bound_by_warp(w.first_tile, num_leaves(p), tile + 1, lane) - 1;
+    load(w);
+    done = static_cast<int32_t>(tile - w.first_tile[leaf]) * kTile;
+  }
+  __device__ __forceinline__ int count() const { return length - done < kTile ? length - done : kTile; }
+  __device__ __forceinline__ bool ends_leaf() const { return length - done <= kTile; }
+  __device__ __forceinline__ void advance(const NodeVectorsParams& p, const Workspace& w) {
+    done += kTile;
+    if (done < length) return;
+    done = 0;
+    ++leaf;
+    if (leaf < num_leaves(p)) load(w);
+  }
+};
+
+// The node of one level that holds a leaf.
+struct Node {
+  int64_t first_leaf, last_leaf;
+  int64_t row;  // of out
+  bool last;    // whether the leaf is its last
+};
+
+__device__ __forceinline__ Node node_of(const NodeVectorsParams& p, int64_t leaf, int level_index) {
+  const int level = p.first_level + level_index, below = p.last_level - level;
+  const int64_t index = leaf >> below, root = leaf >> p.last_level;
+  const int64_t rows = (int64_t{2} << p.last_level) - (int64_t{1} << p.first_level);
+  Node node;
+  node.first_leaf = index << below;
+  node.last_leaf = node.first_leaf + (int64_t{1} << below) - 1;
+  // level by level inside the root
+  node.row = root * rows + (index - (root << level)) + (int64_t{1} << level) - (int64_t{1} << p.first_level);
+  node.last = leaf == node.last_leaf;
+  return node;
+}
+
+__device__ __forceinline__ int64_t partial_row(const NodeVectorsParams& p, int64_t worker, int kind, int level_index,
+                                               int head) {
+  return ((worker * 2 + kind) * num_levels(p) + level_index) * p.q_heads + head;
+}
+
+// What the worker leaves in the middle; the merge kernel starts from it. Called by one warp of each worker.
+__device__ __forceinline__ void record_unfinished(const NodeVectorsParams& p, const Workspace& w, int64_t worker,
+                                                  const Run& run, int64_t last_leaf_seen, int lane) {
+  for (int level = lane; level < num_levels(p); level += 32) {
+    Unfinished record{-1, 0};
+    if (run.begin < run.end) {
+      const Node node = node_of(p, last_leaf_seen, level);
+      const int64_t first = w.first_tile[node.first_leaf], end = w.first_tile[node.last_leaf + 1];
+      if (first >= run.begin && end > run.end) {
+        record.node = node.row;
+        record.last_worker = (end - 1) / run.tiles_per_worker;
+      }
+    }
+    w.unfinished[worker * num_levels(p) + level] = record;
+  }
+}
+
+// Where a pair of elements that rotate together lies, for pairs aligned to `width`. Behind the rotated part the
+// elements are paired as they come.
+__device__ __forceinline__ void pair_offsets(int pair, int half, int width, int* low, int* high) {
+  const bool rotated = pair < half;
+  *low = rotated ? pair : 2 * half + 2 * (pair - half);
+  *high = rotated ? pair + half : *low + width;
+}
+
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half(x); }
+
+// ---- tensor cores ----
+
+template <class T>
+struct Narrow;
+
+template <>
+struct Narrow<__nv_bfloat16> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+  static __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+template <>
+struct Narrow<__half> {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 x = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+  static __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+__device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// x = high + low, high with the 11 significant bits of tf32.
+__device__ __forceinline__ void split_tf32(float x, uint32_t* high, uint32_t* low) {
+  *high = __float_as_uint(x) & 0xffffe000u;
+  *low = __float_as_uint(x - __uint_as_float(*high));
+}
+
+// Transposes an 8x8 matrix of 16-bit elements, a row to four lanes.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// 16 bytes, or zeros: what lies behind a leaf may be NaN, and 0 * NaN is NaN.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool wanted) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_shared_16(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+template <int D>
+struct Tiling {
+  // Eight warps with two stages of 16 tokens keep 64 KB in flight on a multiprocessor, more than twice what its share
+  // of the memory bandwidth times the latency asks for; heads of 256 take twice the room.
+  static constexpr int kWarps = D > 128 ? 4 : 8;
+  static constexpr int kStages = D > 64 ? 2 : 3;
+  // Keys are rotated by their place in a window of this many positions, and the queries once for each window: the
+  // tables of the keys then stay in shared memory, as reading them for each key would double the traffic.
+  static constexpr int kWindow = D > 128 ? 32 : 64;
+  // Row pitches without bank conflicts: four rows of 32 bytes of k, eight rows of 16 of v, two rows of 64 of the table.
+  static constexpr int kPitchK = 2 * D + 32, kPitchV = 2 * D + 16, kPitchTable = 4 * D + 64;
+  static constexpr int kStageBytes = kTile * (kPitchK + kPitchV);
+  static constexpr int kTableBytes = kWindow * kPitchTable;
+  static constexpr int kSharedBytes = kTableBytes + kWarps * kStages * kStageBytes;
+  static constexpr int kThreads = 32 * kWarps;
+};
+
+// One warp computes S^T = K Q^T (16 keys x 8 columns, a column is a query row) in tf32, each factor split in two so
+// that the scores are as good as in float32, and O^T += V^T P^T in T, the weights split in two likewise.
+template <class T, int D, int kColumns>
+__global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
+    node_vectors_tensor(const __grid_constant__ NodeVectorsParams p) {
+  using Shape = Tiling<D>;
+  constexpr int kGroups = D / 32;  // a lane has four pairs of each
+  extern __shared__ __align__(128) char shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
+  Workspace w;
+  divide_workspace(p, &w);
+
+  const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  for (int i = threadIdx.x; i < Shape::kWindow * (D / 2); i += Shape::kThreads) {
+    const int position = i / (D / 2), pair = i % (D / 2);
+    const bool rotated = pair < p.rotary_half && position < p.num_positions;
+    float* to = reinterpret_cast<float*>(shared + position * Shape::kPitchTable) + pair;
+    to[0] = rotated ? p.cos[static_cast<int64_t>(position) * p.rotary_half + pair] : 1.0f;
+    to[D / 2] = rotated ? p.sin[static_cast<int64_t>(position) * p.rotary_half + pair] : 0.0f;
+  }
+  __syncthreads();
+
+  const int64_t global_warp = static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp;
+  const int64_t worker = global_warp / p.units;
+  const int unit = static_cast<int>(global_warp % p.units);
+  if (worker >= p.workers) return;
+  const Run run = run_of(p, w, worker);
+  if (run.begin >= run.end) {
+    if (unit == 0) record_unfinished(p, w, worker, run, 0, lane);
+    return;
+  }
+  const int kv_head = unit % p.kv_heads, first_row = unit / p.kv_heads * (8 * kColumns);
+  const int group = p.q_heads / p.kv_heads, rows = num_levels(p) * group;
+
+  const uint32_t stages = table + Shape::kTableBytes + warp * (Shape::kStages * Shape::kStageBytes);
+  const T* const k = static_cast<const T*>(p.k) + kv_head * p.k_stride[1];
+  const T* const v = static_cast<const T*>(p.v) + kv_head * p.v_stride[1];
+
+  const auto copy_tile = [&](const Cursor& at, int stage) {
+    constexpr int kVectors = D / 8;  // of a row
+    const uint32_t to = stages + stage * Shape::kStageBytes;
+    const T* const from_k = k + (at.start + at.done) * p.k_stride[0];
+    const T* const from_v = v + (at.start + at.done) * p.v_stride[0];
+    const int count = at.count();
+#pragma unroll
+    for (int i = 0; i < kTile * kVectors / 32; ++i) {
+      const int vector = i * 32 + lane, token = vector / kVectors, element = vector % kVectors * 8;
+      copy_async(to + token * Shape::kPitchK + element * 2, from_k + token * p.k_stride[0] + element, token < count);
+    }
+#pragma unroll
+    for (int i = 0; i < kTile * kVectors / 32; ++i) {
+      const int vector = i * 32 + lane, token = vector / kVectors, element = vector % kVectors * 8;
+      copy_async(to + kTile * Shape::kPitchK + token * Shape::kPitchV + element * 2,
+                 from_v + token * p.v_stride[0] + element, token < count);
+    }
+  };
+
+  Cursor ahead;
+  ahead.seek(p, w, run.begin, lane);
+  Cursor at = ahead;
+  int64_t ahead_tile = run.begin;
+#pragma unroll
+  for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
+    if (ahead_tile < run.end) {
+      copy_tile(ahead, stage);
+      ahead.advance(p, w);
+      ++ahead_tile;
+    }
+    commit_copies();
+  }
+
+  int low[kGroups], high[kGroups];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) pair_offsets(4 * (quad + 4 * i), p.rotary_half, 4, &low[i], &high[i]);
+
+  // the query of column `row`, rotated, times scale * log2(e)
+  float query[kColumns][kGroups * 4][2];
+  // positions are counted from here on; the window begins here
+  int32_t base = 0;
+  const auto load_queries = [&] {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int r = first_row + 8 * n + row;
+      const bool wanted = r < rows;
+      const int level = wanted ? r / group : 0, head = kv_head * group + (wanted ? r - level * group : 0);
+      const int64_t leaf = node_of(p, at.leaf, level).last_leaf;
+      const Leaf last = w.leaves[leaf];
+      const int64_t position = clamp(int64_t{last.position} + last.length - 1 - base, 0, p.num_positions - 1);
+      const T* const q = static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1];
+      const float factor = wanted ? p.scale * kLog2e : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        const int pair = 4 * (quad + 4 * i);
+        const uint2 x = __ldg(reinterpret_cast<const uint2*>(q + low[i]));
+        const uint2 y = __ldg(reinterpret_cast<const uint2*>(q + high[i]));
+        float4 c = make_float4(1, 1, 1, 1), s = make_float4(0, 0, 0, 0);
+        if (pair < p.rotary_half) {
+          c = __ldg(reinterpret_cast<const float4*>(p.cos + position * p.rotary_half + pair));
+          s = __ldg(reinterpret_cast<const float4*>(p.sin + position * p.rotary_half + pair));
+        }
+        const uint32_t xs[2] = {x.x, x.y}, ys[2] = {y.x, y.y};
+        const float cs[4] = {c.x, c.y, c.z, c.w}, ss[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float a = Word<T>::get(xs[e / 2], e % 2), b = Word<T>::get(ys[e / 2], e % 2);
+          query[n][4 * i + e][0] = wanted ? (a * cs[e] - b * ss[e]) * factor : 0.0f;
+          query[n][4 * i + e][1] = wanted ? (b * cs[e] + a * ss[e]) * factor : 0.0f;
+        }
+      }
+    }
+  };
+
+  // columns 2 * quad and 2 * quad + 1 of each eight
+  float sums[kColumns][D / 16][4], top[kColumns][2], total[kColumns][2];
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) top[n][j] = -INFINITY, total[n][j] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[n][i][j] = 0.0f;
+    }
+  }
+
+  // Writes what ends with this tile, and begins it anew.
+  const auto flush = [&](bool leaf_ends, bool run_ends) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float weight = total[n][j];
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) weight += __shfl_xor_sync(kFullWarp, weight, offset);
+        const int r = first_row + 8 * n + 2 * quad + j;
+        if (r >= rows) continue;
+        const int level = r / group, head = kv_head * group + r - level * group;
+        const Node node = node_of(p, at.leaf, level);
+        const bool ends = leaf_ends && node.last;
+        if (!ends && !run_ends) continue;
+        const bool begins_here = w.first_tile[node.first_leaf] >= run.begin;
+        if (ends && begins_here) {
+          T* const to = static_cast<T*>(p.out) + (node.row * p.q_heads + head) * D + row;
+          const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+#pragma unroll
+          for (int i = 0; i < D / 16; ++i) {
+            store(to + 16 * i, sums[n][i][j] * inverse);
+            store(to + 16 * i + 8, sums[n][i][2 + j] * inverse);
+          }
+        } else {
+          const int64_t partial = partial_row(p, worker, begins_here ? 1 : 0, level, head);
+          if (row == 0) w.stats[partial] = make_float2(top[n][j], weight);
+          float* const to = w.sums + partial * D + row;
+#pragma unroll
+          for (int i = 0; i < D / 16; ++i) {
+            to[16 * i] = sums[n][i][j];
+            to[16 * i + 8] = sums[n][i][2 + j];
+          }
+        }
+        if (ends) {
+          top[n][j] = -INFINITY;
+          total[n][j] = 0.0f;
+#pragma unroll
+          for (int i = 0; i < D / 16; ++i) sums[n][i][j] = sums[n][i][2 + j] = 0.0f;
+        }
+      }
+    }
+  };
+
+  int32_t window_tiles = 0;  // tiles left in the window
+  int stage = 0;
+  for (int64_t tile = run.begin; tile < run.end; ++tile) {
+    if (window_tiles == 0 || at.done == 0) {
+      base = at.position + at.done;
+      window_tiles = Shape::kWindow / kTile;
+      load_queries();
+    }
+    --window_tiles;
+    wait_copies<Shape::kStages - 2>();
+    // also: the lanes are done with the stage that is filled next
+    __syncwarp();
+    if (ahead_tile < run.end) {
+      copy_tile(ahead, stage == 0 ? Shape::kStages - 1 : stage - 1);
+      ahead.advance(p, w);
+      ++ahead_tile;
+    }
+    commit_copies();
+
+    const uint32_t keys = stages + stage * Shape::kStageBytes + row * Shape::kPitchK;
+    const uint32_t values = stages + stage * Shape::kStageBytes + kTile * Shape::kPitchK;
+    const uint32_t angles = table + (at.position + at.done - base + row) * Shape::kPitchTable + quad * 16;
+    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+
+    // separate sums of the large and the two small products: three short chains
+    float scores[kColumns][3][4];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores[n][i][j] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint2 low0 = load_shared_8(keys + 2 * low[i]), high0 = load_shared_8(keys + 2 * high[i]);
+      const uint2 low1 = load_shared_8(keys + 2 * low[i] + 8 * Shape::kPitchK);
+      const uint2 high1 = load_shared_8(keys + 2 * high[i] + 8 * Shape::kPitchK);
+      const float4 c0 = load_shared_16(angles + 64 * i), s0 = load_shared_16(angles + 64 * i + 2 * D);
+      const float4 c1 = load_shared_16(angles + 64 * i + 8 * Shape::kPitchTable);
+      const float4 s1 = load_shared_16(angles + 64 * i + 2 * D + 8 * Shape::kPitchTable);
+      const uint32_t x0[2] = {low0.x, low0.y}, y0[2] = {high0.x, high0.y};
+      const uint32_t x1[2] = {low1.x, low1.y}, y1[2] = {high1.x, high1.y};
+      const float cs0[4] = {c0.x, c0.y, c0.z, c0.w}, ss0[4] = {s0.x, s0.y, s0.z, s0.w};
+      const float cs1[4] = {c1.x, c1.y, c1.z, c1.w}, ss1[4] = {s1.x, s1.y, s1.z, s1.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float a0 = Word<T>::get(x0[e / 2], e % 2), b0 = Word<T>::get(y0[e / 2], e % 2);
+        const float a1 = Word<T>::get(x1[e / 2], e % 2), b1 = Word<T>::get(y1[e / 2], e % 2);
+        uint32_t big[4], small[4];
+        split_tf32(a0 * cs0[e] - b0 * ss0[e], &big[0], &small[0]);
+        split_tf32(a1 * cs1[e] - b1 * ss1[e], &big[1], &small[1]);
+        split_tf32(b0 * cs0[e] + a0 * ss0[e], &big[2], &small[2]);
+        split_tf32(b1 * cs1[e] + a1 * ss1[e], &big[3], &small[3]);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          uint32_t q_big[2], q_small[2];
+          split_tf32(query[n][4 * i + e][0], &q_big[0], &q_small[0]);
+          split_tf32(query[n][4 * i + e][1], &q_big[1], &q_small[1]);
+          multiply_add_tf32(scores[n][0], big, q_big[0], q_big[1]);
+          multiply_add_tf32(scores[n][1], small, q_big[0], q_big[1]);
+          multiply_add_tf32(scores[n][2], big, q_small[0], q_small[1]);
+        }
+      }
+    }
+
+    const int count = at.count();
+    uint32_t weights[kColumns][4];  // keys 0-7 and 8-15, high and low part
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      float x[4], factor[2];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        x[j] = scores[n][0][j] + (scores[n][1][j] + scores[n][2][j]);
+        if (row + (j / 2) * 8 >= count) x[j] = -INFINITY;
+      }
+      bool risen = false;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float best = fmaxf(x[j], x[2 + j]);
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, offset));
+        best = fmaxf(best, top[n][j]);
+        // nothing but -inf so far: any number does
+        const float reference = best == -INFINITY ? 0.0f : best;
+        factor[j] = exp2f(top[n][j] - reference);
+        risen |= best > top[n][j];
+        top[n][j] = best;
+        x[j] = exp2f(x[j] - reference);
+        x[2 + j] = exp2f(x[2 + j] - reference);
+      }
+      if (__any_sync(kFullWarp, risen)) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          total[n][j] *= factor[j];
+#pragma unroll
+          for (int i = 0; i < D / 16; ++i) {
+            sums[n][i][j] *= factor[j];
+            sums[n][i][2 + j] *= factor[j];
+          }
+        }
+      }
+      total[n][0] += x[0] + x[2];
+      total[n][1] += x[1] + x[3];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t big = Narrow<T>::pack(x[2 * i], x[2 * i + 1]);
+        const uint32_t small = Narrow<T>::pack(x[2 * i] - Word<T>::get(big, 0), x[2 * i + 1] - Word<T>::get(big, 1));
+        weights[n][i] = transpose_8x8(big);
+        weights[n][2 + i] = transpose_8x8(small);
+      }
+    }
+    const uint32_t matrices = values + ((lane / 16) * 8 + lane % 8) * Shape::kPitchV + (lane / 8 % 2) * 16;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      uint32_t x[4];
+      load_matrices_transposed(x, matrices + 32 * i);
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        Narrow<T>::multiply_add(sums[n][i], x, weights[n][0], weights[n][1]);
+        Narrow<T>::multiply_add(sums[n][i], x, weights[n][2], weights[n][3]);
+      }
+    }
+
+    const bool leaf_ends = at.ends_leaf(), run_ends = tile + 1 == run.end;
+    if (leaf_ends || run_ends) flush(leaf_ends, run_ends);
+    if (run_ends && unit == 0) record_unfinished(p, w, worker, run, at.leaf, lane);
+    at.advance(p, w);
+  }
+}
+
+template <class T, int D, int kColumns>
+cudaError_t launch_tensor(const NodeVectorsParams& p, cudaStream_t stream) {
+  using Shape = Tiling<D>;
+  const auto kernel = node_vectors_tensor<T, D, kColumns>;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((p.workers * p.units + Shape::kWarps - 1) / Shape::kWarps));
+  config.blockDim = dim3(Shape::kThreads);
+  config.dynamicSmemBytes = Shape::kSharedBytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+#endif  // __CUDACC__
+
+}  // namespace node_vectors
+}  // namespace sharedllm
