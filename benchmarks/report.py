@@ -43,7 +43,7 @@ def rows(benchmarks: list[dict[str, Any]]) -> list[tuple[str, float, float, floa
     """(case, ours, eager, best other) medians in microseconds, in the order of the run."""
     groups: dict[str, dict[str, float]] = defaultdict(dict)
     for benchmark in benchmarks:
-        found = re.search(r"\b(ours|eager|cosine|products|fused)\b", benchmark["name"])
+        found = re.search(r"\b(ours|eager|cosine|products|fused|flash|cudnn|padded|compile)\b", benchmark["name"])
         if found:
             groups[benchmark["group"]][found[1]] = benchmark["stats"]["median"] * 1e6
     table = []

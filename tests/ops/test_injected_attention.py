@@ -11,12 +11,15 @@ from sharedllm_ext import reference
 from sharedllm_ext.ops import injected_attention as module_function
 from sharedllm_ext.ops.injected_attention import _plain, _plain_backward, injected_attention
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+#: What the C++ kernels take; float16 in a CUDA kernel only.
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+KERNEL_DTYPES = (*CPU_DTYPES, *((torch.float16,) if torch.cuda.is_available() else ()))
+Spec = tuple[list[int], list[tuple[int, int]], int, int, int, int, int]
 forward_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sharedllm.injected_attention
 backward_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.sharedllm.injected_attention_backward
 
 # queries of each row, slots of each row, number of slots, Hq, Hkv, D, R
-CASES = {
+CASES: dict[str, Spec] = {
     "ragged batch": ([5, 3, 1], [(0, 130), (7, 300), (300, 301)], 301, 8, 2, 64, 32),
     "rows share slots": ([40, 2, 30], [(0, 200), (50, 150), (97, 290)], 300, 4, 2, 32, 32),
     "row without queries": ([5, 0, 3], [(0, 13), (0, 5), (7, 30)], 31, 4, 2, 16, 16),
@@ -36,11 +39,19 @@ CASES = {
 }
 
 
-def problem(
-    case: str, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator, scale: float | None = None
+@pytest.fixture(params=KERNEL_DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    """Every dtype that the device has a kernel for."""
+    if device.type == "cpu" and request.param not in CPU_DTYPES:
+        pytest.skip(f"the CPU kernel does not take {request.param}")
+    return request.param
+
+
+def build(
+    spec: Spec, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator, scale: float | None = None
 ) -> list[Any]:
     """Arguments of the operator."""
-    lengths, ranges, slots, q_heads, kv_heads, size, rotary = CASES[case]
+    lengths, ranges, slots, q_heads, kv_heads, size, rotary = spec
     angle = torch.arange(9).unsqueeze(1) * torch.logspace(0, -4, rotary // 2)
     tensors = [
         torch.randn(sum(lengths), q_heads, size, generator=generator).to(dtype),
@@ -53,6 +64,13 @@ def problem(
         angle.sin(),
     ]
     return [*(x.to(device) for x in tensors), size**-0.5 if scale is None else scale]
+
+
+def problem(
+    case: str, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator, scale: float | None = None
+) -> list[Any]:
+    """Arguments of the operator, by the case's name."""
+    return build(CASES[case], dtype, device, generator, scale)
 
 
 def oracle(arguments: list[Any]) -> list[Any]:
@@ -75,6 +93,16 @@ def check_error(name: str, got: Tensor, same: Tensor, exact: Tensor) -> None:
         for factor, norm in ((2, lambda x: x.square().mean().sqrt()), (4, lambda x: x.abs().max())):
             error, allowed = norm(got - exact).item(), factor * norm(same - exact).item() + floor
             assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_same_gradient(name: str, got: Tensor, want: Tensor) -> None:
+    """The same bits on the CPU; on CUDA sums over parts arrive in any order, which moves a few roundings."""
+    assert got.shape == want.shape and got.dtype == want.dtype, name
+    if got.device.type == "cpu":
+        assert torch.equal(got, want), name
+        return
+    difference, size = (x.double().square().sum().sqrt() for x in (got.double() - want.double(), want))
+    assert difference <= 8 * torch.finfo(got.dtype).eps * size, f"{name}: {difference:.3g} of {size:.3g}"
 
 
 def compare(arguments: list[Any], generator: torch.Generator) -> None:
@@ -101,22 +129,21 @@ def compare(arguments: list[Any], generator: torch.Generator) -> None:
         for name, *values in zip(("grad_q", "grad_k", "grad_v"), got, same, want, strict=True):
             check_error(name, *values)
         alone, no_k, no_v = backward_op(grad_out, grad_lse, q, k, v, out, lse, *rest, False)
-        assert torch.equal(alone, got[0]) and no_k.shape == no_v.shape == (0,)
+        check_error("grad_q alone", alone, same[0], want[0])
+        assert q.is_cuda or torch.equal(alone, got[0])
+        assert no_k.shape == no_v.shape == (0,)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_error_against_float64(case: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     compare(problem(case, dtype, device, generator), generator)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
 def test_scales(scale: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     compare(problem("ragged batch", dtype, device, generator, scale), generator)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_scores_far_apart(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     # scores of some thousands: exponentials underflow, and the maximum keeps changing
     arguments = problem("slots in parts", dtype, device, generator, 100.0)
@@ -127,7 +154,6 @@ def test_scores_far_apart(dtype: torch.dtype, device: torch.device, generator: t
     check_error("lse", lse, same_lse, exact_lse)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_strided_inputs(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = problem("odd sizes", dtype, device, generator)
     plain = injected_attention(*arguments)
@@ -148,7 +174,6 @@ def test_strided_inputs(dtype: torch.dtype, device: torch.device, generator: tor
     assert all(map(torch.equal, injected_attention(*arguments), plain))
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_strided_gradients(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     q, k, v, *rest = problem("ragged batch", dtype, device, generator)
     out, lse = forward_op(q, k, v, *rest)
@@ -156,12 +181,20 @@ def test_strided_gradients(dtype: torch.dtype, device: torch.device, generator: 
     want = backward_op(grad_out, None, q, k, v, out, lse, *rest, True)
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (grad_out, q, k, v, out, lse)]
     expanded = torch.ones((), dtype=dtype, device=device).expand(out.shape)
-    assert all(map(torch.equal, backward_op(turned[0], None, *turned[1:], *rest, True), want))
     dense = backward_op(expanded.contiguous(), None, q, k, v, out, lse, *rest, True)
-    assert all(map(torch.equal, backward_op(expanded, None, q, k, v, out, lse, *rest, True), dense))
+    for name, *values in zip(
+        ("grad_q", "grad_k", "grad_v"),
+        backward_op(turned[0], None, *turned[1:], *rest, True),
+        want,
+        backward_op(expanded, None, q, k, v, out, lse, *rest, True),
+        dense,
+        strict=True,
+    ):
+        check_same_gradient(name, *values[:2])
+        check_same_gradient(name, *values[2:])
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 @pytest.mark.parametrize("case", ["ragged batch", "rows share slots", "slots in parts"])
 def test_same_bits_with_any_number_of_threads(case: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     q, k, v, *rest = problem(case, dtype, "cpu", generator)
@@ -229,7 +262,8 @@ def test_needed_gradients_only(device: torch.device, generator: torch.Generator)
     v.requires_grad_()
     out, lse = injected_attention(q, k, v, *rest)
     grad_q, grad_v = torch.autograd.grad(out.sum(), (q, v))
-    assert torch.equal(alone, grad_q) and grad_v.shape == v.shape
+    check_same_gradient("grad_q", alone, grad_q)
+    assert grad_v.shape == v.shape
     assert through_lse.abs().max() > 0 and k.grad is None
 
 
@@ -266,7 +300,6 @@ def test_gradcheck_of_the_reference(case: str, generator: torch.Generator) -> No
 
 
 @pytest.mark.parametrize("case", ["ragged batch", "row without slots", "no queries"])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_opcheck(case: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     q, k, v, *rest = problem(case, dtype, device, generator)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -287,7 +320,7 @@ def test_compile(device: torch.device, generator: torch.Generator) -> None:
             out, lse = function(*leaves, *arguments[3:])
             (out.sum() + lse.sum()).backward()
         for x, y in zip(*inputs, strict=True):
-            assert torch.equal(x.grad, y.grad)
+            check_same_gradient("grad", x.grad, y.grad)
 
 
 def test_package_exports_the_function() -> None:

@@ -1,0 +1,506 @@
+"""Injected attention on CUDA: paths, tile borders, memory that must not leak, determinism, graphs, streams, limits.
+
+What holds on every device is in ``test_injected_attention.py``; the measure of error is the same.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from test_injected_attention import (
+    Spec,
+    backward_op,
+    build,
+    check_error,
+    check_same_gradient,
+    compare,
+    forward_op,
+    oracle,
+)
+from torch import Tensor
+
+from sharedllm_ext import reference
+from sharedllm_ext._library import cuda_kernels
+from sharedllm_ext.ops.injected_attention import _plain, injected_attention
+from tests import sanitize
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+CUDA = torch.device("cuda")
+HALVES = (torch.bfloat16, torch.float16)
+KERNEL_SIZES = (64, 96, 128, 256)
+PATHS = ("auto", "sm90", "portable", "decode", "generic")
+# query heads, key/value heads: groups of 1, 4, 7, 8
+HEADS = ((2, 2), (8, 2), (7, 1), (8, 1))
+BORDERS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 175, 176, 177, 255, 256, 257)
+
+needs_kernel = pytest.mark.skipif(
+    not {"injected_attention", "injected_attention_backward"} <= cuda_kernels(),
+    reason="the CUDA library has no kernel of this operator: plain PyTorch reads index values on the host",
+)
+
+
+def on_path(name: str) -> AbstractContextManager[Any]:
+    """Context in which the operator takes a path; skips the test where the build or the GPU has no such path."""
+    if name == "auto":
+        return nullcontext()
+    try:
+        from sharedllm_ext.ops.injected_attention import injected_attention_path
+    except ImportError:
+        pytest.skip("this build cannot choose the path: no injected_attention_path")
+    return refused_is_skipped(injected_attention_path(name))
+
+
+@contextmanager
+def refused_is_skipped(path: AbstractContextManager[Any]) -> Iterator[None]:
+    """A forced path refuses what it cannot take with NotImplementedError."""
+    try:
+        with path:
+            yield
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+def ragged(
+    lengths: list[int], slots: list[int], heads: tuple[int, int], size: int, rotary: int | None = None
+) -> tuple[Spec, Tensor]:
+    """Rows with slots of their own and gaps between them; the slots that belong to a row."""
+    ranges, end = [], 3
+    for i, count in enumerate(slots):
+        ranges.append((end, end + count))
+        end += count + i % 5 + 1
+    owned = torch.zeros(end + 2, dtype=torch.bool)
+    for begin, stop in ranges:
+        owned[begin:stop] = True
+    return (lengths, ranges, end + 2, *heads, size, size if rotary is None else rotary), owned
+
+
+def poison_outside(arguments: list[Any], owned: Tensor) -> None:
+    """NaN and infinity in every slot that no row reads."""
+    outside = (~owned).nonzero().flatten().to(CUDA)
+    for x, values in ((arguments[1], (torch.nan, torch.inf)), (arguments[2], (-torch.inf, torch.nan))):
+        x[outside[::2]], x[outside[1::2]] = values
+
+
+# --- every path, dtype, head size; groups and rotations take turns ----------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("size", KERNEL_SIZES)
+def test_paths_types_and_sizes(path: str, dtype: torch.dtype, size: int, generator: torch.Generator) -> None:
+    turn = KERNEL_SIZES.index(size) + HALVES.index(dtype) + PATHS.index(path)
+    heads, rotary = HEADS[turn % 4], (size, size // 2, 0)[turn % 3]
+    few = path == "decode"
+    lengths = [1, 3, 0, 2, 4, 1] if few else [130, 1, 0, 65, 200, 17]
+    # rows share slots, one has none, one has no queries
+    spec: Spec = (lengths, [(0, 300), (5, 70), (0, 90), (299, 299), (40, 411), (410, 411)], 411, *heads, size, rotary)
+    with on_path(path):
+        compare(build(spec, dtype, CUDA, generator), generator)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("shift", [0, 5, 11])
+def test_tile_borders(path: str, size: int, shift: int, generator: torch.Generator) -> None:
+    count = len(BORDERS)
+    slots = [BORDERS[(i * 4 + shift) % count] for i in range(count)]
+    lengths = [i % 4 + 1 for i in range(count)] if path == "decode" else list(BORDERS)
+    spec, owned = ragged(lengths, slots, HEADS[shift % 4], size)
+    arguments = build(spec, HALVES[shift % 2], CUDA, generator)
+    poison_outside(arguments, owned)
+    with on_path(path):
+        compare(arguments, generator)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("slots", BORDERS)
+def test_one_row_at_tile_borders(path: str, slots: int, generator: torch.Generator) -> None:
+    turn = BORDERS.index(slots)
+    queries = turn % 16 + 1 if path == "decode" else BORDERS[turn * 5 % len(BORDERS)]
+    spec, owned = ragged([queries], [slots], HEADS[turn % 4], KERNEL_SIZES[turn % 4])
+    arguments = build(spec, HALVES[turn % 2], CUDA, generator)
+    poison_outside(arguments, owned)
+    with on_path(path):
+        compare(arguments, generator)
+
+
+@pytest.mark.parametrize(
+    ("queries", "slots"), [(1, 5000), (1, 16385), (2, 4097), (4, 9001), (16, 4096), (17, 3000), (33, 2049)]
+)
+def test_few_queries_over_many_slots(queries: int, slots: int, generator: torch.Generator) -> None:
+    spec, owned = ragged([queries, 1, queries], [slots, 1, 515], HEADS[queries % 4], 128)
+    arguments = build(spec, HALVES[slots % 2], CUDA, generator)
+    poison_outside(arguments, owned)
+    compare(arguments, generator)
+
+
+@pytest.mark.parametrize(
+    ("queries", "slots", "heads", "size"), [(1024, 2048, (8, 2), 128), (777, 1501, (7, 1), 64), (300, 900, (4, 4), 256)]
+)
+def test_many_tiles(queries: int, slots: int, heads: tuple[int, int], size: int, generator: torch.Generator) -> None:
+    spec, _ = ragged([queries], [slots], heads, size)
+    compare(build(spec, torch.bfloat16, CUDA, generator), generator)
+
+
+@pytest.mark.parametrize("path", ["auto", "portable", "generic"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
+@pytest.mark.parametrize("queries", [9, 90])
+def test_hostile_scales(path: str, dtype: torch.dtype, scale: float, queries: int, generator: torch.Generator) -> None:
+    spec, _ = ragged([queries, 5], [333, 70], (8, 2), 64)
+    with on_path(path):
+        compare(build(spec, dtype, CUDA, generator, scale), generator)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_scores_far_apart(path: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    # scores of some thousands: exponentials underflow, and the maximum keeps changing
+    spec, _ = ragged([3, 4] if path == "decode" else [70, 3], [1300, 64], (8, 2), 128)
+    arguments = build(spec, dtype, CUDA, generator, 100.0)
+    with on_path(path):
+        out, lse = injected_attention(*arguments)
+    exact_out, exact_lse = reference.injected_attention(*oracle(arguments))
+    same_out, same_lse = _plain(*arguments)
+    check_error("out", out, same_out, exact_out)
+    check_error("lse", lse, same_lse, exact_lse)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "rotary"),
+    [
+        (torch.float32, 128, 128),
+        (torch.float32, 64, 32),
+        (torch.float32, 1, 0),
+        (torch.float32, 33, 10),
+        (torch.float64, 128, 64),
+        (torch.float64, 33, 32),
+        (torch.bfloat16, 33, 32),
+        (torch.bfloat16, 80, 80),
+        (torch.float16, 100, 50),
+        (torch.bfloat16, 192, 64),
+        (torch.float16, 8, 8),
+        (torch.bfloat16, 320, 128),
+    ],
+    ids=str,
+)
+def test_other_types_and_sizes(dtype: torch.dtype, size: int, rotary: int, generator: torch.Generator) -> None:
+    for lengths in ([65, 3], [1, 2]):
+        spec, owned = ragged(lengths, [150, 31], (6, 2), size, rotary)
+        arguments = build(spec, dtype, CUDA, generator)
+        poison_outside(arguments, owned)
+        compare(arguments, generator)
+
+
+# --- what must not leak ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_other_rows_do_not_leak(path: str, bad: float, generator: torch.Generator) -> None:
+    lengths = [3, 2, 4] if path == "decode" else [70, 130, 33]
+    spec: Spec = (lengths, [(0, 100), (100, 301), (301, 350)], 350, 8, 2, 128, 128)
+    arguments = build(spec, torch.bfloat16, CUDA, generator)
+    grad_out = torch.randn(arguments[0].shape, generator=generator).to(arguments[0])
+    spoiled = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    first, last = lengths[0], lengths[0] + lengths[1]
+    spoiled[0][first:last] = bad
+    spoiled[1][100:301] = bad
+    spoiled[2][100:301] = bad
+    spoiled_grad = grad_out.clone()
+    spoiled_grad[first:last] = bad
+    clean = [*range(first), *range(last, sum(lengths))]
+    clean_slots = [*range(100), *range(301, 350)]
+    with on_path(path):
+        want, got = forward_op(*arguments), forward_op(*spoiled)
+        for x, y in zip(want, got, strict=True):
+            assert x[clean].isfinite().all() and torch.equal(x[clean], y[clean])
+        for need_grad_kv in (True, False):
+            grads = backward_op(grad_out, None, *arguments[:3], *want, *arguments[3:], need_grad_kv)
+            others = backward_op(spoiled_grad, None, *spoiled[:3], *got, *spoiled[3:], need_grad_kv)
+            parts = (clean, clean_slots, clean_slots) if need_grad_kv else (clean,)
+            for name, part, x, y in zip(("grad_q", "grad_k", "grad_v"), parts, others, grads, strict=False):
+                check_same_gradient(name, x[part], y[part])
+
+
+def test_gradients_of_slots_that_no_row_reads_are_zero(generator: torch.Generator) -> None:
+    spec, owned = ragged([70, 2, 0], [65, 33, 40], (8, 2), 128)
+    owned[spec[1][2][0] : spec[1][2][1]] = False
+    q, k, v, *rest = arguments = build(spec, torch.bfloat16, CUDA, generator)
+    poison_outside(arguments, owned)
+    out, lse = forward_op(*arguments)
+    _, grad_k, grad_v = backward_op(torch.ones_like(out), None, q, k, v, out, lse, *rest, True)
+    for grad in (grad_k, grad_v):
+        assert grad.isfinite().all() and not grad[~owned].any()
+    assert grad_v[owned].any()
+
+
+# --- same bits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_forward_gives_the_same_bits(path: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    lengths = [1, 4, 1] if path == "decode" else [700, 1, 90]
+    spec, _ = ragged(lengths, [3000, 20000, 7], (8, 2), 128)
+    arguments = build(spec, dtype, CUDA, generator)
+    with on_path(path):
+        first = forward_op(*arguments)
+        for _ in range(4):
+            assert all(map(torch.equal, forward_op(*arguments), first))
+
+
+def test_gradients_repeat(generator: torch.Generator) -> None:
+    spec, _ = ragged([700, 90], [900, 300], (8, 2), 128)
+    q, k, v, *rest = build(spec, torch.bfloat16, CUDA, generator)
+    out, lse = forward_op(q, k, v, *rest)
+    grad_out = torch.randn(out.shape, generator=generator).to(out)
+    first = backward_op(grad_out, None, q, k, v, out, lse, *rest, True)
+    for _ in range(3):
+        for values in zip(
+            ("q", "k", "v"), backward_op(grad_out, None, q, k, v, out, lse, *rest, True), first, strict=True
+        ):
+            check_same_gradient(*values)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def fused_projection(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Slices of rows that hold something else too, as views of a fused projection are."""
+    return [torch.cat((x, x, x), 1)[:, x.shape[1] : 2 * x.shape[1]] for x in (q, k, v)]
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Transposed storage ``[H, T, D]``."""
+    return [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+
+
+def size_first(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The last dimension is not dense."""
+    return [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (q, k, v)]
+
+
+def shifted(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Addresses that are multiples of two bytes only."""
+    return [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (q, k, v)]
+
+
+def odd_rows(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """An odd number of elements between tokens."""
+    return [torch.nn.functional.pad(x.flatten(1), (1, 2))[:, 1:-2].unflatten(1, x.shape[1:]) for x in (q, k, v)]
+
+
+def every_second(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Every second token and head of a larger tensor."""
+    return [x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2] for x in (q, k, v)]
+
+
+def expanded(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """All heads at the same address."""
+    return [x[:, :1].expand(x.shape) for x in (q, k, v)]
+
+
+@pytest.mark.parametrize(
+    "layout", [fused_projection, heads_first, size_first, shifted, odd_rows, every_second, expanded]
+)
+@pytest.mark.parametrize("lengths", [[2, 1], [150, 20]], ids=["few", "many"])
+def test_layouts(layout: Callable[..., list[Tensor]], lengths: list[int], generator: torch.Generator) -> None:
+    spec, _ = ragged(lengths, [200, 67], (8, 2), 128)
+    arguments = build(spec, torch.bfloat16, CUDA, generator)
+    compare([*layout(*arguments[:3]), *arguments[3:]], generator)
+
+
+# --- size limits -----------------------------------------------------------------------------------------------------
+
+
+def test_more_than_65535_rows(generator: torch.Generator) -> None:
+    rows, slots, heads, size = 70001, 1000, 4, 64
+    begin = torch.randint(0, slots - 3, (rows,), generator=generator)
+    spec: Spec = ([1] * rows, [(b, b + 3) for b in begin.tolist()], slots, heads, 2, size, size)
+    q, k, v, *rest = arguments = build(spec, torch.bfloat16, CUDA, generator)
+    out, lse = injected_attention(*arguments)
+    position, cos, sin = rest[2:5]
+    query = reference.rotary.rotate(q.double(), cos[position].double(), sin[position].double())
+    index = begin.to(CUDA)[:, None] + torch.arange(3, device=CUDA)
+    keys, values = (x.double()[index].repeat_interleave(2, 2) for x in (k, v))
+    scores = torch.einsum("bhd,bshd->bhs", query, keys) * rest[-1]
+    exact = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), values)
+    # one rounding of out, and of the rotated query and the weights inside
+    assert (out.double() - exact).square().mean().sqrt() <= 2**-8 * exact.square().mean().sqrt() * 2
+    assert (lse.double() - scores.logsumexp(-1)).abs().max() <= 2**-6 * scores.abs().max()
+    grad_q, grad_k, _ = backward_op(torch.ones_like(out), None, q, k, v, out, lse, *rest, True)
+    assert grad_q.isfinite().all() and grad_k.isfinite().all()
+
+
+def test_more_than_65535_tiles_of_queries(generator: torch.Generator) -> None:
+    # tiles of 64 queries of one row; few slots and one head keep it short
+    count = 64 * 70001
+    arguments = build(([500], [(0, 5)], 5, 1, 1, 64, 64), torch.bfloat16, CUDA, generator)
+    part, position = [*arguments], count - 500
+    arguments[0] = torch.ones(count, 1, 64, dtype=torch.bfloat16, device=CUDA)
+    arguments[0][position:] = part[0]
+    arguments[3] = torch.tensor([0, count], device=CUDA)
+    out, lse = injected_attention(*arguments)
+    exact_out, exact_lse = reference.injected_attention(*oracle(part))
+    same_out, same_lse = _plain(*part)
+    check_error("out", out[position:], same_out, exact_out)
+    check_error("lse", lse[position:], same_lse, exact_lse)
+    assert torch.equal(out[:position], out[:1].expand(position, 1, 64))
+
+
+@needs_kernel
+def test_more_than_2_to_31_elements(generator: torch.Generator) -> None:
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of free GPU memory")
+    slots = 2**31 // 128 + 5000
+    spec: Spec = ([70, 3, 2], [(0, 300), (0, 257), (0, 1000)], 1000, 4, 1, 128, 128)
+    q, k, v, *rest = build(spec, torch.bfloat16, CUDA, generator)
+    # the same slots at both ends of a memory with indices above 2^31; the middle is whatever was there
+    wide = [torch.empty((slots, 1, 128), dtype=k.dtype, device=CUDA) for _ in range(2)]
+    for large, small in zip(wide, (k, v), strict=True):
+        large[:1000], large[-1000:] = small, small
+    want, same = (function(q, k, v, *rest) for function in (forward_op, _plain))
+    exact = reference.injected_attention(*oracle([q, k, v, *rest]))
+    grad_out = torch.ones_like(want[0])
+    small = backward_op(grad_out, None, q, k, v, *want, *rest, True)
+    for first in (0, slots - 1000):
+        moved = [rest[0], rest[1] + first, *rest[2:]]
+        got = forward_op(q, *wide, *moved)
+        for name, *values in zip(("out", "lse"), got, same, exact, strict=True):
+            check_error(name, *values)
+        grad_q, grad_k, grad_v = backward_op(grad_out, None, q, *wide, *got, *moved, True)
+        check_same_gradient("grad_q", grad_q, small[0])
+        for name, large, part in (("grad_k", grad_k, small[1]), ("grad_v", grad_v, small[2])):
+            check_same_gradient(name, large[first : first + 1000], part)
+            assert not large[slots // 2 - 1000 : slots // 2 + 1000].any()
+        del grad_k, grad_v
+
+
+# --- hosts that do not wait ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Any wait for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", sanitize.CALLS)
+def test_no_operator_waits_for_the_device(name: str, request: pytest.FixtureRequest) -> None:
+    missing = sanitize.missing(name)
+    if missing:
+        pytest.skip(missing)
+    call = sanitize.CALLS[name].prepare()
+    call()
+    request.getfixturevalue("no_waiting")
+    call()
+
+
+def changed(arguments: list[Any], generator: torch.Generator) -> list[Any]:
+    """Other values in tensors of the same shapes, row bounds included."""
+    q, k, v, _, _, position, cos, sin, scale = arguments
+    other_q, other_k, other_v = (torch.randn(x.shape, generator=generator).to(x) for x in (q, k, v))
+    total, slots = q.shape[0], k.shape[0]
+    bounds = torch.tensor([0, 1, total // 2, total], device=CUDA)
+    ranges = torch.tensor([[slots // 3, slots], [5, 5], [0, slots // 2]], device=CUDA)
+    return [other_q, other_k, other_v, bounds, ranges, (position + 1) % 8, cos, sin, scale]
+
+
+@needs_kernel
+@pytest.mark.parametrize("lengths", [[1, 2, 1], [130, 70, 1]], ids=["few", "many"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 48)], ids=str)
+def test_graph_replay_with_other_inputs(
+    lengths: list[int], dtype: torch.dtype, size: int, generator: torch.Generator
+) -> None:
+    spec, _ = ragged(lengths, [300, 17, 2000], (8, 2), size)
+    arguments = build(spec, dtype, CUDA, generator)
+    static = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    grad_out = torch.randn(static[0].shape, generator=generator).to(static[0])
+
+    def run(values: list[Any]) -> list[Tensor]:
+        out, lse = forward_op(*values)
+        rest = (*values[:3], out, lse, *values[3:])
+        both = (backward_op(grad_out, torch.ones_like(lse), *rest, need) for need in (True, False))
+        return [out, lse, *(x for grads in both for x in grads if x.numel())]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(static)
+    for values in (arguments, changed(arguments, generator), arguments):
+        for target, value in zip(static, values, strict=True):
+            if isinstance(target, Tensor):
+                target.copy_(value)
+        for x in results:
+            x.fill_(torch.nan)
+        graph.replay()
+        want = run(values)
+        assert all(map(torch.equal, results[:2], want[:2]))
+        for x, y in zip(results[2:], want[2:], strict=True):
+            check_same_gradient("grad", x, y)
+
+
+@needs_kernel
+def test_side_stream(generator: torch.Generator) -> None:
+    for lengths in ([2, 1], [150, 20]):
+        spec, _ = ragged(lengths, [3000, 67], (8, 2), 128)
+        arguments = build(spec, torch.bfloat16, CUDA, generator)
+        late = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        for x in late[:3]:
+            x.fill_(torch.nan)
+        want = forward_op(*arguments)
+        grads = backward_op(torch.ones_like(want[0]), None, *arguments[:3], *want, *arguments[3:], True)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            # the inputs arrive late on this stream: a kernel on another one would read NaN
+            torch.cuda._sleep(20_000_000)
+            for x, y in zip(late[:3], arguments[:3], strict=True):
+                x.copy_(y)
+            got = forward_op(*late)
+            late_grads = backward_op(torch.ones_like(got[0]), None, *late[:3], *got, *late[3:], True)
+        stream.synchronize()
+        assert all(map(torch.equal, got, want))
+        for x, y in zip(late_grads, grads, strict=True):
+            check_same_gradient("grad", x, y)
+
+
+def test_compile_with_the_default_backend(generator: torch.Generator) -> None:
+    def block(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        out, lse = injected_attention(2 * q, k, v, *rest)
+        return out.float().sin().sum() + lse.clamp(min=0).sum()
+
+    compiled = torch.compile(block, fullgraph=True)
+    spec, _ = ragged([70, 9], [300, 17], (8, 2), 128)
+    arguments = build(spec, torch.bfloat16, CUDA, generator)
+    inputs = [[x.clone().requires_grad_() for x in arguments[:3]] for _ in range(2)]
+    values = [f(*leaves, *arguments[3:]) for f, leaves in zip((compiled, block), inputs, strict=True)]
+    # sums of some 80,000 numbers, in another order
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-3)
+    for value in values:
+        value.backward()
+    for x, y in zip(*inputs, strict=True):
+        check_same_gradient("grad", x.grad, y.grad)
+
+
+@needs_kernel
+def test_last_device(generator: torch.Generator) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    spec, _ = ragged([70, 2], [300, 17], (8, 2), 128)
+    arguments = build(spec, torch.bfloat16, device, generator)
+    out, lse = injected_attention(*arguments)
+    here = [x.to(CUDA) if isinstance(x, Tensor) else x for x in arguments]
+    assert out.device == device and all(
+        torch.equal(x.cpu(), y.cpu()) for x, y in zip((out, lse), injected_attention(*here), strict=True)
+    )

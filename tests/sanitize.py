@@ -1,0 +1,267 @@
+"""Every CUDA operator and path once, at small hostile shapes: what compute-sanitizer runs (see ``sanitize.sh``).
+
+python tests/sanitize.py [--list] [NAME ...]
+
+Inputs are made on the CPU, so that the tools see little else than this package's kernels. Prints the number of calls
+last; an operator without a CUDA kernel is left out and named.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharedllm_ext import ops
+from sharedllm_ext._library import cuda_kernels
+
+DEVICE = torch.device("cuda")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Operators that the call needs a kernel of, the path that it forces, and what returns the call with its inputs."""
+
+    operators: tuple[str, ...]
+    path: str | None
+    prepare: Callable[[], Callable[[], object]]
+
+
+def path_context(path: str | None) -> Any:
+    """Context of a forced path; raises ImportError if the build has none."""
+    if path is None:
+        return nullcontext()
+    from sharedllm_ext.ops.injected_attention import injected_attention_path
+
+    return injected_attention_path(path)
+
+
+def missing(name: str) -> str | None:
+    """Why a call cannot be made here."""
+    call = CALLS[name]
+    plain = set(call.operators) - cuda_kernels()
+    if plain:
+        return f"the CUDA library has no kernel of {', '.join(sorted(plain))}"
+    try:
+        path_context(call.path)
+    except (ImportError, NotImplementedError) as error:
+        return f"path {call.path}: {error}"
+    return None
+
+
+def noise(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype).to(DEVICE)
+
+
+def integers(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(DEVICE)
+
+
+def cumulative(counts: list[int]) -> Tensor:
+    return integers([0, *itertools.accumulate(counts)])
+
+
+def tables(rows: int, half: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(rows).unsqueeze(1) * torch.logspace(0, -4, half)
+    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+
+def attention(
+    lengths: list[int],
+    ranges: list[tuple[int, int]],
+    heads: tuple[int, int],
+    size: int,
+    dtype: torch.dtype,
+    path: str | None,
+    backward: tuple[bool, ...] = (),
+) -> Callable[[], object]:
+    """Forward, and backward with and without gradients of k and v, each with and without a gradient of lse."""
+    slots = max([end for _, end in ranges], default=0) + 3
+    q, k, v = (
+        noise(rows, count, size, dtype=dtype)
+        for rows, count in ((sum(lengths), heads[0]), (slots, heads[1]), (slots, heads[1]))
+    )
+    rest = [
+        cumulative(lengths),
+        integers(ranges).view(-1, 2),
+        integers([i % 8 + 1 for i in range(len(lengths))]),
+        *tables(9, size // 4 if size % 4 == 0 else 0),
+        size**-0.5,
+    ]
+    grad_out, grad_lse = noise(*q.shape, dtype=dtype), noise(*q.shape[:2], dtype=FP32)
+
+    def run() -> None:
+        with path_context(path):
+            out, lse = torch.ops.sharedllm.injected_attention(q, k, v, *rest)
+            for need_grad_kv in backward:
+                for grad in (None, grad_lse):
+                    torch.ops.sharedllm.injected_attention_backward(
+                        grad_out, grad, q, k, v, out, lse, *rest, need_grad_kv
+                    )
+
+    return run
+
+
+def compression(size: int, rotary: int, dtype: torch.dtype, with_q: bool, backward: bool) -> Callable[[], object]:
+    """Some slots unused, tokens and slots no multiple of a block."""
+    tokens, slots = 333, 77
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.randperm(tokens, generator=generator)[:slots]
+    keep[::5] = -1
+    positions = integers([i % 50 for i in range(tokens)])
+    at = integers([i % 60 for i in range(slots)])
+    q, k, v = noise(tokens, 8, size, dtype=dtype), *(noise(tokens, 2, size, dtype=dtype) for _ in range(2))
+    memory = [noise(slots, 2, size, dtype=dtype) for _ in range(2)]
+    cos, sin = tables(64, rotary // 2)
+    index = (positions if with_q else None, positions if with_q else None, keep.to(DEVICE), at)
+
+    def run() -> None:
+        if not backward:
+            ops.chunk_compression(q if with_q else None, k, v, cos, sin, *index)
+            return
+        grads = (q, k) if with_q else (None, None)
+        ops.chunk_compression_backward(*grads, *memory, cos, sin, *index, tokens)
+
+    return run
+
+
+def node_vectors(heads: tuple[int, int], size: int, dtype: torch.dtype) -> Callable[[], object]:
+    """Nodes of many lengths, overlapping, one of them empty."""
+    spans = [(0, 512), (512, 129), (100, 64), (3, 1), (640, 0), (1, 257), (600, 41)]
+    q, k, v = (noise(len(spans), heads[0], size, dtype=dtype), *(noise(641, heads[1], size, dtype=dtype) for _ in "kv"))
+    arguments = (q, k, v, integers(spans), *tables(512, size // 2), size**-0.5)
+    return lambda: ops.node_vectors(*arguments)
+
+
+def topk(sizes: list[int], d: int, k: int, dtype: torch.dtype, masked: bool) -> Callable[[], object]:
+    """Groups of these sizes."""
+    rows = sum(sizes)
+    valid = (torch.arange(rows) % 3 > 0).to(DEVICE) if masked else None
+    cu_groups, group_query = cumulative(sizes), integers([i % 2 for i in range(len(sizes))])
+    arguments = (noise(2, d, dtype=dtype), noise(rows, d, dtype=dtype), cu_groups, group_query, k, valid)
+    return lambda: ops.topk_nodes(*arguments)
+
+
+def tree(chunks: int, noisy: bool) -> Callable[[], object]:
+    """Three levels and the layout; the last chunk holds a single token."""
+    lengths = [*([100, 33, 8, 64] * chunks)[: chunks - 1], 1]
+    ends = torch.tensor(lengths).cumsum(0)
+    spans = torch.stack((ends - torch.tensor(lengths), torch.tensor(lengths)), 1).to(DEVICE)
+    offset = noise(chunks, dtype=FP32) if noisy else None
+    choice = integers([i % 2 for i in range(chunks)]) if noisy else None
+    chunk_index, tokens = integers(list(range(chunks))), sum(lengths)
+
+    def run() -> None:
+        node, retained = spans, []
+        for _ in range(2):
+            node, other = ops.context_tree_select(ops.context_tree_split(node, offset), choice)
+            retained.append(other)
+        leaves = ops.context_tree_split(node, None)
+        nodes = torch.stack((leaves[:, 0], leaves[:, 1], *reversed(retained)), 1)
+        ops.context_tree_layout(nodes, chunk_index, 4, tokens, chunks * 16 + 3)
+
+    return run
+
+
+# a ragged batch whose rows share slots; one row has no slots, one no queries
+RAGGED = ([70, 1, 0, 130, 5], [(0, 150), (20, 21), (3, 9), (100, 231), (40, 40)])
+FEW = ([1, 2, 0, 4], [(0, 3001), (7, 7), (0, 5), (2900, 3100)])
+TREE = ("context_tree_split", "context_tree_select", "context_tree_layout")
+
+CALLS: dict[str, Call] = {}
+
+
+def add(name: str, operators: tuple[str, ...], prepare: Callable[[], Callable[[], object]], path: str | None) -> None:
+    CALLS[name] = Call(operators, path, prepare)
+
+
+def add_attention(name: str, batch: Any, heads: Any, size: int, dtype: Any, path: str | None, *backward: bool) -> None:
+    operators = ("injected_attention", *(("injected_attention_backward",) if backward else ()))
+    full = f"injected_attention {name}, {str(dtype)[6:]}, {heads[0]}/{heads[1]} heads of {size}"
+    add(full, operators, partial(attention, *batch, heads, size, dtype, path, backward), path)
+
+
+for _dtype in (BF16, FP16):
+    for _size in (64, 96, 128, 256):
+        add_attention("ragged, both backwards", RAGGED, (4, 1), _size, _dtype, None, True, False)
+add_attention("ragged, both backwards", RAGGED, (7, 1), 128, BF16, None, True, False)
+add_attention("one row", ([257], [(1, 386)]), (2, 2), 128, BF16, None, True)
+for _size in (64, 128, 256):
+    add_attention("sm90", RAGGED, (4, 1), _size, BF16, "sm90")
+for _size in (64, 96, 128, 256):
+    add_attention("portable", RAGGED, (4, 1), _size, BF16, "portable", True, False)
+    add_attention("decode, slots in parts", FEW, (8, 2), _size, BF16, "decode")
+add_attention("portable", RAGGED, (4, 1), 128, FP16, "portable")
+add_attention("generic", RAGGED, (4, 2), 128, BF16, "generic", True, False)
+add_attention("few queries", FEW, (8, 2), 128, BF16, None, True, False)
+add_attention("few queries", FEW, (7, 1), 64, FP16, None)
+add_attention("few queries", ([16], [(5, 4100)]), (4, 4), 128, BF16, None)
+add_attention("few queries", FEW, (4, 2), 48, FP32, None, True, False)
+add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 33, BF16, None, True, False)
+add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 80, FP16, None, True, False)
+add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 128, FP32, None, True, False)
+add_attention("no slots", ([3], [(0, 0)]), (4, 2), 128, BF16, None, True, False)
+
+for _backward in (False, True):
+    _operator = "chunk_compression_backward" if _backward else "chunk_compression"
+    for _size, _rotary, _dtype in ((128, 128, BF16), (64, 32, FP16), (33, 10, FP32), (80, 80, BF16)):
+        for _with_q in (True, False):
+            _name = f"{_operator} {str(_dtype)[6:]}, heads of {_size}, {'all' if _with_q else 'memory alone'}"
+            add(_name, (_operator,), partial(compression, _size, _rotary, _dtype, _with_q, _backward), None)
+for _heads, _size, _dtype in (((8, 2), 128, BF16), ((4, 2), 64, FP16), ((7, 1), 24, FP32), ((4, 4), 256, BF16)):
+    _name = f"node_vectors {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
+    add(_name, ("node_vectors",), partial(node_vectors, _heads, _size, _dtype), None)
+for _sizes, _d, _k, _dtype, _masked in (
+    ([2] * 33, 256, 2, BF16, True),
+    ([3000, 0, 5], 64, 32, FP16, False),
+    ([700, 1500], 33, 700, FP32, True),
+):
+    _name = f"topk_nodes {str(_dtype)[6:]}, {_k} of {max(_sizes)}"
+    add(_name, ("topk_nodes",), partial(topk, _sizes, _d, _k, _dtype, _masked), None)
+for _chunks, _noisy in ((1, False), (7, True), (300, False)):
+    add(f"context_tree {_chunks} chunks{', noise' if _noisy else ''}", TREE, partial(tree, _chunks, _noisy), None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="calls whose name begins so; default: all")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    arguments = parser.parse_args(argv)
+    names = [name for name in CALLS if not arguments.names or name.startswith(tuple(arguments.names))]
+    if arguments.list:
+        print("\n".join(names))
+        return 0
+    if not names or not torch.cuda.is_available():
+        what = "a CUDA device, got none that torch sees" if names else "names of calls (--list), got none that exists"
+        print(f"sanitize: expected {what}", file=sys.stderr)
+        return 2
+    made, left_out, failed = 0, dict[str, list[str]](), 0
+    for name in names:
+        reason = missing(name)
+        if reason:
+            left_out.setdefault(reason, []).append(name)
+            continue
+        try:
+            CALLS[name].prepare()()
+            torch.cuda.synchronize()
+            made += 1
+        except NotImplementedError as error:
+            left_out.setdefault(str(error), []).append(name)
+        except Exception as error:  # the next call may show more, unless the device is lost
+            print(f"failed: {name}: {type(error).__name__}: {error}", flush=True)
+            failed += 1
+    for reason, skipped in left_out.items():
+        print(f"left out ({reason}): {len(skipped)} calls")
+    print(f"calls made: {made}, left out: {len(names) - made - failed}, failed: {failed}")
+    return 1 if failed or not made else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
