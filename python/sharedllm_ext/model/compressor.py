@@ -21,6 +21,7 @@ from ..ops import (
     node_vectors,
     split_offsets,
     topk_nodes,
+    tree_node_vectors,
 )
 from .stopwatch import Stopwatch
 
@@ -139,8 +140,9 @@ def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tab
         # rotary positions are relative, so dropping what lies outside the window changes nothing else
         visible = length.clamp(max=window)
         spans = torch.stack((start + length - visible, visible), -1)
-    hidden = embedded.embeddings[(start + length - 1).clamp(min=0)]
-    query = project(layer, layer.input_layernorm(hidden), "q")
+    last = _last_token(spans)
+    hidden = embedded.embeddings[last]
+    query = project(layer, embedded.normed[last], "q")
     attended = node_vectors(query, embedded.key, embedded.value, spans, *tables, layer.self_attn.scaling)
     return model.norm(_finish(layer, hidden, attended))
 
@@ -302,14 +304,24 @@ def grow_tree(
 
     if query is None:
         nodes = grow(roots, None)
-        return ContextTree(nodes.to(device), nodes[..., 1].flatten().tolist(), None)
+        return ContextTree(_upload(nodes, device), nodes[..., 1].flatten().tolist(), None)
 
-    document = torch.tensor([chunk.document for chunk in chunks], dtype=torch.int64, device=device)
+    spans = _upload(roots, device)
+    document = _upload(torch.tensor([chunk.document for chunk in chunks], dtype=torch.int64), device)
     siblings = torch.arange(count + 1, device=device) * 2
-    counts = None if has_query is None or all(has_query) else torch.tensor(has_query, device=device)[document]
+    counts = None
+    if has_query is not None and not all(has_query):
+        counts = _upload(torch.tensor([has_query[chunk.document] for chunk in chunks]), device)
+    candidates = None
+    if _reads_once(model, chunks, shape, tables, device):
+        with torch.no_grad():
+            candidates = _attend_to_candidates(model, embedded, spans, shape.depth - 1, tables)
 
     def choose(children: Tensor) -> Tensor:
-        vectors = last_token_vectors(model, embedded, children.flatten(0, 1), tables)
+        if candidates is None:
+            vectors = last_token_vectors(model, embedded, children.flatten(0, 1), tables)
+        else:
+            vectors = _candidate_vectors(model, embedded, candidates, children)
         valid = (children[..., 1] > 0).flatten()
         best, scores = topk_nodes(query, vectors, siblings, document, 2, valid)
         choice = best[:, 0] - siblings[:-1]
@@ -317,12 +329,74 @@ def grow_tree(
         return choice if counts is None else torch.where(counts, choice, 1)
 
     with torch.no_grad():
-        nodes = grow(roots.to(device), choose)
+        nodes = grow(spans, choose)
     levels = torch.stack(similarity, 1) if similarity else None
     if noise == 0 and all(chunk.length % 2**shape.depth == 0 for chunk in chunks):
         # both children of every node are equally long: the lengths do not depend on the choice
         return ContextTree(nodes, grow(roots, None)[..., 1].flatten().tolist(), levels)
     return ContextTree(nodes, nodes[..., 1].flatten().tolist(), levels)
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor's copy on the device; from page-locked memory, so that the host does not wait for earlier work."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def _reads_once(
+    model: LowerModel, chunks: Sequence[Chunk], shape: TreeShape, tables: Tables, device: torch.device
+) -> bool:
+    """Whether to compute the attention of every node that could be picked in one pass over keys and values.
+
+    That takes one read of keys and values instead of up to two, but as many queries as there are leaves: from five
+    levels on their projections cost more than the reads. The CPU is bound by arithmetic, of which it takes more.
+    Noisy splits are not halves, and a window that cuts a node off would have to cut the shared read, too.
+    """
+    longest = max(chunk.length for chunk in chunks)
+    half = longest - longest // 2
+    window = sliding_window(model.layers[0])
+    fits = half <= tables[0].shape[0] and (window is None or half <= window)
+    return device.type == "cuda" and 2 <= shape.depth - 1 <= 4 and shape.split_noise == 0 and fits
+
+
+class _Candidates(NamedTuple):
+    """Every node that could be picked, and layer 0's attention at its last token.
+
+    Attributes:
+        nodes: ``[n, c, 2]`` int64, (start, length).
+        attended: ``[n, c, Hq, D]``.
+    """
+
+    nodes: Tensor
+    attended: Tensor
+
+
+def _attend_to_candidates(
+    model: LowerModel, embedded: Embedded, roots: Tensor, levels: int, tables: Tables
+) -> _Candidates:
+    layer = model.layers[0]
+    nodes = [roots.unsqueeze(1)]
+    for _ in range(levels):
+        nodes.append(context_tree_split(nodes[-1].flatten(0, 1)).reshape(roots.shape[0], -1, 2))
+    query = project(layer, embedded.normed[_last_token(nodes[-1])].flatten(0, 1), "q")
+    query = query.unflatten(0, nodes[-1].shape[:2])
+    scale = layer.self_attn.scaling
+    attended = tree_node_vectors(query, embedded.key, embedded.value, roots, *tables, levels, scale)
+    return _Candidates(torch.cat(nodes[1:], 1), attended)
+
+
+def _candidate_vectors(model: LowerModel, embedded: Embedded, candidates: _Candidates, spans: Tensor) -> Tensor:
+    """:func:`last_token_vectors` of ``[n, m, 2]`` spans that are candidates, ``m`` of each chunk."""
+    # equal spans have equal vectors, so the first match will do
+    same = (spans.unsqueeze(2) == candidates.nodes.unsqueeze(1)).all(-1)
+    index = same.to(torch.uint8).argmax(-1)
+    chunk = torch.arange(spans.shape[0], device=spans.device).unsqueeze(1)
+    attended = candidates.attended[chunk, index].flatten(0, 1)
+    hidden = embedded.embeddings[_last_token(spans)].flatten(0, 1)
+    return model.norm(_finish(model.layers[0], hidden, attended))
+
+
+def _last_token(spans: Tensor) -> Tensor:
+    return (spans.sum(-1) - 1).clamp(min=0)
 
 
 def _group_nodes(nodes: Tensor, lengths: Sequence[int], kept: Sequence[int], device: torch.device) -> list[_NodeGroup]:

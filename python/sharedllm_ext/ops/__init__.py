@@ -3,7 +3,7 @@
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split, split_offsets
 from .injected_attention import injected_attention
-from .node_vectors import node_vectors
+from .node_vectors import node_vectors, tree_node_vectors
 from .topk_nodes import topk_nodes
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "node_vectors",
     "split_offsets",
     "topk_nodes",
+    "tree_node_vectors",
 ]

@@ -1,0 +1,48 @@
+"""Retrieval in one pass over keys and values picks what the level-by-level computation picks."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharedllm_ext.model import compressor
+
+from .builders import ids, model
+
+
+@pytest.mark.parametrize("tokens", [96, 75, 33, 65])
+@pytest.mark.parametrize("depth", [3, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "llama_rope_scaling"])
+def test_one_pass_equals_level_by_level(family: str, depth: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(tokens)
+    shared = model(family, tree_depth=depth)
+    context, query = ids(3, tokens), ids(3, 9)
+    # the second context is shorter, so that its last chunk is too, and the third has no query
+    context_mask, query_mask = torch.ones_like(context), torch.ones_like(query)
+    context_mask[1, tokens - 20 :] = 0
+    query_mask[2] = 0
+    results: list[list[tuple[Tensor, Tensor | None]]] = []
+    for once in (False, True):
+        monkeypatch.setattr(compressor, "_reads_once", lambda *_, once=once: once)
+        with torch.no_grad():
+            results.append(shared.retrieve(context, context_mask, query, query_mask))
+    for (nodes, similarity), (want_nodes, want) in zip(*results, strict=True):
+        assert torch.equal(nodes, want_nodes)
+        assert (similarity is None) == (want is None)
+        if similarity is not None:
+            torch.testing.assert_close(similarity, want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_choosing_nodes_never_waits() -> None:
+    shared = model(tree_depth=3).cuda().bfloat16()
+    lower, device = shared.lower_model, torch.device("cuda")
+    chunks = compressor.cut_into_chunks([96, 64], 32)
+    query = torch.randn(2, 64, device=device, dtype=torch.bfloat16)
+    tables = tuple(torch.randn(64, 8, device=device) for _ in range(2))
+    with torch.no_grad():
+        embedded = compressor.embed(lower, ids(160).to(device))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            compressor.grow_tree(lower, embedded, chunks, shared._tree_shape(), tables, query, [True, False])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
