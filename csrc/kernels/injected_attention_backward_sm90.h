@@ -5,10 +5,18 @@
 
 namespace sharedllm {
 
-// Preconditions: bfloat16 or float16; D 64, 96, 128 or 256; q_rotated, k, v, grad_out aligned to 16 bytes and the
-// strides of k and v to 8 elements; launch_injected_attention_backward_prepare ran before on the same stream.
+// Sets params->kv_splits for the current device from what the host knows (T, S, the heads): how many blocks share the
+// queries of one tile of slots. Only for wanted grad_k and grad_v.
+cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParams* params);
+
+// After launch_injected_attention_backward_prepare on the same stream. Needs bfloat16 or float16, D of 64, 96, 128 or
+// 256, pointers aligned to 16 bytes, strides of k and v multiples of 8 elements, grad_k and grad_v both wanted or both
+// null; cudaErrorNotSupported for anything else.
 //
-// Without grad_k and grad_v: writes grad_q, rotated back; grad_q_float is not used.
+// grad_k null: writes grad_q, with the same bits in every run; grad_q_float is not used.
+// grad_k wanted: adds to grad_q_float in any order, launch_injected_attention_backward_finish makes grad_q of it.
+// grad_k and grad_v have the same bits in every run. Not supported: D of 256, more than 64 query heads to a key/value
+// head. kv_splits > 1 needs partial_grad_k and partial_grad_v.
 cudaError_t launch_injected_attention_backward_sm90(const InjectedAttentionBackwardParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm

@@ -110,7 +110,8 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
   const int group = p.forward.q_heads / p.forward.kv_heads;
   // in shared memory, since the loop leaves no registers for it
   RowTile& row = *reinterpret_cast<RowTile*>(partial_key + 1);
-  const int warpgroup = threadIdx.x / 128;
+  // the same in all lanes, which the compiler cannot see
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
   if (threadIdx.x < 32) {
     const RowTile found =
@@ -121,11 +122,11 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
     for (int i = 0; i < Tile::kWarpgroups; ++i) barrier_init(query_full + i, 1);
     for (int i = 0; i < Tile::kKeyBuffers; ++i) {
       barrier_init(key_full + i, 1);
-      barrier_init(key_empty + i, Tile::kWarpgroups);
+      barrier_init(key_empty + i, 4 * Tile::kWarpgroups);
     }
     for (int i = 0; i < Tile::kValueBuffers; ++i) {
       barrier_init(value_full + i, 1);
-      barrier_init(value_empty + i, Tile::kWarpgroups);
+      barrier_init(value_empty + i, 4 * Tile::kWarpgroups);
     }
     barrier_init(partial_key, 1);
     barrier_init_fence();
@@ -253,7 +254,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
         }
         wgmma_wait<0>();
         fence_registers(products);
-        if (thread == 0) barrier_arrive(value_empty + value_buffer);
+        if (lane == 0) barrier_arrive(value_empty + value_buffer);
         if (last) {
 #pragma unroll
           for (int i = 0; i < kSlots / 2; ++i) {
@@ -288,7 +289,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
         barrier_wait(value_full + value_buffer, value_phase);
         multiply_rows(grad_out_operand, value_operand + value_buffer * (Tile::kSlotBytes / 16), products);
         wgmma_wait<2>();
-        if (thread == 0) barrier_arrive(key_empty + done_buffer);
+        if (lane == 0) barrier_arrive(key_empty + done_buffer);
         differentiate(last);
       };
 

@@ -71,6 +71,47 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+// c = a^T b or c += a^T b: both operands lie with the contraction index over their rows (MN-major).
+template <class T, int kColumns>
+struct TransposedAtom;
+
+#define SHAREDLLM_TRANSPOSED_ATOM(COLUMNS)                                                     \
+  template <>                                                                                  \
+  struct TransposedAtom<__nv_bfloat16, COLUMNS> {                                              \
+    using Type = cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32BF16BF16_SS<Major::MN, Major::MN>; \
+  };                                                                                           \
+  template <>                                                                                  \
+  struct TransposedAtom<__half, COLUMNS> {                                                     \
+    using Type = cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32F16F16_SS<Major::MN, Major::MN>;   \
+  };
+SHAREDLLM_TRANSPOSED_ATOM(32)
+SHAREDLLM_TRANSPOSED_ATOM(64)
+#undef SHAREDLLM_TRANSPOSED_ATOM
+
+template <class T, int kColumns>
+__device__ __forceinline__ void multiply_transposed(uint64_t a, uint64_t b, float (&c)[kColumns / 2], bool accumulate) {
+  product_shared<typename TransposedAtom<T, kColumns>::Type>(a, b, c, accumulate ? ScaleOut::One : ScaleOut::Zero,
+                                                             std::make_index_sequence<kColumns / 2>{});
+}
+
+// Four matrices of 8 x 8 two-byte elements: lane l gives the address of 16 bytes, row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(void* to, const uint32_t* x) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+// One float from global to shared memory, 0 unless valid.
+__device__ __forceinline__ void copy_float_async(float* to, const float* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+// Arrives once the calling thread's copies are there.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Sets rows [first, end) of a tile of 128-byte panels to zero; every lane of one warp takes part. The swizzle permutes
 // only inside a row of 128 bytes.
 __device__ __forceinline__ void zero_rows(uint8_t* tile, int panels, int panel_bytes, int first, int end) {

@@ -1,0 +1,540 @@
+// dq, dk and dv in one kernel on Hopper: a tile of slots stays in shared memory, query tiles of every batch row that
+// reads it stream past. dk and dv sum up in registers, dq by atomic additions of float32.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/common/hopper_backward.cuh"
+#include "kernels/injected_attention_backward_sm90.h"
+
+namespace sharedllm {
+
+// A query tile on its way through the stages: which rows of the slot tile its batch row reads.
+struct QueryStep {
+  int64_t first_query;
+  int32_t queries;    // of this tile, at most QueryTiling::queries
+  int32_t low, high;  // slots of the tile; high = 0 ends the sequence
+};
+
+template <int kHeadSize>
+struct KeyValueGradientTile {
+  static constexpr int kPanels = (kHeadSize + 63) / 64;
+  // 64 slots to a warpgroup: dK and dV (2 x 64 registers a thread for 128 columns) leave room for S and dP of 64 rows.
+  static constexpr int kWarpgroups = 2, kSlots = 64 * kWarpgroups;
+  // Query tiles live until dK, one step longer than the output gradients.
+  static constexpr int kQueryStages = 3, kGradOutStages = 2, kScoreBuffers = 2;
+  static constexpr int kSlotPanelBytes = kSlots * 128, kSlotBytes = kPanels * kSlotPanelBytes;
+  static constexpr int kQueryPanelBytes = kTileRows * 128, kQueryBytes = kPanels * kQueryPanelBytes;
+  static constexpr int kScoreBytes = kSlots * 128;
+  // columns of dQ for each warpgroup
+  static constexpr int kColumns = kPanels * 64 / kWarpgroups;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kBarriers = 2 * kQueryStages + 2 * kGradOutStages + 3;
+  static constexpr int kSharedBytes = 2 * kSlotBytes + (kQueryStages + kGradOutStages) * kQueryBytes +
+                                      kScoreBuffers * kScoreBytes +
+                                      kQueryStages * (2 * kTileRows * 4 + sizeof(QueryStep)) + 8 * kBarriers;
+};
+
+// Enumerates the query tiles that read a tile of slots, every `stride`-th of them. A warp walks together.
+class QueryWalk {
+ public:
+  __device__ __forceinline__ QueryWalk(const InjectedAttentionParams& p, int slot, int slots, int tile_queries,
+                                       int first, int stride, int rotation)
+      : p_(p),
+        slot_(slot),
+        slots_(slots),
+        tile_queries_(tile_queries),
+        stride_(stride),
+        tile_(first),
+        rotation_(rotation) {}
+
+  // False at the end.
+  __device__ __forceinline__ bool next(QueryStep* step) {
+    while (tile_ >= tiles_) {
+      tile_ -= tiles_;
+      tiles_ = 0;
+      if (!next_row()) return false;
+    }
+    // Blocks of other slots add to other rows of dQ at the same time, instead of queueing for the same ones.
+    const int index = (tile_ + rotation_) % tiles_;
+    step->first_query = q_begin_ + index * tile_queries_;
+    const int left = q_end_ - step->first_query;
+    step->queries = left < tile_queries_ ? left : tile_queries_;
+    step->low = low_;
+    step->high = high_;
+    tile_ += stride_;
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ bool next_row() {
+    while (pending_ == 0) {
+      if (base_ >= p_.num_rows) return false;
+      const int64_t row = base_ + threadIdx.x % 32;
+      bool overlaps = false;
+      if (row < p_.num_rows) {
+        lane_begin_ = static_cast<int>(clamp_index(p_.cu_q[row], 0, p_.num_queries));
+        lane_end_ = static_cast<int>(clamp_index(p_.cu_q[row + 1], lane_begin_, p_.num_queries));
+        const int64_t begin = clamp_index(p_.slot_range[2 * row], 0, p_.num_slots);
+        const int64_t end = clamp_index(p_.slot_range[2 * row + 1], begin, p_.num_slots);
+        lane_low_ = static_cast<int>(clamp_index(begin - slot_, 0, slots_));
+        lane_high_ = static_cast<int>(clamp_index(end - slot_, 0, slots_));
+        overlaps = lane_low_ < lane_high_ && lane_begin_ < lane_end_;
+      }
+      pending_ = __ballot_sync(0xffffffffu, overlaps);
+      base_ += 32;
+    }
+    const int owner = __ffs(pending_) - 1;
+    pending_ &= pending_ - 1;
+    q_begin_ = __shfl_sync(0xffffffffu, lane_begin_, owner);
+    q_end_ = __shfl_sync(0xffffffffu, lane_end_, owner);
+    low_ = __shfl_sync(0xffffffffu, lane_low_, owner);
+    high_ = __shfl_sync(0xffffffffu, lane_high_, owner);
+    tiles_ = (q_end_ - q_begin_ + tile_queries_ - 1) / tile_queries_;
+    return true;
+  }
+
+  const InjectedAttentionParams& p_;
+  const int slot_;
+  const int slots_, tile_queries_, stride_;
+  int tile_, tiles_ = 0, rotation_, q_begin_ = 0, q_end_ = 0;
+  int64_t base_ = 0;
+  int low_ = 0, high_ = 0;
+  unsigned pending_ = 0;
+  int lane_begin_ = 0, lane_end_ = 0;
+  int lane_low_ = 0, lane_high_ = 0;
+};
+
+__device__ __forceinline__ bool has_non_finite(__nv_bfloat16, uint32_t pair) {
+  return (pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u;
+}
+__device__ __forceinline__ bool has_non_finite(__half, uint32_t pair) {
+  return (pair & 0x7c00u) == 0x7c00u || (pair & 0x7c000000u) == 0x7c000000u;
+}
+
+// A batch row's dS is 0 at slots it does not read, but 0 * NaN is not, and a tile may hold slots of other rows with
+// anything in them. A row that does read such a slot has NaN as its sum of exponentials, so all its gradients stay NaN.
+template <class T, int kPanels, int kSlots, int kThreads>
+__device__ __forceinline__ void zero_non_finite_rows(uint8_t* tile, int thread) {
+  for (int r = thread / 8; r < kSlots; r += kThreads / 8) {
+    bool bad = false;
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const uint4 x = *reinterpret_cast<const uint4*>(tile + panel * kSlots * 128 + r * 128 + thread % 8 * 16);
+      bad |=
+          has_non_finite(T{}, x.x) || has_non_finite(T{}, x.y) || has_non_finite(T{}, x.z) || has_non_finite(T{}, x.w);
+    }
+    if (__ballot_sync(0xffffffffu, bad) >> (thread % 32 / 8 * 8) & 0xff) {
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        *reinterpret_cast<uint4*>(tile + panel * kSlots * 128 + r * 128 + thread % 8 * 16) = uint4{};
+      }
+    }
+  }
+}
+
+// Accumulator pairs of columns become quads: of each two neighbouring groups of 8 columns the even lane of a pair keeps
+// the first, the odd lane the second. `x` are two pairs of one row; the quad starts at column 8 * odd + lane % 4 / 2
+// * 4.
+__device__ __forceinline__ float4 exchange_pairs(float x0, float x1, float y0, float y1) {
+  const bool odd = threadIdx.x & 1;
+  const float a = __shfl_xor_sync(0xffffffffu, odd ? x0 : y0, 1);
+  const float b = __shfl_xor_sync(0xffffffffu, odd ? x1 : y1, 1);
+  return odd ? make_float4(a, b, y0, y1) : make_float4(x0, x1, a, b);
+}
+
+__device__ __forceinline__ void reduce_add(float* to, float4 x) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
+// dK or dV of a warpgroup's 64 slots: rounded, or float32 as the share of one part of the queries.
+template <class T, int kHeadSize>
+__device__ __forceinline__ void store_slot_gradient(const float (&sums)[kHeadSize / 2], float scale, int64_t slot,
+                                                    int kv_head, const InjectedAttentionParams& p, void* gradient,
+                                                    float* partial) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t r = slot + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * half;
+    const int64_t at = (r * p.kv_heads + kv_head) * kHeadSize + lane % 2 * 8 + lane % 4 / 2 * 4;
+#pragma unroll
+    for (int j = 0; j < kHeadSize / 8; j += 2) {
+      const int i = 4 * j + 2 * half;
+      float4 x = exchange_pairs(sums[i], sums[i + 1], sums[i + 4], sums[i + 5]);
+      x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
+      if (r >= p.num_slots) continue;
+      if (partial != nullptr) {
+        *reinterpret_cast<float4*>(partial + at + 8 * j) = x;
+      } else {
+        *reinterpret_cast<uint2*>(static_cast<T*>(gradient) + at + 8 * j) =
+            make_uint2(pack(T{}, x.x, x.y), pack(T{}, x.z, x.w));
+      }
+    }
+  }
+}
+
+template <class T, int kHeadSize>
+__global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void injected_attention_backward_kernel(
+    const __grid_constant__ InjectedAttentionBackwardParams p, const __grid_constant__ QueryTiling tiling,
+    const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap grad_out_map,
+    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
+  using Tile = KeyValueGradientTile<kHeadSize>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  uint8_t* const keys = shared;
+  uint8_t* const values = keys + Tile::kSlotBytes;
+  uint8_t* const query_tiles = values + Tile::kSlotBytes;
+  uint8_t* const grad_out_tiles = query_tiles + Tile::kQueryStages * Tile::kQueryBytes;
+  uint8_t* const score_tiles = grad_out_tiles + Tile::kGradOutStages * Tile::kQueryBytes;
+  float* const row_values = reinterpret_cast<float*>(score_tiles + Tile::kScoreBuffers * Tile::kScoreBytes);
+  QueryStep* const query_steps = reinterpret_cast<QueryStep*>(row_values + Tile::kQueryStages * 2 * kTileRows);
+  uint64_t* const query_full = reinterpret_cast<uint64_t*>(query_steps + Tile::kQueryStages);
+  uint64_t* const query_empty = query_full + Tile::kQueryStages;
+  uint64_t* const grad_out_full = query_empty + Tile::kQueryStages;
+  uint64_t* const grad_out_empty = grad_out_full + Tile::kGradOutStages;
+  uint64_t* const slots_full = grad_out_empty + Tile::kGradOutStages;
+  uint64_t* const partial_tile = slots_full + 2;
+
+  const int split = static_cast<int>(blockIdx.x % p.kv_splits);
+  const int64_t slot_tiles = (p.forward.num_slots + Tile::kSlots - 1) / Tile::kSlots;
+  const int64_t slot_tile = blockIdx.x / p.kv_splits % slot_tiles;
+  const int kv_head = static_cast<int>(blockIdx.x / p.kv_splits / slot_tiles);
+  const int64_t slot = slot_tile * Tile::kSlots;
+  // the same in all lanes, which the compiler cannot see
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Tile::kQueryStages; ++i) {
+      // the leader's and those of the warp that copies the row values
+      barrier_init(query_full + i, 1 + 32);
+      barrier_init(query_empty + i, 4 * Tile::kWarpgroups);
+    }
+    for (int i = 0; i < Tile::kGradOutStages; ++i) {
+      barrier_init(grad_out_full + i, 1);
+      barrier_init(grad_out_empty + i, 4 * Tile::kWarpgroups);
+    }
+    for (int i = 0; i < 2; ++i) barrier_init(slots_full + i, 1);
+    barrier_init(partial_tile, 1);
+    barrier_init_fence();
+  }
+  // a box may leave the last rows of the tiles unwritten, and the products contract over them
+  for (uint8_t* x = query_tiles + threadIdx.x * 16; x < score_tiles; x += Tile::kThreads * 16) {
+    *reinterpret_cast<uint4*>(x) = uint4{};
+  }
+  async_proxy_fence();
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    lower_registers<32>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp > 1) return;
+    QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits,
+                   static_cast<int>(slot_tile));
+    int stage = 0, grad_out_stage = 0;
+    uint32_t phase = 1, grad_out_phase = 1, partial_phase = 0;
+    QueryStep step{};
+    if (warp == 0) {
+      const bool leader = lane == 0;
+      if (leader) {
+        barrier_arrive_expect(slots_full, Tile::kSlotBytes);
+        barrier_arrive_expect(slots_full + 1, Tile::kSlotBytes);
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+          tensor_load_3d(keys + panel * Tile::kSlotPanelBytes, &key_map, slots_full, 64 * panel, kv_head,
+                         static_cast<int32_t>(slot), kEvictFirst);
+        }
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+          tensor_load_3d(values + panel * Tile::kSlotPanelBytes, &value_map, slots_full + 1, 64 * panel, kv_head,
+                         static_cast<int32_t>(slot), kEvictFirst);
+        }
+      }
+      const uint32_t bytes = Tile::kPanels * 128 * tiling.heads * tiling.queries;
+      while (walk.next(&step)) {
+        const bool full = step.queries == tiling.queries;
+        const int32_t query = step.first_query;
+        uint8_t* const queries = query_tiles + stage * Tile::kQueryBytes;
+        uint8_t* const grad_outs = grad_out_tiles + grad_out_stage * Tile::kQueryBytes;
+        barrier_wait(query_empty + stage, phase);
+        if (leader) {
+          query_steps[stage] = step;
+          uint64_t* const arrival = full ? query_full + stage : partial_tile;
+          barrier_arrive_expect(arrival, full ? bytes : 2 * bytes);
+          for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            tensor_load_4d(queries + panel * Tile::kQueryPanelBytes, &query_map, arrival, 64 * panel, 0, kv_head, query,
+                           kEvictLast);
+          }
+        }
+        barrier_wait(grad_out_empty + grad_out_stage, grad_out_phase);
+        if (leader) {
+          uint64_t* const arrival = full ? grad_out_full + grad_out_stage : partial_tile;
+          if (full) barrier_arrive_expect(arrival, bytes);
+          for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            tensor_load_4d(grad_outs + panel * Tile::kQueryPanelBytes, &grad_out_map, arrival, 64 * panel, 0, kv_head,
+                           query, kEvictLast);
+          }
+        }
+        if (!full) {
+          // queries of the next batch row, or of none, must not count
+          barrier_wait(partial_tile, partial_phase);
+          partial_phase ^= 1;
+          const int valid = step.queries * tiling.heads;
+          zero_rows(queries, Tile::kPanels, Tile::kQueryPanelBytes, valid, kTileRows);
+          zero_rows(grad_outs, Tile::kPanels, Tile::kQueryPanelBytes, valid, kTileRows);
+          async_proxy_fence();
+          __syncwarp();
+          if (leader) {
+            barrier_arrive(query_full + stage);
+            barrier_arrive(grad_out_full + grad_out_stage);
+          }
+        }
+        __syncwarp();
+        if (++stage == Tile::kQueryStages) stage = 0, phase ^= 1;
+        if (++grad_out_stage == Tile::kGradOutStages) grad_out_stage = 0, grad_out_phase ^= 1;
+      }
+      barrier_wait(query_empty + stage, phase);
+      if (leader) {
+        query_steps[stage].high = 0;
+        barrier_arrive(query_full + stage);
+      }
+    } else {
+      while (walk.next(&step)) {
+        float* const to = row_values + stage * 2 * kTileRows;
+        barrier_wait(query_empty + stage, phase);
+        for (int r = lane; r < kTileRows; r += 32) {
+          const int query = r / tiling.heads;
+          const bool valid = query < step.queries;
+          const int64_t at = static_cast<int64_t>(step.first_query + query) * p.forward.q_heads +
+                             kv_head * tiling.heads + r % tiling.heads;
+          copy_float_async(to + r, p.lse_log2 + (valid ? at : 0), valid);
+          copy_float_async(to + kTileRows + r, p.delta + (valid ? at : 0), valid);
+        }
+        barrier_arrive_after_copies(query_full + stage);
+        if (++stage == Tile::kQueryStages) stage = 0, phase ^= 1;
+      }
+      barrier_wait(query_empty + stage, phase);
+      barrier_arrive(query_full + stage);
+    }
+  } else {
+    raise_registers<240>();
+    const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    float key_sums[kHeadSize / 2], value_sums[kHeadSize / 2];
+#pragma unroll
+    for (int i = 0; i < kHeadSize / 2; ++i) key_sums[i] = 0.f, value_sums[i] = 0.f;
+
+    barrier_wait(slots_full, 0);
+    zero_non_finite_rows<T, Tile::kPanels, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, threadIdx.x - 128);
+    async_proxy_fence();
+    named_barrier_sync(1, 128 * Tile::kWarpgroups);
+    barrier_wait(slots_full + 1, 0);
+
+    int stage = 0, grad_out_stage = 0, buffer = 0;
+    uint32_t phase = 0, grad_out_phase = 0;
+    barrier_wait(query_full, 0);
+    if (query_steps[0].high > 0) {
+      const float scale = p.forward.scale * 1.4426950408889634f;
+      // S, and dP or dQ, which never live at the same time
+      float scores[kTileRows / 2], products[kTileRows / 2];
+      float query_sums[Tile::kColumns / 2];
+      uint32_t weights[kTileRows / 4], packed[kTileRows / 4];
+      const uint64_t key_operand = swizzled_operand(keys + w * 64 * 128, 16, 1024);
+      const uint64_t value_operand = swizzled_operand(values + w * 64 * 128, 16, 1024);
+      const uint64_t query_operand = swizzled_operand(query_tiles, 16, 1024);
+      const uint64_t grad_out_operand = swizzled_operand(grad_out_tiles, 16, 1024);
+      const uint64_t query_rows = swizzled_operand(query_tiles, Tile::kQueryPanelBytes, 1024);
+      const uint64_t grad_out_rows = swizzled_operand(grad_out_tiles, Tile::kQueryPanelBytes, 1024);
+      const uint64_t score_columns = swizzled_operand(score_tiles, 1024, 1024);
+      const uint64_t key_rows =
+          swizzled_operand(keys + (kHeadSize == 64 ? w * 64 : w * Tile::kSlotPanelBytes), Tile::kSlotPanelBytes, 1024);
+
+      // [slots, rows], contracted over the head size
+      const auto multiply_rows = [&](uint64_t a, uint64_t b, float (&c)[kTileRows / 2]) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kHeadSize / 16; ++k) {
+          multiply<T, kTileRows, Major::K>(a + (k / 4 * Tile::kSlotPanelBytes + k % 4 * 32) / 16,
+                                           b + (k / 4 * Tile::kQueryPanelBytes + k % 4 * 32) / 16, c, k != 0);
+        }
+        wgmma_commit();
+      };
+      // dK or dV, contracted over the rows
+      const auto accumulate = [&](const uint32_t* a, uint64_t b, float (&c)[kHeadSize / 2]) {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kTileRows / 16; ++k)
+          multiply<T, kHeadSize, Major::MN>(a + 4 * k, b + k * 2048 / 16, c, true);
+        wgmma_commit();
+      };
+      // dQ, contracted over the slots of both warpgroups
+      const auto multiply_keys = [&]() {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < Tile::kSlots / 16; ++k) {
+          multiply_transposed<T, Tile::kColumns>(score_columns + (buffer * Tile::kScoreBytes + k * 2048) / 16,
+                                                 key_rows + k * 2048 / 16, query_sums, k != 0);
+        }
+        wgmma_commit();
+      };
+      const auto is_masked = [&](int half) {
+        const int r = w * 64 + warp * 16 + lane / 4 + 8 * half;
+        return r < query_steps[stage].low || r >= query_steps[stage].high;
+      };
+      const auto is_partial = [&]() { return query_steps[stage].low > 0 || query_steps[stage].high < Tile::kSlots; };
+      const auto weigh = [&]() {
+        fence_registers(scores);
+        if (is_partial()) {
+          const bool masked[2] = {is_masked(0), is_masked(1)};
+#pragma unroll
+          for (int i = 0; i < kTileRows / 2; ++i) {
+            if (masked[i / 2 % 2]) scores[i] = -INFINITY;
+          }
+        }
+        const float* const lse = row_values + stage * 2 * kTileRows + 2 * (lane % 4);
+#pragma unroll
+        for (int j = 0; j < kTileRows / 8; ++j) {
+          const float2 x = *reinterpret_cast<const float2*>(lse + 8 * j);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            scores[4 * j + e] = exp2_approximate(fmaf(scores[4 * j + e], scale, e % 2 ? -x.y : -x.x));
+          }
+        }
+      };
+      const auto differentiate = [&]() {
+        fence_registers(products);
+        if (is_partial()) {
+          const bool masked[2] = {is_masked(0), is_masked(1)};
+#pragma unroll
+          for (int i = 0; i < kTileRows / 2; ++i) {
+            if (masked[i / 2 % 2]) products[i] = 0.f;
+          }
+        }
+        const float* const delta = row_values + (stage * 2 + 1) * kTileRows + 2 * (lane % 4);
+#pragma unroll
+        for (int j = 0; j < kTileRows / 8; ++j) {
+          const float2 x = *reinterpret_cast<const float2*>(delta + 8 * j);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = 4 * j + 2 * half;
+            weights[i / 2] = pack(T{}, scores[i], scores[i + 1]);
+            products[i] = scores[i] * (products[i] - x.x);
+            products[i + 1] = scores[i + 1] * (products[i + 1] - x.y);
+          }
+        }
+      };
+      const auto pack_scores = [&]() {
+#pragma unroll
+        for (int i = 0; i < kTileRows / 2; i += 2) packed[i / 2] = pack(T{}, products[i], products[i + 1]);
+      };
+      const auto store_scores = [&]() {
+        // dS^T [slots, rows], 128 bytes to a slot
+        const int r = w * 64 + warp * 16 + lane % 16;
+        uint8_t* const to = score_tiles + buffer * Tile::kScoreBytes + r * 128;
+#pragma unroll
+        for (int k = 0; k < kTileRows / 16; ++k) {
+          store_matrices(to + ((2 * k + lane / 16) ^ (r % 8)) * 16, packed + 4 * k);
+        }
+        async_proxy_fence();
+      };
+      const auto add_query_sums = [&](int done_stage) {
+        fence_registers(query_sums);
+        const QueryStep& step = query_steps[done_stage];
+        float* const base =
+            p.grad_q_float +
+            (static_cast<int64_t>(step.first_query) * p.forward.q_heads + kv_head * tiling.heads) * kHeadSize +
+            w * Tile::kColumns + lane % 2 * 8 + lane % 4 / 2 * 4;
+        const int valid = step.queries * tiling.heads;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = warp * 16 + lane / 4 + 8 * half;
+          float* const to = base + (r / tiling.heads * p.forward.q_heads + r % tiling.heads) * kHeadSize;
+#pragma unroll
+          for (int j = 0; j < Tile::kColumns / 8; j += 2) {
+            const int i = 4 * j + 2 * half;
+            const float4 x = exchange_pairs(query_sums[i], query_sums[i + 1], query_sums[i + 4], query_sums[i + 5]);
+            // the second half of 96 padded to 128 columns
+            if (kHeadSize == 96 && w * Tile::kColumns + 8 * j >= kHeadSize) continue;
+            if (r < valid) reduce_add(to + 8 * j, x);
+          }
+        }
+      };
+
+      multiply_rows(key_operand, query_operand, scores);
+      barrier_wait(grad_out_full, 0);
+      multiply_rows(value_operand, grad_out_operand, products);
+      wgmma_wait<1>();
+      weigh();
+      wgmma_wait<0>();
+      differentiate();
+      pack_scores();
+      while (true) {
+        const int done_stage = stage, done_grad_out_stage = grad_out_stage;
+        if (++stage == Tile::kQueryStages) stage = 0, phase ^= 1;
+        if (++grad_out_stage == Tile::kGradOutStages) grad_out_stage = 0, grad_out_phase ^= 1;
+        barrier_wait(query_full + stage, phase);
+        const uint64_t done_query_rows = query_rows + done_stage * (Tile::kQueryBytes / 16);
+        const uint64_t done_grad_out_rows = grad_out_rows + done_grad_out_stage * (Tile::kQueryBytes / 16);
+        if (query_steps[stage].high == 0) break;
+
+        accumulate(weights, done_grad_out_rows, value_sums);
+        store_scores();
+        named_barrier_sync(1, 128 * Tile::kWarpgroups);
+        multiply_keys();
+        buffer ^= 1;
+        // dV is there, and its operand's registers are free
+        wgmma_wait<1>();
+        if (lane == 0) barrier_arrive(grad_out_empty + done_grad_out_stage);
+        multiply_rows(key_operand, query_operand + stage * (Tile::kQueryBytes / 16), scores);
+        wgmma_wait<1>();
+        add_query_sums(done_stage);
+        barrier_wait(grad_out_full + grad_out_stage, grad_out_phase);
+        multiply_rows(value_operand, grad_out_operand + grad_out_stage * (Tile::kQueryBytes / 16), products);
+        // behind dP, so that the tensor cores are busy while the exponentials are taken
+        accumulate(packed, done_query_rows, key_sums);
+        wgmma_wait<2>();
+        weigh();
+        wgmma_wait<1>();
+        differentiate();
+        // dK reads the last dS from the registers that take the new one
+        wgmma_wait<0>();
+        pack_scores();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(query_empty + done_stage);
+      }
+      const int done_stage = stage == 0 ? Tile::kQueryStages - 1 : stage - 1;
+      const int done_grad_out_stage = grad_out_stage == 0 ? Tile::kGradOutStages - 1 : grad_out_stage - 1;
+      accumulate(weights, grad_out_rows + done_grad_out_stage * (Tile::kQueryBytes / 16), value_sums);
+      store_scores();
+      named_barrier_sync(1, 128 * Tile::kWarpgroups);
+      multiply_keys();
+      accumulate(packed, query_rows + done_stage * (Tile::kQueryBytes / 16), key_sums);
+      wgmma_wait<0>();
+      add_query_sums(done_stage);
+      fence_registers(key_sums);
+      fence_registers(value_sums);
+    }
+    const int64_t share = p.kv_splits > 1 ? split * p.forward.num_slots * p.forward.kv_heads * kHeadSize : 0;
+    store_slot_gradient<T, kHeadSize>(key_sums, p.forward.scale, slot + w * 64, kv_head, p.forward, p.grad_k,
+                                      p.kv_splits > 1 ? p.partial_grad_k + share : nullptr);
+    store_slot_gradient<T, kHeadSize>(value_sums, 1.f, slot + w * 64, kv_head, p.forward, p.grad_v,
+                                      p.kv_splits > 1 ? p.partial_grad_v + share : nullptr);
+  }
+}
+
+template <class T, int kHeadSize>
+cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaStream_t stream) {
+  using Tile = KeyValueGradientTile<kHeadSize>;
+  const InjectedAttentionParams& forward = params.forward;
+  const QueryTiling tiling = make_query_tiling(forward.q_heads / forward.kv_heads);
+  if (tiling.chunks > 1) return cudaErrorNotSupported;
+  BackwardTensorMaps maps;
+  cudaError_t status = encode_backward_maps(&maps, params, tiling, Tile::kSlots);
+  if (status != cudaSuccess) return status;
+  const int64_t blocks = (forward.num_slots + Tile::kSlots - 1) / Tile::kSlots * forward.kv_heads * params.kv_splits;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  auto* const kernel = injected_attention_backward_kernel<T, kHeadSize>;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(
+      params, tiling, maps.query, maps.grad_out, maps.key, maps.value);
+  return cudaGetLastError();
+}
+
+}  // namespace sharedllm
