@@ -12,26 +12,26 @@ namespace sharedllm {
 // A ragged batch of rows: row b owns queries cu_q[b] .. cu_q[b + 1] - 1 and reads slots slot_range[b]. The values are
 // the device's: kernels clamp them into the tensors, so that a caller's mistake never becomes a wild address.
 struct InjectedAttentionParams {
-  const void* q;               // [T, Hq, D], not rotated
-  const void* k;               // [S, Hkv, D]
-  const void* v;               // [S, Hkv, D]
-  const int64_t* cu_q;         // [B + 1]
-  const int64_t* slot_range;   // [B, 2]
-  const int64_t* q_position;   // [B]
-  const float* cos;            // [P, R/2]
-  const float* sin;            // [P, R/2]
-  void* out;                   // [T, Hq, D], contiguous
-  float* lse;                  // [T, Hq], contiguous
-  int64_t q_stride[2];         // elements between tokens, between heads; the last stride is 1
-  int64_t k_stride[2];         // between slots, between heads
+  const void* q;              // [T, Hq, D], not rotated
+  const void* k;              // [S, Hkv, D]
+  const void* v;              // [S, Hkv, D]
+  const int64_t* cu_q;        // [B + 1]
+  const int64_t* slot_range;  // [B, 2]
+  const int64_t* q_position;  // [B]
+  const float* cos;           // [P, R/2]
+  const float* sin;           // [P, R/2]
+  void* out;                  // [T, Hq, D], contiguous
+  float* lse;                 // [T, Hq], contiguous
+  int64_t q_stride[2];        // elements between tokens, between heads; the last stride is 1
+  int64_t k_stride[2];        // between slots, between heads
   int64_t v_stride[2];
-  int64_t num_queries;         // T
-  int64_t num_slots;           // S
-  int64_t num_rows;            // B
-  int64_t num_positions;       // P
-  int32_t q_heads, kv_heads;   // Hq, Hkv
-  int32_t head_size;           // D
-  int32_t rotary_half;         // R/2
+  int64_t num_queries;        // T
+  int64_t num_slots;          // S
+  int64_t num_rows;           // B
+  int64_t num_positions;      // P
+  int32_t q_heads, kv_heads;  // Hq, Hkv
+  int32_t head_size;          // D
+  int32_t rotary_half;        // R/2
   float scale;
   FloatType type;
 
@@ -55,7 +55,12 @@ struct InjectedAttentionBackwardParams {
   void* q_rotated;      // [T, Hq, D], in q's dtype
   float* delta;         // [T, Hq]
   float* lse_log2;      // [T, Hq], lse * log2(e); +inf for a row without slots, so that its weights are 0
-  float* grad_q_float;  // [T, Hq, D], zeroed; not rotated back. Null on paths that do not need it
+  float* grad_q_float;  // [T, Hq, D], zeroed; sum of dS k, not scaled, not rotated back. Null on paths without it
+
+  // The queries of a slot tile in how many parts; with more than one, each part sums into its own share.
+  int32_t kv_splits;
+  float* partial_grad_k;  // [kv_splits, S, Hkv, D]
+  float* partial_grad_v;  // [kv_splits, S, Hkv, D]
 };
 
 }  // namespace sharedllm

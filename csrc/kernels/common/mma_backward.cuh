@@ -1,0 +1,120 @@
+// Warp-level matrix products on swizzled tiles of shared memory (8.0 and later), as the backward kernels need them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace sharedllm {
+
+__device__ __forceinline__ uint32_t shared_offset(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- asynchronous copies ----
+
+// 16 bytes from global to shared memory past the L1 cache; zeros where not valid (from must be an address all the
+// same).
+__device__ __forceinline__ void copy16_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy4_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- tiles ----
+
+// Rows of kColumns 16-bit numbers in shared memory. 16-byte chunks are permuted inside groups of up to 8, so that 8
+// neighbouring rows of one chunk lie in different banks.
+template <int kColumns>
+struct SwizzledTile {
+  static constexpr int kPitch = 2 * kColumns;  // bytes
+  static constexpr int kChunks = kColumns / 8;
+  static constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;
+  static_assert(kChunks % kGroup == 0);
+
+  static __device__ __forceinline__ int permute(int row) { return kGroup == 8 ? row & 7 : (row >> 1) & 3; }
+  static __device__ __forceinline__ uint32_t at(int row, int chunk) {
+    return row * kPitch + ((chunk ^ permute(row)) << 4);
+  }
+  // What a lane adds to the tile's address (a multiple of 128) for matrix(): rows by lane % 16, columns by lane / 16.
+  static __device__ __forceinline__ uint32_t lane_base(int lane) { return at(lane % 16, lane / 16); }
+  // The lane's address in the 16 x 16 block at row 16 * row_block, column 16 * column_block.
+  static __device__ __forceinline__ uint32_t block(uint32_t base, int row_block, int column_block) {
+    constexpr int kBlocks = kGroup / 2;
+    return (base ^ ((column_block % kBlocks) << 5)) + (column_block / kBlocks) * (kGroup * 16) +
+           row_block * (16 * kPitch);
+  }
+};
+
+// Four 8 x 8 matrices of a 16 x 16 block: upper left, lower left, upper right, lower right. That is operand A of the
+// product, and operand B [n][k] of two products, registers (0, 2) and (1, 3).
+__device__ __forceinline__ void load_block(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
+// The same, each matrix transposed: operand B stored as [k][n] of two products, registers (0, 1) and (2, 3); operand A
+// stored as [k][m] is registers 0, 2, 1, 3.
+__device__ __forceinline__ void load_block_transposed(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
+// ---- products ----
+
+// sum [16, 8] += a [16, 16] b [16, 8]
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                     uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ uint32_t pack_pair(__half, float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Two neighbouring accumulators [16, 8] rounded to operand A [16, 16].
+template <class T>
+__device__ __forceinline__ void pack_operand(uint32_t (&to)[4], const float (&left)[4], const float (&right)[4]) {
+  to[0] = pack_pair(T{}, left[0], left[1]);
+  to[1] = pack_pair(T{}, left[2], left[3]);
+  to[2] = pack_pair(T{}, right[0], right[1]);
+  to[3] = pack_pair(T{}, right[2], right[3]);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace sharedllm

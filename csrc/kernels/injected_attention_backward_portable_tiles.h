@@ -1,0 +1,83 @@
+// Tiles of the portable backward's kernel for grad_k and grad_v, and which device runs which.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace sharedllm {
+namespace backward_portable {
+
+// kSlotWarps x kParts warps. The warps of a slot group each hold a part of the columns of grad_k and grad_v; the scores of
+// the group are shared out among them by rows, and weights go through shared memory if there is more than one part.
+template <int kHeadSize_, int kSlotWarps_, int kParts_, int kSlotBlocks_, int kRows_, int kQueryRowWarps_,
+          bool kValueInRegisters_, int kBlocks_ = 1>
+struct KeyValueTiles {
+  static constexpr int kHeadSize = kHeadSize_, kSlotWarps = kSlotWarps_, kParts = kParts_, kSlotBlocks = kSlotBlocks_;
+  static constexpr int kRows = kRows_;                    // packed rows of a step
+  static constexpr int kQueryRowWarps = kQueryRowWarps_;  // for grad_q: warps along the rows, the others along columns
+  static constexpr bool kValueInRegisters = kValueInRegisters_;
+  static constexpr int kBlocks = kBlocks_;  // of one multiprocessor
+  static constexpr int kWarps = kSlotWarps * kParts, kThreads = 32 * kWarps;
+  static constexpr int kSlots = 16 * kSlotBlocks * kSlotWarps;
+  static constexpr int kRowBytes = 2 * kHeadSize;
+  static constexpr int kScoreRows = kRows / kParts;
+  // weights and their gradients of so many rows are held at once
+  static constexpr int kChunkRows = kScoreRows * kSlotBlocks > 64 ? 64 / kSlotBlocks : kScoreRows;
+  static constexpr int kRowTileBytes = kRows * kRowBytes, kWeightBytes = kSlots * kRows * 2;
+  static constexpr int kWeightTiles = 2;  // weights and dS, or dS of two steps
+
+  static constexpr int kKey = 0;
+  static constexpr int kValue = kKey + kSlots * kRowBytes;
+  static constexpr int kQuery = kValue + (kValueInRegisters ? 0 : kSlots * kRowBytes);
+  static constexpr int kGrad = kQuery + 2 * kRowTileBytes;
+  static constexpr int kWeights = kGrad + 2 * kRowTileBytes;
+  static constexpr int kLse = kWeights + kWeightTiles * kWeightBytes;
+  static constexpr int kDelta = kLse + 2 * 4 * kRows;
+  static constexpr int kPoison = kDelta + 2 * 4 * kRows;
+  static constexpr int kSharedBytes = kPoison + 4 * kSlots;
+  static_assert(!kValueInRegisters || kSlots * kRowBytes <= 4 * kRowTileBytes);
+};
+
+// Chosen by what shared memory a block may have. kSmall fits 99 KiB.
+template <int kHeadSize>
+struct KeyValueChoice;
+template <>
+struct KeyValueChoice<64> {
+  using Small = KeyValueTiles<64, 4, 1, 2, 64, 2, false, 2>;
+  using Large = Small;
+};
+template <>
+struct KeyValueChoice<96> {
+  using Small = KeyValueTiles<96, 6, 1, 1, 32, 2, true>;
+  using Large = KeyValueTiles<96, 8, 1, 1, 64, 4, false>;
+};
+#ifndef BACKWARD_VARIANT
+#define BACKWARD_VARIANT 0
+#endif
+template <>
+struct KeyValueChoice<128> {
+  using Small = KeyValueTiles<128, 8, 1, 1, 32, 1, true>;
+#if BACKWARD_VARIANT == 0
+  using Large = KeyValueTiles<128, 4, 2, 2, 64, 2, false>;
+#elif BACKWARD_VARIANT == 1
+  using Large = KeyValueTiles<128, 8, 1, 1, 64, 2, false>;
+#else
+  using Large = Small;
+#endif
+};
+template <>
+struct KeyValueChoice<256> {
+  using Small = KeyValueTiles<256, 2, 2, 1, 32, 1, true>;
+  using Large = KeyValueTiles<256, 4, 2, 1, 32, 1, false>;
+};
+
+inline bool fits(int bytes, int shared_memory) { return bytes + 1024 <= shared_memory; }
+
+inline cudaError_t query_shared_memory(int* bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+}  // namespace backward_portable
+}  // namespace sharedllm
