@@ -53,6 +53,11 @@ struct SwizzledTile {
   }
   // A lane's part of a fragment's address: 16 rows by lane % 16, two chunks by lane / 16.
   static __device__ __forceinline__ uint32_t lane_base(int lane) { return at(lane % 16, lane / 16); }
+  // The same for operand B stored as [n][k], the two products' in registers 0, 1 and 2, 3: aligned pairs, which the
+  // products take without moves.
+  static __device__ __forceinline__ uint32_t pair_lane_base(int lane) {
+    return at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
   // The lane's address in the block of 16 x 16 at row 16 * row_block and column 16 * column_block; base is the tile's
   // address + lane_base.
   static __device__ __forceinline__ uint32_t block(uint32_t base, int row_block, int column_block) {
@@ -63,7 +68,8 @@ struct SwizzledTile {
 };
 
 // A block of 16 x 16 as four matrices of 8 x 8: upper left, lower left, upper right, lower right. That is operand A
-// [m][k] of a product; stored as [n][k], operand B of two products: registers 0, 2 and 1, 3.
+// [m][k] of a product; stored as [n][k], operand B of two products: registers 0, 2 and 1, 3 (0, 1 and 2, 3
+// with pair_lane_base).
 __device__ __forceinline__ void load_block(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -1,0 +1,13 @@
+// Backward of injected attention for every element type, head size and stride.
+#pragma once
+
+#include "kernels/injected_attention.h"
+
+namespace sharedllm {
+
+// What launch_injected_attention_generic takes. Needs no workspace; grad_k and grad_v may each be null. The same bits
+// every time.
+cudaError_t launch_injected_attention_backward_generic(const InjectedAttentionBackwardParams& params,
+                                                       cudaStream_t stream);
+
+}  // namespace sharedllm
