@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "kernels/common/mma_backward.cuh"
+#include "kernels/common/mma.cuh"
 #include "kernels/injected_attention_backward_portable.h"
 #include "kernels/injected_attention_backward_portable_tiles.h"
 
@@ -117,14 +117,16 @@ cudaError_t launch_injected_attention_backward_portable(const InjectedAttentionB
   const InjectedAttentionParams& f = params.forward;
   bool supported = f.type != FloatType::kFloat32 && (params.grad_k == nullptr) == (params.grad_v == nullptr);
   for (int i = 0; i < 2; ++i) supported = supported && f.k_stride[i] % 8 == 0 && f.v_stride[i] % 8 == 0;
-  for (const void* pointer : {f.k, f.v, static_cast<const void*>(params.grad_q), static_cast<const void*>(params.grad_k),
-                              static_cast<const void*>(params.grad_v), static_cast<const void*>(params.grad_q_float),
-                              static_cast<const void*>(params.q_rotated), params.grad_out}) {
+  for (const void* pointer :
+       {f.k, f.v, static_cast<const void*>(params.grad_q), static_cast<const void*>(params.grad_k),
+        static_cast<const void*>(params.grad_v), static_cast<const void*>(params.grad_q_float),
+        static_cast<const void*>(params.q_rotated), params.grad_out}) {
     supported = supported && is_aligned(pointer);
   }
   if (!supported) return cudaErrorNotSupported;
   const bool is_bfloat16 = f.type == FloatType::kBFloat16;
-  const cudaError_t error = is_bfloat16 ? launch_any<__nv_bfloat16>(params, stream) : launch_any<__half>(params, stream);
+  const cudaError_t error =
+      is_bfloat16 ? launch_any<__nv_bfloat16>(params, stream) : launch_any<__half>(params, stream);
   if (error != cudaSuccess || params.grad_k == nullptr || params.kv_splits == 1) return error;
   return is_bfloat16 ? launch_sum_partial<__nv_bfloat16>(params, stream) : launch_sum_partial<__half>(params, stream);
 }

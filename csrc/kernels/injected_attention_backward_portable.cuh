@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "kernels/common/attention_rows.cuh"
-#include "kernels/common/mma_backward.cuh"
+#include "kernels/common/mma.cuh"
 #include "kernels/common/query_rotation.cuh"
 #include "kernels/injected_attention_backward_portable.h"
 #include "kernels/injected_attention_backward_portable_tiles.h"
@@ -20,7 +20,8 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 // ---- products on tiles ----
 
-// sum [16 kM, 16 kN] = a b^T over kColumns: rows of both tiles are vectors.
+// sum [16 kM, 16 kN] = a b^T over kColumns: rows of both tiles are vectors. a is the tile's address + lane_base, b that
+// + pair_lane_base.
 template <class T, int kColumns, int kM, int kN>
 __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], uint32_t a, int a_block, uint32_t b,
                                               int b_block) {
@@ -36,8 +37,8 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], uint3
       load_block(right, Tile::block(b, b_block + n, k));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        multiply_add<T>(sum[m][2 * n], left[m], right[0], right[2]);
-        multiply_add<T>(sum[m][2 * n + 1], left[m], right[1], right[3]);
+        multiply_add<T>(sum[m][2 * n], left[m], right[0], right[1]);
+        multiply_add<T>(sum[m][2 * n + 1], left[m], right[2], right[3]);
       }
     }
   }
@@ -56,17 +57,18 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], const
       load_block(right, Tile::block(b, b_block + n, k));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        multiply_add<T>(sum[m][2 * n], a[m][k], right[0], right[2]);
-        multiply_add<T>(sum[m][2 * n + 1], a[m][k], right[1], right[3]);
+        multiply_add<T>(sum[m][2 * n], a[m][k], right[0], right[1]);
+        multiply_add<T>(sum[m][2 * n + 1], a[m][k], right[2], right[3]);
       }
     }
   }
 }
 
-// sum [16 kM, 16 kN] += a [16 kM, 16 kK] times rows of the tile b from block b_row on, its columns from block b_column on.
+// sum [16 kM, 16 kN] += a [16 kM, 16 kK] times rows of the tile b from block b_row on, its columns from block b_column
+// on; b is the tile's address + lane_base.
 template <class T, int kColumns, int kM, int kN, int kK>
-__device__ __forceinline__ void multiply_columns(float (&sum)[kM][2 * kN][4], const uint32_t (&a)[kM][kK][4], uint32_t b,
-                                                 int b_row, int b_column) {
+__device__ __forceinline__ void multiply_columns(float (&sum)[kM][2 * kN][4], const uint32_t (&a)[kM][kK][4],
+                                                 uint32_t b, int b_row, int b_column) {
   using Tile = SwizzledTile<kColumns>;
 #pragma unroll
   for (int k = 0; k < kK; ++k) {
@@ -123,9 +125,9 @@ __device__ __forceinline__ void load_slots(uint32_t tile, const T* from, int64_t
 
 // Where the packed rows of a tile lie in a [T, Hq, …] tensor: the group's G heads of one query after the other.
 struct PackedRows {
-  int64_t first;         // vector of the first query's first head of the group
-  int skip;              // packed rows of that query before the tile
-  int count;             // rows of the tile that exist
+  int64_t first;          // vector of the first query's first head of the group
+  int skip;               // packed rows of that query before the tile
+  int count;              // rows of the tile that exist
   int group, skip_heads;  // G, Hq - G
   float inverse_group;
 
@@ -160,8 +162,8 @@ __device__ __forceinline__ void load_rows(uint32_t q_tile, uint32_t grad_tile, c
 
 template <int kHeadSize>
 struct QueryTiles;
-// A warp of 32 rows reads an operand from shared memory once for two products, which is what its bandwidth allows; 32 x D
-// sums and 2 x 32 x slots scores fill the registers. All fit 99 KiB (8.6, 8.9, 12.0), two blocks share 227 KiB.
+// A warp of 32 rows reads an operand from shared memory once for two products, which is what its bandwidth allows; 32 x
+// D sums and 2 x 32 x slots scores fill the registers. All fit 99 KiB (8.6, 8.9, 12.0), two blocks share 227 KiB.
 template <>
 struct QueryTiles<64> {
   static constexpr int kWarps = 4, kRowBlocks = 2, kSlots = 64;
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
     }
   }
 
-  const uint32_t lane_base = Tile::lane_base(lane);
+  const uint32_t lane_base = Tile::lane_base(lane), pair_base = Tile::pair_lane_base(lane);
   const float scale_log2 = f.scale * kLog2E;
   float grad_q[kM][kHeadSize / 8][4];
   fill(grad_q, 0.0f);
@@ -258,13 +260,13 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
     if (step + 1 < steps) load_step(step + 1);
     commit_copies();
     const int stage = static_cast<int>(step & 1);
-    const uint32_t k_tile = k_tiles + stage * kTileBytes + lane_base, v_tile = v_tiles + stage * kTileBytes + lane_base;
+    const uint32_t k_tile = k_tiles + stage * kTileBytes, v_tile = v_tiles + stage * kTileBytes;
 
     float scores[kM][2 * kN][4], grads[kM][2 * kN][4];
     fill(scores, 0.0f);
-    multiply_rows<T, kHeadSize, kM, kN>(scores, q_tile + lane_base, warp * kM, k_tile, 0);
+    multiply_rows<T, kHeadSize, kM, kN>(scores, q_tile + lane_base, warp * kM, k_tile + pair_base, 0);
     fill(grads, 0.0f);
-    multiply_rows<T, kHeadSize, kM, kN>(grads, grad_tile + lane_base, warp * kM, v_tile, 0);
+    multiply_rows<T, kHeadSize, kM, kN>(grads, grad_tile + lane_base, warp * kM, v_tile + pair_base, 0);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -292,11 +294,11 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
     }
     uint32_t operand[kM][kN][4];
     pack_operands<T, kM, kN>(operand, scores);
-    multiply_columns<T, kHeadSize, kM, kHeadSize / 16, kN>(grad_q, operand, k_tile, 0, 0);
+    multiply_columns<T, kHeadSize, kM, kHeadSize / 16, kN>(grad_q, operand, k_tile + lane_base, 0, 0);
   }
 
-  // Through shared memory, where each warp has room for its rows in float32: the rotation needs two columns at once, and
-  // the stores become 16 bytes wide.
+  // Through shared memory, where each warp has room for its rows in float32: the rotation needs two columns at once,
+  // and the stores become 16 bytes wide.
   wait_copies<0>();
   __syncthreads();
   constexpr int kWarpRows = 16 * kM;
@@ -343,7 +345,7 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
 // Steps of a block: the row tiles of every batch row whose slots overlap the block's, every kv_splits-th of them.
 struct Step {
   int64_t first;
-  int skip, count;         // count 0: no more steps
+  int skip, count;           // count 0: no more steps
   int slot_begin, slot_end;  // of the block's slots
 };
 struct Walk {
@@ -434,8 +436,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
 
   const uint32_t base = shared_offset(shared);
   const uint32_t v_load = base + (Tiles::kValueInRegisters ? Tiles::kQuery : Tiles::kValue);
-  load_slots<T, kHeadSize, kSlots, kThreads>(
-      base + Tiles::kKey, static_cast<const T*>(f.k) + slot * f.k_stride[0] + head * f.k_stride[1], f.k_stride[0], slots);
+  load_slots<T, kHeadSize, kSlots, kThreads>(base + Tiles::kKey,
+                                             static_cast<const T*>(f.k) + slot * f.k_stride[0] + head * f.k_stride[1],
+                                             f.k_stride[0], slots);
   load_slots<T, kHeadSize, kSlots, kThreads>(
       v_load, static_cast<const T*>(f.v) + slot * f.v_stride[0] + head * f.v_stride[1], f.v_stride[0], slots);
   commit_copies();
@@ -453,11 +456,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   wait_copies<0>();
   __syncthreads();
 
-  const uint32_t lane_base = Tile::lane_base(lane);
+  const uint32_t lane_base = Tile::lane_base(lane), pair_base = Tile::pair_lane_base(lane);
   float* const poison = reinterpret_cast<float*>(shared + Tiles::kPoison);
   if constexpr (kGradQuery) {
-    // Batch rows that do not own a slot multiply its key by 0 for grad_q. A key that is not finite is replaced by 0, and
-    // makes the weights NaN for the rows that own it.
+    // Batch rows that do not own a slot multiply its key by 0 for grad_q. A key that is not finite is replaced by 0,
+    // and makes the weights NaN for the rows that own it.
     for (int i = threadIdx.x; i < kSlots; i += kThreads) {
       constexpr uint32_t kExponent = sizeof(T) == 2 && std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
       bool finite = true;
@@ -518,7 +521,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     constexpr int kQueryM = kRows / 16 / kRowWarps, kQueryN = kHeadSize / 16 / kColumnWarps;
     static_assert(kQueryM * kRowWarps * 16 == kRows && kQueryN * kColumnWarps * 16 == kHeadSize);
     const int row_block = warp / kColumnWarps * kQueryM, column_block = warp % kColumnWarps * kQueryN;
-    const uint32_t weight_lane = weights + WeightTile::lane_base(lane);
+    const uint32_t weight_lane = weights + WeightTile::pair_lane_base(lane);  // operand A stored as [k][m]
     float sum[kQueryM][2 * kQueryN][4];
     fill(sum, 0.0f);
 #pragma unroll
@@ -526,9 +529,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       uint32_t left[kQueryM][1][4];
 #pragma unroll
       for (int m = 0; m < kQueryM; ++m) {
-        uint32_t block[4];
-        load_block_transposed(block, WeightTile::block(weight_lane, k, row_block + m));
-        left[m][0][0] = block[0], left[m][0][1] = block[2], left[m][0][2] = block[1], left[m][0][3] = block[3];
+        load_block_transposed(left[m][0], WeightTile::block(weight_lane, k, row_block + m));
       }
       multiply_columns<T, kHeadSize, kQueryM, kQueryN, 1>(sum, left, base + Tiles::kKey + lane_base, k, column_block);
     }
@@ -562,8 +563,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     if (steps[(i + 1) & 3].count > 0) load_step(i + 1);
     commit_copies();
     if (warp == 0) advance<kRows>(f, &walk, &steps[(i + 2) & 3], p.kv_splits, slot, slots, head);
-    const uint32_t q_tile = base + Tiles::kQuery + stage * Tiles::kRowTileBytes + lane_base;
-    const uint32_t grad_tile = base + Tiles::kGrad + stage * Tiles::kRowTileBytes + lane_base;
+    const uint32_t q_tile = base + Tiles::kQuery + stage * Tiles::kRowTileBytes;
+    const uint32_t grad_tile = base + Tiles::kGrad + stage * Tiles::kRowTileBytes;
     // one part: dS of the last step is read while this one's is written; more: weights and dS of this step
     const uint32_t weight_tile = base + Tiles::kWeights;
     const uint32_t grad_weight_tile =
@@ -581,7 +582,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       const int row_block = part * (Tiles::kScoreRows / 16) + chunk * kChunk;
       float weights[kM][2 * kChunk][4];
       fill(weights, 0.0f);
-      multiply_rows<T, kHeadSize, kM, kChunk>(weights, base + Tiles::kKey + lane_base, slot_warp * kM, q_tile, row_block);
+      multiply_rows<T, kHeadSize, kM, kChunk>(weights, base + Tiles::kKey + lane_base, slot_warp * kM,
+                                              q_tile + pair_base, row_block);
       if constexpr (kGradQuery) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -641,7 +643,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       };
       pack_operands<T, kM, kChunk>(operand, weights);
       if constexpr (kParts == 1) {
-        multiply_columns<T, kHeadSize, kM, kN, kChunk>(grad_v, operand, grad_tile, row_block, 0);
+        multiply_columns<T, kHeadSize, kM, kN, kChunk>(grad_v, operand, grad_tile + lane_base, row_block, 0);
       } else {
         store(weight_tile);
       }
@@ -649,10 +651,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       float grads[kM][2 * kChunk][4];
       fill(grads, 0.0f);
       if constexpr (Tiles::kValueInRegisters) {
-        multiply_rows<T, kHeadSize, kM, kChunk>(grads, value, grad_tile, row_block);
+        multiply_rows<T, kHeadSize, kM, kChunk>(grads, value, grad_tile + pair_base, row_block);
       } else {
-        multiply_rows<T, kHeadSize, kM, kChunk>(grads, base + Tiles::kValue + lane_base, slot_warp * kM, grad_tile,
-                                                row_block);
+        multiply_rows<T, kHeadSize, kM, kChunk>(grads, base + Tiles::kValue + lane_base, slot_warp * kM,
+                                                grad_tile + pair_base, row_block);
       }
 #pragma unroll
       for (int n = 0; n < 2 * kChunk; ++n) {
@@ -660,13 +662,14 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) grads[m][n][j] = weights[m][n][j] * (grads[m][n][j] - (j % 2 ? delta.y : delta.x));
+          for (int j = 0; j < 4; ++j)
+            grads[m][n][j] = weights[m][n][j] * (grads[m][n][j] - (j % 2 ? delta.y : delta.x));
         }
       }
       if (masked) mask(grads);
       pack_operands<T, kM, kChunk>(operand, grads);
       if constexpr (kParts == 1) {
-        multiply_columns<T, kHeadSize, kM, kN, kChunk>(grad_k, operand, q_tile, row_block, 0);
+        multiply_columns<T, kHeadSize, kM, kN, kChunk>(grad_k, operand, q_tile + lane_base, row_block, 0);
       }
       if constexpr (kParts > 1 || kGradQuery) store(grad_weight_tile);
     }
@@ -683,8 +686,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
           multiply_columns<T, kHeadSize, kM, kN, 1>(sum, left, tile, k, part * kN);
         }
       };
-      add_rows(grad_v, weight_tile, grad_tile);
-      add_rows(grad_k, grad_weight_tile, q_tile);
+      add_rows(grad_v, weight_tile, grad_tile + lane_base);
+      add_rows(grad_k, grad_weight_tile, q_tile + lane_base);
       if constexpr (kGradQuery) add_grad_query(i, grad_weight_tile);
     }
   }

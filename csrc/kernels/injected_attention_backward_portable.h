@@ -9,9 +9,9 @@ namespace sharedllm {
 // queries of one tile of slots. Only for wanted grad_k and grad_v.
 cudaError_t plan_injected_attention_backward_portable(InjectedAttentionBackwardParams* params);
 
-// After launch_injected_attention_backward_prepare on the same stream. Needs bfloat16 or float16, D of 64, 96, 128 or 256,
-// pointers aligned to 16 bytes, strides multiples of 8 elements; cudaErrorNotSupported for anything else. grad_k and
-// grad_v are both wanted or both null.
+// After launch_injected_attention_backward_prepare on the same stream. Needs bfloat16 or float16, D of 64, 96, 128 or
+// 256, pointers aligned to 16 bytes, strides multiples of 8 elements; cudaErrorNotSupported for anything else. grad_k
+// and grad_v are both wanted or both null.
 //
 // grad_k null: writes grad_q.
 // grad_k wanted, grad_q_float null: writes all three by separate kernels, with the same bits in every run.
@@ -25,6 +25,5 @@ cudaError_t launch_injected_attention_backward_portable(const InjectedAttentionB
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_backward_portable_instance(const InjectedAttentionBackwardParams& params,
                                                                  cudaStream_t stream);
-
 
 }  // namespace sharedllm

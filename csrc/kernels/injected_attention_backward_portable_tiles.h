@@ -6,8 +6,8 @@
 namespace sharedllm {
 namespace backward_portable {
 
-// kSlotWarps x kParts warps. The warps of a slot group each hold a part of the columns of grad_k and grad_v; the scores of
-// the group are shared out among them by rows, and weights go through shared memory if there is more than one part.
+// kSlotWarps x kParts warps. The warps of a slot group each hold a part of the columns of grad_k and grad_v; the scores
+// of the group are shared out among them by rows, and weights go through shared memory if there is more than one part.
 template <int kHeadSize_, int kSlotWarps_, int kParts_, int kSlotBlocks_, int kRows_, int kQueryRowWarps_,
           bool kValueInRegisters_, int kBlocks_ = 1>
 struct KeyValueTiles {
