@@ -30,9 +30,12 @@ __device__ __forceinline__ void add_weighted(float4& sum, float weight, const fl
   sum.w = fmaf(weight, x.w, sum.w);
 }
 
+// NaN wins, so that a row with NaN does not pass for one without slots.
+__device__ __forceinline__ float max_or_nan(float x, float y) { return x > y || x != x ? x : y; }
+
 __device__ __forceinline__ float max_lanes(float x) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
+  for (int offset = 16; offset > 0; offset /= 2) x = max_or_nan(x, __shfl_xor_sync(kFullWarp, x, offset));
   return x;
 }
 
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps) combine(const InjectedAttent
   if (result >= results) return;
   const float* const lse = p.partial_lse + result;
   float maximum = -kInfinity;
-  for (int split = lane; split < p.splits; split += 32) maximum = fmaxf(maximum, lse[split * results]);
+  for (int split = lane; split < p.splits; split += 32) maximum = max_or_nan(maximum, lse[split * results]);
   maximum = max_lanes(maximum);
   T* const out = static_cast<T*>(p.out) + result * p.head_size;
   const int vectors = p.head_size / 4;
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps) combine(const InjectedAttent
           weights[j] = __shfl_sync(kFullWarp, weight, split & 31);
           if (split >= end) weights[j] = 0;
           x[j] = float4{};
-          if (mine && weights[j] > 0) {
+          if (mine && weights[j] != 0) {
             x[j] = __ldcs(reinterpret_cast<const float4*>(partial + (base + split) * stride) + vector);
           }
         }
