@@ -12,6 +12,7 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/ops/node_vectors.cpp
     csrc/ops/topk_nodes.cpp
     csrc/kernels/node_vectors.cu
+    csrc/kernels/node_vectors_backward.cu
     csrc/kernels/instances/node_vectors_bfloat16_128_16.cu
     csrc/kernels/instances/node_vectors_bfloat16_128_8.cu
     csrc/kernels/instances/node_vectors_bfloat16_256_8.cu

@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
       " -> (Tensor positions, Tensor cu_nodes, Tensor keep_index, Tensor keep_position, Tensor cu_slots)");
   m.def("node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, float scale) -> Tensor");
   m.def(
+      "node_vectors_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin,"
+      " float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
       "tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, int levels, float scale)"
       " -> Tensor");
   m.def(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <vector_types.h>
 
 #include <cstdint>
 
@@ -52,5 +53,21 @@ cudaError_t plan_node_vectors(NodeVectorsParams* params);
 
 // Queues the kernels; needs num_roots > 0, q_heads > 0 and head_size > 0.
 cudaError_t launch_node_vectors(const NodeVectorsParams& params, cudaStream_t stream);
+
+// Gradients of the plain operator (levels 0): dS = P * (dP - delta) * scale, delta = rowsum(dP * P).
+struct NodeVectorsBackwardParams {
+  NodeVectorsParams forward;  // only inputs are used
+  const void* grad_out;       // [N, Hq, D], contiguous
+  void* grad_q;               // [N, Hq, D], contiguous
+  void* grad_k;               // [T, Hkv, D], contiguous
+  void* grad_v;               // [T, Hkv, D], contiguous
+
+  // workspace, allocated by the caller
+  float* query;   // [N, Hq, D]: rotated, times scale * log2(e)
+  float2* stats;  // [N, Hq]: log-sum-exp of the scores, to base 2, and delta
+};
+
+// Queues the kernels; needs head_size > 0 and q_heads > 0. Any number of nodes and tokens; overlapping spans add up.
+cudaError_t launch_node_vectors_backward(const NodeVectorsBackwardParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm

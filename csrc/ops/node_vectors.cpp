@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+
 #include "ops/common/cuda_checks.h"
 
 namespace sharedllm {
@@ -14,45 +16,47 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// q: [leaves, Hq, D], already shaped; out: [nodes, Hq, D].
+// Whole 16-byte units: a copy of rows that are not aligned costs less than the kernel without tensor cores.
+Tensor rows(const Tensor& x) {
+  const bool whole = x.size(2) * static_cast<int64_t>(x.element_size()) % 16 == 0;
+  return whole && x.numel() > 0 ? with_aligned_rows(x) : with_dense_rows(x);
+}
+
+// q: [leaves, Hq, D]. The tensors must outlive the launch, so those that had to be copied are put in their place.
+NodeVectorsParams params_of(Tensor* q, Tensor* k, Tensor* v, Tensor* spans, Tensor* cos, Tensor* sin, double scale) {
+  for (Tensor* x : {q, k, v}) *x = rows(*x);
+  for (Tensor* x : {spans, cos, sin}) *x = torch::stable::contiguous(*x);
+  NodeVectorsParams p{};
+  p.type = float_type("q", *q);
+  p.q = q->const_data_ptr();
+  p.k = k->const_data_ptr();
+  p.v = v->const_data_ptr();
+  p.spans = spans->const_data_ptr<int64_t>();
+  p.cos = cos->const_data_ptr<float>();
+  p.sin = sin->const_data_ptr<float>();
+  for (int i = 0; i < 2; ++i) {
+    p.q_stride[i] = q->stride(i);
+    p.k_stride[i] = k->stride(i);
+    p.v_stride[i] = v->stride(i);
+  }
+  p.num_roots = spans->size(0);
+  p.num_tokens = k->size(0);
+  p.num_positions = cos->size(0);
+  p.q_heads = static_cast<int32_t>(q->size(1));
+  p.kv_heads = static_cast<int32_t>(k->size(1));
+  p.head_size = static_cast<int32_t>(q->size(2));
+  p.rotary_half = static_cast<int32_t>(cos->size(1));
+  p.scale = static_cast<float>(scale);
+  return p;
+}
+
 void run(const char* name, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, int64_t first_level,
          int64_t last_level, double scale, Tensor* out) {
   const int32_t device = q.get_device_index();
-  NodeVectorsParams p{};
-  p.type = float_type("q", q);
-  // whole 16-byte units: a copy of rows that are not aligned costs less than the kernel without tensor cores
-  const auto rows = [](const Tensor& x) {
-    return x.size(2) * static_cast<int64_t>(x.element_size()) % 16 == 0 && x.numel() > 0 ? with_aligned_rows(x)
-                                                                                         : with_dense_rows(x);
-  };
-  q = rows(q);
-  k = rows(k);
-  v = rows(v);
-  spans = torch::stable::contiguous(spans);
-  cos = torch::stable::contiguous(cos);
-  sin = torch::stable::contiguous(sin);
-  p.q = q.const_data_ptr();
-  p.k = k.const_data_ptr();
-  p.v = v.const_data_ptr();
-  p.spans = spans.const_data_ptr<int64_t>();
-  p.cos = cos.const_data_ptr<float>();
-  p.sin = sin.const_data_ptr<float>();
+  NodeVectorsParams p = params_of(&q, &k, &v, &spans, &cos, &sin, scale);
   p.out = out->mutable_data_ptr();
-  for (int i = 0; i < 2; ++i) {
-    p.q_stride[i] = q.stride(i);
-    p.k_stride[i] = k.stride(i);
-    p.v_stride[i] = v.stride(i);
-  }
-  p.num_roots = spans.size(0);
-  p.num_tokens = k.size(0);
-  p.num_positions = cos.size(0);
-  p.q_heads = static_cast<int32_t>(q.size(1));
-  p.kv_heads = static_cast<int32_t>(k.size(1));
-  p.head_size = static_cast<int32_t>(q.size(2));
-  p.rotary_half = static_cast<int32_t>(cos.size(1));
   p.first_level = static_cast<int32_t>(first_level);
   p.last_level = static_cast<int32_t>(last_level);
-  p.scale = static_cast<float>(scale);
   check_launch(name, plan_node_vectors(&p));
   // freed when this returns: torch hands it only to work queued later on the same stream
   const Tensor workspace = torch::stable::new_empty(k, {p.workspace_size}, ScalarType::Byte);
@@ -103,10 +107,37 @@ Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos,
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> node_vectors_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor spans,
+                                                         Tensor cos, Tensor sin, double scale) {
+  check_shape("q", q, {-1, -1, -1});
+  check_inputs(q, k, v, spans, cos, sin);
+  const int32_t device = q.get_device_index();
+  check_cuda_tensor("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  if (q.size(1) == 0 || q.size(2) == 0) return {grad_q, torch::stable::zero_(grad_k), torch::stable::zero_(grad_v)};
+  grad_out = torch::stable::contiguous(grad_out);
+  NodeVectorsBackwardParams b{};
+  b.forward = params_of(&q, &k, &v, &spans, &cos, &sin, scale);
+  b.grad_out = grad_out.const_data_ptr();
+  b.grad_q = grad_q.mutable_data_ptr();
+  b.grad_k = grad_k.mutable_data_ptr();
+  b.grad_v = grad_v.mutable_data_ptr();
+  const Tensor query = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  const Tensor stats = torch::stable::new_empty(q, {q.size(0), q.size(1), 2}, ScalarType::Float);
+  b.query = static_cast<float*>(query.mutable_data_ptr());
+  b.stats = static_cast<float2*>(stats.mutable_data_ptr());
+  check_launch("node_vectors_backward", launch_node_vectors_backward(b, current_stream(device)));
+  return {grad_q, grad_k, grad_v};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sharedllm, CUDA, m) {
   m.impl("node_vectors", TORCH_BOX(&node_vectors));
+  m.impl("node_vectors_backward", TORCH_BOX(&node_vectors_backward));
   m.impl("tree_node_vectors", TORCH_BOX(&tree_node_vectors));
 }
 

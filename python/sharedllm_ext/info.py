@@ -16,6 +16,7 @@ OPERATORS = (
     "context_tree_select",
     "context_tree_layout",
     "node_vectors",
+    "node_vectors_backward",
     "tree_node_vectors",
     "topk_nodes",
     "chunk_compression",

@@ -29,7 +29,8 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
 
     ``out[i] = softmax(rope(q[i], l - 1) rope(k[s : s + l], 0 .. l - 1)^T * scale) v[s : s + l]`` with
     ``s, l = spans[i]``; ``Hq / Hkv`` query heads share a key/value head. Differentiable once in ``q``, ``k`` and ``v``;
-    the backward pass recomputes the forward in PyTorch and is as deterministic as ``Tensor.index_add_``.
+    the backward pass recomputes the forward, in a deterministic CUDA kernel or in PyTorch, where it is as deterministic
+    as ``Tensor.index_add_``.
 
     On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
     :mod:`sharedllm_ext.reference`. On CUDA, float32, bfloat16 and float16 with ``D <= 256`` run in a CUDA kernel, whose
@@ -215,8 +216,7 @@ _plain_op = torch.library.custom_op("sharedllm::node_vectors_plain", _plain, mut
 _plain_op.register_fake(_fake)
 
 
-@torch.library.custom_op("sharedllm::node_vectors_backward", mutates_args=())
-def _backward_op(
+def _plain_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(q.dtype)
@@ -237,7 +237,11 @@ def _backward_op(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-@_backward_op.register_fake
+_plain_backward_op = torch.library.custom_op("sharedllm::node_vectors_plain_backward", _plain_backward, mutates_args=())
+
+
+@_plain_backward_op.register_fake
+@torch.library.register_fake("sharedllm::node_vectors_backward")
 def _backward_fake(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +255,14 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-_backward_op.register_autograd(_no_second_derivative)
+_plain_backward_op.register_autograd(_no_second_derivative)
+torch.library.register_autograd("sharedllm::node_vectors_backward", _no_second_derivative)
+
+
+def _gradients(grad_out: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    operators = torch.ops.sharedllm
+    operator = operators.node_vectors_plain_backward if _outside_cuda_kernel(q) else operators.node_vectors_backward
+    return operator(grad_out, q, *others)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -260,7 +271,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.sharedllm.node_vectors_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    grads = _gradients(grad_out, *ctx.saved_tensors, ctx.scale)
     return (*grads, None, None, None, None)
 
 
@@ -276,7 +287,7 @@ def _tree_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 def _tree_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, spans, *tables = ctx.saved_tensors
     nodes, leaf = tree_nodes(spans, ctx.levels)
-    grad_queries, grad_k, grad_v = torch.ops.sharedllm.node_vectors_backward(
+    grad_queries, grad_k, grad_v = _gradients(
         grad_out.flatten(0, 1), q[:, leaf].flatten(0, 1), k, v, nodes.flatten(0, 1), *tables, ctx.scale
     )
     # several nodes end with the same token
@@ -296,6 +307,9 @@ def _tree_plain(
     return out.reshape(*nodes.shape[:2], *q.shape[2:])
 
 
+# no C++ kernel of the gradients for the CPU: the model needs none, as nodes are chosen without gradients
+for _key in ("CPU",) if "node_vectors_backward" in cuda_kernels() else ("CPU", "CUDA"):
+    torch.library.impl("sharedllm::node_vectors_backward", _key, _plain_backward)
 if "node_vectors" not in cuda_kernels():
     torch.library.impl("sharedllm::node_vectors", "CUDA", _plain)
 if "tree_node_vectors" not in cuda_kernels():
