@@ -4,13 +4,11 @@
 // docs/kernels/injected_attention_portable.md has the derivation.
 #pragma once
 
-#include <algorithm>
-
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/query_rotation.cuh"
 #include "kernels/common/warp.cuh"
-#include "kernels/injected_attention_portable.h"
+#include "kernels/injected_attention_portable_tile.cuh"
 
 namespace sharedllm {
 namespace portable {
@@ -21,26 +19,11 @@ constexpr float kGrowth = 8.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
 
-// kRowBlocks: blocks of 16 rows of a warp. kSlots: of a tile. kBuffers: tiles of keys or values in shared memory, which
-// alternate in the ring; with 4, keys and values of one tile arrive together and one barrier a tile suffices. kBlocks:
-// on a multiprocessor.
-template <int kHeadSize_, int kWarps_, int kRowBlocks_, int kSlots_, int kBuffers_, int kBlocks_, bool kKeepQueries_>
-struct Tile {
-  static constexpr int kHeadSize = kHeadSize_, kWarps = kWarps_, kRowBlocks = kRowBlocks_, kSlots = kSlots_;
-  static constexpr int kBuffers = kBuffers_, kBlocks = kBlocks_;
-  // queries in registers rather than read from shared memory for every tile
-  static constexpr bool kKeepQueries = kKeepQueries_;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * kRowBlocks, kRows = kWarps * kWarpRows;
-  static constexpr int kQueryBytes = kRows * kHeadSize * 2;
-  static constexpr int kTileBytes = kSlots * kHeadSize * 2;
-  static constexpr int kSharedBytes = kQueryBytes + kBuffers * kTileBytes;
-  static constexpr bool kPaired = kBuffers == 4;
-  using Layout = SwizzledTile<kHeadSize>;
-  // of the copies: threads next to each other read a row's neighbouring chunks
-  static constexpr int kCopyRows = kThreads / Layout::kGroup;
-  static_assert(kBuffers >= 2 && kBuffers <= 4);
-  static_assert(kSlots % 16 == 0 && kSlots % kCopyRows == 0 && kCopyRows % 8 == 0);
+// Packed rows of a warp.
+struct WarpRows {
+  int64_t first_query;
+  uint32_t first_member;
+  int used_rows;
 };
 
 // Tiles of slots that a split of a row covers.
@@ -54,56 +37,36 @@ __device__ __forceinline__ SlotTiles split_tiles(int64_t slots, int tile, int sp
   return {begin, begin + each < tiles ? begin + each : tiles};
 }
 
-// Keys or values on their way into shared memory, tile by tile.
+// The next tile of keys or values into a buffer, from this thread's place in it on; zeros behind its valid slots, which
+// belong to somebody else. `anywhere` is an address for copies of nothing.
 template <class T, class Shape>
-struct SlotStream {
-  const T* from;       // of this thread in the next tile
-  int64_t row_stride;  // elements
-  const T* anywhere;   // an address for copies of nothing
-  uint32_t to;         // of this thread in a buffer
-  int row;             // of this thread in a tile
-
-  __device__ __forceinline__ SlotStream(const void* base, const int64_t (&stride)[2], int64_t slot, int head,
-                                        uint32_t buffers) {
-    using Layout = typename Shape::Layout;
-    const int chunk = threadIdx.x % Layout::kGroup;
-    row = threadIdx.x / Layout::kGroup;
-    row_stride = stride[0];
-    anywhere = static_cast<const T*>(base);
-    from = anywhere + (slot + row) * row_stride + head * stride[1] + chunk * 8;
-    to = buffers + Layout::at(row, chunk);
-  }
-
-  // The next tile into a buffer; zeros behind its valid slots, which belong to somebody else.
-  __device__ __forceinline__ void load(uint32_t buffer, int valid) {
-    using Layout = typename Shape::Layout;
-    const T* pass_from = from;
-    const uint32_t pass_to = to + buffer;
-    if (valid >= Shape::kSlots) {
+__device__ __forceinline__ void load_slots(uint32_t to, const T*& from, int64_t row_stride, int valid,
+                                           const void* anywhere) {
+  using Layout = typename Shape::Layout;
+  constexpr int kPasses = Shape::kSlots / Shape::kCopyRows, kGroups = Layout::kChunks / Layout::kGroup;
+  constexpr int kPassBytes = Shape::kCopyRows * Layout::kPitch, kGroupBytes = Layout::kGroup * 16;
+  if (valid >= Shape::kSlots) {
 #pragma unroll
-      for (int pass = 0; pass < Shape::kSlots / Shape::kCopyRows; ++pass) {
+    for (int pass = 0; pass < kPasses; ++pass) {
 #pragma unroll
-        for (int group = 0; group < Layout::kChunks / Layout::kGroup; ++group) {
-          copy16_async(pass_to + pass * Shape::kCopyRows * Layout::kPitch + group * Layout::kGroup * 16,
-                       pass_from + group * Layout::kGroup * 8);
-        }
-        pass_from += Shape::kCopyRows * row_stride;
+      for (int group = 0; group < kGroups; ++group) {
+        copy16_async(to + pass * kPassBytes + group * kGroupBytes, from + group * Layout::kGroup * 8);
       }
-    } else {
-#pragma unroll
-      for (int pass = 0; pass < Shape::kSlots / Shape::kCopyRows; ++pass) {
-        const bool inside = row + pass * Shape::kCopyRows < valid;
-#pragma unroll
-        for (int group = 0; group < Layout::kChunks / Layout::kGroup; ++group) {
-          copy16_async(pass_to + pass * Shape::kCopyRows * Layout::kPitch + group * Layout::kGroup * 16,
-                       inside ? pass_from + group * Layout::kGroup * 8 : anywhere, inside);
-        }
-        pass_from += Shape::kCopyRows * row_stride;
-      }
+      from += Shape::kCopyRows * row_stride;
     }
-    from = pass_from;
+    return;
   }
-};
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const bool inside = static_cast<int>(threadIdx.x) / Layout::kGroup + pass * Shape::kCopyRows < valid;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      copy16_async(to + pass * kPassBytes + group * kGroupBytes, inside ? from + group * Layout::kGroup * 8 : anywhere,
+                   inside);
+    }
+    from += Shape::kCopyRows * row_stride;
+  }
+}
 
 // A warp's packed rows into shared memory, rotated and rounded once.
 template <class T, class Shape>
@@ -189,6 +152,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       packed_rows < Shape::kWarpRows ? (packed_rows < 0 ? 0 : static_cast<int>(packed_rows)) : Shape::kWarpRows;
   const int64_t first_query = row.q_begin + first_packed / group;
   const uint32_t first_member = static_cast<uint32_t>(first_packed % group);
+  // what the end needs again waits in shared memory: registers are short in between
+  __shared__ WarpRows kept_rows[Shape::kWarps];
+  if (lane == 0) kept_rows[warp] = {first_query, first_member, used_rows};
 
   // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
   // 0
@@ -209,31 +175,34 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
 
   if (count > 0) {
-    SlotStream<T, Shape> keys(p.k, p.k_stride, row.slot_begin + range.begin * kSlots, head, ring);
-    SlotStream<T, Shape> values(p.v, p.v_stride, row.slot_begin + range.begin * kSlots, head, ring);
-    const auto valid_of = [&](int n) { return n + 1 == count ? last_valid : kSlots; };
-    // Tiles of keys (even) and values (odd) asked for so far, the buffer of the next and of the one in use.
-    int asked = 0;
+    const int copy_row = threadIdx.x / Layout::kGroup, copy_chunk = threadIdx.x % Layout::kGroup;
+    const int64_t copy_slot = row.slot_begin + range.begin * kSlots + copy_row;
+    const T* key_from = static_cast<const T*>(p.k) + copy_slot * p.k_stride[0] + head * p.k_stride[1] + copy_chunk * 8;
+    const T* value_from =
+        static_cast<const T*>(p.v) + copy_slot * p.v_stride[0] + head * p.v_stride[1] + copy_chunk * 8;
+    const uint32_t copy_to = ring + Layout::at(copy_row, copy_chunk);
+    // Buffers in the order of their use: keys of a tile, values of it, keys of the next.
     uint32_t write = 0, read = 0;
     const auto advance = [](uint32_t& buffer) {
       buffer += Shape::kTileBytes;
       if (buffer == Shape::kBuffers * Shape::kTileBytes) buffer = 0;
     };
-    const auto ask = [&] {
-      const int n = asked / 2;
+    const auto ask_keys = [&](int n) {
       if (n < count) {
-        if (asked % 2 == 0) {
-          keys.load(write, valid_of(n));
-        } else {
-          values.load(write, valid_of(n));
-        }
+        load_slots<T, Shape>(copy_to + write, key_from, p.k_stride[0], n + 1 == count ? last_valid : kSlots, p.k);
       }
       commit_copies();
-      ++asked;
       advance(write);
     };
-#pragma unroll
-    for (int i = 0; i < (Shape::kPaired ? 2 : Shape::kBuffers - 1); ++i) ask();
+    const auto ask_values = [&](int n) {
+      if (n < count) {
+        load_slots<T, Shape>(copy_to + write, value_from, p.v_stride[0], n + 1 == count ? last_valid : kSlots, p.v);
+      }
+      commit_copies();
+      advance(write);
+    };
+    ask_keys(0);
+    if constexpr (Shape::kBuffers >= 3) ask_values(0);
 
     const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
     load_queries<T, Shape>(p, row, my_queries, first_query, first_member, used_rows, head, group, factor);
@@ -252,12 +221,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if constexpr (Shape::kPaired) {
         wait_copies<0>();
         __syncthreads();
-        ask();
-        ask();
+        ask_keys(n + 1);
+        ask_values(n + 1);
       } else {
         wait_copies<Shape::kBuffers - 2>();
         __syncthreads();
-        ask();
+        if constexpr (Shape::kBuffers == 2) {
+          ask_values(n);
+        } else {
+          ask_keys(n + 1);
+        }
       }
       float s[kRowBlocks][kSlots / 8][4];
 #pragma unroll
@@ -267,22 +240,31 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
       const uint32_t key_base = ring + read + key_lane_base;
       advance(read);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t a[kRowBlocks][4];
+      // fragments are loaded one product ahead
+      uint32_t a[2][kRowBlocks][4], b[2][4];
+      const auto load_query_step = [&](int step) {
         if constexpr (!Shape::kKeepQueries) {
 #pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) load_block(a[m], Layout::block(query_base, m, step));
+          for (int m = 0; m < kRowBlocks; ++m) load_block(a[step % 2][m], Layout::block(query_base, m, step));
         }
+      };
+      load_query_step(0);
+      load_block(b[0], Layout::block(key_base, 0, 0));
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int j = 0; j < kQuarters; ++j) {
-          uint32_t b[4];
-          load_block(b, Layout::block(key_base, j, step));
+          if (j + 1 < kQuarters) {
+            load_block(b[(j + 1) % 2], Layout::block(key_base, j + 1, step));
+          } else if (step + 1 < kSteps) {
+            load_block(b[0], Layout::block(key_base, 0, step + 1));
+            load_query_step(step + 1);
+          }
 #pragma unroll
           for (int m = 0; m < kRowBlocks; ++m) {
-            const uint32_t (&query)[4] = Shape::kKeepQueries ? kept[Shape::kKeepQueries ? step : 0][m] : a[m];
-            multiply_add<T>(s[m][2 * j], query, b[0], b[1]);
-            multiply_add<T>(s[m][2 * j + 1], query, b[2], b[3]);
+            const uint32_t (&query)[4] = Shape::kKeepQueries ? kept[Shape::kKeepQueries ? step : 0][m] : a[step % 2][m];
+            multiply_add<T>(s[m][2 * j], query, b[j % 2][0], b[j % 2][1]);
+            multiply_add<T>(s[m][2 * j + 1], query, b[j % 2][2], b[j % 2][3]);
           }
         }
       }
@@ -353,7 +335,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if constexpr (!Shape::kPaired) {
         wait_copies<Shape::kBuffers - 2>();
         __syncthreads();
-        ask();
+        if constexpr (Shape::kBuffers == 2) {
+          ask_keys(n + 1);
+        } else {
+          ask_values(n + 1);
+        }
       }
       const uint32_t value_base = ring + read + lane_base;
       advance(read);
@@ -389,9 +375,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
   }
 
+  __syncwarp();
+  const WarpRows rows = kept_rows[warp];
   const auto token_and_head = [&](int r) {
-    const uint32_t member = first_member + r, query = member / group;
-    return (first_query + query) * p.q_heads + head * group + (member - query * group);
+    const uint32_t member = rows.first_member + r, query = member / group;
+    return (rows.first_query + query) * p.q_heads + head * group + (member - query * group);
   };
   float* const lse = p.splits == 1 ? p.lse : p.partial_lse + split * p.num_queries * p.q_heads;
   float inverse[kRowBlocks][2];
@@ -406,7 +394,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       const bool nothing = total == 0.0f;
       inverse[m][i] = nothing ? 0.0f : 1.0f / total;
       const int r = 16 * m + lane / 4 + 8 * i;
-      if (lane % 4 == 0 && r < used_rows) {
+      if (lane % 4 == 0 && r < rows.used_rows) {
         lse[token_and_head(r)] = nothing ? -kInfinity : (maximum[m][i] * scale_log2 + log2f(total)) * kLn2;
       }
     }
@@ -418,7 +406,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int r = 16 * m + lane / 4 + 8 * i;
-        if (r >= used_rows) continue;
+        if (r >= rows.used_rows) continue;
         float* const to = partial + token_and_head(r) * kHeadSize + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kHeadSize / 8; ++j) {
@@ -430,7 +418,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     return;
   }
   // through the warp's own queries in shared memory, which it has finished with, so that rows are stored whole
-  __syncwarp();
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
@@ -447,7 +434,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll 4
   for (int i = lane; i < Shape::kWarpRows * Layout::kChunks; i += 32) {
     const int r = i / Layout::kChunks, chunk = i % Layout::kChunks;
-    if (r < used_rows) {
+    if (r < rows.used_rows) {
       *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + token_and_head(r) * kHeadSize + 8 * chunk) =
           *reinterpret_cast<const uint4*>(my_queries + Layout::at(r, chunk));
     }
@@ -472,7 +459,18 @@ cudaError_t launch_tile(const InjectedAttentionParams& p, cudaStream_t stream) {
 
 }  // namespace portable
 
-#ifdef PORTABLE_TILE
+#ifndef PORTABLE_TILE
+template <class T, int kHeadSize>
+cudaError_t launch_injected_attention_portable_instance(const InjectedAttentionParams& p, cudaStream_t stream) {
+  using Choice = portable::TileChoice<kHeadSize>;
+  portable::SharedMemory memory;
+  const cudaError_t status = portable::query_shared_memory(&memory);
+  if (status != cudaSuccess) return status;
+  if (memory.fits<typename Choice::Large>()) return portable::launch_tile<T, typename Choice::Large>(p, stream);
+  if (memory.fits<typename Choice::Medium>()) return portable::launch_tile<T, typename Choice::Medium>(p, stream);
+  return portable::launch_tile<T, typename Choice::Small>(p, stream);
+}
+#else
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_portable_instance(const InjectedAttentionParams& p, cudaStream_t stream) {
   return portable::launch_tile<T, portable::Tile<kHeadSize, PORTABLE_TILE>>(p, stream);
