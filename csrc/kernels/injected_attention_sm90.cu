@@ -28,7 +28,7 @@ cudaError_t launch(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
 // Items are counted in 32 bits, a round of blocks beyond the end included.
 constexpr int64_t kMostItems = 0x7fff0000;
 // Writing and merging the parts of the last round takes about as long as this many blocks of slots.
-constexpr int64_t kBlocksOfMerging = 6;
+constexpr int64_t kBlocksOfMerging = 12;
 // A part of fewer blocks spends more in its beginning and end than in between.
 constexpr int64_t kFewestBlocks = 4;
 

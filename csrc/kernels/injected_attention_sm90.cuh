@@ -38,7 +38,8 @@ struct Shape {
   static constexpr int kFit = (227 * 1024 - 128 - kQueryStages * kQueryBytes) / kSlotBytes;
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static constexpr int kBarrierOffset = kQueryStages * kQueryBytes + kStages * kSlotBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + 2 * (kStages + kQueryStages) * 8;
+  static constexpr int kRowOffset = kBarrierOffset + 2 * (kStages + kQueryStages) * 8;
+  static constexpr int kSharedBytes = kRowOffset + static_cast<int>(sizeof(RowTile));
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // 64K registers: what the loading warpgroup gives up goes to the consumers
   static constexpr int kLoaderRegisters = kHeadSize == 256 ? 40 : kWarpgroups == 2 ? 72 : 32;
@@ -116,8 +117,9 @@ struct Work {
 // slots.
 class Walk {
  public:
-  __device__ __forceinline__ Walk(const InjectedAttentionSm90Params& p, int rows, int slots)
-      : p_(p), rows_(rows), slots_(slots), index_(blockIdx.x) {}
+  // `only` is the row of a batch of one.
+  __device__ __forceinline__ Walk(const InjectedAttentionSm90Params& p, const RowTile& only, int rows, int slots)
+      : p_(p), only_(only), rows_(rows), slots_(slots), index_(blockIdx.x) {}
 
   __device__ __forceinline__ bool next(Work* work) {
     const uint32_t tiles = p_.tiles, whole = p_.whole_items;
@@ -125,8 +127,14 @@ class Walk {
     while (index_ < whole) {
       const uint32_t index = index_, rest = index / tiles, splits = p_.splits;
       index_ += gridDim.x;
-      const RowTile row = find_row_tile(p_, index % tiles, rows_);
-      if (row.row < 0) continue;
+      RowTile row;
+      if (p_.num_rows == 1) {
+        row = only_;
+        row.tile = index % tiles;
+      } else {
+        row = find_row_tile(p_, index % tiles, rows_);
+        if (row.row < 0) continue;
+      }
       work->set(row, group, rows_);
       work->head = static_cast<int>(rest / splits);
       const uint32_t split = rest % splits, blocks = blocks_of(row.slot_count), each = (blocks + splits - 1) / splits;
@@ -137,8 +145,7 @@ class Walk {
     }
     const uint32_t shares = p_.tail_shares;
     if (p_.tail_items == 0 || blockIdx.x >= shares) return false;
-    RowTile row;
-    load_row(p_, 0, &row);
+    RowTile row = only_;
     const uint32_t blocks = blocks_of(row.slot_count);
     uint32_t item, segment = segment_++;
     if (blocks == 0) {
@@ -172,6 +179,7 @@ class Walk {
   }
 
   const InjectedAttentionSm90Params& p_;
+  const RowTile& only_;
   const int rows_, slots_;
   uint32_t index_;
   uint32_t at_ = 0, segment_ = 0;  // in the tail
@@ -224,24 +232,41 @@ __device__ __forceinline__ bool weigh(float (&s)[kCount], float (&maximum)[2], f
   return rescale;
 }
 
+// Division of numbers below 2^16 by one that does not change.
+class Divisor {
+ public:
+  __device__ __forceinline__ explicit Divisor(uint32_t by) : by_(by), factor_(0xffffffffu / by + 1) {}
+  // by 1 the factor is 2^32, which does not fit
+  __device__ __forceinline__ uint32_t divide(uint32_t x) const { return by_ == 1 ? x : __umulhi(x, factor_); }
+  __device__ __forceinline__ uint32_t by() const { return by_; }
+
+ private:
+  uint32_t by_, factor_;
+};
+
 // The queries of one tile: copied, then turned in place.
 template <class T, int kHeadSize>
 __device__ __forceinline__ void load_queries(const InjectedAttentionSm90Params& p, const Work& work, uint8_t* to,
-                                             float factor, int thread) {
+                                             float factor, const Divisor& group, int thread) {
   using S = Shape<kHeadSize>;
-  constexpr int kChunks = kHeadSize / 8;
-  const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
+  constexpr int kChunks = kHeadSize / 8, kRowsAtOnce = kLoaders / kChunks;
+  static_assert(kLoaders % kChunks == 0);
+  // copies are asynchronous, so unrolling saves issue slots only; where registers are short it would cost more
+  constexpr int kUnroll = S::kLoaderRegisters < 64 ? 1 : 4;
   const int used = min(work.packed_count - work.first_packed, S::kRows);
-  const int64_t first_query = work.q_begin + work.first_packed / group;
-  const uint32_t first_member = work.first_packed % group;
-  // not unrolled: copies are asynchronous, and registers are few here
-#pragma unroll 1
-  for (int i = thread; i < S::kRows * kChunks; i += kLoaders) {
-    const int r = i / kChunks, chunk = i % kChunks;
-    const uint32_t member = first_member + r, query = member / group;
-    const T* const from = static_cast<const T*>(p.q) + (first_query + query) * p.q_stride[0] +
-                          (work.head * group + (member - query * group)) * p.q_stride[1] + 8 * chunk;
-    copy_async_16(to + swizzled<S::kRows>(r, 8 * chunk), r < used ? from : static_cast<const T*>(p.q), r < used);
+  const uint32_t first_query = work.first_packed / group.by(), first_member = work.first_packed % group.by();
+  const T* const source = static_cast<const T*>(p.q) +
+                          (work.q_begin + static_cast<int64_t>(first_query)) * p.q_stride[0] +
+                          work.head * static_cast<int64_t>(group.by()) * p.q_stride[1];
+  {
+    const int chunk = thread % kChunks;
+    const uint32_t place = shared_address(to) + chunk / 8 * (S::kRows * 128);
+#pragma unroll kUnroll
+    for (int r = thread / kChunks; r < S::kRows; r += kRowsAtOnce) {
+      const uint32_t member = first_member + r, query = group.divide(member);
+      const T* const from = source + query * p.q_stride[0] + (member - query * group.by()) * p.q_stride[1] + 8 * chunk;
+      copy_async_16(place + r * 128 + ((chunk ^ r) & 7) * 16, r < used ? from : source, r < used);
+    }
   }
   wait_copies_async();
   named_barrier_sync(kLoaderBarrier, kLoaders);
@@ -250,13 +275,15 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionSm90Params& 
   const float* const cos = p.cos + static_cast<int64_t>(work.position) * half;
   const float* const sin = p.sin + static_cast<int64_t>(work.position) * half;
   const auto element = [&](int r, int column) { return reinterpret_cast<T*>(to + swizzled<S::kRows>(r, column)); };
-  if (half % 4 == 0 && reinterpret_cast<uintptr_t>(p.cos) % 16 == 0 && reinterpret_cast<uintptr_t>(p.sin) % 16 == 0) {
-    const int quads = half / 4;
-#pragma unroll 1
-    for (int i = thread; i < used * quads; i += kLoaders) {
-      const int r = i / quads, column = i % quads * 4;
-      const float4 c = __ldg(reinterpret_cast<const float4*>(cos + column));
-      const float4 s = __ldg(reinterpret_cast<const float4*>(sin + column));
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin)) % 16 == 0;
+  const int quads = half / 4;
+  if (half % 4 == 0 && aligned && quads > 0 && kLoaders % quads == 0) {
+    // every thread keeps its columns, and with them its row of the tables
+    const int column = thread % quads * 4, at_once = kLoaders / quads;
+    const float4 c = __ldg(reinterpret_cast<const float4*>(cos + column));
+    const float4 s = __ldg(reinterpret_cast<const float4*>(sin + column));
+#pragma unroll kUnroll
+    for (int r = thread / quads; r < used; r += at_once) {
       turn_quad<T>(element(r, column), element(r, column + half), c, s, factor);
     }
   } else {
@@ -294,6 +321,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   uint64_t* const empty = full + S::kStages;
   uint64_t* const query_full = empty + S::kStages;
   uint64_t* const query_empty = query_full + kQueryStages;
+  RowTile* const only = reinterpret_cast<RowTile*>(shared + S::kRowOffset);
 
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
@@ -312,8 +340,9 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     }
     barrier_init_fence();
   }
+  if (threadIdx.x == 32 && p.num_rows == 1) load_row(p, 0, only);
   __syncthreads();
-  Walk walk(p, S::kRows, kSlots);
+  Walk walk(p, *only, S::kRows, kSlots);
   Work work;
 
   // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
@@ -323,12 +352,13 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   if (warpgroup == 0) {
     lower_registers<S::kLoaderRegisters>();
     if (warp > 0) {
+      const Divisor group(p.q_heads / p.kv_heads);
       const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
       Cursor<kQueryStages> query;
       while (walk.next(&work)) {
         if (work.begin == work.end) continue;
         barrier_wait(query_empty + query.stage, query.phase ^ 1);
-        load_queries<T, kHeadSize>(p, work, queries + query.stage * S::kQueryBytes, factor, threadIdx.x - 32);
+        load_queries<T, kHeadSize>(p, work, queries + query.stage * S::kQueryBytes, factor, group, threadIdx.x - 32);
         barrier_arrive(query_full + query.stage);
         query.advance();
       }
@@ -376,7 +406,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     if (consumer > ahead) named_barrier_arrive(kTurnBarrier + ahead, 128 * kWarpgroups);
   }
 
-  const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
+  const Divisor group(p.q_heads / p.kv_heads);
   const uint64_t query_operand = swizzled_operand(queries + consumer * 64 * 128, 16, 1024);
   const uint64_t key_operand = swizzled_operand(slots, 16, 1024);
   const uint64_t value_operand = swizzled_operand(slots, kSlots * 128, 1024);
@@ -408,10 +438,11 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     const uint32_t first_packed = work.first_packed + consumer * 64;
     // of this warpgroup; may be none
     const int used_rows = min(work.packed_count - static_cast<int>(first_packed), 64);
+    const uint32_t first_query = first_packed / group.by(), first_member = first_packed - first_query * group.by();
     const auto token_and_head = [&](int r) {
-      const uint32_t packed = first_packed + r, query_of_row = packed / group;
-      return static_cast<int64_t>(work.q_begin + query_of_row) * p.q_heads + work.head * group +
-             (packed - query_of_row * group);
+      const uint32_t member = first_member + r, query_of_row = group.divide(member);
+      return static_cast<int64_t>(work.q_begin + first_query + query_of_row) * p.q_heads + work.head * group.by() +
+             (member - query_of_row * group.by());
     };
     if (work.begin == work.end) {
       for (int r = threadIdx.x % 128; r < used_rows; r += 128) {

@@ -80,10 +80,8 @@ __device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map,
 // ---- copies of 16 bytes by threads, which cost no registers ----
 
 // Zeros where the source is not wanted; it has to be a valid address all the same.
-__device__ __forceinline__ void copy_async_16(void* to, const void* from, bool wanted) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(wanted ? 16 : 0)
-               : "memory");
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void wait_copies_async() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
