@@ -7,6 +7,9 @@
 #include "kernels/common/hopper_backward.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
+#ifndef ROTATION
+#define ROTATION static_cast<int>(slot_tile)
+#endif
 namespace sharedllm {
 
 // A query tile on its way through the stages: which rows of the slot tile its batch row reads.
@@ -225,11 +228,11 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
   __syncthreads();
 
   if (warpgroup == 0) {
-    lower_registers<32>();
+    lower_registers<24>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp > 1) return;
     QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits,
-                   static_cast<int>(slot_tile));
+                   ROTATION);
     int stage = 0, grad_out_stage = 0;
     uint32_t phase = 1, grad_out_phase = 1, partial_phase = 0;
     QueryStep step{};
@@ -335,44 +338,40 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       float scores[kTileRows / 2], products[kTileRows / 2];
       float query_sums[Tile::kColumns / 2];
       uint32_t weights[kTileRows / 4], packed[kTileRows / 4];
-      const uint64_t key_operand = swizzled_operand(keys + w * 64 * 128, 16, 1024);
-      const uint64_t value_operand = swizzled_operand(values + w * 64 * 128, 16, 1024);
-      const uint64_t query_operand = swizzled_operand(query_tiles, 16, 1024);
-      const uint64_t grad_out_operand = swizzled_operand(grad_out_tiles, 16, 1024);
-      const uint64_t query_rows = swizzled_operand(query_tiles, Tile::kQueryPanelBytes, 1024);
-      const uint64_t grad_out_rows = swizzled_operand(grad_out_tiles, Tile::kQueryPanelBytes, 1024);
-      const uint64_t score_columns = swizzled_operand(score_tiles, 1024, 1024);
-      const uint64_t key_rows =
-          swizzled_operand(keys + (kHeadSize == 64 ? w * 64 : w * Tile::kSlotPanelBytes), Tile::kSlotPanelBytes, 1024);
-
       // [slots, rows], contracted over the head size
-      const auto multiply_rows = [&](uint64_t a, uint64_t b, float (&c)[kTileRows / 2]) {
+      const auto multiply_rows = [&](const uint8_t* slots, const uint8_t* rows, float (&c)[kTileRows / 2]) {
+        const uint32_t a = operand_word(slots) + hidden(w) * (64 * 128 / 16), b = hidden(operand_word(rows));
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kHeadSize / 16; ++k) {
-          multiply<T, kTileRows, Major::K>(a + (k / 4 * Tile::kSlotPanelBytes + k % 4 * 32) / 16,
-                                           b + (k / 4 * Tile::kQueryPanelBytes + k % 4 * 32) / 16, c, k != 0);
+          multiply<T, kTileRows, Major::K>(operand_at(a, k / 4 * Tile::kSlotPanelBytes + k % 4 * 32),
+                                           operand_at(b, k / 4 * Tile::kQueryPanelBytes + k % 4 * 32), c, k != 0);
         }
         wgmma_commit();
       };
       // dK or dV, contracted over the rows
-      const auto accumulate = [&](const uint32_t* a, uint64_t b, float (&c)[kHeadSize / 2]) {
+      const auto accumulate = [&](const uint32_t* a, const uint8_t* rows, float (&c)[kHeadSize / 2]) {
+        const uint32_t b = hidden(operand_word(rows, Tile::kQueryPanelBytes));
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kTileRows / 16; ++k)
-          multiply<T, kHeadSize, Major::MN>(a + 4 * k, b + k * 2048 / 16, c, true);
+          multiply<T, kHeadSize, Major::MN>(a + 4 * k, operand_at(b, k * 2048), c, true);
         wgmma_commit();
       };
       // dQ, contracted over the slots of both warpgroups
       const auto multiply_keys = [&]() {
+        const uint32_t a = hidden(operand_word(score_tiles + buffer * Tile::kScoreBytes, 1024));
+        const uint32_t b = operand_word(keys, Tile::kSlotPanelBytes) +
+                           hidden(w) * ((kHeadSize == 64 ? 64 : Tile::kSlotPanelBytes) / 16);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < Tile::kSlots / 16; ++k) {
-          multiply_transposed<T, Tile::kColumns>(score_columns + (buffer * Tile::kScoreBytes + k * 2048) / 16,
-                                                 key_rows + k * 2048 / 16, query_sums, k != 0);
+          multiply_transposed<T, Tile::kColumns>(operand_at(a, k * 2048), operand_at(b, k * 2048), query_sums, k != 0);
         }
         wgmma_commit();
       };
+      const auto query_tile = [&](int at) { return query_tiles + at * Tile::kQueryBytes; };
+      const auto grad_out_tile = [&](int at) { return grad_out_tiles + at * Tile::kQueryBytes; };
       const auto is_masked = [&](int half) {
         const int r = w * 64 + warp * 16 + lane / 4 + 8 * half;
         return r < query_steps[stage].low || r >= query_steps[stage].high;
@@ -456,9 +455,9 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         }
       };
 
-      multiply_rows(key_operand, query_operand, scores);
+      multiply_rows(keys, query_tiles, scores);
       barrier_wait(grad_out_full, 0);
-      multiply_rows(value_operand, grad_out_operand, products);
+      multiply_rows(values, grad_out_tiles, products);
       wgmma_wait<1>();
       weigh();
       wgmma_wait<0>();
@@ -469,11 +468,9 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         if (++stage == Tile::kQueryStages) stage = 0, phase ^= 1;
         if (++grad_out_stage == Tile::kGradOutStages) grad_out_stage = 0, grad_out_phase ^= 1;
         barrier_wait(query_full + stage, phase);
-        const uint64_t done_query_rows = query_rows + done_stage * (Tile::kQueryBytes / 16);
-        const uint64_t done_grad_out_rows = grad_out_rows + done_grad_out_stage * (Tile::kQueryBytes / 16);
         if (query_steps[stage].high == 0) break;
 
-        accumulate(weights, done_grad_out_rows, value_sums);
+        accumulate(weights, grad_out_tile(done_grad_out_stage), value_sums);
         store_scores();
         named_barrier_sync(1, 128 * Tile::kWarpgroups);
         multiply_keys();
@@ -481,13 +478,13 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         // dV is there, and its operand's registers are free
         wgmma_wait<1>();
         if (lane == 0) barrier_arrive(grad_out_empty + done_grad_out_stage);
-        multiply_rows(key_operand, query_operand + stage * (Tile::kQueryBytes / 16), scores);
+        multiply_rows(keys, query_tile(stage), scores);
         wgmma_wait<1>();
         add_query_sums(done_stage);
         barrier_wait(grad_out_full + grad_out_stage, grad_out_phase);
-        multiply_rows(value_operand, grad_out_operand + grad_out_stage * (Tile::kQueryBytes / 16), products);
+        multiply_rows(values, grad_out_tile(grad_out_stage), products);
         // behind dP, so that the tensor cores are busy while the exponentials are taken
-        accumulate(packed, done_query_rows, key_sums);
+        accumulate(packed, query_tile(done_stage), key_sums);
         wgmma_wait<2>();
         weigh();
         wgmma_wait<1>();
@@ -500,11 +497,11 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       }
       const int done_stage = stage == 0 ? Tile::kQueryStages - 1 : stage - 1;
       const int done_grad_out_stage = grad_out_stage == 0 ? Tile::kGradOutStages - 1 : grad_out_stage - 1;
-      accumulate(weights, grad_out_rows + done_grad_out_stage * (Tile::kQueryBytes / 16), value_sums);
+      accumulate(weights, grad_out_tile(done_grad_out_stage), value_sums);
       store_scores();
       named_barrier_sync(1, 128 * Tile::kWarpgroups);
       multiply_keys();
-      accumulate(packed, query_rows + done_stage * (Tile::kQueryBytes / 16), key_sums);
+      accumulate(packed, query_tile(done_stage), key_sums);
       wgmma_wait<0>();
       add_query_sums(done_stage);
       fence_registers(key_sums);

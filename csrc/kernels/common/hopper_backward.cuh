@@ -71,6 +71,21 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+// Low word of the descriptor of an operand in 128-byte swizzle (swizzled_operand); the high word is the same for all.
+// Kernels short of registers keep these and hide them from the compiler, which otherwise computes the descriptor of
+// every instruction ahead of the loop.
+__device__ __forceinline__ uint32_t operand_word(const void* shared, uint32_t leading_bytes = 16) {
+  return (shared_address(shared) & 0x3ffff) >> 4 | leading_bytes >> 4 << 16;
+}
+__device__ __forceinline__ uint64_t operand_at(uint32_t word, uint32_t offset_bytes) {
+  constexpr uint64_t kHigh = uint64_t{1} << 62 | uint64_t{1024 / 16} << 32;
+  return kHigh | (word + offset_bytes / 16);
+}
+__device__ __forceinline__ uint32_t hidden(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // c = a^T b or c += a^T b: both operands lie with the contraction index over their rows (MN-major).
 template <class T, int kColumns>
 struct TransposedAtom;
