@@ -9,6 +9,46 @@ set(SHAREDLLM_CPU_SOURCES
 
 # host operators (torch's stable ABI, no CUDA kernels) and kernels (CUDA, no torch header)
 set(SHAREDLLM_CUDA_SOURCES
+    csrc/ops/injected_attention.cpp
+    csrc/kernels/injected_attention_backward_generic.cu
+    csrc/kernels/injected_attention_backward_portable.cu
+    csrc/kernels/injected_attention_backward_prepare.cu
+    csrc/kernels/injected_attention_combine.cu
+    csrc/kernels/injected_attention_decode.cu
+    csrc/kernels/injected_attention_generic.cu
+    csrc/kernels/injected_attention_portable.cu
+    csrc/kernels/instances/injected_attention_backward_portable_bf16_128.cu
+    csrc/kernels/instances/injected_attention_backward_portable_bf16_256.cu
+    csrc/kernels/instances/injected_attention_backward_portable_bf16_64.cu
+    csrc/kernels/instances/injected_attention_backward_portable_bf16_96.cu
+    csrc/kernels/instances/injected_attention_backward_portable_fp16_128.cu
+    csrc/kernels/instances/injected_attention_backward_portable_fp16_256.cu
+    csrc/kernels/instances/injected_attention_backward_portable_fp16_64.cu
+    csrc/kernels/instances/injected_attention_backward_portable_fp16_96.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_bf16_128.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_bf16_256.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_bf16_64.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_bf16_96.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_fp16_128.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_fp16_256.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_fp16_64.cu
+    csrc/kernels/instances/injected_attention_decode_bulk_fp16_96.cu
+    csrc/kernels/instances/injected_attention_decode_portable_bf16_128.cu
+    csrc/kernels/instances/injected_attention_decode_portable_bf16_256.cu
+    csrc/kernels/instances/injected_attention_decode_portable_bf16_64.cu
+    csrc/kernels/instances/injected_attention_decode_portable_bf16_96.cu
+    csrc/kernels/instances/injected_attention_decode_portable_fp16_128.cu
+    csrc/kernels/instances/injected_attention_decode_portable_fp16_256.cu
+    csrc/kernels/instances/injected_attention_decode_portable_fp16_64.cu
+    csrc/kernels/instances/injected_attention_decode_portable_fp16_96.cu
+    csrc/kernels/instances/injected_attention_portable_bf16_128.cu
+    csrc/kernels/instances/injected_attention_portable_bf16_256.cu
+    csrc/kernels/instances/injected_attention_portable_bf16_64.cu
+    csrc/kernels/instances/injected_attention_portable_bf16_96.cu
+    csrc/kernels/instances/injected_attention_portable_fp16_128.cu
+    csrc/kernels/instances/injected_attention_portable_fp16_256.cu
+    csrc/kernels/instances/injected_attention_portable_fp16_64.cu
+    csrc/kernels/instances/injected_attention_portable_fp16_96.cu
     csrc/ops/node_vectors.cpp
     csrc/ops/topk_nodes.cpp
     csrc/kernels/node_vectors.cu
@@ -28,3 +68,25 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/kernels/instances/node_vectors_float16_96_16.cu
     csrc/kernels/instances/node_vectors_float16_96_8.cu
     csrc/kernels/topk_nodes.cu)
+
+# kernels with instructions that only compute capability 9.0 has (architecture 90a)
+set(SHAREDLLM_SM90_SOURCES
+    csrc/kernels/common/tensor_map.cu
+    csrc/kernels/injected_attention_backward_sm90.cu
+    csrc/kernels/injected_attention_sm90.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_bf16_128.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_bf16_256.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_bf16_64.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_bf16_96.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_fp16_128.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_fp16_256.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_fp16_64.cu
+    csrc/kernels/instances/injected_attention_backward_sm90_fp16_96.cu
+    csrc/kernels/instances/injected_attention_sm90_bf16_128.cu
+    csrc/kernels/instances/injected_attention_sm90_bf16_256.cu
+    csrc/kernels/instances/injected_attention_sm90_bf16_64.cu
+    csrc/kernels/instances/injected_attention_sm90_bf16_96.cu
+    csrc/kernels/instances/injected_attention_sm90_fp16_128.cu
+    csrc/kernels/instances/injected_attention_sm90_fp16_256.cu
+    csrc/kernels/instances/injected_attention_sm90_fp16_64.cu
+    csrc/kernels/instances/injected_attention_sm90_fp16_96.cu)

@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "cpu/common/checks.h"
+#include "kernels/common/float_type.h"
 
 namespace sharedllm {
 
@@ -30,6 +31,37 @@ inline void check_cuda_tensor(const char* name, const torch::stable::Tensor& ten
 inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.size(last) > 1 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
+}
+
+// The tensor itself if its rows are dense and 16-byte aligned at every index, else a copy (rows of whole 16-byte
+// units).
+inline torch::stable::Tensor with_aligned_rows(const torch::stable::Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1, unit = 16 / static_cast<int64_t>(tensor.element_size());
+  const auto aligned_base = [](const torch::stable::Tensor& x) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  };
+  bool aligned = aligned_base(tensor) && (tensor.size(last) == 1 || tensor.stride(last) == 1);
+  for (int64_t i = 0; i < last; ++i) {
+    // a tensor that repeats itself (stride 0) is no tensor to the copy engine
+    aligned = aligned && (tensor.size(i) <= 1 || (tensor.stride(i) > 0 && tensor.stride(i) % unit == 0));
+  }
+  if (aligned) return tensor;
+  const torch::stable::Tensor dense = torch::stable::contiguous(tensor);
+  // which may still be the tensor itself, at an odd address
+  return aligned_base(dense) ? dense : torch::stable::clone(dense);
+}
+
+inline FloatType float_type(const char* name, const torch::stable::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return FloatType::kFloat32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    case torch::headeronly::ScalarType::Half:
+      return FloatType::kFloat16;
+    default:
+      fail(name, ": expected dtype Float, BFloat16 or Half, got ", dtype_text(tensor.scalar_type()));
+  }
 }
 
 inline cudaStream_t current_stream(int32_t device) {

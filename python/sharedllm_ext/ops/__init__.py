@@ -2,7 +2,7 @@
 
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split, split_offsets
-from .injected_attention import injected_attention
+from .injected_attention import injected_attention, injected_attention_path
 from .node_vectors import node_vectors, tree_node_vectors
 from .topk_nodes import topk_nodes
 
@@ -13,6 +13,7 @@ __all__ = [
     "context_tree_select",
     "context_tree_split",
     "injected_attention",
+    "injected_attention_path",
     "node_vectors",
     "split_offsets",
     "topk_nodes",

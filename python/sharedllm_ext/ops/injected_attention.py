@@ -1,12 +1,14 @@
 """Injected attention: running text reads the context memory."""
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._library import cuda_kernels
+from .._library import CUDA_LIBRARY, cuda_kernels
 from ..reference.injected_attention import injected_attention as _reference
 from ..reference.rotary import compute_dtype, rotate
 from ._checks import (
@@ -20,7 +22,12 @@ from ._checks import (
     check_that,
 )
 
-__all__ = ["injected_attention"]
+__all__ = ["injected_attention", "injected_attention_path"]
+
+#: Kernels on CUDA: Hopper's, that of compute capability 8.0 and newer, the one for few queries, the one for everything.
+PATHS = ("auto", "sm90", "portable", "decode", "generic")
+#: Largest head size of the CUDA kernels.
+MAX_CUDA_HEAD_SIZE = 256
 
 #: Scores that the plain path holds at once: 1 GiB of float32.
 PLAIN_SCORES = 2**28
@@ -44,8 +51,12 @@ def injected_attention(
     results; the gradients of ``k`` and ``v`` are computed only if one of them requires it.
 
     On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
-    :mod:`sharedllm_ext.reference`. On CUDA the plain PyTorch path (used where the CUDA library has no kernel of this
-    operator) reads ``cu_q`` and ``slot_range`` on the host, which waits for the device.
+    :mod:`sharedllm_ext.reference`.
+
+    On CUDA, bfloat16 and float16 with a head size of 64, 96, 128 or 256 run on the tensor cores, with float32
+    accumulation; float32 and all other head sizes up to 256 take a general kernel, many times slower. Neither waits for
+    the device. Without a CUDA library, and for float64 or larger heads, plain PyTorch does the work and waits. The
+    forward pass gives the same bits every time; the backward pass sums ``grad_q`` in an order that may change.
 
     Args:
         q: ``[T, Hq, D]``, the queries of all rows, packed, not rotated.
@@ -87,7 +98,31 @@ def injected_attention(
     if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
         _check_values(q, k, cu_q, slot_range, q_position, cos)
         return _reference(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+    if device.type == "cuda" and (q.dtype == torch.float64 or size > MAX_CUDA_HEAD_SIZE):
+        return _reference(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
     return torch.ops.sharedllm.injected_attention(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+
+
+@contextlib.contextmanager
+def injected_attention_path(name: str) -> Iterator[None]:
+    """Force a CUDA kernel of :func:`injected_attention` for the whole process, for tests and benchmarks.
+
+    A path that cannot run a call (another GPU, element type or head size) leaves it to the usual choice.
+
+    Args:
+        name: ``auto`` (the usual choice), ``sm90``, ``portable``, ``decode`` or ``generic``.
+
+    Raises:
+        ValueError: another name, or there is no CUDA library.
+    """
+    check_that(name in PATHS, "name", " or ".join(PATHS), name)
+    check_that("injected_attention" in cuda_kernels(), "name", "a loaded CUDA library to choose a path of", "none")
+    force = ctypes.CDLL(str(CUDA_LIBRARY)).sharedllm_force_injected_attention_path
+    before = force(PATHS.index(name))
+    try:
+        yield
+    finally:
+        force(before)
 
 
 def _check_values(q: Tensor, k: Tensor, cu_q: Tensor, slot_range: Tensor, q_position: Tensor, cos: Tensor) -> None:

@@ -1,0 +1,280 @@
+// Injected attention on CUDA: checks, choice of the path, allocation and launch. Index values are not read here: the
+// host never waits.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <tuple>
+
+#include "kernels/injected_attention_backward.h"
+#include "kernels/injected_attention_backward_generic.h"
+#include "kernels/injected_attention_backward_portable.h"
+#include "kernels/injected_attention_combine.h"
+#include "kernels/injected_attention_decode.h"
+#include "kernels/injected_attention_generic.h"
+#include "kernels/injected_attention_portable.h"
+#include "ops/common/cuda_checks.h"
+#if defined(SHAREDLLM_SM90A)
+#include "kernels/injected_attention_backward_sm90.h"
+#include "kernels/injected_attention_sm90.h"
+#endif
+
+namespace sharedllm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The order of sharedllm_ext.ops.injected_attention.PATHS.
+enum class Path : int { kAuto, kSm90, kPortable, kDecode, kGeneric };
+std::atomic<int> forced_path{0};
+
+// A row of at most this many queries on average is decoding: bound by reading the memory, not by arithmetic.
+constexpr int64_t kDecodeQueries = 16;
+
+bool is_hopper(int32_t device) {
+#if defined(SHAREDLLM_SM90A)
+  int major = 0, minor = 0;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#else
+  return device < 0;
+#endif
+}
+
+// Tensor-core kernels exist for these element types and head sizes.
+bool has_tensor_core_kernel(FloatType type, int64_t head_size) {
+  return type != FloatType::kFloat32 && (head_size == 64 || head_size == 96 || head_size == 128 || head_size == 256);
+}
+
+// The arguments that both passes share, kept alive.
+struct Arguments {
+  Tensor q, k, v, cu_q, slot_range, q_position, cos, sin;
+
+  InjectedAttentionParams check_and_describe(double scale) {
+    check(q.is_cuda(), "q: expected a tensor on cuda, got one on another kind of device");
+    const int32_t device = q.get_device_index();
+    InjectedAttentionParams p{};
+    p.type = float_type("q", q);
+    const ScalarType dtype = q.scalar_type();
+    check_shape("q", q, {-1, -1, -1});
+    check_cuda_tensor("k", k, {-1, -1, q.size(2)}, dtype, device);
+    check_cuda_tensor("v", v, {k.size(0), k.size(1), k.size(2)}, dtype, device);
+    check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q: expected a number of heads divisible by k's ", k.size(1),
+          ", got ", q.size(1));
+    check_cuda_tensor("q_position", q_position, {-1}, ScalarType::Long, device);
+    p.num_rows = q_position.size(0);
+    check_cuda_tensor("cu_q", cu_q, {p.num_rows + 1}, ScalarType::Long, device);
+    check_cuda_tensor("slot_range", slot_range, {p.num_rows, 2}, ScalarType::Long, device);
+    check_cuda_tensor("cos", cos, {-1, -1}, ScalarType::Float, device);
+    check_cuda_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float, device);
+    check(2 * cos.size(1) <= q.size(2), "cos: expected at most D/2 = ", q.size(2) / 2.0, " columns, got ", cos.size(1));
+    check(cos.size(0) > 0 || cos.size(1) == 0 || p.num_rows == 0, "cos: expected at least 1 row, got 0");
+    check(q.size(2) <= kGenericMaxHeadSize, "q: expected a head size of at most ", kGenericMaxHeadSize,
+          " (limit of the CUDA kernels), got ", q.size(2));
+
+    p.num_queries = q.size(0);
+    p.num_slots = k.size(0);
+    p.num_positions = cos.size(0);
+    p.q_heads = static_cast<int32_t>(q.size(1));
+    p.kv_heads = static_cast<int32_t>(k.size(1));
+    p.head_size = static_cast<int32_t>(q.size(2));
+    p.rotary_half = static_cast<int32_t>(cos.size(1));
+    p.scale = static_cast<float>(scale);
+    p.splits = 1;
+
+    // the copy engine and 16-byte loads need aligned rows; the generic kernels need only dense ones
+    const bool aligned = has_tensor_core_kernel(p.type, p.head_size);
+    for (Tensor* x : {&q, &k, &v}) *x = aligned ? with_aligned_rows(*x) : with_dense_rows(*x);
+    for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = dense(*x);
+    p.q = q.const_data_ptr();
+    p.k = k.const_data_ptr();
+    p.v = v.const_data_ptr();
+    p.cu_q = cu_q.const_data_ptr<int64_t>();
+    p.slot_range = slot_range.const_data_ptr<int64_t>();
+    p.q_position = q_position.const_data_ptr<int64_t>();
+    p.cos = cos.const_data_ptr<float>();
+    p.sin = sin.const_data_ptr<float>();
+    head_strides(q, p.q_stride);
+    head_strides(k, p.k_stride);
+    head_strides(v, p.v_stride);
+    return p;
+  }
+
+ private:
+  // Strides of a dimension of one element say nothing: those of a dense tensor are always valid.
+  static void head_strides(const Tensor& x, int64_t (&strides)[2]) {
+    strides[1] = x.size(1) > 1 ? x.stride(1) : x.size(2);
+    strides[0] = x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
+  }
+};
+
+// Partial results, freed with this: torch hands the memory only to work queued later on the same stream.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t rows, InjectedAttentionParams* p)
+      : out_(torch::stable::new_empty(like, {rows * p->head_size}, ScalarType::Float)),
+        lse_(torch::stable::new_empty(like, {rows}, ScalarType::Float)) {
+    p->partial_out = out_.mutable_data_ptr<float>();
+    p->partial_lse = lse_.mutable_data_ptr<float>();
+  }
+
+ private:
+  Tensor out_, lse_;
+};
+
+Path choose_path(const InjectedAttentionParams& p, int32_t device, bool backward) {
+  if (!has_tensor_core_kernel(p.type, p.head_size)) return Path::kGeneric;
+  const Path forced = static_cast<Path>(forced_path.load());
+  if (forced == Path::kGeneric) return forced;
+  if (forced == Path::kPortable || !is_hopper(device)) {
+    const bool decoding = !backward && forced != Path::kPortable && p.num_queries <= kDecodeQueries * p.num_rows;
+    return decoding || (forced == Path::kDecode && !backward) ? Path::kDecode : Path::kPortable;
+  }
+  if (backward) return Path::kSm90;
+  if (forced == Path::kSm90 || forced == Path::kDecode) return forced;
+  return p.num_queries <= kDecodeQueries * p.num_rows ? Path::kDecode : Path::kSm90;
+}
+
+std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor slot_range,
+                                              Tensor q_position, Tensor cos, Tensor sin, double scale) {
+  Arguments arguments{q, k, v, cu_q, slot_range, q_position, cos, sin};
+  InjectedAttentionParams p = arguments.check_and_describe(scale);
+  const int32_t device = arguments.q.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor out = torch::stable::new_empty(arguments.q, {p.num_queries, p.q_heads, p.head_size});
+  Tensor lse = torch::stable::new_empty(arguments.q, {p.num_queries, p.q_heads}, ScalarType::Float);
+  if (p.num_queries == 0 || p.q_heads == 0) return {out, lse};
+  p.out = out.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<float>();
+  const cudaStream_t stream = current_stream(device);
+  const char* const name = "injected_attention";
+
+  const Path path = choose_path(p, device, false);
+  if (path == Path::kGeneric) {
+    check_launch(name, launch_injected_attention_generic(p, stream));
+    return {out, lse};
+  }
+#if defined(SHAREDLLM_SM90A)
+  if (path == Path::kSm90) {
+    InjectedAttentionSm90Params planned{p};
+    const cudaError_t status = plan_injected_attention_sm90(&planned);
+    if (status != cudaErrorNotSupported) {
+      check_launch(name, status);
+      const Workspace workspace(arguments.q, planned.partial_rows, &planned);
+      check_launch(name, launch_injected_attention_sm90(planned, stream));
+      if (planned.splits > 1) check_launch(name, launch_injected_attention_combine(planned, stream));
+      return {out, lse};
+    }
+  }
+#endif
+  if (path == Path::kDecode) {
+    check_launch(name, plan_injected_attention_decode(&p));
+    const Workspace workspace(arguments.q, injected_attention_decode_workspace_rows(p), &p);
+    check_launch(name, launch_injected_attention_decode(p, stream));
+    return {out, lse};
+  }
+  check_launch(name, plan_injected_attention_portable(&p));
+  const Workspace workspace(arguments.q, p.splits > 1 ? p.splits * p.num_queries * p.q_heads : 0, &p);
+  check_launch(name, launch_injected_attention_portable(p, stream));
+  if (p.splits > 1) check_launch(name, launch_injected_attention_combine(p, stream));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
+                                                               Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                               Tensor cu_q, Tensor slot_range, Tensor q_position,
+                                                               Tensor cos, Tensor sin, double scale,
+                                                               bool need_grad_kv) {
+  Arguments arguments{q, k, v, cu_q, slot_range, q_position, cos, sin};
+  InjectedAttentionBackwardParams p{};
+  p.forward = arguments.check_and_describe(scale);
+  InjectedAttentionParams& f = p.forward;
+  const int32_t device = arguments.q.get_device_index();
+  const ScalarType dtype = q.scalar_type();
+  check_cuda_tensor("grad_out", grad_out, {f.num_queries, f.q_heads, f.head_size}, dtype, device);
+  check_cuda_tensor("out", out, {f.num_queries, f.q_heads, f.head_size}, dtype, device);
+  check_cuda_tensor("lse", lse, {f.num_queries, f.q_heads}, ScalarType::Float, device);
+  if (grad_lse) {
+    check_cuda_tensor("grad_lse", *grad_lse, {f.num_queries, f.q_heads}, ScalarType::Float, device);
+    grad_lse = dense(*grad_lse);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  for (Tensor* x : {&grad_out, &out}) *x = with_aligned_rows(dense(*x));
+  lse = dense(lse);
+
+  const Tensor& like = arguments.q;
+  Tensor grad_q = torch::stable::new_empty(like, {f.num_queries, f.q_heads, f.head_size});
+  const bool nothing = f.num_queries == 0 || f.q_heads == 0 || f.num_rows == 0;
+  const auto new_grad_kv = [&] {
+    if (!need_grad_kv) return torch::stable::new_empty(like, {0});
+    return nothing ? torch::stable::new_zeros(like, {f.num_slots, f.kv_heads, f.head_size})
+                   : torch::stable::new_empty(like, {f.num_slots, f.kv_heads, f.head_size});
+  };
+  Tensor grad_k = new_grad_kv(), grad_v = new_grad_kv();
+  if (nothing) return {grad_q, grad_k, grad_v};
+  // without slots there are no gradients of them to write
+  const bool slots_wanted = need_grad_kv && f.num_slots > 0;
+  f.out = out.mutable_data_ptr();
+  f.lse = lse.mutable_data_ptr<float>();
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_lse = grad_lse ? grad_lse->const_data_ptr<float>() : nullptr;
+  p.grad_q = grad_q.mutable_data_ptr();
+  p.grad_k = slots_wanted ? grad_k.mutable_data_ptr() : nullptr;
+  p.grad_v = slots_wanted ? grad_v.mutable_data_ptr() : nullptr;
+  const cudaStream_t stream = current_stream(device);
+  const char* const name = "injected_attention_backward";
+
+  Path path = choose_path(f, device, true);
+  if (path == Path::kGeneric) {
+    check_launch(name, launch_injected_attention_backward_generic(p, stream));
+    return {grad_q, grad_k, grad_v};
+  }
+  // the fused kernel for Hopper keeps two gradients of a tile in registers, and the heads of a query together
+  if (slots_wanted && (f.head_size == 256 || f.q_heads / f.kv_heads > 64)) path = Path::kPortable;
+  p.kv_splits = 1;
+#if defined(SHAREDLLM_SM90A)
+  if (slots_wanted && path == Path::kSm90) check_launch(name, plan_injected_attention_backward_sm90(&p));
+#endif
+  if (slots_wanted && path != Path::kSm90) check_launch(name, plan_injected_attention_backward_portable(&p));
+
+  // freed when this returns: torch hands it only to work queued later on the same stream
+  const int64_t rows = f.num_queries * f.q_heads;
+  Tensor q_rotated = torch::stable::new_empty(like, {rows * f.head_size});
+  Tensor per_row = torch::stable::new_empty(like, {2 * rows}, ScalarType::Float);
+  Tensor grad_q_float = torch::stable::new_empty(like, {slots_wanted ? rows * f.head_size : 0}, ScalarType::Float);
+  const int64_t partial = p.kv_splits > 1 ? p.kv_splits * f.num_slots * f.kv_heads * f.head_size : 0;
+  Tensor partial_grad_kv = torch::stable::new_empty(like, {2 * partial}, ScalarType::Float);
+  p.q_rotated = q_rotated.mutable_data_ptr();
+  p.delta = per_row.mutable_data_ptr<float>();
+  p.lse_log2 = p.delta + rows;
+  p.grad_q_float = slots_wanted ? grad_q_float.mutable_data_ptr<float>() : nullptr;
+  p.partial_grad_k = partial ? partial_grad_kv.mutable_data_ptr<float>() : nullptr;
+  p.partial_grad_v = partial ? p.partial_grad_k + partial : nullptr;
+
+  check_launch(name, launch_injected_attention_backward_prepare(p, stream));
+#if defined(SHAREDLLM_SM90A)
+  if (path == Path::kSm90) check_launch(name, launch_injected_attention_backward_sm90(p, stream));
+#endif
+  if (path != Path::kSm90) check_launch(name, launch_injected_attention_backward_portable(p, stream));
+  if (slots_wanted) check_launch(name, launch_injected_attention_backward_finish(p, stream));
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sharedllm, CUDA, m) {
+  m.impl("injected_attention", TORCH_BOX(&injected_attention));
+  m.impl("injected_attention_backward", TORCH_BOX(&injected_attention_backward));
+}
+
+}  // namespace sharedllm
+
+// Forces a path where it can run, for tests and benchmarks; returns the one before. Called by the Python layer.
+extern "C" __attribute__((visibility("default"))) int sharedllm_force_injected_attention_path(int path) {
+  return sharedllm::forced_path.exchange(path);
+}
