@@ -6,6 +6,20 @@
 
 namespace sharedllm {
 namespace node_vectors {
+
+// compiled in csrc/kernels/instances
+#define SHAREDLLM_INSTANCES(T)                                                                  \
+  extern template cudaError_t launch_tensor<T, 64, 1>(const NodeVectorsParams&, cudaStream_t);  \
+  extern template cudaError_t launch_tensor<T, 64, 2>(const NodeVectorsParams&, cudaStream_t);  \
+  extern template cudaError_t launch_tensor<T, 96, 1>(const NodeVectorsParams&, cudaStream_t);  \
+  extern template cudaError_t launch_tensor<T, 96, 2>(const NodeVectorsParams&, cudaStream_t);  \
+  extern template cudaError_t launch_tensor<T, 128, 1>(const NodeVectorsParams&, cudaStream_t); \
+  extern template cudaError_t launch_tensor<T, 128, 2>(const NodeVectorsParams&, cudaStream_t); \
+  extern template cudaError_t launch_tensor<T, 256, 1>(const NodeVectorsParams&, cudaStream_t);
+SHAREDLLM_INSTANCES(__nv_bfloat16)
+SHAREDLLM_INSTANCES(__half)
+#undef SHAREDLLM_INSTANCES
+
 namespace {
 
 constexpr int kDivideThreads = 1024;
@@ -16,6 +30,8 @@ __global__ void __launch_bounds__(kDivideThreads) node_vectors_divide(const __gr
   __shared__ int64_t warp_tiles[kDivideThreads / 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t leaves = num_leaves(p);
+  // the next kernel fills its tables meanwhile
+  let_next_kernel_start();
   // so long that no node of first_level is longer than the tables
   const int64_t longest =
       p.num_positions < (int64_t{1} << 30 >> p.first_level) ? p.num_positions << p.first_level : int64_t{1} << 30;
@@ -73,9 +89,10 @@ __global__ void __launch_bounds__(kDivideThreads) node_vectors_divide(const __gr
   if (threadIdx.x == 0) w.first_tile[leaves] = before;
 }
 
-constexpr int kMergeWarps = 8;
+constexpr int kMergeWarps = 16;
 
-// A block merges, for one worker's unfinished node of one level, the heads that share one key/value head.
+// A block merges, for one worker's unfinished node of one level, the heads that share one key/value head, several at a
+// time: partial results lie in memory, so what counts is how many loads are under way.
 template <class T>
 __global__ void __launch_bounds__(32 * kMergeWarps) node_vectors_merge(const __grid_constant__ NodeVectorsParams p) {
   __shared__ float warp_sums[kMergeWarps][kNodeVectorsMaxSize];
@@ -86,65 +103,87 @@ __global__ void __launch_bounds__(32 * kMergeWarps) node_vectors_merge(const __g
   const int64_t worker = blockIdx.x / p.kv_heads / levels;
   Workspace w;
   divide_workspace(p, &w);
+  wait_for_previous_kernel();
   const Unfinished record = w.unfinished[worker * levels + level];
   if (record.node < 0) return;
   const int parts = static_cast<int>(record.last_worker - worker) + 1;
-  for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+  const int together = min(group, kMergeWarps), share = kMergeWarps / together;  // heads at a time, warps to a head
+  for (int first = 0; first < group; first += together) {
+    const int own = warp / share, head = kv_head * group + first + own;
+    const bool wanted = own < together && first + own < group;
     const auto row_of = [&](int part) { return partial_row(p, worker + part, part == 0 ? 1 : 0, level, head); };
-    float top = -INFINITY;
-    for (int part = lane; part < parts; part += 32) top = fmaxf(top, w.stats[row_of(part)].x);
+    float top = -INFINITY, total = 0.0f, sums[kNodeVectorsMaxSize / 32] = {};
+    if (wanted) {
+      for (int part = lane; part < parts; part += 32) top = fmaxf(top, w.stats[row_of(part)].x);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, offset));
-    if (top == -INFINITY) top = 0.0f;
-    float total = 0.0f, sums[kNodeVectorsMaxSize / 32] = {};
-#pragma unroll 2
-    for (int part = warp; part < parts; part += kMergeWarps) {
-      const int64_t partial = row_of(part);
-      const float2 stats = w.stats[partial];
-      const float factor = exp2f(stats.x - top);
-      total += stats.y * factor;
+      for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, offset));
+      if (top == -INFINITY) top = 0.0f;
+      constexpr int kTogether = 4;
+      for (int part = warp % share; part < parts; part += kTogether * share) {
+        float2 stats[kTogether];
+        float x[kTogether][kNodeVectorsMaxSize / 32];
 #pragma unroll
-      for (int i = 0; i < kNodeVectorsMaxSize / 32; ++i) {
-        const int d = lane + 32 * i;
-        if (d < p.head_size) sums[i] += w.sums[partial * p.head_size + d] * factor;
+        for (int j = 0; j < kTogether; ++j) {
+          const int64_t row = row_of(min(part + j * share, parts - 1));
+          stats[j] = w.stats[row];
+#pragma unroll
+          for (int i = 0; i < kNodeVectorsMaxSize / 32; ++i) {
+            x[j][i] = lane + 32 * i < p.head_size ? w.sums[row * p.head_size + lane + 32 * i] : 0.0f;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (part + j * share >= parts) break;
+          const float factor = exp2f(stats[j].x - top);
+          total += stats[j].y * factor;
+#pragma unroll
+          for (int i = 0; i < kNodeVectorsMaxSize / 32; ++i) sums[i] = fmaf(x[j][i], factor, sums[i]);
+        }
       }
     }
     if (lane == 0) warp_totals[warp] = total;
 #pragma unroll
     for (int i = 0; i < kNodeVectorsMaxSize / 32; ++i) warp_sums[warp][lane + 32 * i] = sums[i];
     __syncthreads();
-    for (int d = threadIdx.x; d < p.head_size; d += 32 * kMergeWarps) {
+    const int heads = min(together, group - first);
+    for (int i = threadIdx.x; i < heads * p.head_size; i += 32 * kMergeWarps) {
+      const int chosen = i / p.head_size, d = i % p.head_size;
       float weight = 0.0f, sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kMergeWarps; ++i) {
-        weight += warp_totals[i];
-        sum += warp_sums[i][d];
+      for (int j = chosen * share; j < (chosen + 1) * share; ++j) {
+        weight += warp_totals[j];
+        sum += warp_sums[j][d];
       }
-      T* const to = static_cast<T*>(p.out) + (record.node * p.q_heads + head) * p.head_size + d;
-      store(to, weight == 0.0f ? 0.0f : sum / weight);
+      const int64_t row = record.node * p.q_heads + kv_head * group + first + chosen;
+      store(static_cast<T*>(p.out) + row * p.head_size + d, weight == 0.0f ? 0.0f : sum / weight);
     }
     __syncthreads();
   }
 }
 
 constexpr int kAnyWarps = 8;
-constexpr int kAnyRows = 4;  // query rows of a warp: their sums and the keys in flight fill the registers
-constexpr int kAnyKeys = 4;  // keys loaded at once, to hide the latency
+constexpr int kAnyRows = 4;    // query rows of a warp: they, their sums and the keys in flight fill the registers
+constexpr int kAnyPairs = 4;   // pairs of elements of a row that a lane holds
+constexpr int kAnyKeys = 2;    // keys that a lane loads at once, to hide the latency
+constexpr int kAnyBlocks = 1;  // of a multiprocessor
 
-// float32, and head sizes or alignments that the tensor cores' kernel does not take: a lane holds kPairs pairs of
-// elements of every row, keys are rotated by their own position, scores are sums over the warp.
-template <class T, int kPairs>
-__global__ void __launch_bounds__(32 * kAnyWarps) node_vectors_any(const __grid_constant__ NodeVectorsParams p) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// float32, and head sizes or alignments that the tensor cores' kernel does not take. kLanes lanes share a key, so a
+// warp takes 32 / kLanes keys at a time, each group of lanes with a softmax of its own; keys are rotated by their
+// position in each row's own node.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(32 * kAnyWarps, kAnyBlocks)
+    node_vectors_any(const __grid_constant__ NodeVectorsParams p) {
+  constexpr int kGroups = 32 / kLanes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % kLanes, key_group = threadIdx.x % 32 / kLanes;
   Workspace w;
   divide_workspace(p, &w);
+  wait_for_previous_kernel();
   const int64_t global_warp = static_cast<int64_t>(blockIdx.x) * kAnyWarps + warp;
   const int64_t worker = global_warp / p.units;
   const int unit = static_cast<int>(global_warp % p.units);
   if (worker >= p.workers) return;
   const Run run = run_of(p, w, worker);
   if (run.begin >= run.end) {
-    if (unit == 0) record_unfinished(p, w, worker, run, 0, lane);
+    if (unit == 0) record_unfinished(p, w, worker, run, 0, threadIdx.x % 32);
     return;
   }
   const int kv_head = unit % p.kv_heads, first_row = unit / p.kv_heads * kAnyRows;
@@ -153,107 +192,104 @@ __global__ void __launch_bounds__(32 * kAnyWarps) node_vectors_any(const __grid_
   const T* const k = static_cast<const T*>(p.k) + kv_head * p.k_stride[1];
   const T* const v = static_cast<const T*>(p.v) + kv_head * p.v_stride[1];
 
-  int low[kPairs], high[kPairs];
-  bool has_low[kPairs], has_high[kPairs], rotated[kPairs];
+  int low[kAnyPairs], high[kAnyPairs];
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    pair_offsets(lane + 32 * i, p.rotary_half, 1, &low[i], &high[i]);
-    has_low[i] = low[i] < p.head_size;
-    has_high[i] = high[i] < p.head_size;
-    rotated[i] = lane + 32 * i < p.rotary_half;
-  }
-  const auto load = [&](const T* from, float (&x)[kPairs][2]) {
+  for (int i = 0; i < kAnyPairs; ++i) pair_offsets(lane + kLanes * i, p.rotary_half, 1, &low[i], &high[i]);
+  const auto load = [&](const T* from, float (&x)[kAnyPairs][2]) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      x[i][0] = has_low[i] ? to_float(from[low[i]]) : 0.0f;
-      x[i][1] = has_high[i] ? to_float(from[high[i]]) : 0.0f;
+    for (int i = 0; i < kAnyPairs; ++i) {
+      x[i][0] = low[i] < p.head_size ? to_float(from[low[i]]) : 0.0f;
+      x[i][1] = high[i] < p.head_size ? to_float(from[high[i]]) : 0.0f;
     }
   };
-  const auto rotate = [&](float (&x)[kPairs][2], int64_t position) {
+  const auto rotate = [&](float (&x)[kAnyPairs][2], int32_t position) {
     const int64_t at = clamp(position, 0, p.num_positions - 1) * p.rotary_half + lane;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      if (!rotated[i]) continue;
-      const float c = __ldg(p.cos + at + 32 * i), s = __ldg(p.sin + at + 32 * i);
+    for (int i = 0; i < kAnyPairs; ++i) {
+      if (lane + kLanes * i >= p.rotary_half) continue;
+      const float c = __ldg(p.cos + at + kLanes * i), s = __ldg(p.sin + at + kLanes * i);
       const float a = x[i][0], b = x[i][1];
       x[i][0] = a * c - b * s;
       x[i][1] = b * c + a * s;
     }
   };
 
-  float query[kAnyRows][kPairs][2], sums[kAnyRows][kPairs][2], top[kAnyRows], total[kAnyRows];
+  float query[kAnyRows][kAnyPairs][2], sums[kAnyRows][kAnyPairs][2], top[kAnyRows], total[kAnyRows];
 #pragma unroll
   for (int r = 0; r < kAnyRows; ++r) {
     top[r] = -INFINITY;
     total[r] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      query[r][i][0] = query[r][i][1] = sums[r][i][0] = sums[r][i][1] = 0.0f;
-    }
+    for (int i = 0; i < kAnyPairs; ++i) query[r][i][0] = query[r][i][1] = sums[r][i][0] = sums[r][i][1] = 0.0f;
   }
 
   Cursor at;
-  at.seek(p, w, run.begin, lane);
+  at.seek(p, w, run.begin, threadIdx.x % 32);
+  int32_t node_position[kAnyRows] = {};  // where the row's node begins
   for (int64_t tile = run.begin; tile < run.end; ++tile) {
     if (tile == run.begin || at.done == 0) {
+#pragma unroll
       for (int r = 0; r < kAnyRows; ++r) {
         if (r >= rows) break;
         const int level = (first_row + r) / group, head = kv_head * group + (first_row + r) % group;
-        const int64_t leaf = node_of(p, at.leaf, level).last_leaf;
-        const Leaf last = w.leaves[leaf];
-        float x[kPairs][2];
-        load(static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1], x);
-        rotate(x, int64_t{last.position} + last.length - 1);
-        // a register array is indexed by constants only
+        const Node node = node_of(p, at.leaf, level);
+        const Leaf last = w.leaves[node.last_leaf];
+        node_position[r] = w.leaves[node.first_leaf].position;
+        load(static_cast<const T*>(p.q) + node.last_leaf * p.q_stride[0] + head * p.q_stride[1], query[r]);
+        rotate(query[r], last.position + last.length - 1 - node_position[r]);
 #pragma unroll
-        for (int s = 0; s < kAnyRows; ++s) {
-#pragma unroll
-          for (int i = 0; i < kPairs; ++i) {
-            if (s == r) {
-              query[s][i][0] = x[i][0] * (p.scale * kLog2e);
-              query[s][i][1] = x[i][1] * (p.scale * kLog2e);
-            }
-          }
+        for (int i = 0; i < kAnyPairs; ++i) {
+          query[r][i][0] *= p.scale * kLog2e;
+          query[r][i][1] *= p.scale * kLog2e;
         }
       }
     }
     const int count = at.count();
     const T* from_k = k + (at.start + at.done) * p.k_stride[0];
     const T* from_v = v + (at.start + at.done) * p.v_stride[0];
-    for (int first = 0; first < count; first += kAnyKeys) {
-      float keys[kAnyKeys][kPairs][2], values[kAnyKeys][kPairs][2];
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAnyKeys * kGroups) {
+      float raw[kAnyKeys][kAnyPairs][2], keys[kAnyKeys][kAnyPairs][2], values[kAnyKeys][kAnyPairs][2];
+      int token[kAnyKeys];
 #pragma unroll
       for (int j = 0; j < kAnyKeys; ++j) {
         // behind the end: the last key once more, without weight
-        const int token = min(first + j, count - 1);
-        load(from_k + token * p.k_stride[0], keys[j]);
-        load(from_v + token * p.v_stride[0], values[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < kAnyKeys; ++j) {
-        rotate(keys[j], int64_t{at.position} + at.done + min(first + j, count - 1));
+        token[j] = min(first + j * kGroups + key_group, count - 1);
+        load(from_k + token[j] * p.k_stride[0], raw[j]);
+        load(from_v + token[j] * p.v_stride[0], values[j]);
       }
 #pragma unroll
       for (int r = 0; r < kAnyRows; ++r) {
         if (r >= rows) break;
-        float x[kAnyKeys], best = -INFINITY;
+        // rows of one node share the rotated keys
+        if (r == 0 || node_position[r] != node_position[r - 1]) {
+#pragma unroll
+          for (int j = 0; j < kAnyKeys; ++j) {
+#pragma unroll
+            for (int i = 0; i < kAnyPairs; ++i) {
+              keys[j][i][0] = raw[j][i][0];
+              keys[j][i][1] = raw[j][i][1];
+            }
+            rotate(keys[j], at.position + at.done + token[j] - node_position[r]);
+          }
+        }
+        float x[kAnyKeys], best = top[r];
 #pragma unroll
         for (int j = 0; j < kAnyKeys; ++j) {
           x[j] = 0.0f;
 #pragma unroll
-          for (int i = 0; i < kPairs; ++i) {
+          for (int i = 0; i < kAnyPairs; ++i) {
             x[j] = fmaf(keys[j][i][0], query[r][i][0], fmaf(keys[j][i][1], query[r][i][1], x[j]));
           }
-          x[j] = sum_lanes<32>(x[j]);
-          if (first + j >= count) x[j] = -INFINITY;
+          x[j] = sum_lanes<kLanes>(x[j]);
+          if (first + j * kGroups + key_group >= count) x[j] = -INFINITY;
           best = fmaxf(best, x[j]);
         }
-        best = fmaxf(best, top[r]);
         const float reference = best == -INFINITY ? 0.0f : best, factor = exp2f(top[r] - reference);
         top[r] = best;
         total[r] *= factor;
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
+        for (int i = 0; i < kAnyPairs; ++i) {
           sums[r][i][0] *= factor;
           sums[r][i][1] *= factor;
         }
@@ -262,7 +298,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps) node_vectors_any(const __grid_
           const float weight = exp2f(x[j] - reference);
           total[r] += weight;
 #pragma unroll
-          for (int i = 0; i < kPairs; ++i) {
+          for (int i = 0; i < kAnyPairs; ++i) {
             sums[r][i][0] = fmaf(weight, values[j][i][0], sums[r][i][0]);
             sums[r][i][1] = fmaf(weight, values[j][i][1], sums[r][i][1]);
           }
@@ -278,47 +314,64 @@ __global__ void __launch_bounds__(32 * kAnyWarps) node_vectors_any(const __grid_
         const Node node = node_of(p, at.leaf, level);
         const bool ends = leaf_ends && node.last;
         if (!ends && !run_ends) continue;
+        // the groups' softmaxes become one, the same in each of them
+#pragma unroll
+        for (int offset = kLanes; offset < 32; offset *= 2) {
+          const float other = __shfl_xor_sync(kFullWarp, top[r], offset);
+          const float best = fmaxf(top[r], other), reference = best == -INFINITY ? 0.0f : best;
+          const float own_factor = exp2f(top[r] - reference), other_factor = exp2f(other - reference);
+          const auto merge = [&](float x) {
+            return x * own_factor + __shfl_xor_sync(kFullWarp, x, offset) * other_factor;
+          };
+          top[r] = best;
+          total[r] = merge(total[r]);
+#pragma unroll
+          for (int i = 0; i < kAnyPairs; ++i) {
+            sums[r][i][0] = merge(sums[r][i][0]);
+            sums[r][i][1] = merge(sums[r][i][1]);
+          }
+        }
         const bool begins_here = w.first_tile[node.first_leaf] >= run.begin;
-        if (ends && begins_here) {
+        if (key_group > 0) {
+          // written by the first group
+        } else if (ends && begins_here) {
           T* const to = static_cast<T*>(p.out) + (node.row * p.q_heads + head) * p.head_size;
           const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
 #pragma unroll
-          for (int i = 0; i < kPairs; ++i) {
-            if (has_low[i]) store(to + low[i], sums[r][i][0] * inverse);
-            if (has_high[i]) store(to + high[i], sums[r][i][1] * inverse);
+          for (int i = 0; i < kAnyPairs; ++i) {
+            if (low[i] < p.head_size) store(to + low[i], sums[r][i][0] * inverse);
+            if (high[i] < p.head_size) store(to + high[i], sums[r][i][1] * inverse);
           }
         } else {
           const int64_t partial = partial_row(p, worker, begins_here ? 1 : 0, level, head);
           if (lane == 0) w.stats[partial] = make_float2(top[r], total[r]);
           float* const to = w.sums + partial * p.head_size;
 #pragma unroll
-          for (int i = 0; i < kPairs; ++i) {
-            if (has_low[i]) to[low[i]] = sums[r][i][0];
-            if (has_high[i]) to[high[i]] = sums[r][i][1];
+          for (int i = 0; i < kAnyPairs; ++i) {
+            if (low[i] < p.head_size) to[low[i]] = sums[r][i][0];
+            if (high[i] < p.head_size) to[high[i]] = sums[r][i][1];
           }
         }
         if (ends) {
           top[r] = -INFINITY;
           total[r] = 0.0f;
 #pragma unroll
-          for (int i = 0; i < kPairs; ++i) sums[r][i][0] = sums[r][i][1] = 0.0f;
+          for (int i = 0; i < kAnyPairs; ++i) sums[r][i][0] = sums[r][i][1] = 0.0f;
         }
       }
     }
-    if (run_ends && unit == 0) record_unfinished(p, w, worker, run, at.leaf, lane);
+    if (run_ends && unit == 0) record_unfinished(p, w, worker, run, at.leaf, threadIdx.x % 32);
     at.advance(p, w);
   }
 }
 
 template <class T>
 cudaError_t launch_any(const NodeVectorsParams& p, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((p.workers * p.units + kAnyWarps - 1) / kAnyWarps));
-  config.blockDim = dim3(32 * kAnyWarps);
-  config.stream = stream;
-  if (p.head_size <= 64) return cudaLaunchKernelEx(&config, node_vectors_any<T, 1>, p);
-  if (p.head_size <= 128) return cudaLaunchKernelEx(&config, node_vectors_any<T, 2>, p);
-  return cudaLaunchKernelEx(&config, node_vectors_any<T, 4>, p);
+  const auto kernel = p.head_size <= 64    ? node_vectors_any<T, 8>
+                      : p.head_size <= 128 ? node_vectors_any<T, 16>
+                                           : node_vectors_any<T, 32>;
+  const int64_t blocks = (p.workers * p.units + kAnyWarps - 1) / kAnyWarps;
+  return launch_after(kernel, blocks, 32 * kAnyWarps, 0, p.overlap, p, stream);
 }
 
 template <class T>
@@ -345,16 +398,29 @@ cudaError_t choose_tensor(const NodeVectorsParams& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_merge(const NodeVectorsParams& p, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((p.workers - 1) * num_levels(p) * p.kv_heads));
-  config.blockDim = dim3(32 * kMergeWarps);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, node_vectors_merge<T>, p);
+  return launch_after(node_vectors_merge<T>, (p.workers - 1) * num_levels(p) * p.kv_heads, 32 * kMergeWarps, 0,
+                      p.overlap, p, stream);
+}
+
+// Bytes of shared memory, 0 for a head size that the tensor cores' kernel does not take.
+int tensor_shared_bytes(int head_size, int warps, int stages) {
+  switch (head_size) {
+    case 64:
+      return Tiling<64>::shared_bytes(warps, stages);
+    case 96:
+      return Tiling<96>::shared_bytes(warps, stages);
+    case 128:
+      return Tiling<128>::shared_bytes(warps, stages);
+    case 256:
+      return Tiling<256>::shared_bytes(warps, stages);
+    default:
+      return 0;
+  }
 }
 
 bool tensor_cores_fit(const NodeVectorsParams& p) {
   if (p.type == FloatType::kFloat32 || p.rotary_half % 4 != 0) return false;
-  if (p.head_size != 64 && p.head_size != 96 && p.head_size != 128 && p.head_size != 256) return false;
+  if (tensor_shared_bytes(p.head_size, 1, 2) == 0) return false;
   const auto aligned = [](const void* data, int64_t bytes0, int64_t bytes1) {
     return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(bytes0) | static_cast<uintptr_t>(bytes1)) % 16 ==
            0;
@@ -367,29 +433,47 @@ bool tensor_cores_fit(const NodeVectorsParams& p) {
 }  // namespace node_vectors
 
 cudaError_t plan_node_vectors(NodeVectorsParams* params) {
+  using namespace node_vectors;
   NodeVectorsParams& p = *params;
-  int device = 0, multiprocessors = 0;
+  int device = 0, multiprocessors = 0, shared_bytes = 0, major = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
   if (status != cudaSuccess) return status;
-  const int rows = node_vectors::num_levels(p) * (p.q_heads / p.kv_heads);
+  p.overlap = major >= 9;
+
+  const int rows = num_levels(p) * (p.q_heads / p.kv_heads);
+  p.tensor_tiles = 0;
+  if (tensor_cores_fit(p)) {
+    // as many warps as fit, then as many stages: what is under way hides the latency of memory
+    const int most_warps = p.head_size > 128 ? 4 : 8;
+    for (p.warps = most_warps; p.warps >= 2 && p.tensor_tiles == 0; p.warps /= 2) {
+      for (p.stages = 3; p.stages >= 2; --p.stages) {
+        if (tensor_shared_bytes(p.head_size, p.warps, p.stages) > shared_bytes) continue;
+        // heads of 256 fill the registers with eight columns
+        p.tensor_tiles = rows > 8 && p.head_size <= 128 ? 2 : 1;
+        break;
+      }
+      if (p.tensor_tiles > 0) break;
+    }
+  }
   int64_t warps = 0;
-  if (node_vectors::tensor_cores_fit(p)) {
-    // heads of 256 fill the registers with eight columns
-    p.tensor_tiles = rows > 8 && p.head_size <= 128 ? 2 : 1;
+  if (p.tensor_tiles > 0) {
     p.units = p.kv_heads * ((rows + 8 * p.tensor_tiles - 1) / (8 * p.tensor_tiles));
-    warps = int64_t{multiprocessors} * (p.head_size > 128 ? 4 : 8);
+    warps = int64_t{multiprocessors} * p.warps;
   } else {
-    p.tensor_tiles = 0;
-    p.units = p.kv_heads * ((rows + node_vectors::kAnyRows - 1) / node_vectors::kAnyRows);
-    // two blocks of eight warps run at a time at least
-    warps = int64_t{multiprocessors} * 16;
+    p.units = p.kv_heads * ((rows + kAnyRows - 1) / kAnyRows);
+    warps = int64_t{multiprocessors} * kAnyWarps * kAnyBlocks;
   }
   p.workers = std::max<int64_t>(warps / p.units, 1);
-  node_vectors::Workspace w;
+  Workspace w;
   p.workspace = nullptr;
-  p.workspace_size = node_vectors::divide_workspace(p, &w);
+  p.workspace_size = divide_workspace(p, &w);
   return cudaSuccess;
 }
 

@@ -86,17 +86,18 @@ struct Cursor {
   int32_t length;    // of the leaf
   int32_t position;  // of the leaf's first token
   int32_t done;      // tokens of the leaf before this tile
+  Leaf next;         // loaded ahead, to hide the latency
 
-  __device__ __forceinline__ void load(const Workspace& w) {
-    const Leaf found = w.leaves[leaf];
+  __device__ __forceinline__ void enter(const NodeVectorsParams& p, const Workspace& w, const Leaf& found) {
     start = found.start;
     length = found.length;
     position = found.position;
+    next = w.leaves[leaf + 1 < num_leaves(p) ? leaf + 1 : leaf];
   }
   // Every lane of the warp takes part.
   __device__ __forceinline__ void seek(const NodeVectorsParams& p, const Workspace& w, int64_t tile, int lane) {
     leaf = lower_bound_by_warp(w.first_tile, num_leaves(p), tile + 1, lane) - 1;
-    load(w);
+    enter(p, w, w.leaves[leaf]);
     done = static_cast<int32_t>(tile - w.first_tile[leaf]) * kTile;
   }
   __device__ __forceinline__ int count() const { return length - done < kTile ? length - done : kTile; }
@@ -106,7 +107,7 @@ struct Cursor {
     if (done < length) return;
     done = 0;
     ++leaf;
-    if (leaf < num_leaves(p)) load(w);
+    enter(p, w, next);
   }
 };
 
@@ -158,6 +159,18 @@ __device__ __forceinline__ void pair_offsets(int pair, int half, int width, int*
   const bool rotated = pair < half;
   *low = rotated ? pair : 2 * half + 2 * (pair - half);
   *high = rotated ? pair + half : *low + width;
+}
+
+// A kernel launched with overlap may start before the one before it ends, and sees its results from here on.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
@@ -254,25 +267,37 @@ __device__ __forceinline__ float4 load_shared_16(uint32_t address) {
 
 template <int D>
 struct Tiling {
-  // Eight warps with two stages of 16 tokens keep 64 KB in flight on a multiprocessor, more than twice what its share
-  // of the memory bandwidth times the latency asks for; heads of 256 take twice the room.
-  static constexpr int kWarps = D > 128 ? 4 : 8;
-  static constexpr int kStages = D > 64 ? 2 : 3;
+  // What the registers have room for.
+  static constexpr int max_warps(int columns) { return D > 128 ? 6 : columns > 1 || D > 64 ? 8 : 12; }
   // Keys are rotated by their place in a window of this many positions, and the queries once for each window: the
   // tables of the keys then stay in shared memory, as reading them for each key would double the traffic.
   static constexpr int kWindow = D > 128 ? 32 : 64;
-  // Row pitches without bank conflicts: four rows of 32 bytes of k, eight rows of 16 of v, two rows of 64 of the table.
-  static constexpr int kPitchK = 2 * D + 32, kPitchV = 2 * D + 16, kPitchTable = 4 * D + 64;
+  // No bank is asked twice at a time: four rows of 32 bytes of k, eight rows of 16 of v, two rows of 64 of the table.
+  // Rows of whole 128 bytes are permuted inside, others padded.
+  static constexpr bool kPermuted = D % 64 == 0;
+  static constexpr int kPitchK = kPermuted ? 2 * D : 2 * D + 32, kPitchV = kPermuted ? 2 * D : 2 * D + 16;
+  static constexpr int kPitchTable = 4 * D;
   static constexpr int kStageBytes = kTile * (kPitchK + kPitchV);
   static constexpr int kTableBytes = kWindow * kPitchTable;
-  static constexpr int kSharedBytes = kTableBytes + kWarps * kStages * kStageBytes;
-  static constexpr int kThreads = 32 * kWarps;
+
+  static __host__ __device__ constexpr int shared_bytes(int warps, int stages) {
+    return kTableBytes + warps * stages * kStageBytes;
+  }
+  static __device__ __forceinline__ int offset_k(int row, int byte) {
+    return row * kPitchK + (kPermuted ? byte ^ (row % 4 * 32) : byte);
+  }
+  static __device__ __forceinline__ int offset_v(int row, int byte) {
+    return row * kPitchV + (kPermuted ? byte ^ (row % 8 * 16) : byte);
+  }
+  static __device__ __forceinline__ int offset_table(int row, int byte) {
+    return row * kPitchTable + (byte ^ (row % 2 * 64));
+  }
 };
 
 // One warp computes S^T = K Q^T (16 keys x 8 columns, a column is a query row) in tf32, each factor split in two so
 // that the scores are as good as in float32, and O^T += V^T P^T in T, the weights split in two likewise.
 template <class T, int D, int kColumns>
-__global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
+__global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     node_vectors_tensor(const __grid_constant__ NodeVectorsParams p) {
   using Shape = Tiling<D>;
   constexpr int kGroups = D / 32;  // a lane has four pairs of each
@@ -282,16 +307,21 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
   divide_workspace(p, &w);
 
   const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  for (int i = threadIdx.x; i < Shape::kWindow * (D / 2); i += Shape::kThreads) {
-    const int position = i / (D / 2), pair = i % (D / 2);
-    const bool rotated = pair < p.rotary_half && position < p.num_positions;
-    float* to = reinterpret_cast<float*>(shared + position * Shape::kPitchTable) + pair;
-    to[0] = rotated ? p.cos[static_cast<int64_t>(position) * p.rotary_half + pair] : 1.0f;
-    to[D / 2] = rotated ? p.sin[static_cast<int64_t>(position) * p.rotary_half + pair] : 0.0f;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < Shape::kWindow * (D / 8); i += blockDim.x) {
+    const int position = i / (D / 8), pair = i % (D / 8) * 4;
+    float4 c = make_float4(1, 1, 1, 1), s = make_float4(0, 0, 0, 0);
+    if (pair < p.rotary_half && position < p.num_positions) {
+      c = __ldg(reinterpret_cast<const float4*>(p.cos + static_cast<int64_t>(position) * p.rotary_half + pair));
+      s = __ldg(reinterpret_cast<const float4*>(p.sin + static_cast<int64_t>(position) * p.rotary_half + pair));
+    }
+    *reinterpret_cast<float4*>(shared + Shape::offset_table(position, 4 * pair)) = c;
+    *reinterpret_cast<float4*>(shared + Shape::offset_table(position, 4 * pair + 2 * D)) = s;
   }
   __syncthreads();
+  wait_for_previous_kernel();
 
-  const int64_t global_warp = static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp;
+  const int64_t global_warp = static_cast<int64_t>(blockIdx.x) * p.warps + warp;
   const int64_t worker = global_warp / p.units;
   const int unit = static_cast<int>(global_warp % p.units);
   if (worker >= p.workers) return;
@@ -303,7 +333,7 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
   const int kv_head = unit % p.kv_heads, first_row = unit / p.kv_heads * (8 * kColumns);
   const int group = p.q_heads / p.kv_heads, rows = num_levels(p) * group;
 
-  const uint32_t stages = table + Shape::kTableBytes + warp * (Shape::kStages * Shape::kStageBytes);
+  const uint32_t stages = table + Shape::kTableBytes + warp * p.stages * Shape::kStageBytes;
   const T* const k = static_cast<const T*>(p.k) + kv_head * p.k_stride[1];
   const T* const v = static_cast<const T*>(p.v) + kv_head * p.v_stride[1];
 
@@ -316,12 +346,12 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kTile * kVectors / 32; ++i) {
       const int vector = i * 32 + lane, token = vector / kVectors, element = vector % kVectors * 8;
-      copy_async(to + token * Shape::kPitchK + element * 2, from_k + token * p.k_stride[0] + element, token < count);
+      copy_async(to + Shape::offset_k(token, element * 2), from_k + token * p.k_stride[0] + element, token < count);
     }
 #pragma unroll
     for (int i = 0; i < kTile * kVectors / 32; ++i) {
       const int vector = i * 32 + lane, token = vector / kVectors, element = vector % kVectors * 8;
-      copy_async(to + kTile * Shape::kPitchK + token * Shape::kPitchV + element * 2,
+      copy_async(to + kTile * Shape::kPitchK + Shape::offset_v(token, element * 2),
                  from_v + token * p.v_stride[0] + element, token < count);
     }
   };
@@ -330,8 +360,7 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
   ahead.seek(p, w, run.begin, lane);
   Cursor at = ahead;
   int64_t ahead_tile = run.begin;
-#pragma unroll
-  for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
+  for (int stage = 0; stage < p.stages - 1; ++stage) {
     if (ahead_tile < run.end) {
       copy_tile(ahead, stage);
       ahead.advance(p, w);
@@ -340,30 +369,45 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
     commit_copies();
   }
 
-  int low[kGroups], high[kGroups];
+  // bytes of the row in shared memory, which is the same for rows eight apart
+  uint32_t key_low[kGroups], key_high[kGroups];
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) pair_offsets(4 * (quad + 4 * i), p.rotary_half, 4, &low[i], &high[i]);
+  for (int i = 0; i < kGroups; ++i) {
+    int low, high;
+    pair_offsets(4 * (quad + 4 * i), p.rotary_half, 4, &low, &high);
+    key_low[i] = stages + Shape::offset_k(row, 2 * low);
+    key_high[i] = stages + Shape::offset_k(row, 2 * high);
+  }
 
-  // the query of column `row`, rotated, times scale * log2(e)
+  // the query of column `row`: where it lies, its position, and itself, rotated, times scale * log2(e)
+  const T* query_from[kColumns];
+  int32_t query_position[kColumns];
   float query[kColumns][kGroups * 4][2];
-  // positions are counted from here on; the window begins here
-  int32_t base = 0;
-  const auto load_queries = [&] {
+  const auto find_queries = [&] {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const int r = first_row + 8 * n + row;
-      const bool wanted = r < rows;
-      const int level = wanted ? r / group : 0, head = kv_head * group + (wanted ? r - level * group : 0);
+      const int r = first_row + 8 * n + row < rows ? first_row + 8 * n + row : 0;
+      const int level = r / group, head = kv_head * group + r - level * group;
       const int64_t leaf = node_of(p, at.leaf, level).last_leaf;
       const Leaf last = w.leaves[leaf];
-      const int64_t position = clamp(int64_t{last.position} + last.length - 1 - base, 0, p.num_positions - 1);
-      const T* const q = static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1];
-      const float factor = wanted ? p.scale * kLog2e : 0.0f;
+      query_from[n] = static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1];
+      query_position[n] = last.position + last.length - 1;
+    }
+  };
+  // base: the position where the window begins
+  const auto load_queries = [&](int32_t base) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const bool wanted = first_row + 8 * n + row < rows;
+      const int64_t position = clamp(query_position[n] - base, 0, p.num_positions - 1);
+      const float factor = p.scale * kLog2e;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const int pair = 4 * (quad + 4 * i);
-        const uint2 x = __ldg(reinterpret_cast<const uint2*>(q + low[i]));
-        const uint2 y = __ldg(reinterpret_cast<const uint2*>(q + high[i]));
+        int low, high;
+        pair_offsets(pair, p.rotary_half, 4, &low, &high);
+        const uint2 x = __ldg(reinterpret_cast<const uint2*>(query_from[n] + low));
+        const uint2 y = __ldg(reinterpret_cast<const uint2*>(query_from[n] + high));
         float4 c = make_float4(1, 1, 1, 1), s = make_float4(0, 0, 0, 0);
         if (pair < p.rotary_half) {
           c = __ldg(reinterpret_cast<const float4*>(p.cos + position * p.rotary_half + pair));
@@ -438,29 +482,44 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
     }
   };
 
-  int32_t window_tiles = 0;  // tiles left in the window
-  int stage = 0;
+  // odd rows of the table have the halves of each 128 bytes exchanged
+  const uint32_t even_angles = table + row * Shape::kPitchTable + quad * 16 + row % 2 * 64;
+  const uint32_t odd_angles = table + row * Shape::kPitchTable + quad * 16 - row % 2 * 64;
+  const int matrix_row = lane / 16 * 8 + lane % 8;
+  uint32_t matrices[4];  // of each 64 elements
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    matrices[i] = stages + kTile * Shape::kPitchK + Shape::offset_v(matrix_row, lane / 8 % 2 * 16 + 32 * i);
+  }
+
+  int window_tile = Shape::kWindow / kTile;  // of the window
+  uint32_t stage = 0, stage_bytes = 0;
   for (int64_t tile = run.begin; tile < run.end; ++tile) {
-    if (window_tiles == 0 || at.done == 0) {
-      base = at.position + at.done;
-      window_tiles = Shape::kWindow / kTile;
-      load_queries();
+    const bool first = tile == run.begin || at.done == 0;
+    if (first) find_queries();
+    if (first || window_tile == Shape::kWindow / kTile) {
+      load_queries(at.position + at.done);
+      window_tile = 0;
     }
-    --window_tiles;
-    wait_copies<Shape::kStages - 2>();
+    if (p.stages > 2) {
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
     // also: the lanes are done with the stage that is filled next
     __syncwarp();
     if (ahead_tile < run.end) {
-      copy_tile(ahead, stage == 0 ? Shape::kStages - 1 : stage - 1);
+      copy_tile(ahead, stage == 0 ? p.stages - 1 : stage - 1);
       ahead.advance(p, w);
       ++ahead_tile;
     }
     commit_copies();
 
-    const uint32_t keys = stages + stage * Shape::kStageBytes + row * Shape::kPitchK;
-    const uint32_t values = stages + stage * Shape::kStageBytes + kTile * Shape::kPitchK;
-    const uint32_t angles = table + (at.position + at.done - base + row) * Shape::kPitchTable + quad * 16;
-    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    const uint32_t here = stage_bytes, window_bytes = window_tile * (kTile * Shape::kPitchTable);
+    ++window_tile;
+    ++stage;
+    stage_bytes += Shape::kStageBytes;
+    if (stage == p.stages) stage = stage_bytes = 0;
 
     // separate sums of the large and the two small products: three short chains
     float scores[kColumns][3][4];
@@ -474,12 +533,15 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
     }
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      const uint2 low0 = load_shared_8(keys + 2 * low[i]), high0 = load_shared_8(keys + 2 * high[i]);
-      const uint2 low1 = load_shared_8(keys + 2 * low[i] + 8 * Shape::kPitchK);
-      const uint2 high1 = load_shared_8(keys + 2 * high[i] + 8 * Shape::kPitchK);
-      const float4 c0 = load_shared_16(angles + 64 * i), s0 = load_shared_16(angles + 64 * i + 2 * D);
-      const float4 c1 = load_shared_16(angles + 64 * i + 8 * Shape::kPitchTable);
-      const float4 s1 = load_shared_16(angles + 64 * i + 2 * D + 8 * Shape::kPitchTable);
+      const uint2 low0 = load_shared_8(here + key_low[i]), high0 = load_shared_8(here + key_high[i]);
+      const uint2 low1 = load_shared_8(here + key_low[i] + 8 * Shape::kPitchK);
+      const uint2 high1 = load_shared_8(here + key_high[i] + 8 * Shape::kPitchK);
+      const uint32_t cosines = window_bytes + (i % 2 ? odd_angles : even_angles) + 64 * i;
+      // the sines are 2 * D bytes further: an odd number of 64 for D = 96
+      const uint32_t sines = window_bytes + ((i + D / 32) % 2 ? odd_angles : even_angles) + 64 * i + 2 * D;
+      const float4 c0 = load_shared_16(cosines), s0 = load_shared_16(sines);
+      const float4 c1 = load_shared_16(cosines + 8 * Shape::kPitchTable);
+      const float4 s1 = load_shared_16(sines + 8 * Shape::kPitchTable);
       const uint32_t x0[2] = {low0.x, low0.y}, y0[2] = {high0.x, high0.y};
       const uint32_t x1[2] = {low1.x, low1.y}, y1[2] = {high1.x, high1.y};
       const float cs0[4] = {c0.x, c0.y, c0.z, c0.w}, ss0[4] = {s0.x, s0.y, s0.z, s0.w};
@@ -551,11 +613,10 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
         weights[n][2 + i] = transpose_8x8(small);
       }
     }
-    const uint32_t matrices = values + ((lane / 16) * 8 + lane % 8) * Shape::kPitchV + (lane / 8 % 2) * 16;
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
       uint32_t x[4];
-      load_matrices_transposed(x, matrices + 32 * i);
+      load_matrices_transposed(x, here + matrices[i % 4] + i / 4 * 128);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
         Narrow<T>::multiply_add(sums[n][i], x, weights[n][0], weights[n][1]);
@@ -570,19 +631,31 @@ __global__ void __launch_bounds__(Tiling<D>::kThreads, 1)
   }
 }
 
+// A kernel that may start while the one before it on the stream ends, if p.overlap.
+template <class Kernel, class Params>
+cudaError_t launch_after(Kernel kernel, int64_t blocks, int threads, int shared_bytes, bool overlap, const Params& p,
+                         cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
 template <class T, int D, int kColumns>
 cudaError_t launch_tensor(const NodeVectorsParams& p, cudaStream_t stream) {
-  using Shape = Tiling<D>;
   const auto kernel = node_vectors_tensor<T, D, kColumns>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  const int bytes = Tiling<D>::shared_bytes(p.warps, p.stages);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((p.workers * p.units + Shape::kWarps - 1) / Shape::kWarps));
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kSharedBytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  const int64_t blocks = (p.workers * p.units + p.warps - 1) / p.warps;
+  return launch_after(kernel, blocks, 32 * p.warps, bytes, p.overlap, p, stream);
 }
 
 #endif  // __CUDACC__
