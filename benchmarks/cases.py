@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharedllm_ext import ops, reference
+from sharedllm_ext._library import cuda_kernels
 from sharedllm_ext.ops.chunk_compression import chunk_compression, chunk_compression_backward
 from sharedllm_ext.ops.injected_attention import _plain as plain_attention
 from sharedllm_ext.ops.injected_attention import _plain_backward as plain_attention_backward
@@ -89,12 +90,9 @@ def path(name: str) -> AbstractContextManager[Any]:
     Raises:
         Unavailable: this build cannot choose the path.
     """
-    try:
-        from sharedllm_ext.ops.injected_attention import injected_attention_path
-    except ImportError as error:
-        raise Unavailable("this build has no injected_attention_path") from error
-    context: AbstractContextManager[Any] = injected_attention_path(name)
-    return context
+    if "injected_attention" not in cuda_kernels():
+        raise Unavailable("the CUDA library has no kernel of injected_attention")
+    return ops.injected_attention_path(name)
 
 
 def too_far(name: str, got: Tensor, same: Tensor, exact: Tensor) -> str | None:

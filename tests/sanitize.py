@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,33 +26,16 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Operators that the call needs a kernel of, the path that it forces, and what returns the call with its inputs."""
+    """Operators that the call needs a kernel of, and what returns the call with its inputs on the device."""
 
     operators: tuple[str, ...]
-    path: str | None
     prepare: Callable[[], Callable[[], object]]
-
-
-def path_context(path: str | None) -> Any:
-    """Context of a forced path; raises ImportError if the build has none."""
-    if path is None:
-        return nullcontext()
-    from sharedllm_ext.ops.injected_attention import injected_attention_path
-
-    return injected_attention_path(path)
 
 
 def missing(name: str) -> str | None:
     """Why a call cannot be made here."""
-    call = CALLS[name]
-    plain = set(call.operators) - cuda_kernels()
-    if plain:
-        return f"the CUDA library has no kernel of {', '.join(sorted(plain))}"
-    try:
-        path_context(call.path)
-    except (ImportError, NotImplementedError) as error:
-        return f"path {call.path}: {error}"
-    return None
+    plain = set(CALLS[name].operators) - cuda_kernels()
+    return f"the CUDA library has no kernel of {', '.join(sorted(plain))}" if plain else None
 
 
 def noise(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -98,7 +80,7 @@ def attention(
     grad_out, grad_lse = noise(*q.shape, dtype=dtype), noise(*q.shape[:2], dtype=FP32)
 
     def run() -> None:
-        with path_context(path):
+        with ops.injected_attention_path(path or "auto"):
             out, lse = torch.ops.sharedllm.injected_attention(q, k, v, *rest)
             for need_grad_kv in backward:
                 for grad in (None, grad_lse):
@@ -178,14 +160,15 @@ TREE = ("context_tree_split", "context_tree_select", "context_tree_layout")
 CALLS: dict[str, Call] = {}
 
 
-def add(name: str, operators: tuple[str, ...], prepare: Callable[[], Callable[[], object]], path: str | None) -> None:
-    CALLS[name] = Call(operators, path, prepare)
+def add(name: str, operators: tuple[str, ...], prepare: Callable[[], Callable[[], object]]) -> None:
+    assert name not in CALLS, name
+    CALLS[name] = Call(operators, prepare)
 
 
 def add_attention(name: str, batch: Any, heads: Any, size: int, dtype: Any, path: str | None, *backward: bool) -> None:
     operators = ("injected_attention", *(("injected_attention_backward",) if backward else ()))
     full = f"injected_attention {name}, {str(dtype)[6:]}, {heads[0]}/{heads[1]} heads of {size}"
-    add(full, operators, partial(attention, *batch, heads, size, dtype, path, backward), path)
+    add(full, operators, partial(attention, *batch, heads, size, dtype, path, backward))
 
 
 for _dtype in (BF16, FP16):
@@ -214,19 +197,19 @@ for _backward in (False, True):
     for _size, _rotary, _dtype in ((128, 128, BF16), (64, 32, FP16), (33, 10, FP32), (80, 80, BF16)):
         for _with_q in (True, False):
             _name = f"{_operator} {str(_dtype)[6:]}, heads of {_size}, {'all' if _with_q else 'memory alone'}"
-            add(_name, (_operator,), partial(compression, _size, _rotary, _dtype, _with_q, _backward), None)
+            add(_name, (_operator,), partial(compression, _size, _rotary, _dtype, _with_q, _backward))
 for _heads, _size, _dtype in (((8, 2), 128, BF16), ((4, 2), 64, FP16), ((7, 1), 24, FP32), ((4, 4), 256, BF16)):
     _name = f"node_vectors {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
-    add(_name, ("node_vectors",), partial(node_vectors, _heads, _size, _dtype), None)
+    add(_name, ("node_vectors",), partial(node_vectors, _heads, _size, _dtype))
 for _sizes, _d, _k, _dtype, _masked in (
     ([2] * 33, 256, 2, BF16, True),
     ([3000, 0, 5], 64, 32, FP16, False),
     ([700, 1500], 33, 700, FP32, True),
 ):
     _name = f"topk_nodes {str(_dtype)[6:]}, {_k} of {max(_sizes)}"
-    add(_name, ("topk_nodes",), partial(topk, _sizes, _d, _k, _dtype, _masked), None)
+    add(_name, ("topk_nodes",), partial(topk, _sizes, _d, _k, _dtype, _masked))
 for _chunks, _noisy in ((1, False), (7, True), (300, False)):
-    add(f"context_tree {_chunks} chunks{', noise' if _noisy else ''}", TREE, partial(tree, _chunks, _noisy), None)
+    add(f"context_tree {_chunks} chunks{', noise' if _noisy else ''}", TREE, partial(tree, _chunks, _noisy))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,8 +235,6 @@ def main(argv: list[str] | None = None) -> int:
             CALLS[name].prepare()()
             torch.cuda.synchronize()
             made += 1
-        except NotImplementedError as error:
-            left_out.setdefault(str(error), []).append(name)
         except Exception as error:  # the next call may show more, unless the device is lost
             print(f"failed: {name}: {type(error).__name__}: {error}", flush=True)
             failed += 1
