@@ -68,60 +68,75 @@ __device__ __forceinline__ void load_slots(uint32_t to, const T*& from, int64_t 
   }
 }
 
-// A warp's packed rows into shared memory, rotated and rounded once.
+// Member of a group of heads -> query, without an integer division: a member of a tile is far below 2^22, and the half
+// keeps the rounded quotient on its side.
+struct GroupDivision {
+  uint32_t group;
+  float inverse;
+  __device__ __forceinline__ explicit GroupDivision(uint32_t group) : group(group), inverse(1.0f / group) {}
+  __device__ __forceinline__ uint32_t query(uint32_t member) const {
+    return __float2uint_rd((static_cast<float>(member) + 0.5f) * inverse);
+  }
+};
+
+// A warp's packed rows into shared memory, rotated and rounded once. Rows behind the used ones hold anything: nothing
+// of a row reaches another.
 template <class T, class Shape>
-__device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, const RowTile& row, uint8_t* to,
-                                             int64_t first_query, uint32_t first_member, int used_rows, int head,
-                                             uint32_t group, float factor) {
+__device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, int64_t position, uint8_t* to,
+                                             const WarpRows& rows, int head, uint32_t group, float factor) {
   using Layout = typename Shape::Layout;
+  if (rows.used_rows == 0) return;
   const int lane = threadIdx.x % 32;
-  const RotaryRow rotary{p.cos + row.position * p.rotary_half, p.sin + row.position * p.rotary_half, p.rotary_half};
-  const T* const q = static_cast<const T*>(p.q);
+  const RotaryRow rotary{p.cos + position * p.rotary_half, p.sin + position * p.rotary_half, p.rotary_half};
+  const T* const q = static_cast<const T*>(p.q) + rows.first_query * p.q_stride[0] +
+                     static_cast<int64_t>(head) * group * p.q_stride[1];
+  const GroupDivision division(group);
   const auto vector = [&](int r) {
-    const uint32_t member = first_member + r, query = member / group;
-    return q + (first_query + query) * p.q_stride[0] + (head * group + (member - query * group)) * p.q_stride[1];
+    const uint32_t member = rows.first_member + (r < rows.used_rows ? r : 0), query = division.query(member);
+    return q + query * p.q_stride[0] + (member - query * group) * p.q_stride[1];
   };
-  const uint4 zeros = make_uint4(0, 0, 0, 0);
   if (rotary.half % 8 != 0) {
     for (int i = lane; i < Shape::kWarpRows * Layout::kChunks; i += 32) {
       const int r = i / Layout::kChunks, chunk = i % Layout::kChunks;
-      *reinterpret_cast<uint4*>(to + Layout::at(r, chunk)) =
-          r < used_rows ? rotated_chunk(vector(r), chunk, rotary, factor) : zeros;
+      *reinterpret_cast<uint4*>(to + Layout::at(r, chunk)) = rotated_chunk(vector(r), chunk, rotary, factor);
     }
     return;
   }
   // A lane takes two chunks that turn with each other, or two that only pass, in every row of its own; so it needs one
-  // part of the tables.
+  // part of the tables, and can ask for all of its rows before it needs the first.
   constexpr int kPairs = Layout::kChunks / 2, kLanes = kPairs <= 4 ? 4 : kPairs <= 8 ? 8 : 16;
+  constexpr int kLaneRows = Shape::kWarpRows * kLanes / 32;
   const int pair = lane % kLanes, turning = rotary.half / 8;
   if (pair >= kPairs) return;
   const bool turns = pair < turning;
   const int low = turns ? pair : 2 * pair, high = turns ? pair + turning : 2 * pair + 1;
+  uint4 first[kLaneRows], second[kLaneRows];
+#pragma unroll
+  for (int i = 0; i < kLaneRows; ++i) {
+    const uint4* const from = reinterpret_cast<const uint4*>(vector(lane / kLanes + i * (32 / kLanes)));
+    first[i] = load_cached(from + low);
+    second[i] = load_cached(from + high);
+  }
   float cos[8], sin[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     cos[i] = turns ? __ldg(rotary.cos + 8 * pair + i) * factor : factor;
     sin[i] = turns ? __ldg(rotary.sin + 8 * pair + i) * factor : 0.0f;
   }
-#pragma unroll 4
-  for (int r = lane / kLanes; r < Shape::kWarpRows; r += 32 / kLanes) {
-    uint4 first = zeros, second = zeros;
-    if (r < used_rows) {
-      const T* const from = vector(r);
-      float x[8], y[8], turned_x[8], turned_y[8];
-      unpack8(T{}, load_cached(reinterpret_cast<const uint4*>(from) + low), x);
-      unpack8(T{}, load_cached(reinterpret_cast<const uint4*>(from) + high), y);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        // what passes must not meet its neighbour: 0 * inf is NaN
-        turned_x[i] = turns ? x[i] * cos[i] - y[i] * sin[i] : x[i] * factor;
-        turned_y[i] = turns ? y[i] * cos[i] + x[i] * sin[i] : y[i] * factor;
-      }
-      first = pack8(T{}, turned_x);
-      second = pack8(T{}, turned_y);
+  for (int i = 0; i < kLaneRows; ++i) {
+    const int r = lane / kLanes + i * (32 / kLanes);
+    float x[8], y[8], turned_x[8], turned_y[8];
+    unpack8(T{}, first[i], x);
+    unpack8(T{}, second[i], y);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      // what passes must not meet its neighbour: 0 * inf is NaN
+      turned_x[e] = turns ? x[e] * cos[e] - y[e] * sin[e] : x[e] * factor;
+      turned_y[e] = turns ? y[e] * cos[e] + x[e] * sin[e] : y[e] * factor;
     }
-    *reinterpret_cast<uint4*>(to + Layout::at(r, low)) = first;
-    *reinterpret_cast<uint4*>(to + Layout::at(r, high)) = second;
+    *reinterpret_cast<uint4*>(to + Layout::at(r, low)) = pack8(T{}, turned_x);
+    *reinterpret_cast<uint4*>(to + Layout::at(r, high)) = pack8(T{}, turned_y);
   }
 }
 
@@ -150,11 +165,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int64_t packed_rows = row.q_count * group - first_packed;  // from this warp's first on; may be none
   const int used_rows =
       packed_rows < Shape::kWarpRows ? (packed_rows < 0 ? 0 : static_cast<int>(packed_rows)) : Shape::kWarpRows;
-  const int64_t first_query = row.q_begin + first_packed / group;
-  const uint32_t first_member = static_cast<uint32_t>(first_packed % group);
   // what the end needs again waits in shared memory: registers are short in between
   __shared__ WarpRows kept_rows[Shape::kWarps];
-  if (lane == 0) kept_rows[warp] = {first_query, first_member, used_rows};
+  const WarpRows asked_rows{row.q_begin + first_packed / group, static_cast<uint32_t>(first_packed % group), used_rows};
+  if (lane == 0) kept_rows[warp] = asked_rows;
 
   // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
   // 0
@@ -205,7 +219,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     if constexpr (Shape::kBuffers >= 3) ask_values(0);
 
     const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
-    load_queries<T, Shape>(p, row, my_queries, first_query, first_member, used_rows, head, group, factor);
+    load_queries<T, Shape>(p, row.position, my_queries, asked_rows, head, group, factor);
     __syncwarp();
     uint32_t kept[Shape::kKeepQueries ? kSteps : 1][kRowBlocks][4];
     if constexpr (Shape::kKeepQueries) {
@@ -377,9 +391,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   __syncwarp();
   const WarpRows rows = kept_rows[warp];
+  const int64_t first_token = rows.first_query * p.q_heads + static_cast<int64_t>(head) * group;
+  const GroupDivision division(group);
   const auto token_and_head = [&](int r) {
-    const uint32_t member = rows.first_member + r, query = member / group;
-    return (rows.first_query + query) * p.q_heads + head * group + (member - query * group);
+    const uint32_t member = rows.first_member + r, query = division.query(member);
+    return first_token + static_cast<int64_t>(query) * p.q_heads + (member - query * group);
   };
   float* const lse = p.splits == 1 ? p.lse : p.partial_lse + split * p.num_queries * p.q_heads;
   float inverse[kRowBlocks][2];

@@ -131,29 +131,35 @@ __device__ __forceinline__ void load_tile(float* to, const Source& source, int v
   }
 }
 
-// sum[i][j] += kept row 4 y + i times tile row x + 16 j, over columns that are a multiple of 4.
+// sum[i][j] += kept row 4 y + i times tile row x + 16 j, over a part's columns, behind which there are zeros. 16
+// columns are summed by themselves first: rounding grows with the length of a chain of additions.
 template <int kParts>
 __device__ __forceinline__ void multiply_rows(float (&sum)[4][4], const float* kept, const float* tile, int first,
                                               int columns) {
   const float* const a_row = kept + 4 * thread_y() * kept_pitch<kParts>() + first;
   const float* const b_row = tile + thread_x() * kTilePitch;
-#pragma unroll 4
-  for (int d = 0; d < columns; d += 4) {
-    float4 a[4], b[4];
+  for (int begin = 0; begin < columns; begin += 16) {
+    float chain[4][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const float4*>(a_row + i * kept_pitch<kParts>() + d);
+    for (int d = begin; d < begin + 16; d += 4) {
+      float4 a[4], b[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) b[j] = *reinterpret_cast<const float4*>(b_row + 16 * j * kTilePitch + d);
+      for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const float4*>(a_row + i * kept_pitch<kParts>() + d);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 4; ++j) b[j] = *reinterpret_cast<const float4*>(b_row + 16 * j * kTilePitch + d);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        sum[i][j] = fmaf(a[i].x, b[j].x, sum[i][j]);
-        sum[i][j] = fmaf(a[i].y, b[j].y, sum[i][j]);
-        sum[i][j] = fmaf(a[i].z, b[j].z, sum[i][j]);
-        sum[i][j] = fmaf(a[i].w, b[j].w, sum[i][j]);
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          chain[i][j] = fmaf(a[i].x, b[j].x, chain[i][j]);
+          chain[i][j] = fmaf(a[i].y, b[j].y, chain[i][j]);
+          chain[i][j] = fmaf(a[i].z, b[j].z, chain[i][j]);
+          chain[i][j] = fmaf(a[i].w, b[j].w, chain[i][j]);
+        }
       }
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] += chain[i / 4][i % 4];
   }
 }
 
@@ -190,9 +196,9 @@ __device__ __forceinline__ void store_weights(float* weights, const float (&w)[4
   }
 }
 
-// Columns of part `part` that have to be multiplied: those of the head, up to a multiple of 4.
+// Columns of part `part` that have to be multiplied.
 __device__ __forceinline__ int part_columns(int head_size, int part) {
-  const int left = (head_size + 3) / 4 * 4 - part * kPart;
+  const int left = head_size - part * kPart;
   return left < kPart ? left : kPart;
 }
 
