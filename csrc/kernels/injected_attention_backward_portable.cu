@@ -42,13 +42,21 @@ cudaError_t launch_sum_partial(const InjectedAttentionBackwardParams& p, cudaStr
   return cudaGetLastError();
 }
 
+struct Shape {
+  int slots, rows, blocks;
+};
+
 template <int kHeadSize>
-void describe(int shared_memory, int* slots, int* rows, int* blocks) {
+Shape describe(int shared_memory, bool grad_query) {
   using Choice = KeyValueChoice<kHeadSize>;
-  const bool large = fits(Choice::Large::kSharedBytes, shared_memory);
-  *slots = large ? Choice::Large::kSlots : Choice::Small::kSlots;
-  *rows = large ? Choice::Large::kRows : Choice::Small::kRows;
-  *blocks = large ? Choice::Large::kBlocks : Choice::Small::kBlocks;
+  using Small = typename Choice::Small;
+  using Large = typename Choice::Large;
+  using Alone = typename Choice::Alone;
+  if (grad_query && fits(Large::shared_bytes(true), shared_memory))
+    return {Large::kSlots, Large::kRows, Large::kBlocks};
+  if (!grad_query && fits(Alone::shared_bytes(false), shared_memory))
+    return {Alone::kSlots, Alone::kRows, Alone::kBlocks};
+  return {Small::kSlots, Small::kRows, Small::kBlocks};
 }
 
 template <class T>
@@ -74,31 +82,33 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 cudaError_t plan_injected_attention_backward_portable(InjectedAttentionBackwardParams* params) {
   const InjectedAttentionParams& f = params->forward;
   params->kv_splits = 1;
-  int device = 0, processors = 0, shared_memory = 0, slots = 0, rows = 0, resident = 0;
+  int device = 0, processors = 0, shared_memory = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = query_shared_memory(&shared_memory);
   if (error != cudaSuccess) return error;
+  Shape shape{};
   switch (f.head_size) {
     case 64:
-      describe<64>(shared_memory, &slots, &rows, &resident);
+      shape = describe<64>(shared_memory, params->grad_q_float != nullptr);
       break;
     case 96:
-      describe<96>(shared_memory, &slots, &rows, &resident);
+      shape = describe<96>(shared_memory, params->grad_q_float != nullptr);
       break;
     case 128:
-      describe<128>(shared_memory, &slots, &rows, &resident);
+      shape = describe<128>(shared_memory, params->grad_q_float != nullptr);
       break;
     case 256:
-      describe<256>(shared_memory, &slots, &rows, &resident);
+      shape = describe<256>(shared_memory, params->grad_q_float != nullptr);
       break;
     default:
       return cudaErrorNotSupported;
   }
-  const int64_t blocks = (f.num_slots + slots - 1) / slots * f.kv_heads, places = processors * resident;
+  const int64_t blocks = (f.num_slots + shape.slots - 1) / shape.slots * f.kv_heads;
+  const int64_t places = static_cast<int64_t>(processors) * shape.blocks;
   if (blocks == 0) return cudaSuccess;
   // A batch row of equal slots has at least this many steps; a part should have 8 of them to be worth its start.
-  const int64_t steps = f.num_queries * (f.q_heads / f.kv_heads) / rows;
+  const int64_t steps = f.num_queries * (f.q_heads / f.kv_heads) / shape.rows;
   const int64_t most = std::min<int64_t>(kMaxSplits, steps / 8);
   double best = 0;
   for (int splits = 1; splits <= std::max<int64_t>(most, 1); ++splits) {

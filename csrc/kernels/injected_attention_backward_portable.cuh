@@ -9,6 +9,7 @@
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/query_rotation.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_backward_portable.h"
 #include "kernels/injected_attention_backward_portable_tiles.h"
 
@@ -108,55 +109,96 @@ __device__ __forceinline__ void pack_operands(uint32_t (&to)[kM][kK][4], const f
 
 // ---- loads ----
 
+// How the threads of a block share out the 16-byte chunks of a tile: thread t takes chunks t, t + kThreads, …. A whole
+// number of rows at a time keeps each thread in one column, so that its addresses need little arithmetic.
+template <int kColumns, int kRows, int kThreads, class Function>
+__device__ __forceinline__ void for_each_chunk(const Function& function) {
+  constexpr int kChunks = kColumns / 8, kTotal = kRows * kChunks;
+  const unsigned thread = threadIdx.x;
+  if constexpr (kThreads % kChunks == 0) {
+    const int row = thread / kChunks, chunk = thread % kChunks;
+#pragma unroll
+    for (int base = 0; base < kRows; base += kThreads / kChunks) {
+      if (kTotal % kThreads == 0 || base + row < kRows) function(base + row, chunk);
+    }
+  } else {
+#pragma unroll
+    for (int base = 0; base < kTotal; base += kThreads) {
+      const unsigned i = base + thread;
+      if (kTotal % kThreads == 0 || i < kTotal) function(static_cast<int>(i / kChunks), static_cast<int>(i % kChunks));
+    }
+  }
+}
+
 // kRows vectors, stride elements apart, into a tile; zeros from count on.
 template <class T, int kColumns, int kRows, int kThreads>
 __device__ __forceinline__ void load_slots(uint32_t tile, const T* from, int64_t stride, int count) {
   using Tile = SwizzledTile<kColumns>;
-  constexpr int kTotal = kRows * Tile::kChunks;
-#pragma unroll
-  for (int base = 0; base < kTotal; base += kThreads) {
-    const int i = base + threadIdx.x;
-    if (kTotal % kThreads != 0 && i >= kTotal) break;
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+  for_each_chunk<kColumns, kRows, kThreads>([&](int row, int chunk) {
     const bool valid = row < count;
     copy16_async(tile + Tile::at(row, chunk), valid ? from + row * stride + chunk * 8 : from, valid);
-  }
+  });
 }
 
 // Where the packed rows of a tile lie in a [T, Hq, …] tensor: the group's G heads of one query after the other.
 struct PackedRows {
-  int64_t first;          // vector of the first query's first head of the group
-  int skip;               // packed rows of that query before the tile
-  int count;              // rows of the tile that exist
-  int group, skip_heads;  // G, Hq - G
-  float inverse_group;
+  int64_t first;        // vector of the first query's first head of the group
+  int skip;             // packed rows of that query before the tile
+  int count;            // rows of the tile that exist
+  int skip_heads;       // Hq - G
+  float inverse, half;  // 1 / G, 1 / 2G
 
-  __device__ __forceinline__ int vector(int row) const {  // relative to first
-    const int packed = skip + row;
-    // exact: packed is far below 2^20
-    const int query = static_cast<int>((packed + 0.5f) * inverse_group);
-    return packed + query * skip_heads;
+  __device__ __forceinline__ void set_group(int group, int q_heads) {
+    skip_heads = q_heads - group;
+    inverse = 1.0f / group;
+    half = 0.5f * inverse;
   }
+  // Query of a packed row, counted from the first; exact, since skip + row is far below 2^20.
+  __device__ __forceinline__ int query(int row) const { return static_cast<int>(fmaf(skip + row, inverse, half)); }
+  // Vector of a packed row, counted from the first.
+  __device__ __forceinline__ int vector(int row) const { return skip + row + query(row) * skip_heads; }
 };
 
+// Rows of one contiguous [T, Hq, D] tensor, or of two at once; q and grad point to the first vector.
 template <class T, int kColumns, int kRows, int kThreads>
 __device__ __forceinline__ void load_rows(uint32_t q_tile, uint32_t grad_tile, const T* q, const T* grad,
                                           const PackedRows& rows) {
   using Tile = SwizzledTile<kColumns>;
-  constexpr int kTotal = kRows * Tile::kChunks;
-  q += rows.first * kColumns;
-  grad += rows.first * kColumns;
-#pragma unroll
-  for (int base = 0; base < kTotal; base += kThreads) {
-    const int i = base + threadIdx.x;
-    if (kTotal % kThreads != 0 && i >= kTotal) break;
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+  for_each_chunk<kColumns, kRows, kThreads>([&](int row, int chunk) {
     const bool valid = row < rows.count;
-    const int64_t at = valid ? static_cast<int64_t>(rows.vector(row)) * kColumns + chunk * 8 : 0;
-    copy16_async(q_tile + Tile::at(row, chunk), q + at, valid);
+    const int at = valid ? rows.vector(row) * kColumns + chunk * 8 : 0;
+    if (q != nullptr) copy16_async(q_tile + Tile::at(row, chunk), q + at, valid);
     copy16_async(grad_tile + Tile::at(row, chunk), grad + at, valid);
-  }
+  });
 }
+
+// ---- rotation of 8 columns ----
+
+// The tables' values for the 8 columns of a chunk and where their partners are; a chunk that does not turn is its own.
+struct ChunkRotation {
+  float cos[8], sin[8];  // sin with the sign for forward rotation
+  int partner;           // first column of the partner chunk
+  bool turns;
+
+  // half is a multiple of 8
+  __device__ __forceinline__ ChunkRotation(const RotaryRow& rotary, int first, float direction) {
+    turns = first < 2 * rotary.half;
+    const bool low = first < rotary.half;
+    partner = !turns ? first : low ? first + rotary.half : first - rotary.half;
+    const int at = low ? first : partner;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      cos[i] = turns ? __ldg(rotary.cos + at + i) : 0.0f;
+      sin[i] = turns ? __ldg(rotary.sin + at + i) * (low ? -direction : direction) : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void apply(float (&x)[8], const float (&other)[8]) const {
+    if (turns) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = x[i] * cos[i] + other[i] * sin[i];
+    }
+  }
+};
 
 // ---- gradient of the queries alone ----
 
@@ -214,15 +256,13 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
     rows.first = (tile.q_begin + query) * f.q_heads + head * group;
     rows.skip = static_cast<int>(packed - query * group);
     rows.count = static_cast<int>(min(tile.q_count * group - packed, static_cast<int64_t>(kRows)));
-    rows.group = group;
-    rows.skip_heads = f.q_heads - group;
-    rows.inverse_group = 1.0f / group;
+    rows.set_group(group, f.q_heads);
   }
 
   const uint32_t q_tile = shared_offset(shared), grad_tile = q_tile + kRows * Kernel::kRowBytes;
   const uint32_t k_tiles = grad_tile + kRows * Kernel::kRowBytes, v_tiles = k_tiles + 2 * kTileBytes;
-  load_rows<T, kHeadSize, kRows, kThreads>(q_tile, grad_tile, static_cast<const T*>(p.q_rotated),
-                                           static_cast<const T*>(p.grad_out), rows);
+  load_rows<T, kHeadSize, kRows, kThreads>(0, grad_tile, nullptr,
+                                           static_cast<const T*>(p.grad_out) + rows.first * kHeadSize, rows);
   const T* k = static_cast<const T*>(f.k) + tile.slot_begin * f.k_stride[0] + head * f.k_stride[1];
   const T* v = static_cast<const T*>(f.v) + tile.slot_begin * f.v_stride[0] + head * f.v_stride[1];
   const int64_t steps = (tile.slot_count + kSlots - 1) / kSlots;
@@ -237,16 +277,70 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
   if (steps > 0) load_step(0);
   commit_copies();
 
+  const RotaryRow rotary = f.num_positions > 0 ? RotaryRow{f.cos + tile.position * f.rotary_half,
+                                                           f.sin + tile.position * f.rotary_half, f.rotary_half}
+                                               : RotaryRow{nullptr, nullptr, 0};
+  const bool rotates_chunks = kThreads % Tile::kChunks == 0 && rotary.half % 8 == 0;
+  {
+    const T* const q = static_cast<const T*>(f.q) + (tile.q_begin + tile.tile * kRows / group) * f.q_stride[0] +
+                       head * group * f.q_stride[1];
+    const auto find = [&](int row) {
+      const int query = rows.query(row);
+      return q + query * f.q_stride[0] + (rows.skip + row - query * group) * f.q_stride[1];
+    };
+    if (rotates_chunks) {
+      constexpr int kStep = kThreads / Tile::kChunks > 0 ? kThreads / Tile::kChunks : 1;
+      const int chunk = threadIdx.x % Tile::kChunks;
+      const ChunkRotation rotation(rotary, chunk * 8, 1.0f);
+#pragma unroll 4
+      for (int row = threadIdx.x / Tile::kChunks; row < kRows; row += kStep) {
+        uint4 packed = make_uint4(0, 0, 0, 0);
+        if (row < rows.count) {
+          const T* const from = find(row);
+          float x[8], other[8];
+          unpack8(T{}, load_cached(reinterpret_cast<const uint4*>(from + chunk * 8)), x);
+          unpack8(T{}, load_cached(reinterpret_cast<const uint4*>(from + rotation.partner)), other);
+          rotation.apply(x, other);
+          packed = pack8(T{}, x);
+        }
+        *reinterpret_cast<uint4*>(shared + Tile::at(row, chunk)) = packed;
+      }
+    } else {
+      for (int i = threadIdx.x; i < kRows * Tile::kChunks; i += kThreads) {
+        const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+        *reinterpret_cast<uint4*>(shared + Tile::at(row, chunk)) =
+            row < rows.count ? rotated_chunk(find(row), chunk, rotary, 1.0f) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+
+  // delta: the four lanes that hold a row's scores share its columns
   float lse[kM][2], delta[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = (warp * kM + m) * 16 + half * 8 + lane / 4;
-      const int64_t at = rows.first + rows.vector(row);
       const bool valid = row < rows.count;
-      lse[m][half] = valid ? p.lse_log2[at] : kInfinity;
-      delta[m][half] = valid ? p.delta[at] : 0.0f;
+      const int64_t at = rows.first + (valid ? rows.vector(row) : 0);
+      const T* const out = static_cast<const T*>(f.out) + at * kHeadSize;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < Tile::kChunks; i += 4) {
+        const int chunk = i + lane % 4;
+        float x[8], grad[8];
+        unpack8(T{}, load_cached(reinterpret_cast<const uint4*>(out + chunk * 8)), x);
+        unpack8(T{}, *reinterpret_cast<const uint4*>(shared + kRows * Kernel::kRowBytes + Tile::at(row, chunk)), grad);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum += x[j] * grad[j];
+      }
+      sum = sum_lanes<4>(sum);
+      if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
+      const float natural = f.lse[at];
+      delta[m][half] = valid ? sum : 0.0f;
+      lse[m][half] = valid && natural != -kInfinity ? natural * kLog2E : kInfinity;
     }
   }
 
@@ -255,8 +349,10 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
   float grad_q[kM][kHeadSize / 8][4];
   fill(grad_q, 0.0f);
   for (int64_t step = 0; step < steps; ++step) {
-    wait_copies<0>();
-    __syncthreads();
+    if (step > 0) {
+      wait_copies<0>();
+      __syncthreads();
+    }
     if (step + 1 < steps) load_step(step + 1);
     commit_copies();
     const int stage = static_cast<int>(step & 1);
@@ -318,25 +414,42 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
     }
   }
   __syncwarp();
-  const int rotary_half = f.num_positions > 0 ? f.rotary_half : 0;
-  const float* const cos = f.cos + tile.position * rotary_half;
-  const float* const sin = f.sin + tile.position * rotary_half;
-  for (int i = lane; i < kWarpRows * Tile::kChunks; i += 32) {
-    const int row = i / Tile::kChunks, first = i % Tile::kChunks * 8, tile_row = warp * kWarpRows + row;
-    if (tile_row >= rows.count) break;
-    float x[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int column = first + j;
-      x[j] = mine[place(row, column)];
-      if (column < rotary_half) {
-        x[j] = x[j] * cos[column] + mine[place(row, column + rotary_half)] * sin[column];
-      } else if (column < 2 * rotary_half) {
-        x[j] = x[j] * cos[column - rotary_half] - mine[place(row, column - rotary_half)] * sin[column - rotary_half];
-      }
-    }
-    T* const to = static_cast<T*>(p.grad_q) + (rows.first + rows.vector(tile_row)) * kHeadSize + first;
+  const auto store = [&](int row, int first, const float (&x)[8]) {
+    T* const to = static_cast<T*>(p.grad_q) + (rows.first + rows.vector(warp * kWarpRows + row)) * kHeadSize + first;
     *reinterpret_cast<uint4*>(to) = pack8(T{}, x);
+  };
+  const int count = rows.count - warp * kWarpRows < kWarpRows ? rows.count - warp * kWarpRows : kWarpRows;
+  if (rotates_chunks && 32 % Tile::kChunks == 0) {
+    const int first = lane % Tile::kChunks * 8;
+    const ChunkRotation rotation(rotary, first, -1.0f);
+    for (int row = lane / Tile::kChunks; row < count; row += 32 / Tile::kChunks > 0 ? 32 / Tile::kChunks : 1) {
+      float x[8], other[8];
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        *reinterpret_cast<float4*>(x + i) = *reinterpret_cast<const float4*>(mine + place(row, first + i));
+        *reinterpret_cast<float4*>(other + i) =
+            *reinterpret_cast<const float4*>(mine + place(row, rotation.partner + i));
+      }
+      rotation.apply(x, other);
+      store(row, first, x);
+    }
+  } else {
+    const int half = rotary.half;
+    for (int i = lane; i < count * Tile::kChunks; i += 32) {
+      const int row = i / Tile::kChunks, first = i % Tile::kChunks * 8;
+      float x[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int column = first + j;
+        x[j] = mine[place(row, column)];
+        if (column < half) {
+          x[j] = x[j] * rotary.cos[column] + mine[place(row, column + half)] * rotary.sin[column];
+        } else if (column < 2 * half) {
+          x[j] = x[j] * rotary.cos[column - half] - mine[place(row, column - half)] * rotary.sin[column - half];
+        }
+      }
+      store(row, first, x);
+    }
   }
 }
 
@@ -349,18 +462,18 @@ struct Step {
   int slot_begin, slot_end;  // of the block's slots
 };
 struct Walk {
-  int64_t row, tile, tiles, q_begin, packed_count;
+  int64_t row, tile, tiles, start, q_begin, packed_count;
   int slot_begin, slot_end;
 };
 
 // By one whole warp.
-template <int kRows>
-__device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* walk, Step* step, int64_t stride,
-                                        int64_t slot, int slots, int64_t head) {
+template <int kRows, bool kStaggered>
+__device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* walk, Step* step, int64_t slot_tile,
+                                        int64_t slot_tiles, int64_t slot, int slots, int64_t head, int splits) {
   const int lane = threadIdx.x % 32;
   const int64_t group = p.q_heads / p.kv_heads;
   Walk w = *walk;
-  w.tile += stride;
+  w.tile += splits;
   while (w.tile >= w.tiles) {
     w.tile -= w.tiles;
     w.tiles = 0;
@@ -379,6 +492,8 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
         w.packed_count = __shfl_sync(0xffffffffu, row.q_count, owner) * group;
         w.tiles = (w.packed_count + kRows - 1) / kRows;
         const int64_t begin = row.slot_begin - slot, end = begin + row.slot_count;
+        // Blocks of neighbouring slots begin at different rows, so that they do not add to the same grad_q at once.
+        w.start = kStaggered ? slot_tile * w.tiles / slot_tiles : 0;
         w.slot_begin = __shfl_sync(0xffffffffu, static_cast<int>(begin > 0 ? begin : 0), owner);
         w.slot_end = __shfl_sync(0xffffffffu, static_cast<int>(end < slots ? end : slots), owner);
       }
@@ -391,7 +506,12 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
   if (lane == 0) {
     *walk = w;
     if (w.row < p.num_rows) {
-      const int64_t packed = w.tile * kRows, query = packed / group, left = w.packed_count - packed;
+      int64_t tile = w.tile + w.start;
+      if (tile >= w.tiles) tile -= w.tiles;
+      const int64_t packed = tile * kRows, left = w.packed_count - packed;
+      // a 64-bit division takes a hundred instructions
+      const int64_t query =
+          packed >> 32 ? packed / group : static_cast<uint32_t>(packed) / static_cast<uint32_t>(group);
       step->first = (w.q_begin + query) * p.q_heads + head * group;
       step->skip = static_cast<int>(packed - query * group);
       step->count = static_cast<int>(left < kRows ? left : kRows);
@@ -421,6 +541,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   constexpr int kChunk = Tiles::kChunkRows / 16;
   using Tile = SwizzledTile<kHeadSize>;
   using WeightTile = SwizzledTile<kRows>;
+#ifdef NOSTAGGER
+  constexpr bool kStaggered = false;
+#else
+  constexpr bool kStaggered = kGradQuery;
+#endif
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ Step steps[4];  // of the step before, this one and the next two
   __shared__ Walk walk;
@@ -429,7 +554,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const int64_t index = blockIdx.x / slot_tiles;
   const int64_t head = index / p.kv_splits;
   const int split = static_cast<int>(index % p.kv_splits);
-  const int64_t slot = blockIdx.x % slot_tiles * kSlots;
+  const int64_t slot_tile = blockIdx.x % slot_tiles, slot = slot_tile * kSlots;
   const int slots = static_cast<int>(min(f.num_slots - slot, static_cast<int64_t>(kSlots)));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slot_warp = warp / kParts, part = warp % kParts;
@@ -449,9 +574,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       walk.tiles = 0;
     }
     __syncwarp();
-    advance<kRows>(f, &walk, &steps[0], p.kv_splits, slot, slots, head);
+    advance<kRows, kStaggered>(f, &walk, &steps[0], slot_tile, slot_tiles, slot, slots, head, p.kv_splits);
     __syncwarp();
-    advance<kRows>(f, &walk, &steps[1], p.kv_splits, slot, slots, head);
+    advance<kRows, kStaggered>(f, &walk, &steps[1], slot_tile, slot_tiles, slot, slots, head, p.kv_splits);
   }
   wait_copies<0>();
   __syncthreads();
@@ -492,9 +617,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   __syncthreads();
 
   PackedRows rows;
-  rows.group = f.q_heads / f.kv_heads;
-  rows.skip_heads = f.q_heads - rows.group;
-  rows.inverse_group = 1.0f / rows.group;
+  rows.set_group(f.q_heads / f.kv_heads, f.q_heads);
   const auto use_step = [&](int i) {
     const Step& step = steps[i & 3];
     rows.first = step.first;
@@ -504,9 +627,10 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const auto load_step = [&](int i) {
     const int stage = i & 1;
     use_step(i);
-    load_rows<T, kHeadSize, kRows, kThreads>(
-        base + Tiles::kQuery + stage * Tiles::kRowTileBytes, base + Tiles::kGrad + stage * Tiles::kRowTileBytes,
-        static_cast<const T*>(p.q_rotated), static_cast<const T*>(p.grad_out), rows);
+    load_rows<T, kHeadSize, kRows, kThreads>(base + Tiles::kQuery + stage * Tiles::kRowTileBytes,
+                                             base + Tiles::kGrad + stage * Tiles::kRowTileBytes,
+                                             static_cast<const T*>(p.q_rotated) + rows.first * kHeadSize,
+                                             static_cast<const T*>(p.grad_out) + rows.first * kHeadSize, rows);
     // rows that do not exist: their query and gradient are zeros, so any finite weight will do
     for (int row = threadIdx.x; row < kRows; row += kThreads) {
       const bool valid = row < rows.count;
@@ -534,6 +658,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       multiply_columns<T, kHeadSize, kQueryM, kQueryN, 1>(sum, left, base + Tiles::kKey + lane_base, k, column_block);
     }
     use_step(i);
+#ifdef NORED
+    if (sum[0][0][0] != 12345.0f) return;
+#endif
     float* const to = p.grad_q_float + rows.first * kHeadSize + column_block * 16 + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < kQueryM; ++m) {
@@ -560,9 +687,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     const int stage = i & 1;
     wait_copies<0>();
     __syncthreads();
-    if (steps[(i + 1) & 3].count > 0) load_step(i + 1);
-    commit_copies();
-    if (warp == 0) advance<kRows>(f, &walk, &steps[(i + 2) & 3], p.kv_splits, slot, slots, head);
     const uint32_t q_tile = base + Tiles::kQuery + stage * Tiles::kRowTileBytes;
     const uint32_t grad_tile = base + Tiles::kGrad + stage * Tiles::kRowTileBytes;
     // one part: dS of the last step is read while this one's is written; more: weights and dS of this step
@@ -573,6 +697,15 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       if (i > 0) add_grad_query(i - 1, base + Tiles::kWeights + (stage ^ 1) * Tiles::kWeightBytes);
     }
 
+    // called behind some products, so that the tensor cores work meanwhile
+    const auto load_next = [&]() {
+      if (steps[(i + 1) & 3].count > 0) load_step(i + 1);
+      commit_copies();
+      if (warp == 0) {
+        advance<kRows, kStaggered>(f, &walk, &steps[(i + 2) & 3], slot_tile, slot_tiles, slot, slots, head,
+                                   p.kv_splits);
+      }
+    };
     const int slot_begin = steps[i & 3].slot_begin, slot_end = steps[i & 3].slot_end;
     const bool masked = slot_begin > 0 || slot_end < kSlots;
     const float* const lse_row = reinterpret_cast<const float*>(shared + Tiles::kLse) + stage * kRows;
@@ -584,6 +717,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       fill(weights, 0.0f);
       multiply_rows<T, kHeadSize, kM, kChunk>(weights, base + Tiles::kKey + lane_base, slot_warp * kM,
                                               q_tile + pair_base, row_block);
+      if (kParts == 1 && chunk == 0) load_next();
       if constexpr (kGradQuery) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -687,6 +821,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         }
       };
       add_rows(grad_v, weight_tile, grad_tile + lane_base);
+      load_next();
       add_rows(grad_k, grad_weight_tile, q_tile + lane_base);
       if constexpr (kGradQuery) add_grad_query(i, grad_weight_tile);
     }
@@ -750,9 +885,9 @@ cudaError_t launch_grad_key_value(const InjectedAttentionBackwardParams& p, cuda
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   const auto kernel = grad_key_value_kernel<T, Tiles, kGradQuery>;
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSharedBytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::shared_bytes(kGradQuery));
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), Tiles::kThreads, Tiles::kSharedBytes, stream>>>(p, slot_tiles);
+  kernel<<<static_cast<unsigned>(blocks), Tiles::kThreads, Tiles::shared_bytes(kGradQuery), stream>>>(p, slot_tiles);
   return cudaGetLastError();
 }
 
@@ -770,13 +905,14 @@ cudaError_t launch_injected_attention_backward_portable_instance(const InjectedA
   int shared_memory = 0;
   const cudaError_t error = query_shared_memory(&shared_memory);
   if (error != cudaSuccess) return error;
-  const bool large = fits(Choice::Large::kSharedBytes, shared_memory);
   if (params.grad_q_float == nullptr) {
-    return large ? launch_grad_key_value<T, typename Choice::Large, false>(params, stream)
-                 : launch_grad_key_value<T, typename Choice::Small, false>(params, stream);
+    return fits(Choice::Alone::shared_bytes(false), shared_memory)
+               ? launch_grad_key_value<T, typename Choice::Alone, false>(params, stream)
+               : launch_grad_key_value<T, typename Choice::Small, false>(params, stream);
   }
-  return large ? launch_grad_key_value<T, typename Choice::Large, true>(params, stream)
-               : launch_grad_key_value<T, typename Choice::Small, true>(params, stream);
+  return fits(Choice::Large::shared_bytes(true), shared_memory)
+             ? launch_grad_key_value<T, typename Choice::Large, true>(params, stream)
+             : launch_grad_key_value<T, typename Choice::Small, true>(params, stream);
 }
 
 }  // namespace sharedllm

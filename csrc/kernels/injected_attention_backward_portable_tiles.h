@@ -29,11 +29,13 @@ struct KeyValueTiles {
   static constexpr int kValue = kKey + kSlots * kRowBytes;
   static constexpr int kQuery = kValue + (kValueInRegisters ? 0 : kSlots * kRowBytes);
   static constexpr int kGrad = kQuery + 2 * kRowTileBytes;
-  static constexpr int kWeights = kGrad + 2 * kRowTileBytes;
-  static constexpr int kLse = kWeights + kWeightTiles * kWeightBytes;
+  static constexpr int kLse = kGrad + 2 * kRowTileBytes;
   static constexpr int kDelta = kLse + 2 * 4 * kRows;
-  static constexpr int kPoison = kDelta + 2 * 4 * kRows;
-  static constexpr int kSharedBytes = kPoison + 4 * kSlots;
+  static constexpr int kWeights = kDelta + 2 * 4 * kRows;
+  static constexpr int kPoison = kWeights + kWeightTiles * kWeightBytes;
+  static constexpr int shared_bytes(bool grad_query) {
+    return grad_query ? kPoison + 4 * kSlots : kParts > 1 ? kPoison : kWeights;
+  }
   static_assert(!kValueInRegisters || kSlots * kRowBytes <= 4 * kRowTileBytes);
 };
 
@@ -44,11 +46,13 @@ template <>
 struct KeyValueChoice<64> {
   using Small = KeyValueTiles<64, 4, 1, 2, 64, 2, false, 2>;
   using Large = Small;
+  using Alone = Large;
 };
 template <>
 struct KeyValueChoice<96> {
   using Small = KeyValueTiles<96, 6, 1, 1, 32, 2, true>;
   using Large = KeyValueTiles<96, 8, 1, 1, 64, 4, false>;
+  using Alone = Large;
 };
 #ifndef BACKWARD_VARIANT
 #define BACKWARD_VARIANT 0
@@ -56,18 +60,20 @@ struct KeyValueChoice<96> {
 template <>
 struct KeyValueChoice<128> {
   using Small = KeyValueTiles<128, 8, 1, 1, 32, 1, true>;
-#if BACKWARD_VARIANT == 0
   using Large = KeyValueTiles<128, 4, 2, 2, 64, 2, false>;
+#if BACKWARD_VARIANT == 0
+  using Alone = Large;
 #elif BACKWARD_VARIANT == 1
-  using Large = KeyValueTiles<128, 8, 1, 1, 64, 2, false>;
+  using Alone = KeyValueTiles<128, 4, 1, 1, 64, 2, false, 2>;
 #else
-  using Large = Small;
+  using Alone = KeyValueTiles<128, 2, 2, 2, 32, 1, false, 2>;
 #endif
 };
 template <>
 struct KeyValueChoice<256> {
   using Small = KeyValueTiles<256, 2, 2, 1, 32, 1, true>;
   using Large = KeyValueTiles<256, 4, 2, 1, 32, 1, false>;
+  using Alone = Large;
 };
 
 inline bool fits(int bytes, int shared_memory) { return bytes + 1024 <= shared_memory; }
