@@ -7,6 +7,12 @@
 #include "kernels/common/hopper_backward.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
+#ifndef NORED
+#define NORED 0
+#endif
+#ifndef GIVE_EARLY
+#define GIVE_EARLY 0
+#endif
 #ifndef ROTATION
 #define ROTATION static_cast<int>(slot_tile)
 #endif
@@ -24,8 +30,8 @@ struct KeyValueGradientTile {
   static constexpr int kPanels = (kHeadSize + 63) / 64;
   // 64 slots to a warpgroup: dK and dV (2 x 64 registers a thread for 128 columns) leave room for S and dP of 64 rows.
   static constexpr int kWarpgroups = 2, kSlots = 64 * kWarpgroups;
-  // Query tiles live until dK, one step longer than the output gradients.
-  static constexpr int kQueryStages = 3, kGradOutStages = 2, kScoreBuffers = 2;
+  // The warpgroups are half a step apart: one begins with the next tile before the other is through with the last.
+  static constexpr int kQueryStages = 3, kGradOutStages = 3, kScoreBuffers = 3;
   static constexpr int kSlotPanelBytes = kSlots * 128, kSlotBytes = kPanels * kSlotPanelBytes;
   static constexpr int kQueryPanelBytes = kTileRows * 128, kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kScoreBytes = kSlots * 128;
@@ -136,16 +142,6 @@ __device__ __forceinline__ void zero_non_finite_rows(uint8_t* tile, int thread) 
   }
 }
 
-// Accumulator pairs of columns become quads: of each two neighbouring groups of 8 columns the even lane of a pair keeps
-// the first, the odd lane the second. `x` are two pairs of one row; the quad starts at column 8 * odd + lane % 4 / 2
-// * 4.
-__device__ __forceinline__ float4 exchange_pairs(float x0, float x1, float y0, float y1) {
-  const bool odd = threadIdx.x & 1;
-  const float a = __shfl_xor_sync(0xffffffffu, odd ? x0 : y0, 1);
-  const float b = __shfl_xor_sync(0xffffffffu, odd ? x1 : y1, 1);
-  return odd ? make_float4(a, b, y0, y1) : make_float4(x0, x1, a, b);
-}
-
 __device__ __forceinline__ void reduce_add(float* to, float4 x) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
@@ -220,8 +216,9 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     barrier_init(partial_tile, 1);
     barrier_init_fence();
   }
-  // a box may leave the last rows of the tiles unwritten, and the products contract over them
-  for (uint8_t* x = query_tiles + threadIdx.x * 16; x < score_tiles; x += Tile::kThreads * 16) {
+  // A box may leave the last rows of the tiles unwritten, and the products contract over them; dQ of step -1 is 0.
+  for (uint8_t* x = query_tiles + threadIdx.x * 16; x < reinterpret_cast<uint8_t*>(row_values);
+       x += Tile::kThreads * 16) {
     *reinterpret_cast<uint4*>(x) = uint4{};
   }
   async_proxy_fence();
@@ -231,8 +228,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     lower_registers<24>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp > 1) return;
-    QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits,
-                   ROTATION);
+    QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits, ROTATION);
     int stage = 0, grad_out_stage = 0;
     uint32_t phase = 1, grad_out_phase = 1, partial_phase = 0;
     QueryStep step{};
@@ -329,12 +325,11 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     named_barrier_sync(1, 128 * Tile::kWarpgroups);
     barrier_wait(slots_full + 1, 0);
 
-    int stage = 0, grad_out_stage = 0, buffer = 0;
-    uint32_t phase = 0, grad_out_phase = 0;
+    int stage = 0;
+    uint32_t phase = 0;
     barrier_wait(query_full, 0);
     if (query_steps[0].high > 0) {
       const float scale = p.forward.scale * 1.4426950408889634f;
-      // S, and dP or dQ, which never live at the same time
       float scores[kTileRows / 2], products[kTileRows / 2];
       float query_sums[Tile::kColumns / 2];
       uint32_t weights[kTileRows / 4], packed[kTileRows / 4];
@@ -359,7 +354,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         wgmma_commit();
       };
       // dQ, contracted over the slots of both warpgroups
-      const auto multiply_keys = [&]() {
+      const auto multiply_keys = [&](int buffer) {
         const uint32_t a = hidden(operand_word(score_tiles + buffer * Tile::kScoreBytes, 1024));
         const uint32_t b = operand_word(keys, Tile::kSlotPanelBytes) +
                            hidden(w) * ((kHeadSize == 64 ? 64 : Tile::kSlotPanelBytes) / 16);
@@ -413,16 +408,11 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
           for (int half = 0; half < 2; ++half) {
             const int i = 4 * j + 2 * half;
             weights[i / 2] = pack(T{}, scores[i], scores[i + 1]);
-            products[i] = scores[i] * (products[i] - x.x);
-            products[i + 1] = scores[i + 1] * (products[i + 1] - x.y);
+            packed[i / 2] = pack(T{}, scores[i] * (products[i] - x.x), scores[i + 1] * (products[i + 1] - x.y));
           }
         }
       };
-      const auto pack_scores = [&]() {
-#pragma unroll
-        for (int i = 0; i < kTileRows / 2; i += 2) packed[i / 2] = pack(T{}, products[i], products[i + 1]);
-      };
-      const auto store_scores = [&]() {
+      const auto store_scores = [&](int buffer) {
         // dS^T [slots, rows], 128 bytes to a slot
         const int r = w * 64 + warp * 16 + lane % 16;
         uint8_t* const to = score_tiles + buffer * Tile::kScoreBytes + r * 128;
@@ -432,14 +422,13 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         }
         async_proxy_fence();
       };
-      const auto add_query_sums = [&](int done_stage) {
+      // the step whose dQ is summed next
+      int sum_query = 0, sum_rows = 0;
+      const auto add_query_sums = [&]() {
         fence_registers(query_sums);
-        const QueryStep& step = query_steps[done_stage];
-        float* const base =
-            p.grad_q_float +
-            (static_cast<int64_t>(step.first_query) * p.forward.q_heads + kv_head * tiling.heads) * kHeadSize +
-            w * Tile::kColumns + lane % 2 * 8 + lane % 4 / 2 * 4;
-        const int valid = step.queries * tiling.heads;
+        float* const base = p.grad_q_float +
+                            (static_cast<int64_t>(sum_query) * p.forward.q_heads + kv_head * tiling.heads) * kHeadSize +
+                            w * Tile::kColumns + lane % 2 * 8 + lane % 4 / 2 * 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = warp * 16 + lane / 4 + 8 * half;
@@ -450,60 +439,77 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
             const float4 x = exchange_pairs(query_sums[i], query_sums[i + 1], query_sums[i + 4], query_sums[i + 5]);
             // the second half of 96 padded to 128 columns
             if (kHeadSize == 96 && w * Tile::kColumns + 8 * j >= kHeadSize) continue;
-            if (r < valid) reduce_add(to + 8 * j, x);
+            if (r < sum_rows && !NORED) reduce_add(to + 8 * j, x);
           }
         }
       };
 
+      // The products of one warpgroup run while the other takes its exponentials.
+      const auto take_turn = [&]() { named_barrier_sync(2 + w, 256); };
+      const auto give_turn = [&]() { named_barrier_arrive(3 - w, 256); };
+      if (w == 1) give_turn();
+
+      take_turn();
       multiply_rows(keys, query_tiles, scores);
       barrier_wait(grad_out_full, 0);
       multiply_rows(values, grad_out_tiles, products);
+      give_turn();
       wgmma_wait<1>();
       weigh();
       wgmma_wait<0>();
       differentiate();
-      pack_scores();
+      store_scores(0);
+      int buffer = 0, last_buffer = Tile::kScoreBuffers - 1;
       while (true) {
-        const int done_stage = stage, done_grad_out_stage = grad_out_stage;
+        const int done_stage = stage;
+        const int next_query = query_steps[stage].first_query, next_rows = query_steps[stage].queries * tiling.heads;
         if (++stage == Tile::kQueryStages) stage = 0, phase ^= 1;
-        if (++grad_out_stage == Tile::kGradOutStages) grad_out_stage = 0, grad_out_phase ^= 1;
         barrier_wait(query_full + stage, phase);
         if (query_steps[stage].high == 0) break;
 
-        accumulate(weights, grad_out_tile(done_grad_out_stage), value_sums);
-        store_scores();
-        named_barrier_sync(1, 128 * Tile::kWarpgroups);
-        multiply_keys();
-        buffer ^= 1;
-        // dV is there, and its operand's registers are free
-        wgmma_wait<1>();
-        if (lane == 0) barrier_arrive(grad_out_empty + done_grad_out_stage);
-        multiply_rows(keys, query_tile(stage), scores);
-        wgmma_wait<1>();
-        add_query_sums(done_stage);
-        barrier_wait(grad_out_full + grad_out_stage, grad_out_phase);
-        multiply_rows(values, grad_out_tile(grad_out_stage), products);
-        // behind dP, so that the tensor cores are busy while the exponentials are taken
+        barrier_wait(grad_out_full + stage, phase);
+        // With the turn comes the other warpgroup's dS of the last step.
+        take_turn();
+        multiply_keys(last_buffer);
+        accumulate(weights, grad_out_tile(done_stage), value_sums);
         accumulate(packed, query_tile(done_stage), key_sums);
         wgmma_wait<2>();
-        weigh();
+        add_query_sums();
+        sum_query = next_query, sum_rows = next_rows;
+        // one product in flight behind each wait, and the registers of the finished one's operand free
         wgmma_wait<1>();
-        differentiate();
-        // dK reads the last dS from the registers that take the new one
-        wgmma_wait<0>();
-        pack_scores();
+        multiply_rows(keys, query_tile(stage), scores);
+        wgmma_wait<1>();
+        if (GIVE_EARLY) give_turn();
+        multiply_rows(values, grad_out_tile(stage), products);
+        if (!GIVE_EARLY) give_turn();
         __syncwarp();
-        if (lane == 0) barrier_arrive(query_empty + done_stage);
+        if (lane == 0) {
+          barrier_arrive(query_empty + done_stage);
+          barrier_arrive(grad_out_empty + done_stage);
+        }
+        wgmma_wait<1>();
+        weigh();
+        wgmma_wait<0>();
+        differentiate();
+        last_buffer = buffer;
+        if (++buffer == Tile::kScoreBuffers) buffer = 0;
+        store_scores(buffer);
       }
+
       const int done_stage = stage == 0 ? Tile::kQueryStages - 1 : stage - 1;
-      const int done_grad_out_stage = grad_out_stage == 0 ? Tile::kGradOutStages - 1 : grad_out_stage - 1;
-      accumulate(weights, grad_out_tile(done_grad_out_stage), value_sums);
-      store_scores();
-      named_barrier_sync(1, 128 * Tile::kWarpgroups);
-      multiply_keys();
+      take_turn();
+      multiply_keys(last_buffer);
+      accumulate(weights, grad_out_tile(done_stage), value_sums);
       accumulate(packed, query_tile(done_stage), key_sums);
+      if (w == 0) give_turn();
+      wgmma_wait<2>();
+      add_query_sums();
+      sum_query = query_steps[done_stage].first_query, sum_rows = query_steps[done_stage].queries * tiling.heads;
+      named_barrier_sync(1, 256);
+      multiply_keys(buffer);
       wgmma_wait<0>();
-      add_query_sums(done_stage);
+      add_query_sums();
       fence_registers(key_sums);
       fence_registers(value_sums);
     }

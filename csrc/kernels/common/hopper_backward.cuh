@@ -127,6 +127,16 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Accumulator pairs of columns become quads: of each two neighbouring groups of 8 columns the even lane of a pair keeps
+// the first, the odd lane the second. `x` are two pairs of one row; the quad starts at column 8 * odd + lane % 4 / 2
+// * 4.
+__device__ __forceinline__ float4 exchange_pairs(float x0, float x1, float y0, float y1) {
+  const bool odd = threadIdx.x & 1;
+  const float a = __shfl_xor_sync(0xffffffffu, odd ? x0 : y0, 1);
+  const float b = __shfl_xor_sync(0xffffffffu, odd ? x1 : y1, 1);
+  return odd ? make_float4(a, b, y0, y1) : make_float4(x0, x1, a, b);
+}
+
 // Sets rows [first, end) of a tile of 128-byte panels to zero; every lane of one warp takes part. The swizzle permutes
 // only inside a row of 128 bytes.
 __device__ __forceinline__ void zero_rows(uint8_t* tile, int panels, int panel_bytes, int first, int end) {
