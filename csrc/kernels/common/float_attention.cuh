@@ -120,7 +120,7 @@ __device__ __forceinline__ void load_kept(float* to, const Source& source, int v
 template <class Source>
 __device__ __forceinline__ void load_tile(float* to, const Source& source, int valid, int first, int head_size) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 8
+#pragma unroll 4
   for (int r = threadIdx.x / 32; r < kTile; r += kThreads / 32) {
     const auto* const vector = source.row(r < valid ? r : 0);
 #pragma unroll
