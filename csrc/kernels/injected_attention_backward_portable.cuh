@@ -21,11 +21,16 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 // ---- products on tiles ----
 
-// sum [16 kM, 16 kN] = a b^T over kColumns: rows of both tiles are vectors. a is the tile's address + lane_base, b that
-// + pair_lane_base.
-template <class T, int kColumns, int kM, int kN>
+struct Nothing {
+  __device__ __forceinline__ void operator()(int, int) const {}
+};
+
+// sum [16 kM, 16 kN] += a b^T over kColumns: rows of both tiles are vectors. a is the tile's address + lane_base, b
+// that
+// + pair_lane_base. meanwhile(i, n) is called n times with work for the other units while the tensor cores are busy.
+template <class T, int kColumns, int kM, int kN, class Function = Nothing>
 __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], uint32_t a, int a_block, uint32_t b,
-                                              int b_block) {
+                                              int b_block, const Function& meanwhile = Function()) {
   using Tile = SwizzledTile<kColumns>;
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k) {
@@ -42,13 +47,14 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], uint3
         multiply_add<T>(sum[m][2 * n + 1], left[m], right[2], right[3]);
       }
     }
+    meanwhile(k, kColumns / 16);
   }
 }
 
 // The same with a in registers.
-template <class T, int kColumns, int kM, int kN>
+template <class T, int kColumns, int kM, int kN, class Function = Nothing>
 __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], const uint32_t (&a)[kM][kColumns / 16][4],
-                                              uint32_t b, int b_block) {
+                                              uint32_t b, int b_block, const Function& meanwhile = Function()) {
   using Tile = SwizzledTile<kColumns>;
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k) {
@@ -62,14 +68,16 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], const
         multiply_add<T>(sum[m][2 * n + 1], a[m][k], right[2], right[3]);
       }
     }
+    meanwhile(k, kColumns / 16);
   }
 }
 
 // sum [16 kM, 16 kN] += a [16 kM, 16 kK] times rows of the tile b from block b_row on, its columns from block b_column
 // on; b is the tile's address + lane_base.
-template <class T, int kColumns, int kM, int kN, int kK>
+template <class T, int kColumns, int kM, int kN, int kK, class Function = Nothing>
 __device__ __forceinline__ void multiply_columns(float (&sum)[kM][2 * kN][4], const uint32_t (&a)[kM][kK][4],
-                                                 uint32_t b, int b_row, int b_column) {
+                                                 uint32_t b, int b_row, int b_column,
+                                                 const Function& meanwhile = Function()) {
   using Tile = SwizzledTile<kColumns>;
 #pragma unroll
   for (int k = 0; k < kK; ++k) {
@@ -83,6 +91,7 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[kM][2 * kN][4], co
         multiply_add<T>(sum[m][2 * n + 1], a[m][k], right[2], right[3]);
       }
     }
+    meanwhile(k, kK);
   }
 }
 
@@ -362,16 +371,22 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
     fill(scores, 0.0f);
     multiply_rows<T, kHeadSize, kM, kN>(scores, q_tile + lane_base, warp * kM, k_tile + pair_base, 0);
     fill(grads, 0.0f);
-    multiply_rows<T, kHeadSize, kM, kN>(grads, grad_tile + lane_base, warp * kM, v_tile + pair_base, 0);
+    multiply_rows<T, kHeadSize, kM, kN>(
+        grads, grad_tile + lane_base, warp * kM, v_tile + pair_base, 0, [&](int part, int parts) {
+#pragma unroll
+          for (int i = 0; i < kM * 2 * kN; ++i) {
+            if (i * parts / (kM * 2 * kN) != part) continue;
+            const int m = i / (2 * kN), n = i % (2 * kN);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) scores[m][n][j] = exp2_fast(fmaf(scores[m][n][j], scale_log2, -lse[m][j / 2]));
+          }
+        });
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int n = 0; n < 2 * kN; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float weight = exp2_fast(fmaf(scores[m][n][i], scale_log2, -lse[m][i / 2]));
-          scores[m][n][i] = weight * (grads[m][n][i] - delta[m][i / 2]);
-        }
+        for (int i = 0; i < 4; ++i) scores[m][n][i] *= grads[m][n][i] - delta[m][i / 2];
       }
     }
     if (step + 1 == steps) {
@@ -523,12 +538,29 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
   }
 }
 
-__device__ __forceinline__ void add_pair(float* to, float x, float y) {
+// Adds a lane's columns 2 t, 2 t + 1 (t = lane % 4) of two neighbouring products [8 rows, 8 columns] to the row at
+// `to`, whose 16 columns these are. Every line of memory that an instruction touches costs a cycle, so lanes exchange
+// halves to add 16 bytes each where the device can.
+__device__ __forceinline__ void add_columns(float* to, bool valid, float left0, float left1, float right0,
+                                            float right1) {
+  const int t = threadIdx.x % 4;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+  const bool odd = t % 2;
+  const float other0 = __shfl_xor_sync(kFullWarp, odd ? left0 : right0, 1);
+  const float other1 = __shfl_xor_sync(kFullWarp, odd ? left1 : right1, 1);
+  if (valid) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + (odd ? 8 : 0) + t / 2 * 4),
+                 "f"(odd ? other0 : left0), "f"(odd ? other1 : left1), "f"(odd ? right0 : other0),
+                 "f"(odd ? right1 : other1)
+                 : "memory");
+  }
 #else
-  atomicAdd(to, x);
-  atomicAdd(to + 1, y);
+  if (valid) {
+    atomicAdd(to + 2 * t, left0);
+    atomicAdd(to + 2 * t + 1, left1);
+    atomicAdd(to + 8 + 2 * t, right0);
+    atomicAdd(to + 8 + 2 * t + 1, right1);
+  }
 #endif
 }
 
@@ -583,6 +615,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
 
   const uint32_t lane_base = Tile::lane_base(lane), pair_base = Tile::pair_lane_base(lane);
   float* const poison = reinterpret_cast<float*>(shared + Tiles::kPoison);
+  bool poisoned = false;
   if constexpr (kGradQuery) {
     // Batch rows that do not own a slot multiply its key by 0 for grad_q. A key that is not finite is replaced by 0,
     // and makes the weights NaN for the rows that own it.
@@ -599,6 +632,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         }
       }
       poison[i] = finite ? 0.0f : __int_as_float(0x7fc00000);
+      poisoned = poisoned || !finite;
       if (!finite) {
         for (int j = 0; j < Tile::kChunks; ++j) row[j] = make_uint4(0, 0, 0, 0);
       }
@@ -614,7 +648,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       }
     }
   }
-  __syncthreads();
+  poisoned = __syncthreads_or(poisoned);
 
   PackedRows rows;
   rows.set_group(f.q_heads / f.kv_heads, f.q_heads);
@@ -661,16 +695,18 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
 #ifdef NORED
     if (sum[0][0][0] != 12345.0f) return;
 #endif
-    float* const to = p.grad_q_float + rows.first * kHeadSize + column_block * 16 + lane % 4 * 2;
+    float* const to = p.grad_q_float + rows.first * kHeadSize + column_block * 16;
 #pragma unroll
     for (int m = 0; m < kQueryM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = (row_block + m) * 16 + half * 8 + lane / 4;
-        if (row < rows.count) {
-          float* const vector = to + static_cast<int64_t>(rows.vector(row)) * kHeadSize;
+        float* const vector = to + rows.vector(row) * kHeadSize;
 #pragma unroll
-          for (int n = 0; n < 2 * kQueryN; ++n) add_pair(vector + n * 8, sum[m][n][2 * half], sum[m][n][2 * half + 1]);
+        for (int n = 0; n < kQueryN; ++n) {
+          const float (&left)[4] = sum[m][2 * n], (&right)[4] = sum[m][2 * n + 1];
+          add_columns(vector + n * 16, row < rows.count, left[2 * half], left[2 * half + 1], right[2 * half],
+                      right[2 * half + 1]);
         }
       }
     }
@@ -697,15 +733,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       if (i > 0) add_grad_query(i - 1, base + Tiles::kWeights + (stage ^ 1) * Tiles::kWeightBytes);
     }
 
-    // called behind some products, so that the tensor cores work meanwhile
-    const auto load_next = [&]() {
-      if (steps[(i + 1) & 3].count > 0) load_step(i + 1);
-      commit_copies();
-      if (warp == 0) {
-        advance<kRows, kStaggered>(f, &walk, &steps[(i + 2) & 3], slot_tile, slot_tiles, slot, slots, head,
-                                   p.kv_splits);
-      }
-    };
+    if (steps[(i + 1) & 3].count > 0) load_step(i + 1);
+    commit_copies();
+    if (warp == 0) {
+      advance<kRows, kStaggered>(f, &walk, &steps[(i + 2) & 3], slot_tile, slot_tiles, slot, slots, head, p.kv_splits);
+    }
     const int slot_begin = steps[i & 3].slot_begin, slot_end = steps[i & 3].slot_end;
     const bool masked = slot_begin > 0 || slot_end < kSlots;
     const float* const lse_row = reinterpret_cast<const float*>(shared + Tiles::kLse) + stage * kRows;
@@ -717,8 +749,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       fill(weights, 0.0f);
       multiply_rows<T, kHeadSize, kM, kChunk>(weights, base + Tiles::kKey + lane_base, slot_warp * kM,
                                               q_tile + pair_base, row_block);
-      if (kParts == 1 && chunk == 0) load_next();
-      if constexpr (kGradQuery) {
+      if (kGradQuery && poisoned) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -729,17 +760,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
               weights[m][n][2 * half] += add;
               weights[m][n][2 * half + 1] += add;
             }
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < 2 * kChunk; ++n) {
-        const float2 lse = *reinterpret_cast<const float2*>(lse_row + row_block * 16 + n * 8 + lane % 4 * 2);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            weights[m][n][j] = exp2_fast(fmaf(weights[m][n][j], scale_log2, j % 2 ? -lse.y : -lse.x));
           }
         }
       }
@@ -758,7 +778,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
           }
         }
       };
-      if (masked) mask(weights);
       uint32_t operand[kM][kChunk][4];
       const auto store = [&](uint32_t tile) {
 #pragma unroll
@@ -775,30 +794,51 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
           }
         }
       };
-      pack_operands<T, kM, kChunk>(operand, weights);
-      if constexpr (kParts == 1) {
-        multiply_columns<T, kHeadSize, kM, kN, kChunk>(grad_v, operand, grad_tile + lane_base, row_block, 0);
-      } else {
-        store(weight_tile);
-      }
 
       float grads[kM][2 * kChunk][4];
       fill(grads, 0.0f);
+      const auto make_weights = [&](int of, int parts) {
+#pragma unroll
+        for (int n = 0; n < 2 * kChunk; ++n) {
+          if (n * parts / (2 * kChunk) != of) continue;
+          const float2 lse = *reinterpret_cast<const float2*>(lse_row + row_block * 16 + n * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              weights[m][n][j] = exp2_fast(fmaf(weights[m][n][j], scale_log2, j % 2 ? -lse.y : -lse.x));
+            }
+          }
+        }
+      };
+      const auto make_grads = [&](int of, int parts) {
+#pragma unroll
+        for (int n = 0; n < 2 * kChunk; ++n) {
+          if (n * parts / (2 * kChunk) != of) continue;
+          const float2 delta = *reinterpret_cast<const float2*>(delta_row + row_block * 16 + n * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              grads[m][n][j] = weights[m][n][j] * (grads[m][n][j] - (j % 2 ? delta.y : delta.x));
+            }
+          }
+        }
+      };
       if constexpr (Tiles::kValueInRegisters) {
-        multiply_rows<T, kHeadSize, kM, kChunk>(grads, value, grad_tile + pair_base, row_block);
+        multiply_rows<T, kHeadSize, kM, kChunk>(grads, value, grad_tile + pair_base, row_block, make_weights);
       } else {
         multiply_rows<T, kHeadSize, kM, kChunk>(grads, base + Tiles::kValue + lane_base, slot_warp * kM,
-                                                grad_tile + pair_base, row_block);
+                                                grad_tile + pair_base, row_block, make_weights);
       }
-#pragma unroll
-      for (int n = 0; n < 2 * kChunk; ++n) {
-        const float2 delta = *reinterpret_cast<const float2*>(delta_row + row_block * 16 + n * 8 + lane % 4 * 2);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            grads[m][n][j] = weights[m][n][j] * (grads[m][n][j] - (j % 2 ? delta.y : delta.x));
-        }
+      if (masked) mask(weights);
+      pack_operands<T, kM, kChunk>(operand, weights);
+      if constexpr (kParts == 1) {
+        multiply_columns<T, kHeadSize, kM, kN, kChunk>(grad_v, operand, grad_tile + lane_base, row_block, 0,
+                                                       make_grads);
+      } else {
+        store(weight_tile);
+        make_grads(0, 1);
       }
       if (masked) mask(grads);
       pack_operands<T, kM, kChunk>(operand, grads);
@@ -821,7 +861,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
         }
       };
       add_rows(grad_v, weight_tile, grad_tile + lane_base);
-      load_next();
       add_rows(grad_k, grad_weight_tile, q_tile + lane_base);
       if constexpr (kGradQuery) add_grad_query(i, grad_weight_tile);
     }

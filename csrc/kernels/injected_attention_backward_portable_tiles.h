@@ -42,9 +42,16 @@ struct KeyValueTiles {
 // Chosen by what shared memory a block may have. kSmall fits 99 KiB.
 template <int kHeadSize>
 struct KeyValueChoice;
+#ifndef BACKWARD_VARIANT
+#define BACKWARD_VARIANT 0
+#endif
 template <>
 struct KeyValueChoice<64> {
+#if BACKWARD_VARIANT == 2
+  using Small = KeyValueTiles<64, 8, 1, 1, 64, 2, false>;
+#else
   using Small = KeyValueTiles<64, 4, 1, 2, 64, 2, false, 2>;
+#endif
   using Large = Small;
   using Alone = Large;
 };
@@ -60,14 +67,14 @@ struct KeyValueChoice<96> {
 template <>
 struct KeyValueChoice<128> {
   using Small = KeyValueTiles<128, 8, 1, 1, 32, 1, true>;
-  using Large = KeyValueTiles<128, 4, 2, 2, 64, 2, false>;
-#if BACKWARD_VARIANT == 0
-  using Alone = Large;
-#elif BACKWARD_VARIANT == 1
-  using Alone = KeyValueTiles<128, 4, 1, 1, 64, 2, false, 2>;
+#if BACKWARD_VARIANT == 1
+  using Large = KeyValueTiles<128, 8, 1, 1, 64, 2, false>;
+#elif BACKWARD_VARIANT == 2
+  using Large = Small;
 #else
-  using Alone = KeyValueTiles<128, 2, 2, 2, 32, 1, false, 2>;
+  using Large = KeyValueTiles<128, 4, 2, 2, 64, 2, false>;
 #endif
+  using Alone = Large;
 };
 template <>
 struct KeyValueChoice<256> {
