@@ -15,6 +15,8 @@ from sharedllm_ext.ops.context_tree import (
     split_offsets,
 )
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
 
 def chunk_spans(lengths: list[int]) -> Tensor:
     """``[n, 2]`` spans of chunks that lie one after the other."""
@@ -179,6 +181,21 @@ def test_chunks_in_any_order(device: torch.device) -> None:
     assert keep_index[0] == 14
 
 
+@pytest.mark.parametrize("chunks", [50, 3000])
+def test_many_chunks_in_any_order(chunks: int, device: torch.device, generator: torch.Generator) -> None:
+    lengths = torch.randint(0, 30, (chunks,), generator=generator).tolist()
+    nodes = grow(chunk_spans(lengths).to(device), depth=2, std=1.0, generator=generator)
+    lay_out(nodes[torch.randperm(chunks, generator=generator).to(device)], 4, spare=3)
+
+
+def test_empty_chunks_anywhere(device: torch.device) -> None:
+    # chunks without tokens that say they start at 0, between others
+    nodes = grow(chunk_spans([20, 7, 3, 11, 1]).to(device), depth=2)
+    empty = torch.zeros_like(nodes[:1])
+    _, cu_nodes, _, _, cu_slots = lay_out(torch.cat((nodes[:2], empty, nodes[2:], empty)), 4)
+    assert cu_nodes[6] == 0 and cu_slots[3] == cu_slots[2]
+
+
 def test_long_chunk_crosses_thread_parts(device: torch.device) -> None:
     lay_out(grow(chunk_spans([100003, 1]).to(device), depth=3), 32)
 
@@ -228,7 +245,7 @@ def test_plain_path_never_asks_the_host() -> None:
         assert [x.shape[0] for x in layout] == [100, 13, 48, 48, 7]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@NEEDS_CUDA
 def test_cuda_never_waits() -> None:
     spans = chunk_spans([10, 3, 0, 8]).cuda()
     offset, choice = torch.ones(4, device="cuda"), torch.tensor([0, 1, 0, 1], device="cuda")
@@ -238,6 +255,72 @@ def test_cuda_never_waits() -> None:
         context_tree_layout(torch.stack((picked, retained), 1), choice, 4, 21, 32)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("chunks", [7, 2000])
+def test_cuda_side_stream_and_graph(chunks: int, generator: torch.Generator) -> None:
+    lengths = torch.randint(1, 50, (chunks,), generator=generator)
+    spans, total = chunk_spans(lengths.tolist()).cuda(), int(lengths.sum())
+    chunk_index = torch.arange(chunks, device="cuda")
+    choice = torch.randint(0, 2, (chunks,), generator=generator).cuda()
+
+    def tree() -> tuple[Tensor, ...]:
+        picked, retained = context_tree_select(context_tree_split(spans), choice)
+        nodes = torch.cat((retained.unsqueeze(1), context_tree_split(picked)), 1)
+        return context_tree_layout(nodes, chunk_index, 4, total, 12 * chunks)
+
+    want = tree()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = tree()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = tree()
+    choice.mul_(-1).add_(1)
+    for x in captured:
+        x.fill_(-5)
+    for _ in range(2):
+        graph.replay()
+    want = tree()
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("chunks", [5, 700, 3000])
+def test_cuda_survives_any_nodes(chunks: int, generator: torch.Generator) -> None:
+    nodes = torch.randint(-(2**40), 2**40, (chunks, 4, 2), generator=generator).cuda()
+    outputs = context_tree_layout(nodes, torch.arange(chunks, device="cuda"), 8, 5000, 3000)
+    # all of it written: what is not holds the largest number
+    assert all((x < 2**62).all() for x in outputs)
+
+
+@NEEDS_CUDA
+def test_cuda_offsets_out_of_range() -> None:
+    spans = chunk_spans([5, 5, 5, 5, 1, 0]).cuda()
+    offset = torch.tensor([math.nan, math.inf, -math.inf, 1e300, math.nan, math.nan], dtype=torch.float64).cuda()
+    assert context_tree_split(spans, offset)[:, 0, 1].tolist() == [1, 1, 4, 1, 0, 0]
+
+
+@NEEDS_CUDA
+def test_cuda_more_than_2_31_tokens() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 40e9:
+        pytest.skip(f"needs 40 GB of free GPU memory, got {free / 1e9:.0f}")
+    half, total = 2**30, 2**31 + 5
+    nodes = torch.tensor([[[half, total - half], [0, half]]], device="cuda")
+    positions, cu_nodes, keep_index, keep_position, _ = context_tree_layout(
+        nodes, torch.tensor([2], device="cuda"), 4, total, 9
+    )
+    assert cu_nodes.tolist() == [0, half, total]
+    assert positions[[0, half - 1, half, total - 1]].tolist() == [0, half - 1, 0, total - half - 1]
+    kept = [j * (total - half) // 4 for j in range(4)]
+    assert keep_index.tolist() == [*(half + x for x in kept), *(j * half // 4 for j in range(4)), -1]
+    assert keep_position.tolist() == [*(2 + x for x in kept), *(2 + j * half // 4 for j in range(4)), 0]
 
 
 INTS = torch.zeros(3, 2, dtype=torch.int64)
