@@ -89,12 +89,26 @@ __global__ void __launch_bounds__(kDivideThreads) node_vectors_divide(const __gr
   if (threadIdx.x == 0) w.first_tile[leaves] = before;
 }
 
-constexpr int kMergeWarps = 16;
+constexpr int kMergeWarps = 8;
+
+// kWidth neighbouring elements.
+template <int kWidth>
+struct Elements {
+  float x[kWidth];
+};
+template <>
+struct __align__(16) Elements<4> {
+  float x[4];
+};
 
 // A block merges, for one worker's unfinished node of one level, the heads that share one key/value head, several at a
-// time: partial results lie in memory, so what counts is how many loads are under way.
-template <class T>
-__global__ void __launch_bounds__(32 * kMergeWarps) node_vectors_merge(const __grid_constant__ NodeVectorsParams p) {
+// time. Most blocks have little or nothing to do, so they are small: many are resident at once. A lane holds kCount
+// times kWidth elements of a row.
+template <class T, int kWidth, int kCount>
+__global__ void __launch_bounds__(32 * kMergeWarps, kCount* kWidth > 4 ? 2 : 6)
+    node_vectors_merge(const __grid_constant__ NodeVectorsParams p) {
+  using Vector = Elements<kWidth>;
+  constexpr int kTogether = kCount * kWidth > 4 ? 2 : 4;  // parts whose loads are under way at a time
   __shared__ float warp_sums[kMergeWarps][kNodeVectorsMaxSize];
   __shared__ float warp_totals[kMergeWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, levels = num_levels(p);
@@ -111,50 +125,62 @@ __global__ void __launch_bounds__(32 * kMergeWarps) node_vectors_merge(const __g
   for (int first = 0; first < group; first += together) {
     const int own = warp / share, head = kv_head * group + first + own;
     const bool wanted = own < together && first + own < group;
-    const auto row_of = [&](int part) { return partial_row(p, worker + part, part == 0 ? 1 : 0, level, head); };
-    float top = -INFINITY, total = 0.0f, sums[kNodeVectorsMaxSize / 32] = {};
+    float top = -INFINITY, total = 0.0f, sums[kCount][kWidth] = {};
     if (wanted) {
+      // part 0 is what the worker left, the others what the next workers began with
+      const int64_t row = partial_row(p, worker, 0, level, head), step = partial_row(p, 1, 0, 0, 0);
+      const int64_t first_row = partial_row(p, worker, 1, level, head);
+      const auto row_of = [&](int part) { return part == 0 ? first_row : row + part * step; };
       for (int part = lane; part < parts; part += 32) top = fmaxf(top, w.stats[row_of(part)].x);
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, offset));
       if (top == -INFINITY) top = 0.0f;
-      constexpr int kTogether = 4;
       for (int part = warp % share; part < parts; part += kTogether * share) {
         float2 stats[kTogether];
-        float x[kTogether][kNodeVectorsMaxSize / 32];
+        Vector x[kTogether][kCount];
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-          const int64_t row = row_of(min(part + j * share, parts - 1));
-          stats[j] = w.stats[row];
+          const int64_t from = row_of(min(part + j * share, parts - 1));
+          stats[j] = w.stats[from];
 #pragma unroll
-          for (int i = 0; i < kNodeVectorsMaxSize / 32; ++i) {
-            x[j][i] = lane + 32 * i < p.head_size ? w.sums[row * p.head_size + lane + 32 * i] : 0.0f;
+          for (int i = 0; i < kCount; ++i) {
+            const int d = (lane + 32 * i) * kWidth;
+            x[j][i] = d < p.head_size ? *reinterpret_cast<const Vector*>(w.sums + from * p.head_size + d) : Vector{};
           }
         }
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-          if (part + j * share >= parts) break;
-          const float factor = exp2f(stats[j].x - top);
+          const float factor = part + j * share < parts ? exp2f(stats[j].x - top) : 0.0f;
           total += stats[j].y * factor;
 #pragma unroll
-          for (int i = 0; i < kNodeVectorsMaxSize / 32; ++i) sums[i] = fmaf(x[j][i], factor, sums[i]);
+          for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+            for (int e = 0; e < kWidth; ++e) sums[i][e] = fmaf(x[j][i].x[e], factor, sums[i][e]);
+          }
         }
       }
     }
     if (lane == 0) warp_totals[warp] = total;
 #pragma unroll
-    for (int i = 0; i < kNodeVectorsMaxSize / 32; ++i) warp_sums[warp][lane + 32 * i] = sums[i];
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        const int d = (lane + 32 * i) * kWidth + e;
+        if (d < p.head_size) warp_sums[warp][d] = sums[i][e];
+      }
+    }
     __syncthreads();
     const int heads = min(together, group - first);
-    for (int i = threadIdx.x; i < heads * p.head_size; i += 32 * kMergeWarps) {
-      const int chosen = i / p.head_size, d = i % p.head_size;
-      float weight = 0.0f, sum = 0.0f;
-      for (int j = chosen * share; j < (chosen + 1) * share; ++j) {
-        weight += warp_totals[j];
-        sum += warp_sums[j][d];
+    for (int i = warp; i < heads; i += kMergeWarps) {
+      float weight = 0.0f;
+      for (int j = i * share; j < (i + 1) * share; ++j) weight += warp_totals[j];
+      const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+      const int64_t row = record.node * p.q_heads + kv_head * group + first + i;
+      for (int d = lane; d < p.head_size; d += 32) {
+        float sum = 0.0f;
+        for (int j = i * share; j < (i + 1) * share; ++j) sum += warp_sums[j][d];
+        store(static_cast<T*>(p.out) + row * p.head_size + d, sum * inverse);
       }
-      const int64_t row = record.node * p.q_heads + kv_head * group + first + chosen;
-      store(static_cast<T*>(p.out) + row * p.head_size + d, weight == 0.0f ? 0.0f : sum / weight);
     }
     __syncthreads();
   }
@@ -398,8 +424,11 @@ cudaError_t choose_tensor(const NodeVectorsParams& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_merge(const NodeVectorsParams& p, cudaStream_t stream) {
-  return launch_after(node_vectors_merge<T>, (p.workers - 1) * num_levels(p) * p.kv_heads, 32 * kMergeWarps, 0,
-                      p.overlap, p, stream);
+  const auto kernel = p.head_size % 4 != 0 ? node_vectors_merge<T, 1, kNodeVectorsMaxSize / 32>
+                      : p.head_size <= 128 ? node_vectors_merge<T, 4, 1>
+                                           : node_vectors_merge<T, 4, 2>;
+  const int64_t blocks = (p.workers - 1) * num_levels(p) * p.kv_heads;
+  return launch_after(kernel, blocks, 32 * kMergeWarps, 0, p.overlap, p, stream);
 }
 
 // Bytes of shared memory, 0 for a head size that the tensor cores' kernel does not take.
@@ -435,7 +464,7 @@ bool tensor_cores_fit(const NodeVectorsParams& p) {
 cudaError_t plan_node_vectors(NodeVectorsParams* params) {
   using namespace node_vectors;
   NodeVectorsParams& p = *params;
-  int device = 0, multiprocessors = 0, shared_bytes = 0, major = 0;
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
@@ -443,9 +472,8 @@ cudaError_t plan_node_vectors(NodeVectorsParams* params) {
   };
   ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  if (status == cudaSuccess) status = can_overlap(device, &p.overlap);
   if (status != cudaSuccess) return status;
-  p.overlap = major >= 9;
 
   const int rows = num_levels(p) * (p.q_heads / p.kv_heads);
   p.tensor_tiles = 0;

@@ -9,6 +9,8 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/common/mma.cuh"
+#include "kernels/common/overlap.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/node_vectors.h"
@@ -17,6 +19,8 @@ namespace sharedllm {
 namespace node_vectors {
 
 constexpr int kTile = 16;
+// Windows of keys after which the queries are rotated from the tables again: rounding adds up until then.
+constexpr int kMaxWindows = 16;
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Leaf {
@@ -161,60 +165,14 @@ __device__ __forceinline__ void pair_offsets(int pair, int half, int width, int*
   *high = rotated ? pair + half : *low + width;
 }
 
-// A kernel launched with overlap may start before the one before it ends, and sees its results from here on.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
 __device__ __forceinline__ void store(__half* to, float x) { *to = __float2half(x); }
 
 // ---- tensor cores ----
 
-template <class T>
-struct Narrow;
-
-template <>
-struct Narrow<__nv_bfloat16> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&x);
-  }
-  static __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-template <>
-struct Narrow<__half> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __half2 x = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&x);
-  }
-  static __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
 __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -229,40 +187,8 @@ __device__ __forceinline__ void split_tf32(float x, uint32_t* high, uint32_t* lo
 // Transposes an 8x8 matrix of 16-bit elements, a row to four lanes.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
   uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared)
-               : "memory");
-}
-
-// 16 bytes, or zeros: what lies behind a leaf may be NaN, and 0 * NaN is NaN.
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
-  uint2 x;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
-  return x;
-}
-__device__ __forceinline__ float4 load_shared_16(uint32_t address) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
 }
 
 template <int D>
@@ -278,7 +204,8 @@ struct Tiling {
   static constexpr int kPitchK = kPermuted ? 2 * D : 2 * D + 32, kPitchV = kPermuted ? 2 * D : 2 * D + 16;
   static constexpr int kPitchTable = 4 * D;
   static constexpr int kStageBytes = kTile * (kPitchK + kPitchV);
-  static constexpr int kTableBytes = kWindow * kPitchTable;
+  // the last row holds the angles of one window
+  static constexpr int kTableBytes = (kWindow + 1) * kPitchTable;
 
   static __host__ __device__ constexpr int shared_bytes(int warps, int stages) {
     return kTableBytes + warps * stages * kStageBytes;
@@ -306,14 +233,20 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
   Workspace w;
   divide_workspace(p, &w);
 
-  const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t shared_base = shared_offset(shared);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < Shape::kWindow * (D / 8); i += blockDim.x) {
+  for (int i = threadIdx.x; i < (Shape::kWindow + 1) * (D / 8); i += blockDim.x) {
     const int position = i / (D / 8), pair = i % (D / 8) * 4;
     float4 c = make_float4(1, 1, 1, 1), s = make_float4(0, 0, 0, 0);
     if (pair < p.rotary_half && position < p.num_positions) {
       c = __ldg(reinterpret_cast<const float4*>(p.cos + static_cast<int64_t>(position) * p.rotary_half + pair));
       s = __ldg(reinterpret_cast<const float4*>(p.sin + static_cast<int64_t>(position) * p.rotary_half + pair));
+      if (position == Shape::kWindow) {
+        // tables may hold a common factor, which position 0 shows; turning the queries must not apply it again
+        const float4 one = __ldg(reinterpret_cast<const float4*>(p.cos + pair));
+        c = make_float4(c.x / one.x, c.y / one.y, c.z / one.z, c.w / one.w);
+        s = make_float4(s.x / one.x, s.y / one.y, s.z / one.z, s.w / one.w);
+      }
     }
     *reinterpret_cast<float4*>(shared + Shape::offset_table(position, 4 * pair)) = c;
     *reinterpret_cast<float4*>(shared + Shape::offset_table(position, 4 * pair + 2 * D)) = s;
@@ -333,27 +266,36 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
   const int kv_head = unit % p.kv_heads, first_row = unit / p.kv_heads * (8 * kColumns);
   const int group = p.q_heads / p.kv_heads, rows = num_levels(p) * group;
 
-  const uint32_t stages = table + Shape::kTableBytes + warp * p.stages * Shape::kStageBytes;
+  const uint32_t stages = Shape::kTableBytes + warp * p.stages * Shape::kStageBytes;
   const T* const k = static_cast<const T*>(p.k) + kv_head * p.k_stride[1];
   const T* const v = static_cast<const T*>(p.v) + kv_head * p.v_stride[1];
 
-  const auto copy_tile = [&](const Cursor& at, int stage) {
+  const auto copy_tile = [&](const Cursor& from, int stage) {
     constexpr int kVectors = D / 8;  // of a row
-    const uint32_t to = stages + stage * Shape::kStageBytes;
-    const T* const from_k = k + (at.start + at.done) * p.k_stride[0];
-    const T* const from_v = v + (at.start + at.done) * p.v_stride[0];
-    const int count = at.count();
+    const uint32_t to = shared_base + stages + stage * Shape::kStageBytes;
+    const int64_t token = from.start + from.done;
+    const int count = from.count();
+    const auto copy = [&](const T* x, int64_t stride, uint32_t x_to, auto offset) {
+      if constexpr (32 % kVectors == 0) {
+        // a lane's vectors lie below each other
+        constexpr int kRows = 32 / kVectors;
+        const T* at = x + (token + lane / kVectors) * stride + lane % kVectors * 8;
 #pragma unroll
-    for (int i = 0; i < kTile * kVectors / 32; ++i) {
-      const int vector = i * 32 + lane, token = vector / kVectors, element = vector % kVectors * 8;
-      copy_async(to + Shape::offset_k(token, element * 2), from_k + token * p.k_stride[0] + element, token < count);
-    }
+        for (int i = 0; i < kTile / kRows; ++i) {
+          const int r = i * kRows + lane / kVectors;
+          copy16_async(x_to + offset(r, lane % kVectors * 16), at, r < count);
+          at += kRows * stride;
+        }
+      } else {
 #pragma unroll
-    for (int i = 0; i < kTile * kVectors / 32; ++i) {
-      const int vector = i * 32 + lane, token = vector / kVectors, element = vector % kVectors * 8;
-      copy_async(to + kTile * Shape::kPitchK + Shape::offset_v(token, element * 2),
-                 from_v + token * p.v_stride[0] + element, token < count);
-    }
+        for (int i = 0; i < kTile * kVectors / 32; ++i) {
+          const int vector = i * 32 + lane, r = vector / kVectors, element = vector % kVectors * 8;
+          copy16_async(x_to + offset(r, element * 2), x + (token + r) * stride + element, r < count);
+        }
+      }
+    };
+    copy(k, p.k_stride[0], to, [](int r, int byte) { return Shape::offset_k(r, byte); });
+    copy(v, p.v_stride[0], to + kTile * Shape::kPitchK, [](int r, int byte) { return Shape::offset_v(r, byte); });
   };
 
   Cursor ahead;
@@ -379,35 +321,38 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     key_high[i] = stages + Shape::offset_k(row, 2 * high);
   }
 
-  // the query of column `row`: where it lies, its position, and itself, rotated, times scale * log2(e)
-  const T* query_from[kColumns];
-  int32_t query_position[kColumns];
-  float query[kColumns][kGroups * 4][2];
-  const auto find_queries = [&] {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      const int r = first_row + 8 * n + row < rows ? first_row + 8 * n + row : 0;
-      const int level = r / group, head = kv_head * group + r - level * group;
-      const int64_t leaf = node_of(p, at.leaf, level).last_leaf;
-      const Leaf last = w.leaves[leaf];
-      query_from[n] = static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1];
-      query_position[n] = last.position + last.length - 1;
+  // the query of column `row`, rotated, times scale * log2(e); in its two parts where the registers have room for them
+  constexpr bool kSplit = kColumns == 1 && D <= 128;
+  uint32_t query[kColumns][kGroups * 4][2][kSplit ? 2 : 1];
+  const auto set_query = [](uint32_t (&to)[kSplit ? 2 : 1], float x) {
+    if constexpr (kSplit) {
+      split_tf32(x, &to[0], &to[1]);
+    } else {
+      to[0] = __float_as_uint(x);
     }
+  };
+  const auto get_query = [](const uint32_t (&from)[kSplit ? 2 : 1]) {
+    return kSplit ? __uint_as_float(from[0]) + __uint_as_float(from[kSplit ? 1 : 0]) : __uint_as_float(from[0]);
   };
   // base: the position where the window begins
   const auto load_queries = [&](int32_t base) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       const bool wanted = first_row + 8 * n + row < rows;
-      const int64_t position = clamp(query_position[n] - base, 0, p.num_positions - 1);
-      const float factor = p.scale * kLog2e;
+      const int r = wanted ? first_row + 8 * n + row : 0;
+      const int level = r / group, head = kv_head * group + r - level * group;
+      const int64_t leaf = node_of(p, at.leaf, level).last_leaf;
+      const Leaf last = w.leaves[leaf];
+      const T* const from = static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1];
+      const int64_t position = clamp(int64_t{last.position} + last.length - 1 - base, 0, p.num_positions - 1);
+      const float factor = wanted ? p.scale * kLog2e : 0.0f;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const int pair = 4 * (quad + 4 * i);
         int low, high;
         pair_offsets(pair, p.rotary_half, 4, &low, &high);
-        const uint2 x = __ldg(reinterpret_cast<const uint2*>(query_from[n] + low));
-        const uint2 y = __ldg(reinterpret_cast<const uint2*>(query_from[n] + high));
+        const uint2 x = __ldg(reinterpret_cast<const uint2*>(from + low));
+        const uint2 y = __ldg(reinterpret_cast<const uint2*>(from + high));
         float4 c = make_float4(1, 1, 1, 1), s = make_float4(0, 0, 0, 0);
         if (pair < p.rotary_half) {
           c = __ldg(reinterpret_cast<const float4*>(p.cos + position * p.rotary_half + pair));
@@ -418,8 +363,27 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float a = Word<T>::get(xs[e / 2], e % 2), b = Word<T>::get(ys[e / 2], e % 2);
-          query[n][4 * i + e][0] = wanted ? (a * cs[e] - b * ss[e]) * factor : 0.0f;
-          query[n][4 * i + e][1] = wanted ? (b * cs[e] + a * ss[e]) * factor : 0.0f;
+          // a selected 0, as the query of row 0 may be NaN
+          set_query(query[n][4 * i + e][0], wanted ? (a * cs[e] - b * ss[e]) * factor : 0.0f);
+          set_query(query[n][4 * i + e][1], wanted ? (b * cs[e] + a * ss[e]) * factor : 0.0f);
+        }
+      }
+    }
+  };
+  // Turns them back by one window, without a look at memory.
+  const auto step_queries = [&] {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const char* const angles = shared + Shape::kTableBytes - Shape::kPitchTable + 16 * (quad + 4 * i);
+      const float4 c = *reinterpret_cast<const float4*>(angles), s = *reinterpret_cast<const float4*>(angles + 2 * D);
+      const float cs[4] = {c.x, c.y, c.z, c.w}, ss[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          const float a = get_query(query[n][4 * i + e][0]), b = get_query(query[n][4 * i + e][1]);
+          set_query(query[n][4 * i + e][0], a * cs[e] + b * ss[e]);
+          set_query(query[n][4 * i + e][1], b * cs[e] - a * ss[e]);
         }
       }
     }
@@ -483,22 +447,26 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
   };
 
   // odd rows of the table have the halves of each 128 bytes exchanged
-  const uint32_t even_angles = table + row * Shape::kPitchTable + quad * 16 + row % 2 * 64;
-  const uint32_t odd_angles = table + row * Shape::kPitchTable + quad * 16 - row % 2 * 64;
+  const uint32_t even_angles = row * Shape::kPitchTable + quad * 16 + row % 2 * 64;
+  const uint32_t odd_angles = row * Shape::kPitchTable + quad * 16 - row % 2 * 64;
   const int matrix_row = lane / 16 * 8 + lane % 8;
   uint32_t matrices[4];  // of each 64 elements
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    matrices[i] = stages + kTile * Shape::kPitchK + Shape::offset_v(matrix_row, lane / 8 % 2 * 16 + 32 * i);
+    matrices[i] =
+        shared_base + stages + kTile * Shape::kPitchK + Shape::offset_v(matrix_row, lane / 8 % 2 * 16 + 32 * i);
   }
 
-  int window_tile = Shape::kWindow / kTile;  // of the window
+  int window = 0, window_tile = 0;  // windows since the queries were loaded; tile of the window
   uint32_t stage = 0, stage_bytes = 0;
   for (int64_t tile = run.begin; tile < run.end; ++tile) {
-    const bool first = tile == run.begin || at.done == 0;
-    if (first) find_queries();
-    if (first || window_tile == Shape::kWindow / kTile) {
+    const bool window_ends = window_tile == Shape::kWindow / kTile;
+    if (tile == run.begin || at.done == 0 || (window_ends && window == kMaxWindows - 1)) {
       load_queries(at.position + at.done);
+      window = window_tile = 0;
+    } else if (window_ends) {
+      step_queries();
+      ++window;
       window_tile = 0;
     }
     if (p.stages > 2) {
@@ -533,15 +501,17 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     }
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      const uint2 low0 = load_shared_8(here + key_low[i]), high0 = load_shared_8(here + key_high[i]);
-      const uint2 low1 = load_shared_8(here + key_low[i] + 8 * Shape::kPitchK);
-      const uint2 high1 = load_shared_8(here + key_high[i] + 8 * Shape::kPitchK);
+      const uint2 low0 = *reinterpret_cast<const uint2*>(shared + here + key_low[i]),
+                  high0 = *reinterpret_cast<const uint2*>(shared + here + key_high[i]);
+      const uint2 low1 = *reinterpret_cast<const uint2*>(shared + here + key_low[i] + 8 * Shape::kPitchK);
+      const uint2 high1 = *reinterpret_cast<const uint2*>(shared + here + key_high[i] + 8 * Shape::kPitchK);
       const uint32_t cosines = window_bytes + (i % 2 ? odd_angles : even_angles) + 64 * i;
       // the sines are 2 * D bytes further: an odd number of 64 for D = 96
       const uint32_t sines = window_bytes + ((i + D / 32) % 2 ? odd_angles : even_angles) + 64 * i + 2 * D;
-      const float4 c0 = load_shared_16(cosines), s0 = load_shared_16(sines);
-      const float4 c1 = load_shared_16(cosines + 8 * Shape::kPitchTable);
-      const float4 s1 = load_shared_16(sines + 8 * Shape::kPitchTable);
+      const float4 c0 = *reinterpret_cast<const float4*>(shared + cosines),
+                   s0 = *reinterpret_cast<const float4*>(shared + sines);
+      const float4 c1 = *reinterpret_cast<const float4*>(shared + cosines + 8 * Shape::kPitchTable);
+      const float4 s1 = *reinterpret_cast<const float4*>(shared + sines + 8 * Shape::kPitchTable);
       const uint32_t x0[2] = {low0.x, low0.y}, y0[2] = {high0.x, high0.y};
       const uint32_t x1[2] = {low1.x, low1.y}, y1[2] = {high1.x, high1.y};
       const float cs0[4] = {c0.x, c0.y, c0.z, c0.w}, ss0[4] = {s0.x, s0.y, s0.z, s0.w};
@@ -558,8 +528,16 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           uint32_t q_big[2], q_small[2];
-          split_tf32(query[n][4 * i + e][0], &q_big[0], &q_small[0]);
-          split_tf32(query[n][4 * i + e][1], &q_big[1], &q_small[1]);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const auto& x = query[n][4 * i + e][j];
+            if constexpr (kSplit) {
+              q_big[j] = x[0];
+              q_small[j] = x[1];
+            } else {
+              split_tf32(__uint_as_float(x[0]), &q_big[j], &q_small[j]);
+            }
+          }
           multiply_add_tf32(scores[n][0], big, q_big[0], q_big[1]);
           multiply_add_tf32(scores[n][1], small, q_big[0], q_big[1]);
           multiply_add_tf32(scores[n][2], big, q_small[0], q_small[1]);
@@ -607,8 +585,8 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
       total[n][1] += x[1] + x[3];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t big = Narrow<T>::pack(x[2 * i], x[2 * i + 1]);
-        const uint32_t small = Narrow<T>::pack(x[2 * i] - Word<T>::get(big, 0), x[2 * i + 1] - Word<T>::get(big, 1));
+        const uint32_t big = pack_pair(T{}, x[2 * i], x[2 * i + 1]);
+        const uint32_t small = pack_pair(T{}, x[2 * i] - Word<T>::get(big, 0), x[2 * i + 1] - Word<T>::get(big, 1));
         weights[n][i] = transpose_8x8(big);
         weights[n][2 + i] = transpose_8x8(small);
       }
@@ -616,11 +594,11 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
       uint32_t x[4];
-      load_matrices_transposed(x, here + matrices[i % 4] + i / 4 * 128);
+      load_block_transposed(x, here + matrices[i % 4] + i / 4 * 128);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        Narrow<T>::multiply_add(sums[n][i], x, weights[n][0], weights[n][1]);
-        Narrow<T>::multiply_add(sums[n][i], x, weights[n][2], weights[n][3]);
+        multiply_add<T>(sums[n][i], x, weights[n][0], weights[n][1]);
+        multiply_add<T>(sums[n][i], x, weights[n][2], weights[n][3]);
       }
     }
 
@@ -629,23 +607,6 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     if (run_ends && unit == 0) record_unfinished(p, w, worker, run, at.leaf, lane);
     at.advance(p, w);
   }
-}
-
-// A kernel that may start while the one before it on the stream ends, if p.overlap.
-template <class Kernel, class Params>
-cudaError_t launch_after(Kernel kernel, int64_t blocks, int threads, int shared_bytes, bool overlap, const Params& p,
-                         cudaStream_t stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 template <class T, int D, int kColumns>

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/common/block_sort.cuh"
+#include "kernels/common/overlap.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/topk_nodes.h"
@@ -18,6 +19,7 @@ constexpr int kTileThreads = 256;
 constexpr int kMaxTile = 1024;
 constexpr int kMergeThreads = 1024;
 constexpr int kMergeKeys = 2048;
+constexpr int kFirstBatch = 256;
 static_assert(kTopkNodesMaxK + kMergeThreads <= kMergeKeys);
 
 // Candidate between tiles: rank (32 bits) | row (31) | is NaN (1). Smaller is better.
@@ -216,38 +218,42 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
   }
 }
 
-// Block b looks at the border between tiles b and b + 1, and merges the group whose first border that is.
+// Merges the candidates of a group that lies in more than one tile. Block b takes group b; or, where there are fewer
+// borders between tiles than groups, the group whose first border is the one between tiles b and b + 1.
 __global__ void __launch_bounds__(kMergeThreads, 1) topk_nodes_merge(const __grid_constant__ TopkNodesParams p) {
   __shared__ uint64_t keys[kMergeKeys];
   __shared__ int64_t shared_group;
   __shared__ int shared_count;
   const int lane = threadIdx.x % 32;
-  const int64_t border = (static_cast<int64_t>(blockIdx.x) + 1) * p.tile;
+  const bool by_group = p.merges == p.num_groups;
   if (threadIdx.x < 32) {
-    const int64_t group = lower_bound_by_warp(p.cu_groups, p.num_groups, border, lane) - 1;
+    const int64_t border = (static_cast<int64_t>(blockIdx.x) + 1) * p.tile;
+    const int64_t group = by_group ? blockIdx.x : lower_bound_by_warp(p.cu_groups, p.num_groups, border, lane) - 1;
     if (lane == 0) {
       shared_group = group;
       shared_count = 0;
     }
   }
+  wait_for_previous_kernel();
   __syncthreads();
   const int64_t group = shared_group;
   if (group < 0) return;
   const Range range = group_rows(p, group);
-  if (range.end <= border || range.begin < border - p.tile) return;
+  const int64_t first_tile = range.begin / p.tile;
+  if (range.end <= (first_tile + 1) * p.tile || (!by_group && first_tile != blockIdx.x)) return;
 
   // Candidates in the order best of each tile, second best of each tile, ...: as soon as one of every tile in a row is
-  // too bad, all that follow are.
-  const int64_t tiles = (range.end - 1) / p.tile - blockIdx.x + 1, candidates = tiles * p.partial;
+  // too bad, all that follow are. The first batch is small, as its only use is a limit for the others.
+  const int64_t tiles = (range.end - 1) / p.tile - first_tile + 1, candidates = tiles * p.partial;
   uint64_t limit = kNothing;
   int64_t too_bad = 0;
-  int count = 0;
-  for (int64_t base = 0; base < candidates && too_bad < tiles; base += kMergeThreads) {
+  int count = 0, batch = p.k <= kFirstBatch / 2 ? kFirstBatch : kMergeThreads;
+  for (int64_t base = 0; base < candidates && too_bad < tiles; base += batch, batch = kMergeThreads) {
     const int64_t i = base + threadIdx.x;
     uint64_t candidate = kNothing;
-    if (i < candidates) {
+    if (static_cast<int>(threadIdx.x) < batch && i < candidates) {
       const int64_t j = i / tiles, tile = i % tiles, slot = tile == 0 ? 1 : 0;
-      candidate = p.workspace[(slot * p.partial + j) * p.tiles + blockIdx.x + tile];
+      candidate = p.workspace[(slot * p.partial + j) * p.tiles + first_tile + tile];
     }
     const bool keep = candidate < limit;
     const unsigned kept = __ballot_sync(kFullWarp, keep);
@@ -258,12 +264,15 @@ __global__ void __launch_bounds__(kMergeThreads, 1) topk_nodes_merge(const __gri
     if (keep) keys[place + __popc(kept & ((1u << lane) - 1))] = candidate;
     __syncthreads();
     const int total = shared_count;
-    too_bad = total == count ? too_bad + kMergeThreads : 0;
+    too_bad = total == count ? too_bad + batch : 0;
     count = total;
-    if (count + kMergeThreads > kMergeKeys) {
-      for (int at = count + threadIdx.x; at < kMergeKeys; at += kMergeThreads) keys[at] = kNothing;
+    // room for the next batch, and a limit as early as there can be one
+    if (count + kMergeThreads > kMergeKeys || (limit == kNothing && count >= p.k)) {
+      int sorted = 2;
+      while (sorted < count) sorted *= 2;
+      for (int at = count + threadIdx.x; at < sorted; at += kMergeThreads) keys[at] = kNothing;
       __syncthreads();
-      sort_by_block<kMergeThreads>(keys, kMergeKeys);
+      sort_by_block<kMergeThreads>(keys, sorted);
       if (count >= p.k) {
         count = static_cast<int>(p.k);
         limit = keys[count - 1];
@@ -302,6 +311,7 @@ cudaError_t plan_topk_nodes(TopkNodesParams* params) {
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) status = can_overlap(device, &p.overlap);
   if (status != cudaSuccess) return status;
 
   const int64_t element = p.type == NodeType::kFloat32 ? 4 : 2;
@@ -318,6 +328,7 @@ cudaError_t plan_topk_nodes(TopkNodesParams* params) {
   p.tiles = std::max<int64_t>((p.num_nodes + p.tile - 1) / p.tile, 1);
   p.partial = std::min<int64_t>(p.k, p.tile);
   p.workspace_size = p.tiles > 1 ? 2 * p.partial * p.tiles : 0;
+  p.merges = std::min(p.num_groups, p.tiles - 1);
   return cudaSuccess;
 }
 
@@ -329,10 +340,8 @@ cudaError_t launch_topk_nodes(const TopkNodesParams& p, cudaStream_t stream) {
   const cudaError_t status = p.type == NodeType::kFloat32    ? launch_tiles<float>(p, config)
                              : p.type == NodeType::kBFloat16 ? launch_tiles<__nv_bfloat16>(p, config)
                                                              : launch_tiles<__half>(p, config);
-  if (status != cudaSuccess || p.tiles == 1) return status;
-  config.gridDim = dim3(static_cast<unsigned>(p.tiles - 1));
-  config.blockDim = dim3(kMergeThreads);
-  return cudaLaunchKernelEx(&config, topk_nodes_merge, p);
+  if (status != cudaSuccess || p.merges == 0) return status;
+  return launch_after(topk_nodes_merge, p.merges, kMergeThreads, 0, p.overlap, p, stream);
 }
 
 }  // namespace sharedllm
