@@ -45,13 +45,10 @@ cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-DecodeTiling decode_tiling(const InjectedAttentionParams& p) {
+int32_t decode_tile_rows(const InjectedAttentionParams& p) {
   const int64_t group = p.q_heads / p.kv_heads;
   const int64_t packed = (p.num_queries + p.num_rows - 1) / p.num_rows * group;  // of an average row
-  DecodeTiling tiling;
-  tiling.rows = packed <= 8 ? 8 : packed <= 16 ? 16 : packed <= 32 ? 32 : 64;
-  tiling.blocks_per_multiprocessor = p.head_size == 256 || tiling.rows == 64 ? 1 : 2;
-  return tiling;
+  return packed <= 8 ? 8 : packed <= 16 ? 16 : packed <= 32 ? 32 : 64;
 }
 
 cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params) {
@@ -65,8 +62,8 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params) {
   if (status != cudaSuccess) return status;
   status = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
   if (status != cudaSuccess) return status;
-  // a portable block takes between 75 and 100 KB
-  const int blocks = major >= 9 ? decode_tiling(p).blocks_per_multiprocessor : shared_bytes >= 160 * 1024 ? 2 : 1;
+  // a block with bulk copies takes nearly all shared memory, a portable one between 75 and 100 KB
+  const int blocks = major < 9 && shared_bytes >= 160 * 1024 ? 2 : 1;
   // one worker for each block that can run; the heads of a worker read neighbouring memory at the same time
   p.splits = std::max(1, multiprocessors * blocks / p.kv_heads);
   return cudaSuccess;
@@ -74,7 +71,7 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params) {
 
 int64_t injected_attention_decode_workspace_rows(const InjectedAttentionParams& p) {
   if (p.splits <= 1 || p.num_queries == 0 || p.num_rows == 0) return 0;
-  return int64_t{2} * p.splits * p.kv_heads * decode_tiling(p).rows;
+  return int64_t{2} * p.splits * p.kv_heads * decode_tile_rows(p);
 }
 
 cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& p, cudaStream_t stream) {

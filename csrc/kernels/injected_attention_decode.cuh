@@ -5,12 +5,13 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/mma.cuh"
-#include "kernels/common/query_rotation.cuh"
 #include "kernels/common/tensor_map.h"
+#include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_decode.h"
 
 namespace sharedllm {
@@ -24,56 +25,75 @@ constexpr float kGrowth = 8.0f;
 
 // ---- which slots a worker reads ----
 
-// The work of a batch row: its tiles of packed rows times its blocks of slots. A row without slots counts as one block,
-// so that somebody writes its zeros.
-struct RowWork {
-  int64_t tiles, blocks;
+// A batch row, clamped into the tensors, which have fewer than 2^31 tokens, slots and positions.
+struct RowSpan {
+  int32_t q_begin, q_count, slot_begin, slot_count, position;
 };
-template <int kRows, int kSlots>
-__device__ __forceinline__ RowWork row_work(const InjectedAttentionParams& p, const RowTile& row) {
-  const int64_t group = p.q_heads / p.kv_heads;
-  const int64_t blocks = (row.slot_count + kSlots - 1) / kSlots;
-  return {(row.q_count * group + kRows - 1) / kRows, blocks > 0 ? blocks : 1};
+__device__ __forceinline__ RowSpan load_span(const InjectedAttentionParams& p, int32_t row) {
+  const int64_t q_begin = p.cu_q[row], q_end = p.cu_q[row + 1];
+  const int64_t* const slots = p.slot_range + 2 * static_cast<int64_t>(row);
+  const int64_t slots_begin = slots[0], slots_end = slots[1], position = p.q_position[row];
+  const auto clamp = [](int64_t x, int32_t low, int64_t high) {
+    return x < low ? low : static_cast<int32_t>(x > high ? high : x);
+  };
+  RowSpan span;
+  span.q_begin = clamp(q_begin, 0, p.num_queries);
+  span.q_count = clamp(q_end, span.q_begin, p.num_queries) - span.q_begin;
+  span.slot_begin = clamp(slots_begin, 0, p.num_slots);
+  span.slot_count = clamp(slots_end, span.slot_begin, p.num_slots) - span.slot_begin;
+  span.position = clamp(position, 0, p.num_positions - 1);
+  return span;
 }
 
-// Where a unit of work (a block of slots of a tile; rows, then tiles, then blocks) or a tile lies.
+// The work of a batch row: its tiles of packed rows times its blocks of slots. A row without slots counts as one block,
+// so that somebody writes its zeros.
+template <int kRows>
+__device__ __forceinline__ uint32_t tiles_of(const RowSpan& span, uint32_t group) {
+  return (span.q_count * group + kRows - 1) / kRows;
+}
+template <int kSlots>
+__device__ __forceinline__ uint32_t blocks_of(const RowSpan& span) {
+  const uint32_t blocks = (static_cast<uint32_t>(span.slot_count) + kSlots - 1) / kSlots;
+  return blocks > 0 ? blocks : 1;
+}
+
+// Where a unit of work (a block of slots of a tile; ordered by rows, then tiles, then blocks) or a tile lies.
 struct Place {
-  int64_t row;           // -1: there is no such unit
-  int64_t units_before;  // of the rows before
-  int64_t tiles_before;
+  RowSpan span;
+  int32_t row;            // -1: there is no such unit
+  uint64_t units_before;  // of the rows before
+  uint64_t tiles_before;
 };
 
 struct PlaceScan {
-  int64_t units[32], tiles[32];  // of each warp's rows
+  uint64_t units[32], tiles[32];  // of each warp's rows
   Place found;
 };
 
-// Finds the row of a unit, or of a tile. All threads of the block take part and get the result; `target` sees the total
-// number of units first.
+// Finds the row of a unit, or of a tile. All threads of the block take part; `target(units of all rows)` is what to
+// find.
 template <int kRows, int kSlots, int kThreads, bool kByTile, class Target>
-__device__ __forceinline__ Place find_place(const InjectedAttentionParams& p, PlaceScan& scan, int64_t* total_units,
-                                            const Target& target) {
+__device__ __forceinline__ Place find_place_by_block(const InjectedAttentionParams& p, uint32_t group, PlaceScan& scan,
+                                                     const Target& target) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   // neighbouring rows to a thread
-  const int64_t each = (p.num_rows + kThreads - 1) / kThreads;
-  const int64_t first = clamp_index(thread * each, 0, p.num_rows), end = clamp_index(first + each, 0, p.num_rows);
-  const auto work_of = [&](int64_t row) {
-    RowTile found;
-    load_row(p, row, &found);
-    return row_work<kRows, kSlots>(p, found);
-  };
-  int64_t units = 0, tiles = 0;
+  const int32_t rows = static_cast<int32_t>(p.num_rows), each = (rows + kThreads - 1) / kThreads;
+  const int32_t first = min(thread * each, rows), end = min(first + each, rows);
+  uint64_t units = 0;
+  uint32_t tiles = 0;
 #pragma unroll 4
-  for (int64_t row = first; row < end; ++row) {
-    const RowWork work = work_of(row);
-    units += work.tiles * work.blocks;
-    tiles += work.tiles;
+  for (int32_t row = first; row < end; ++row) {
+    const RowSpan span = load_span(p, row);
+    const uint32_t row_tiles = tiles_of<kRows>(span, group);
+    units += static_cast<uint64_t>(row_tiles) * blocks_of<kSlots>(span);
+    tiles += row_tiles;
   }
-  int64_t units_through = units, tiles_through = tiles;
+  uint64_t units_through = units;
+  uint32_t tiles_through = tiles;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    const int64_t other_units = __shfl_up_sync(0xffffffffu, units_through, offset);
-    const int64_t other_tiles = __shfl_up_sync(0xffffffffu, tiles_through, offset);
+    const uint64_t other_units = __shfl_up_sync(0xffffffffu, units_through, offset);
+    const uint32_t other_tiles = __shfl_up_sync(0xffffffffu, tiles_through, offset);
     if (lane >= offset) {
       units_through += other_units;
       tiles_through += other_tiles;
@@ -85,8 +105,8 @@ __device__ __forceinline__ Place find_place(const InjectedAttentionParams& p, Pl
   }
   if (thread == 0) scan.found.row = -1;
   __syncthreads();
-  int64_t units_before = units_through - units, tiles_before = tiles_through - tiles, total = 0;
-#pragma unroll
+  uint64_t units_before = units_through - units, tiles_before = tiles_through - tiles, total = 0;
+#pragma unroll 1
   for (int other = 0; other < kThreads / 32; ++other) {
     if (other < warp) {
       units_before += scan.units[other];
@@ -94,91 +114,155 @@ __device__ __forceinline__ Place find_place(const InjectedAttentionParams& p, Pl
     }
     total += scan.units[other];
   }
-  *total_units = total;
-  const int64_t wanted = target(total);
-  const int64_t before = kByTile ? tiles_before : units_before, inside = kByTile ? tiles : units;
+  const uint64_t wanted = target(total);
+  const uint64_t before = kByTile ? tiles_before : units_before, inside = kByTile ? tiles : units;
   if (before <= wanted && wanted < before + inside) {
-    for (int64_t row = first; row < end; ++row) {
-      const RowWork work = work_of(row);
-      const int64_t row_units = work.tiles * work.blocks;
-      if (wanted < (kByTile ? tiles_before + work.tiles : units_before + row_units)) {
-        scan.found = {row, units_before, tiles_before};
+#pragma unroll 1
+    for (int32_t row = first; row < end; ++row) {
+      const RowSpan span = load_span(p, row);
+      const uint32_t row_tiles = tiles_of<kRows>(span, group);
+      const uint64_t row_units = static_cast<uint64_t>(row_tiles) * blocks_of<kSlots>(span);
+      if (wanted < (kByTile ? tiles_before + row_tiles : units_before + row_units)) {
+        scan.found = {span, row, units_before, tiles_before};
         break;
       }
       units_before += row_units;
-      tiles_before += work.tiles;
+      tiles_before += row_tiles;
     }
   }
   __syncthreads();
   return scan.found;
 }
 
-// Units of worker w are [worker_begin(w), worker_begin(w + 1)); no worker is without one.
-__device__ __forceinline__ int64_t used_workers(int64_t units, int64_t workers) {
-  return units < workers ? units : workers;
-}
-__device__ __forceinline__ int64_t worker_begin(int64_t units, int64_t used, int64_t worker) {
-  return units * worker / used;
-}
-__device__ __forceinline__ int64_t worker_of(int64_t units, int64_t used, int64_t unit) {
-  return ((unit + 1) * used - 1) / units;
+// The same for at most 32 rows: each warp for itself, because nobody should wait before the first loads.
+template <int kRows, int kSlots, bool kByTile, class Target>
+__device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParams& p, uint32_t group,
+                                                    const Target& target) {
+  const int lane = threadIdx.x % 32;
+  RowSpan span{};
+  uint64_t units = 0;
+  uint32_t tiles = 0;
+  if (lane < p.num_rows) {
+    span = load_span(p, lane);
+    tiles = tiles_of<kRows>(span, group);
+    units = static_cast<uint64_t>(tiles) * blocks_of<kSlots>(span);
+  }
+  uint64_t units_through = units;
+  uint32_t tiles_through = tiles;
+#pragma unroll 1
+  for (int offset = 1; offset < p.num_rows; offset *= 2) {
+    const uint64_t other_units = __shfl_up_sync(0xffffffffu, units_through, offset);
+    const uint32_t other_tiles = __shfl_up_sync(0xffffffffu, tiles_through, offset);
+    if (lane >= offset) {
+      units_through += other_units;
+      tiles_through += other_tiles;
+    }
+  }
+  // lanes behind the last row see sums that are not complete where the loop ended early
+  const uint64_t wanted = target(__shfl_sync(0xffffffffu, units_through, static_cast<int>(p.num_rows) - 1));
+  const uint64_t through = kByTile ? tiles_through : units_through, inside = kByTile ? tiles : units;
+  const unsigned holds = __ballot_sync(0xffffffffu, through - inside <= wanted && wanted < through);
+  const int owner = holds ? __ffs(holds) - 1 : 0;
+  Place place;
+  place.row = holds ? owner : -1;
+  place.span.q_begin = __shfl_sync(0xffffffffu, span.q_begin, owner);
+  place.span.q_count = __shfl_sync(0xffffffffu, span.q_count, owner);
+  place.span.slot_begin = __shfl_sync(0xffffffffu, span.slot_begin, owner);
+  place.span.slot_count = __shfl_sync(0xffffffffu, span.slot_count, owner);
+  place.span.position = __shfl_sync(0xffffffffu, span.position, owner);
+  place.units_before = __shfl_sync(0xffffffffu, units_through - units, owner);
+  place.tiles_before = __shfl_sync(0xffffffffu, tiles_through - tiles, owner);
+  return place;
 }
 
-// Blocks of one tile that a worker reads in one go.
-struct Segment {
-  RowTile row;
-  int64_t first, count, blocks;  // blocks [first, first + count) of the row's `blocks`
-};
+template <int kRows, int kSlots, int kThreads, bool kByTile, class Target>
+__device__ __forceinline__ Place find_place(const InjectedAttentionParams& p, uint32_t group, PlaceScan& scan,
+                                            const Target& target) {
+  return p.num_rows <= 32 ? find_place_by_warp<kRows, kSlots, kByTile>(p, group, target)
+                          : find_place_by_block<kRows, kSlots, kThreads, kByTile>(p, group, scan, target);
+}
 
-// Walks the segments of a worker.
+// Worker w has units [w * share, (w + 1) * share); the last ones may have none.
+__device__ __forceinline__ uint64_t worker_share(uint64_t units, uint32_t workers) {
+  return (units + workers - 1) / workers;
+}
+
+// Walks the segments of a worker: the blocks [first, first + count) of one tile of one batch row.
 template <int kRows, int kSlots>
 struct Walk {
-  RowTile row;
-  RowWork work;
-  int64_t block, left;
+  RowSpan span;
+  int32_t row;
+  uint32_t tile, tiles, blocks, first, count;
+  uint64_t left;
 
-  __device__ __forceinline__ void begin(const InjectedAttentionParams& p, const Place& place, int64_t unit,
-                                        int64_t count) {
-    left = count;
-    if (left <= 0) return;
-    load_row(p, place.row, &row);
-    work = row_work<kRows, kSlots>(p, row);
-    const int64_t inside = unit - place.units_before;
-    row.tile = inside / work.blocks;
-    block = inside - row.tile * work.blocks;
+  __device__ __forceinline__ void begin(const Place& place, uint32_t group, uint64_t unit, uint64_t units) {
+    left = units;
+    if (left == 0) return;
+    span = place.span;
+    row = place.row;
+    tiles = tiles_of<kRows>(span, group);
+    blocks = blocks_of<kSlots>(span);
+    const uint64_t inside = unit - place.units_before;
+    tile = static_cast<uint32_t>(inside / blocks);
+    first = static_cast<uint32_t>(inside - static_cast<uint64_t>(tile) * blocks);
+    count = 0;
   }
 
-  __device__ __forceinline__ bool next(const InjectedAttentionParams& p, Segment* segment) {
-    if (left <= 0) return false;
-    if (block == work.blocks) {
-      block = 0;
-      if (++row.tile == work.tiles) {
-        int64_t next_row = row.row;
+  __device__ __forceinline__ bool next(const InjectedAttentionParams& p, uint32_t group) {
+    if (left == 0) return false;
+    first += count;
+    if (first == blocks) {
+      first = 0;
+      if (++tile == tiles) {
+        tile = 0;
         do {
           // no unit is left behind the last row
-          if (++next_row == p.num_rows) return false;
-          load_row(p, next_row, &row);
-          work = row_work<kRows, kSlots>(p, row);
-        } while (work.tiles == 0);
-        row.tile = 0;
+          if (++row >= p.num_rows) return false;
+          span = load_span(p, row);
+          tiles = tiles_of<kRows>(span, group);
+        } while (tiles == 0);
+        blocks = blocks_of<kSlots>(span);
       }
     }
-    const int64_t rest = work.blocks - block;
-    *segment = {row, block, left < rest ? left : rest, work.blocks};
-    block += segment->count;
-    left -= segment->count;
+    const uint32_t rest = blocks - first;
+    count = left < rest ? static_cast<uint32_t>(left) : rest;
+    left -= count;
     return true;
+  }
+};
+
+// ---- tiles in shared memory ----
+
+// Rows of kRowBytes follow each other; the 16-byte chunks are permuted as the copy engine's 128-byte swizzle does.
+__host__ __device__ constexpr uint32_t swizzle(uint32_t offset) { return offset ^ ((offset >> 3) & 0x70); }
+
+// Address of the 16 bytes at row `row`, byte 32 * step + 16 * half. The tile is aligned to 1024 bytes.
+template <int kRowBytes>
+struct TileRow {
+  static constexpr bool kPowerOfTwo = (kRowBytes & (kRowBytes - 1)) == 0;
+  uint32_t tile, offset;
+  __device__ __forceinline__ TileRow(uint32_t tile, int row, int half)
+      : tile(tile), offset(row * kRowBytes + half * 16) {
+    if (kPowerOfTwo) offset = swizzle(offset);
+  }
+  __device__ __forceinline__ uint32_t at(int step) const {
+    // the swizzle is linear in the bits, and a power of two keeps row and step in different ones
+    return tile + (kPowerOfTwo ? offset ^ swizzle(32 * step) : swizzle(offset + 32 * step));
   }
 };
 
 // ---- the kernel ----
 
 // Warps of a block: kSlotWarps x kRowWarps; a warp takes kSlots / kSlotWarps slots of a block and 8 * kRowTiles rows.
-template <class Element, int kHeadSize_, int kSlots_, int kSlotWarps_, int kRowWarps_, int kRowTiles_, int kStages_,
-          int kBlocks_, bool kBulk_>
+// kBulk: a producer warp and the copy engine, else cp.async. Element: of queries and results; Code: of keys and values,
+// the same or int8 with a scale for each slot and head.
+template <class Element, class Code, int kHeadSize_, int kSlots_, int kSlotWarps_, int kRowWarps_, int kRowTiles_,
+          int kStages_, bool kBulk_>
 struct Config {
   using T = Element;
-  static constexpr int kHeadSize = kHeadSize_, kSlots = kSlots_, kStages = kStages_, kBlocks = kBlocks_;
+  static constexpr bool kEightBit = sizeof(Code) == 1;
+  using Operand = std::conditional_t<kEightBit, __half, T>;  // of the products
+  static constexpr int kHeadSize = kHeadSize_, kSlots = kSlots_, kStages = kStages_;
   static constexpr int kSlotWarps = kSlotWarps_, kRowWarps = kRowWarps_, kRowTiles = kRowTiles_;
   static constexpr bool kBulk = kBulk_;
   static constexpr int kWarpRows = 8 * kRowTiles, kRows = kWarpRows * kRowWarps;
@@ -186,26 +270,41 @@ struct Config {
   static constexpr int kWarps = kSlotWarps * kRowWarps, kConsumers = 32 * kWarps;
   static constexpr int kThreads = kConsumers + (kBulk ? 32 : 0);
   static constexpr int kSteps = kHeadSize / 16;
-  static constexpr int kPanels = (kHeadSize + 63) / 64;  // of 64 columns, 128 bytes
-  static constexpr int kPanelBytes = kSlots * 128, kTileBytes = kPanels * kPanelBytes;
-  static constexpr int kQueryBytes = kPanels * kRows * 128;
+  static constexpr int kRowBytes = kHeadSize * sizeof(Code);
+  static constexpr int kTileBytes = kSlots * kRowBytes;
+  static constexpr int kScaleBytes = kEightBit ? kSlots * 4 : 0;  // of a tile
+  static constexpr int kQueryRowBytes = 2 * kHeadSize, kQueryBytes = kRows * kQueryRowBytes;
   // columns of the accumulators that the warps of a block sum at a time
-  static constexpr int kMergeColumns = kHeadSize == 96 ? 48 : 64;
+  static constexpr int kMergeColumns = kBulk && kWarps <= 4 && kHeadSize <= 128 ? kHeadSize
+                                       : kHeadSize == 96                        ? 48
+                                       : kWarps > 8                             ? 32
+                                                                                : 64;
   static constexpr int kMergePitch = kMergeColumns + 4;  // no bank conflicts: 2 * pitch = 8 modulo 32
   static constexpr int kMergeBytes = kWarps * 8 * kMergePitch * 4;
   static constexpr int kRingBytes = 2 * kStages * kTileBytes;
   // the queries' memory serves for the sums, when all scores are computed
-  static constexpr int kSharedOffset = kRingBytes + (kQueryBytes > kMergeBytes ? kQueryBytes : kMergeBytes);
-  static constexpr int kStatisticsBytes = 2 * kSlotWarps * kRows * 4;
-  static constexpr int kBarrierOffset = kSharedOffset + kStatisticsBytes;
+  static constexpr int kScaleOffset = kRingBytes + (kQueryBytes > kMergeBytes ? kQueryBytes : kMergeBytes);
+  static constexpr int kStatisticsOffset = kScaleOffset + 2 * kStages * kScaleBytes;
+  static constexpr int kRowScaleOffset = kStatisticsOffset + 2 * kSlotWarps * kRows * 4;
+  static constexpr int kBarrierOffset = kRowScaleOffset + (kEightBit ? kRows * 4 : 0);
   static constexpr int kSharedBytes = kBarrierOffset + 4 * kStages * 8;
-  static_assert(kSlots % (16 * kSlotWarps) == 0 && kHeadSize % 16 == 0);
+  static_assert(kSlots % (16 * kSlotWarps) == 0 && kHeadSize % 32 == 0 && kTileBytes % 1024 == 0);
+  static_assert(kSharedBytes + sizeof(PlaceScan) <= 227 * 1024);
+  // Weights of 8-bit values carry the value's scale and are rounded to half: raised by 2^7, so that 2^kGrowth times
+  // that still fits and small ones keep their bits.
+  static constexpr float kWeightShift = kEightBit ? 7.0f : 0.0f;
 };
 
 struct BulkMaps {
   CUtensorMap key, value;
 };
-struct NoMaps {};
+struct Scales {
+  const float* key;         // [S, Hkv]
+  const float* value;       // [S, Hkv]
+  int64_t key_stride[2];    // between slots, between heads
+  int64_t value_stride[2];  // likewise
+};
+struct Nothing {};
 
 // Transposes an 8 x 8 matrix of 16-bit numbers held as accumulators are: what was a row's pair becomes a column's.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
@@ -214,16 +313,34 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   return y;
 }
 
+// Two of four signed bytes (the selector names them in its first and third digit) as halves: 1024 + 128 + x has the
+// byte x + 128 as its low bits.
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t flipped) {
+  const uint32_t raised = __byte_perm(flipped, 0x64646464u, kSelector);
+  const __half2 offset = __half2half2(__ushort_as_half(0x6480));
+  const __half2 x = __hsub2(*reinterpret_cast<const __half2*>(&raised), offset);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+
 template <int kThreads>
 __device__ __forceinline__ void sync_consumers() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
-template <class C>
-__device__ __forceinline__ void store4(typename C::T* to, const float4& x, float factor) {
-  using T = typename C::T;
-  *reinterpret_cast<uint2*>(to) =
-      make_uint2(pack_pair(T{}, x.x * factor, x.y * factor), pack_pair(T{}, x.z * factor, x.w * factor));
+// A box of a four-dimensional tensor, innermost coordinate first.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y,
+                                         int32_t z, int32_t w, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(hint)
+      : "memory");
+}
+
+// Arrives at the barrier when this thread's cp.async so far are done.
+__device__ __forceinline__ void barrier_arrive_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_offset(barrier)) : "memory");
 }
 
 // What a warp knows of its rows: accumulators transposed (columns x rows), running maximum and sum of weights. A thread
@@ -250,22 +367,27 @@ struct WarpState {
   }
 };
 
+// Column of accumulator i of step m in a lane. 8-bit values arrive as pairs of columns, which the rows of a product
+// share.
+template <class C>
+__device__ __forceinline__ int column_of(int m, int i, int lane) {
+  return 16 * m + (C::kEightBit ? lane / 4 * 2 + i / 2 : lane / 4 + i / 2 * 8);
+}
+
 // The queries as operand B, eight rows to a tile: in registers where they fit beside the accumulators.
 template <class C>
 struct Queries {
   static constexpr bool kInRegisters = C::kRowTiles * C::kHeadSize <= 128;
-  uint32_t address;
+  uint32_t tile;
+  int first_row;  // the warp's
   uint32_t held[kInRegisters ? C::kRowTiles : 1][kInRegisters ? C::kSteps : 1][2];
 
+  // two steps at a time
   __device__ __forceinline__ void fetch(int n, int step, uint32_t (&b)[4]) const {
     const int lane = threadIdx.x % 32;
-    const uint32_t at = address + (step / 4) * (C::kRows * 128) + n * (8 * 128) + (lane % 8) * 128 +
-                        (((step % 4 * 2 + lane / 8) ^ (lane % 8)) << 4);
-    load_block(b, at);
+    load_block(b, TileRow<C::kQueryRowBytes>(tile, first_row + n * 8 + lane % 8, lane / 8 % 2).at(step + lane / 16));
   }
-  // `shared`: the tile's queries; `row`: the warp's first
-  __device__ __forceinline__ void load(uint32_t shared, int row) {
-    address = shared + row * 128;
+  __device__ __forceinline__ Queries(uint32_t tile, int first_row) : tile(tile), first_row(first_row) {
     if constexpr (kInRegisters) {
 #pragma unroll
       for (int n = 0; n < C::kRowTiles; ++n) {
@@ -292,15 +414,21 @@ struct Queries {
 template <class C>
 using Scores = float[C::kSlotTiles][C::kRowTiles][4];
 
+// First slot of the warp in a block.
+template <class C>
+__device__ __forceinline__ int warp_slot() {
+  return threadIdx.x / 32 % C::kSlotWarps * (16 * C::kSlotTiles);
+}
+
 // Scores of the warp's slots in the block of keys at `keys`.
 template <class C>
 __device__ __forceinline__ void multiply_keys(uint32_t keys, const Queries<C>& queries, Scores<C>& s) {
-  const int lane = threadIdx.x % 32, warp_slot = threadIdx.x / 32 % C::kSlotWarps * (16 * C::kSlotTiles);
+  const int lane = threadIdx.x % 32;
   // two sums for even and odd steps where one alone would be a long chain of dependent products
   constexpr int kChains = C::kSlotTiles * C::kRowTiles < 3 ? 2 : 1;
-  const uint32_t base = keys + (warp_slot + lane % 16) * 128 + (((lane / 16) ^ (lane % 8)) << 4);
 #pragma unroll
   for (int t = 0; t < C::kSlotTiles; ++t) {
+    const TileRow<C::kRowBytes> row(keys, warp_slot<C>() + t * 16 + lane % 16, lane / 16);
     float sums[kChains][C::kRowTiles][4];
 #pragma unroll
     for (int c = 0; c < kChains; ++c) {
@@ -313,16 +441,27 @@ __device__ __forceinline__ void multiply_keys(uint32_t keys, const Queries<C>& q
 #pragma unroll
     for (int step = 0; step < C::kSteps; step += 2) {
       uint32_t a[2][4];
+      if constexpr (C::kEightBit) {
+        // 16 columns to a register's matrix; the queries' columns are in the order that this makes
+        uint32_t codes[4];
+        load_block(codes, row.at(step / 2));
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        load_block(a[j], (base ^ ((step + j) % 4 << 5)) + (step / 4) * C::kPanelBytes + t * (16 * 128));
+        for (int j = 0; j < 4; ++j) codes[j] ^= 0x80808080u;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          a[j][0] = bytes_to_halves<0x7170>(codes[2 * j]), a[j][1] = bytes_to_halves<0x7170>(codes[2 * j + 1]);
+          a[j][2] = bytes_to_halves<0x7372>(codes[2 * j]), a[j][3] = bytes_to_halves<0x7372>(codes[2 * j + 1]);
+        }
+      } else {
+        load_block(a[0], row.at(step));
+        load_block(a[1], row.at(step + 1));
       }
 #pragma unroll
       for (int n = 0; n < C::kRowTiles; ++n) {
         uint32_t b[4];
         queries.get(n, step, b);
-        multiply_add<typename C::T>(sums[0][n], a[0], b[0], b[1]);
-        multiply_add<typename C::T>(sums[kChains - 1][n], a[1], b[2], b[3]);
+        multiply_add<typename C::Operand>(sums[0][n], a[0], b[0], b[1]);
+        multiply_add<typename C::Operand>(sums[kChains - 1][n], a[1], b[2], b[3]);
       }
     }
 #pragma unroll
@@ -336,12 +475,12 @@ __device__ __forceinline__ void multiply_keys(uint32_t keys, const Queries<C>& q
 // Slots from `valid` on are not the row's.
 template <class C>
 __device__ __forceinline__ void mask_scores(int valid, Scores<C>& s) {
-  const int lane = threadIdx.x % 32, warp_slot = threadIdx.x / 32 % C::kSlotWarps * (16 * C::kSlotTiles);
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int t = 0; t < C::kSlotTiles; ++t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool outside = warp_slot + t * 16 + lane / 4 + i / 2 * 8 >= valid;
+      const bool outside = warp_slot<C>() + t * 16 + lane / 4 + i / 2 * 8 >= valid;
 #pragma unroll
       for (int n = 0; n < C::kRowTiles; ++n) {
         if (outside) s[t][n][i] = -kInfinity;
@@ -350,18 +489,54 @@ __device__ __forceinline__ void mask_scores(int valid, Scores<C>& s) {
   }
 }
 
-// Weights of the scores in place; raises the running maximum and shrinks the accumulators if it has to.
+// What the scores of 8-bit keys still lack: the slots' scales, the rows' factors and the softmax's scale in base 2.
 template <class C>
-__device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float scale_log2) {
+__device__ __forceinline__ void scale_scores(const float* key_scales, const float (&row_scale)[C::kRowTiles][2],
+                                             Scores<C>& s) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int t = 0; t < C::kSlotTiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float scale = key_scales[warp_slot<C>() + t * 16 + lane / 4 + 8 * j];
+#pragma unroll
+      for (int n = 0; n < C::kRowTiles; ++n) {
+        s[t][n][2 * j] *= scale * row_scale[n][0];
+        s[t][n][2 * j + 1] *= scale * row_scale[n][1];
+      }
+    }
+  }
+}
+
+// Weights of the scores in place; raises the running maximum and shrinks the accumulators if it has to. 8-bit: with
+// `value_scales` in the weights, and in the maximum, which is that of what goes into the products.
+template <class C>
+__device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float scale_log2,
+                                      const float (&value_scales)[C::kSlotTiles][2]) {
+  // below this a scale no longer moves the maximum: the sums of the weights without it would grow beyond float32
+  constexpr float kSmallest = -60.0f;
+  float bias[C::kSlotTiles][2];
+  if constexpr (C::kEightBit) {
+#pragma unroll
+    for (int t = 0; t < C::kSlotTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) bias[t][j] = fmaxf(__log2f(value_scales[t][j]), kSmallest);
+    }
+  }
   float best[C::kRowTiles][2];
   bool grows = false;
 #pragma unroll
   for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      best[n][i] = fmaxf(s[0][n][i], s[0][n][2 + i]);
+      best[n][i] = -kInfinity;
 #pragma unroll
-      for (int t = 1; t < C::kSlotTiles; ++t) best[n][i] = fmaxf(best[n][i], fmaxf(s[t][n][i], s[t][n][2 + i]));
+      for (int t = 0; t < C::kSlotTiles; ++t) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          best[n][i] = fmaxf(best[n][i], C::kEightBit ? s[t][n][2 * j + i] + bias[t][j] : s[t][n][2 * j + i]);
+        }
+      }
       // false for two infinities of the same sign, whose difference is NaN
       grows |= (best[n][i] - state.maximum[n][i]) * scale_log2 > kGrowth;
     }
@@ -376,15 +551,16 @@ __device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float s
         for (int offset = 4; offset < 32; offset *= 2) {
           highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
         }
-        if (highest > state.maximum[n][i]) {
-          const float factor = exp2_fast((state.maximum[n][i] - highest) * scale_log2);
-          state.maximum[n][i] = highest;
-          state.sum[n][i] *= factor;
+        highest = fmaxf(highest, state.maximum[n][i]);
+        // 1 where nothing grows, -inf staying -inf included
+        const float factor =
+            highest > state.maximum[n][i] ? exp2_fast((state.maximum[n][i] - highest) * scale_log2) : 1.0f;
+        state.maximum[n][i] = highest;
+        state.sum[n][i] *= factor;
 #pragma unroll
-          for (int m = 0; m < C::kSteps; ++m) {
-            state.o[m][n][i] *= factor;
-            state.o[m][n][2 + i] *= factor;
-          }
+        for (int m = 0; m < C::kSteps; ++m) {
+          state.o[m][n][i] *= factor;
+          state.o[m][n][2 + i] *= factor;
         }
       }
     }
@@ -394,83 +570,154 @@ __device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float s
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       // a row that has seen only -inf keeps weights of 0
-      const float base = state.maximum[n][i] == -kInfinity ? 0.0f : state.maximum[n][i] * scale_log2;
+      const float base =
+          state.maximum[n][i] == -kInfinity ? 0.0f : fmaf(state.maximum[n][i], scale_log2, -C::kWeightShift);
 #pragma unroll
       for (int t = 0; t < C::kSlotTiles; ++t) {
-        s[t][n][i] = exp2_fast(fmaf(s[t][n][i], scale_log2, -base));
-        s[t][n][2 + i] = exp2_fast(fmaf(s[t][n][2 + i], scale_log2, -base));
-        state.sum[n][i] += s[t][n][i] + s[t][n][2 + i];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float weight = exp2_fast(fmaf(s[t][n][2 * j + i], scale_log2, -base));
+          state.sum[n][i] += weight;
+          s[t][n][2 * j + i] = C::kEightBit ? weight * value_scales[t][j] : weight;
+        }
       }
     }
   }
 }
 
-// Adds the weighted values of the warp's slots to the accumulators. kRagged: values from slot `valid` on count as
-// zeros, whatever they hold.
-template <class C, bool kRagged>
+// Adds the weighted values of the warp's slots to the accumulators. Values from slot `valid` on count as zeros,
+// whatever they hold: a weight of 0 does not silence a NaN.
+template <class C>
 __device__ __forceinline__ void multiply_values(uint32_t values, int valid, const Scores<C>& s, WarpState<C>& state) {
-  using T = typename C::T;
-  const int lane = threadIdx.x % 32, warp_slot = threadIdx.x / 32 % C::kSlotWarps * (16 * C::kSlotTiles);
-  const uint32_t base = values + (warp_slot + lane % 8 + lane / 16 * 8) * 128 + (((lane / 8 % 2) ^ (lane % 8)) << 4);
+  using T = typename C::Operand;
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int t = 0; t < C::kSlotTiles; ++t) {
     uint32_t weights[C::kRowTiles][2];
 #pragma unroll
     for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        weights[n][i] = transpose_matrix(pack_pair(T{}, s[t][n][2 * i], s[t][n][2 * i + 1]));
+      for (int j = 0; j < 2; ++j) {
+        weights[n][j] = transpose_matrix(pack_pair(T{}, s[t][n][2 * j], s[t][n][2 * j + 1]));
       }
     }
-    uint32_t keep[2] = {0xffffffffu, 0xffffffffu};
-    if (kRagged) {
+    if constexpr (C::kEightBit) {
+      const TileRow<C::kRowBytes> row(values, warp_slot<C>() + t * 16 + lane % 16, lane / 16);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int slot = warp_slot + t * 16 + i * 8 + lane % 4 * 2;
-        keep[i] = slot + 1 < valid ? 0xffffffffu : slot < valid ? 0xffffu : 0u;
+      for (int m = 0; m < C::kSteps; m += 2) {
+        uint32_t codes[4];
+        load_block_transposed(codes, row.at(m / 2));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) codes[j] ^= 0x80808080u;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t a[4];
+          a[0] = bytes_to_halves<0x7270>(codes[2 * j]), a[1] = bytes_to_halves<0x7371>(codes[2 * j]);
+          a[2] = bytes_to_halves<0x7270>(codes[2 * j + 1]), a[3] = bytes_to_halves<0x7371>(codes[2 * j + 1]);
+#pragma unroll
+          for (int n = 0; n < C::kRowTiles; ++n) multiply_add<T>(state.o[m + j][n], a, weights[n][0], weights[n][1]);
+        }
       }
-    }
+    } else {
+      const TileRow<C::kRowBytes> row(values, warp_slot<C>() + t * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      uint32_t keep[2];
 #pragma unroll
-    for (int m = 0; m < C::kSteps; ++m) {
-      uint32_t a[4];
-      load_block_transposed(a, (base ^ (m % 4 << 5)) + (m / 4) * C::kPanelBytes + t * (16 * 128));
-      if (kRagged) {
+      for (int j = 0; j < 2; ++j) {
+        const int slot = warp_slot<C>() + t * 16 + j * 8 + lane % 4 * 2;
+        keep[j] = slot + 1 < valid ? 0xffffffffu : slot < valid ? 0xffffu : 0u;
+      }
+#pragma unroll
+      for (int m = 0; m < C::kSteps; ++m) {
+        uint32_t a[4];
+        load_block_transposed(a, row.at(m));
         a[0] &= keep[0], a[1] &= keep[0];
         a[2] &= keep[1], a[3] &= keep[1];
-      }
 #pragma unroll
-      for (int n = 0; n < C::kRowTiles; ++n) multiply_add<T>(state.o[m][n], a, weights[n][0], weights[n][1]);
+        for (int n = 0; n < C::kRowTiles; ++n) multiply_add<T>(state.o[m][n], a, weights[n][0], weights[n][1]);
+      }
     }
   }
 }
 
-// Rotated queries of a tile to shared memory, rows behind the batch row's end as zeros; the consumers take part.
+// Queries of a tile to shared memory, rotated in float32 and rounded once, rows behind the batch row's end as zeros;
+// the consumers take part. A thread turns pairs (i, i + R/2), then what is behind the rotated columns. 8-bit: divided
+// by the largest of the row, which goes to row_scales.
 template <class C>
-__device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, const RowTile& row, int head,
-                                             uint8_t* queries, float factor) {
+__device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, const RowSpan& span, uint32_t tile,
+                                             uint32_t group, int head, uint8_t* queries, float factor,
+                                             float* row_scales) {
   using T = typename C::T;
-  const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
-  const RotaryRow rotary{p.cos + row.position * p.rotary_half, p.sin + row.position * p.rotary_half, p.rotary_half};
-  constexpr int kChunks = C::kHeadSize / 8;
-  for (int i = threadIdx.x; i < C::kRows * kChunks; i += C::kConsumers) {
-    const int r = i / kChunks, chunk = i % kChunks;
-    const int64_t packed = row.tile * C::kRows + r;
-    uint4 rotated = make_uint4(0, 0, 0, 0);
-    if (packed < row.q_count * group) {
-      const int64_t query = packed / group;
-      const T* const from = static_cast<const T*>(p.q) + (row.q_begin + query) * p.q_stride[0] +
-                            (head * group + (packed - query * group)) * p.q_stride[1];
-      rotated = rotated_chunk(from, chunk, rotary, factor);
+  constexpr int kPairs = C::kHeadSize / 2, kItems = C::kRows * kPairs / C::kConsumers;
+  constexpr int kTogether = kItems % 4 == 0 ? 4 : kItems % 3 == 0 ? 3 : 2;
+  static_assert(C::kRows * kPairs % (kTogether * C::kConsumers) == 0);
+  const int64_t table_row = static_cast<int64_t>(span.position) * p.rotary_half;
+  const float *const cos = p.cos + table_row, *const sin = p.sin + table_row;
+  const uint32_t packed_rows = span.q_count * group;
+  const auto rotated = [&](int r, int pair, float (&x)[2]) {
+    const uint32_t packed = tile * C::kRows + r;
+    x[0] = x[1] = 0;
+    if (packed >= packed_rows) return;
+    const uint32_t query = packed / group;
+    const T* const from = static_cast<const T*>(p.q) + (span.q_begin + query) * p.q_stride[0] +
+                          (head * group + (packed - query * group)) * p.q_stride[1];
+    const bool turns = pair < p.rotary_half;
+    const float low = to_float(from[turns ? pair : 2 * pair]);
+    const float high = to_float(from[turns ? pair + p.rotary_half : 2 * pair + 1]);
+    const float c = turns ? __ldg(cos + pair) : 1.0f, s = turns ? __ldg(sin + pair) : 0.0f;
+    // a pair that does not turn may be infinite, and 0 times that is NaN
+    x[0] = (turns ? low * c - high * s : low) * factor;
+    x[1] = (turns ? high * c + low * s : high) * factor;
+  };
+  if constexpr (C::kEightBit) {
+    for (int r = threadIdx.x; r < C::kRows; r += C::kConsumers) row_scales[r] = 0;
+    sync_consumers<C::kConsumers>();
+#pragma unroll 4
+    for (int item = threadIdx.x; item < C::kRows * kPairs; item += C::kConsumers) {
+      float x[2];
+      rotated(item / kPairs, item % kPairs, x);
+      // positive floats are ordered like their bits, and NaN is above all
+      atomicMax(reinterpret_cast<unsigned*>(row_scales + item / kPairs),
+                max(__float_as_uint(fabsf(x[0])), __float_as_uint(fabsf(x[1]))));
     }
-    *reinterpret_cast<uint4*>(queries + (chunk / 8) * (C::kRows * 128) + r * 128 + (((chunk ^ r) & 7) << 4)) = rotated;
+    sync_consumers<C::kConsumers>();
+  }
+  // some items at a time: their loads are in flight together
+#pragma unroll 1
+  for (int first = 0; first < kItems; first += kTogether) {
+    float x[kTogether][2];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int item = (first + j) * C::kConsumers + threadIdx.x;
+      rotated(item / kPairs, item % kPairs, x[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int item = (first + j) * C::kConsumers + threadIdx.x, r = item / kPairs, pair = item % kPairs;
+      const bool turns = pair < p.rotary_half;
+      const float largest = C::kEightBit ? row_scales[r] : 1.0f;
+      const float inverse = largest == 0.0f ? 0.0f : 1.0f / largest;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int column = turns ? pair + i * p.rotary_half : 2 * pair + i;
+        if constexpr (C::kEightBit) {
+          // a register of 8-bit keys holds columns 4c .. 4c + 3, which are the operand's 2c, 2c + 1, 2c + 8, 2c + 9
+          const int inside = column % 16;
+          column += inside / 4 * 2 + inside % 2 + inside / 2 % 2 * 8 - inside;
+          x[j][i] *= inverse;
+        }
+        *reinterpret_cast<typename C::Operand*>(queries + swizzle(r * C::kQueryRowBytes + column * 2 / 16 * 16) +
+                                                column * 2 % 16) = static_cast<typename C::Operand>(x[j][i]);
+      }
+    }
   }
 }
 
 // The warps' results of a segment, merged and written: to out and lse where the segment is the whole tile, else to the
 // workspace, there with zeros where no slot had a weight.
 template <class C>
-__device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p, const Segment& segment, int head,
-                                               int64_t worker, float scale_log2, WarpState<C>& state, float* merge,
+__device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
+                                               const Walk<C::kRows, C::kSlots>& segment, uint32_t group, int head,
+                                               int worker, float scale_log2, WarpState<C>& state, float* merge,
                                                float* statistics) {
   using T = typename C::T;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -510,26 +757,14 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
     return total;
   };
 
-  const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
-  const int64_t first_packed = segment.row.tile * C::kRows, packed_rows = segment.row.q_count * group - first_packed;
+  const uint32_t first_packed = segment.tile * C::kRows, packed_rows = segment.span.q_count * group - first_packed;
   const bool whole = segment.count == segment.blocks;
-  const int64_t workspace_row = ((2 * worker + (segment.first == 0 ? 1 : 0)) * p.kv_heads + head) * C::kRows;
-  const auto token_and_head = [&](int r) {
-    const int64_t packed = first_packed + r, query = packed / group;
-    return (segment.row.q_begin + query) * p.q_heads + head * group + (packed - query * group);
+  const int64_t workspace_row =
+      (static_cast<int64_t>(2 * worker + (segment.first == 0 ? 1 : 0)) * p.kv_heads + head) * C::kRows;
+  const auto token_and_head = [&](int r) -> int64_t {
+    const uint32_t packed = first_packed + r, query = packed / group;
+    return static_cast<int64_t>(segment.span.q_begin + query) * p.q_heads + (head * group + (packed - query * group));
   };
-
-  for (int r = thread; r < C::kRows; r += C::kConsumers) {
-    if (r >= packed_rows) continue;
-    const float maximum = maximum_of(r), total = total_of(r, maximum);
-    // -inf alone, or no slot
-    const float lse = total == 0.0f ? -kInfinity : maximum * scale_log2 + log2f(total);
-    if (whole) {
-      p.lse[token_and_head(r)] = lse * kLn2;
-    } else {
-      p.partial_lse[workspace_row + r] = lse;
-    }
-  }
 
   constexpr int kRounds = C::kHeadSize / C::kMergeColumns, kVectors = C::kMergeColumns / 4;
 #pragma unroll
@@ -541,16 +776,17 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
     }
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      float* const own = merge + warp * (8 * C::kMergePitch) + lane / 4;
+      float* const own = merge + warp * (8 * C::kMergePitch);
 #pragma unroll
       for (int m = 0; m < C::kMergeColumns / 16; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          own[(lane % 4 * 2 + i % 2) * C::kMergePitch + m * 16 + i / 2 * 8] =
+          own[(lane % 4 * 2 + i % 2) * C::kMergePitch + column_of<C>(m, i, lane)] =
               state.o[round * (C::kMergeColumns / 16) + m][n][i] * factor[i % 2];
         }
       }
       sync_consumers<C::kConsumers>();
+#pragma unroll 1
       for (int item = thread; item < C::kRowWarps * 8 * kVectors; item += C::kConsumers) {
         const int vector = item % kVectors, row8 = item / kVectors % 8, rows = item / (8 * kVectors);
         const int r = rows * C::kWarpRows + n * 8 + row8;
@@ -562,14 +798,20 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
               merge + ((rows * C::kSlotWarps + w) * 8 + row8) * C::kMergePitch + 4 * vector);
           sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
         }
-        const float total = total_of(r, maximum_of(r));
+        const float maximum = maximum_of(r), total = total_of(r, maximum);
         const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+        sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
+        // -inf alone, or no slot
+        const float lse = total == 0.0f ? -kInfinity : maximum * scale_log2 - C::kWeightShift + log2f(total);
         const int column = round * C::kMergeColumns + 4 * vector;
         if (whole) {
-          store4<C>(static_cast<T*>(p.out) + token_and_head(r) * C::kHeadSize + column, sum, inverse);
+          const int64_t at = token_and_head(r);
+          *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * C::kHeadSize + column) =
+              make_uint2(pack_pair(T{}, sum.x, sum.y), pack_pair(T{}, sum.z, sum.w));
+          if (column == 0) p.lse[at] = lse * kLn2;
         } else {
-          *reinterpret_cast<float4*>(p.partial_out + (workspace_row + r) * C::kHeadSize + column) =
-              make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse);
+          *reinterpret_cast<float4*>(p.partial_out + (workspace_row + r) * C::kHeadSize + column) = sum;
+          if (column == 0) p.partial_lse[workspace_row + r] = lse;
         }
       }
       sync_consumers<C::kConsumers>();
@@ -577,10 +819,59 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
   }
 }
 
+// Loads of the consumers themselves by cp.async; they run ahead of the products, across segments.
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+struct Loader {
+  Walk<C::kRows, C::kSlots> walk;
+  uint32_t left = 0;
+  int stage = 0;
+
+  __device__ __forceinline__ void next(const InjectedAttentionParams& p, const Scales* scales, uint32_t group, int head,
+                                       uint8_t* shared) {
+    while (left == 0) {
+      if (!walk.next(p, group)) {
+        commit_copies();
+        return;
+      }
+      left = walk.span.slot_count == 0 ? 0 : walk.count;
+    }
+    const uint32_t block = walk.first + walk.count - left;
+    const int64_t slot = walk.span.slot_begin + static_cast<int64_t>(block) * C::kSlots;
+    const int valid = walk.span.slot_count - static_cast<int>(block * C::kSlots);
+    constexpr int kChunks = C::kRowBytes / 16, kElement = C::kEightBit ? 1 : 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t* const stride = i == 0 ? p.k_stride : p.v_stride;
+      const uint8_t* const from =
+          static_cast<const uint8_t*>(i == 0 ? p.k : p.v) + (slot * stride[0] + head * stride[1]) * kElement;
+      const uint32_t to = shared_offset(shared) + (2 * stage + i) * C::kTileBytes;
+#pragma unroll 4
+      for (int item = threadIdx.x; item < C::kSlots * kChunks; item += C::kConsumers) {
+        const int r = item / kChunks, chunk = item % kChunks;
+        const bool inside = r < valid;
+        copy16_async(to + swizzle(r * C::kRowBytes + chunk * 16),
+                     from + (inside ? r * stride[0] * kElement + chunk * 16 : 0), inside);
+      }
+      if constexpr (C::kEightBit) {
+        const float* const scale = i == 0 ? scales->key : scales->value;
+        const int64_t* const scale_stride = i == 0 ? scales->key_stride : scales->value_stride;
+        for (int r = threadIdx.x; r < C::kSlots; r += C::kConsumers) {
+          copy4_async(shared_offset(shared) + C::kScaleOffset + (2 * stage + i) * C::kScaleBytes + r * 4,
+                      scale + (slot + (r < valid ? r : 0)) * scale_stride[0] + head * scale_stride[1], r < valid);
+        }
+      }
+    }
+    commit_copies();
+    --left;
+    if (++stage == C::kStages) stage = 0;
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
     attend(const __grid_constant__ InjectedAttentionParams p,
-           const __grid_constant__ std::conditional_t<C::kBulk, BulkMaps, NoMaps> maps) {
+           const __grid_constant__ std::conditional_t<C::kBulk, BulkMaps, Nothing> maps,
+           const __grid_constant__ std::conditional_t<C::kEightBit, Scales, Nothing> scales) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr bool kCompiled = true;
   // the merging kernel may settle beside this one and wait
@@ -589,61 +880,77 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   constexpr bool kCompiled = !C::kBulk;
 #endif
   if constexpr (kCompiled) {
-    using T = typename C::T;
     extern __shared__ __align__(1024) uint8_t shared[];
     __shared__ PlaceScan scan;
     uint8_t* const queries_shared = shared + C::kRingBytes;
-    float* const statistics = reinterpret_cast<float*>(shared + C::kSharedOffset);
+    float* const tile_scales = reinterpret_cast<float*>(shared + C::kScaleOffset);
+    float* const statistics = reinterpret_cast<float*>(shared + C::kStatisticsOffset);
+    float* const row_scales = reinterpret_cast<float*>(shared + C::kRowScaleOffset);
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + C::kBarrierOffset);  // keys, values by turns
     uint64_t* const empty = full + 2 * C::kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int head = blockIdx.x % p.kv_heads;
-    const int64_t worker = blockIdx.x / p.kv_heads;
+    const int head = blockIdx.x % p.kv_heads, worker = blockIdx.x / p.kv_heads;
+    const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
 
     if constexpr (C::kBulk) {
-      if (threadIdx.x == 0) {
+      if (threadIdx.x == C::kConsumers) {
+        prefetch_tensor_map(&maps.key);
+        prefetch_tensor_map(&maps.value);
+#pragma unroll 1
         for (int i = 0; i < 2 * C::kStages; ++i) {
-          barrier_init(full + i, 1);
+          barrier_init(full + i, C::kEightBit ? 33 : 1);
           barrier_init(empty + i, C::kWarps);
         }
         barrier_init_fence();
       }
     }
-    int64_t units, begin = 0, count = 0;
-    const Place place =
-        find_place<C::kRows, C::kSlots, C::kThreads, false>(p, scan, &units, [&](int64_t total) -> int64_t {
-          const int64_t used = used_workers(total, p.splits);
-          if (worker >= used) return -1;
-          begin = worker_begin(total, used, worker);
-          count = worker_begin(total, used, worker + 1) - begin;
-          return begin;
-        });
-    if (count == 0) return;
+    uint64_t begin = 0, count = 0;
+    const Place place = find_place<C::kRows, C::kSlots, C::kThreads, false>(p, group, scan, [&](uint64_t units) {
+      const uint64_t share = worker_share(units, p.splits);
+      begin = share * worker;
+      count = begin < units ? (units - begin < share ? units - begin : share) : 0;
+      return begin;
+    });
     Walk<C::kRows, C::kSlots> walk;
-    walk.begin(p, place, begin, count);
-    Segment segment;
+    walk.begin(place, group, begin, count);
+    if constexpr (C::kBulk) {
+      // the consumers see the producer's barriers
+      if (warp == C::kWarps) {
+        named_barrier_arrive(2, C::kThreads);
+      } else {
+        named_barrier_sync(2, C::kThreads);
+      }
+    }
 
     if constexpr (C::kBulk) {
       if (warp == C::kWarps) {
-        if (lane != 0) return;
-        prefetch_tensor_map(&maps.key);
-        prefetch_tensor_map(&maps.value);
         int stage = 0;
         uint32_t phase = 1;
-        while (walk.next(p, &segment)) {
-          if (segment.row.slot_count == 0) continue;
-          int32_t slot = static_cast<int32_t>(segment.row.slot_begin + segment.first * C::kSlots);
-          for (int64_t n = 0; n < segment.count; ++n, slot += C::kSlots) {
+        while (walk.next(p, group)) {
+          if (walk.span.slot_count == 0) continue;
+          int32_t slot = walk.span.slot_begin + static_cast<int32_t>(walk.first * C::kSlots);
+#pragma unroll 1
+          for (uint32_t n = 0; n < walk.count; ++n, slot += C::kSlots) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               uint64_t* const barrier = full + 2 * stage + i;
               barrier_wait(empty + 2 * stage + i, phase);
-              barrier_arrive_expect(barrier, C::kTileBytes);
-              uint8_t* const to = shared + (2 * stage + i) * C::kTileBytes;
+              if (lane == 0) {
+                barrier_arrive_expect(barrier, C::kTileBytes);
+                load_box(shared + (2 * stage + i) * C::kTileBytes, i == 0 ? &maps.key : &maps.value, barrier, 0, 0,
+                         head, slot, kEvictFirst);
+              }
+              if constexpr (C::kEightBit) {
+                const float* const from =
+                    i == 0 ? scales.key + head * scales.key_stride[1] : scales.value + head * scales.value_stride[1];
+                const int64_t stride = i == 0 ? scales.key_stride[0] : scales.value_stride[0];
 #pragma unroll
-              for (int panel = 0; panel < C::kPanels; ++panel) {
-                tensor_load_3d(to + panel * C::kPanelBytes, i == 0 ? &maps.key : &maps.value, barrier, panel * 64, head,
-                               slot, kEvictFirst);
+                for (int r = lane; r < C::kSlots; r += 32) {
+                  const bool inside = slot + r < p.num_slots;
+                  copy4_async(shared_offset(tile_scales + (2 * stage + i) * C::kSlots + r),
+                              from + (inside ? slot + r : 0) * stride, inside);
+                }
+                barrier_arrive_copies(barrier);
               }
             }
             if (++stage == C::kStages) {
@@ -658,86 +965,74 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
     // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes
     // them 0
-    const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
+    const float full_scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
     const float query_factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
-    const uint32_t ring = shared_offset(shared), queries_address = shared_offset(queries_shared);
+    // 8-bit scores are scaled before
+    const float scale_log2 = C::kEightBit ? 1.0f : full_scale_log2;
     const int row_warp = warp / C::kSlotWarps;
-    WarpState<C> state;
-    Queries<C> queries;
     int stage = 0;
     uint32_t phase = 0;
-
-    // cp.async: the loads run ahead of the products by kStages - 1 blocks, across segments
-    Walk<C::kRows, C::kSlots> ahead = walk;
-    Segment loading;
-    int64_t loading_left = 0;
-    int load_stage = 0;
-    const auto load_next = [&] {
-      while (loading_left == 0) {
-        if (!ahead.next(p, &loading)) {
-          commit_copies();
-          return;
-        }
-        loading_left = loading.row.slot_count == 0 ? 0 : loading.count;
-      }
-      const int64_t block = loading.first + loading.count - loading_left;
-      const int64_t slot = loading.row.slot_begin + block * C::kSlots;
-      const int64_t valid = loading.row.slot_count - block * C::kSlots;
-      constexpr int kChunks = C::kHeadSize / 8;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const T* const from = i == 0 ? static_cast<const T*>(p.k) + slot * p.k_stride[0] + head * p.k_stride[1]
-                                     : static_cast<const T*>(p.v) + slot * p.v_stride[0] + head * p.v_stride[1];
-        const int64_t stride = i == 0 ? p.k_stride[0] : p.v_stride[0];
-        const uint32_t to = ring + (2 * load_stage + i) * C::kTileBytes;
-#pragma unroll 4
-        for (int item = threadIdx.x; item < C::kSlots * kChunks; item += C::kConsumers) {
-          const int r = item / kChunks, chunk = item % kChunks;
-          const bool inside = r < valid;
-          copy16_async(to + (chunk / 8) * C::kPanelBytes + r * 128 + (((chunk ^ r) & 7) << 4),
-                       from + (inside ? r * stride + chunk * 8 : 0), inside);
-        }
-      }
-      commit_copies();
-      --loading_left;
-      if (++load_stage == C::kStages) load_stage = 0;
-    };
+    Loader<C> loader{walk};
+    const Scales* loader_scales = nullptr;
+    if constexpr (C::kEightBit) loader_scales = &scales;
     if constexpr (!C::kBulk) {
-      for (int i = 0; i < C::kStages - 1; ++i) load_next();
+#pragma unroll 1
+      for (int i = 0; i < C::kStages - 1; ++i) loader.next(p, loader_scales, group, head, shared);
     }
 
-    while (walk.next(p, &segment)) {
-      load_queries<C>(p, segment.row, head, queries_shared, query_factor);
+#pragma unroll 1
+    while (walk.next(p, group)) {
+      load_queries<C>(p, walk.span, walk.tile, group, head, queries_shared, query_factor, row_scales);
       sync_consumers<C::kConsumers>();
-      queries.load(queries_address, row_warp * C::kWarpRows);
+      const Queries<C> queries(shared_offset(queries_shared), row_warp * C::kWarpRows);
+      float row_scale[C::kRowTiles][2];
+      if constexpr (C::kEightBit) {
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            row_scale[n][i] = row_scales[row_warp * C::kWarpRows + n * 8 + lane % 4 * 2 + i] * full_scale_log2;
+          }
+        }
+      }
+      WarpState<C> state;
       state.clear();
-      const int64_t blocks = segment.row.slot_count == 0 ? 0 : segment.count;
-      for (int64_t n = 0; n < blocks; ++n) {
-        const uint32_t keys = ring + 2 * stage * C::kTileBytes, values = keys + C::kTileBytes;
-        const int64_t rest = segment.row.slot_count - (segment.first + n) * C::kSlots;
+      int valid = walk.span.slot_count - static_cast<int>(walk.first * C::kSlots);
+      // a row without slots has one block, and nothing in it
+      const uint32_t blocks = walk.span.slot_count == 0 ? 0 : walk.count;
+#pragma unroll 1
+      for (uint32_t n = 0; n < blocks; ++n, valid -= C::kSlots) {
+        const uint32_t keys = shared_offset(shared) + 2 * stage * C::kTileBytes, values = keys + C::kTileBytes;
         Scores<C> s;
         if constexpr (C::kBulk) {
           barrier_wait(full + 2 * stage, phase);
         } else {
           wait_copies<C::kStages - 2>();
           sync_consumers<C::kConsumers>();
-          load_next();
+          loader.next(p, loader_scales, group, head, shared);
         }
         multiply_keys<C>(keys, queries, s);
+        if constexpr (C::kEightBit) scale_scores<C>(tile_scales + 2 * stage * C::kSlots, row_scale, s);
         if constexpr (C::kBulk) {
           __syncwarp();
           if (lane == 0) barrier_arrive(empty + 2 * stage);
         }
-        if (rest >= C::kSlots) {
-          weigh<C>(s, state, scale_log2);
+        if (valid < C::kSlots) mask_scores<C>(valid, s);
+        float value_scales[C::kSlotTiles][2];
+        if constexpr (C::kEightBit) {
           if constexpr (C::kBulk) barrier_wait(full + 2 * stage + 1, phase);
-          multiply_values<C, false>(values, 0, s, state);
-        } else {
-          mask_scores<C>(static_cast<int>(rest), s);
-          weigh<C>(s, state, scale_log2);
-          if constexpr (C::kBulk) barrier_wait(full + 2 * stage + 1, phase);
-          multiply_values<C, true>(values, static_cast<int>(rest), s, state);
+#pragma unroll
+          for (int t = 0; t < C::kSlotTiles; ++t) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const int slot = warp_slot<C>() + t * 16 + lane / 4 + 8 * j;
+              value_scales[t][j] = slot < valid ? tile_scales[(2 * stage + 1) * C::kSlots + slot] : 0.0f;
+            }
+          }
         }
+        weigh<C>(s, state, scale_log2, value_scales);
+        if constexpr (C::kBulk && !C::kEightBit) barrier_wait(full + 2 * stage + 1, phase);
+        multiply_values<C>(values, valid, s, state);
         if constexpr (C::kBulk) {
           __syncwarp();
           if (lane == 0) barrier_arrive(empty + 2 * stage + 1);
@@ -747,7 +1042,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
           phase ^= 1;
         }
       }
-      finish_segment<C>(p, segment, head, worker, scale_log2, state, reinterpret_cast<float*>(queries_shared),
+      finish_segment<C>(p, walk, group, head, worker, scale_log2, state, reinterpret_cast<float*>(queries_shared),
                         statistics);
     }
   }
@@ -755,7 +1050,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
 // ---- merging ----
 
-constexpr int kMergeThreads = 128, kMergeLoads = 8;
+constexpr int kMergeWarps = 4, kMergeThreads = 32 * kMergeWarps, kMergeLoads = 8;
+static_assert(kMergeWarps * kMergeLoads == 32);
 
 // One block merges one packed row of one tile that several workers shared; its warps take the parts by turns.
 // kByTile: block -> tile; else block -> worker that has the first part of a shared tile. `rows`: of a tile, those that
@@ -763,51 +1059,53 @@ constexpr int kMergeThreads = 128, kMergeLoads = 8;
 template <class T, int kHeadSize, int kRows, int kSlots, bool kByTile>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_parts(const __grid_constant__ InjectedAttentionParams p, int32_t rows) {
-  constexpr int kVectors = kHeadSize / 4, kWarps = kMergeThreads / 32, kColumns = (kVectors + 31) / 32;
+  constexpr int kVectors = kHeadSize / 4, kColumns = (kVectors + 31) / 32;
   __shared__ PlaceScan scan;
-  __shared__ float4 shared[kWarps][kColumns * 32];
-  const int r = blockIdx.x % rows, head = blockIdx.x / rows % p.kv_heads;
-  const int64_t index = blockIdx.x / rows / p.kv_heads;
+  __shared__ float4 shared[kMergeWarps][kColumns * 32];
+  const int r = blockIdx.x % rows, head = blockIdx.x / rows % p.kv_heads, index = blockIdx.x / rows / p.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
-  int64_t units, used = 0, unit = -1;
-  const Place place = find_place<kRows, kSlots, kMergeThreads, kByTile>(p, scan, &units, [&](int64_t total) -> int64_t {
-    used = used_workers(total, p.splits);
-    if (kByTile) return index;
-    if (index >= used) return -1;
-    unit = worker_begin(total, used, index + 1) - 1;
+  uint64_t share = 1, unit = 0;
+  const Place place = find_place<kRows, kSlots, kMergeThreads, kByTile>(p, group, scan, [&](uint64_t units) {
+    share = worker_share(units, p.splits);
+    if (kByTile) return static_cast<uint64_t>(index);
+    // the worker's last
+    unit = share * (index + 1) - 1;
     return unit;
   });
-  int64_t first_worker = 0, parts = 0, token_and_head = 0;
+  int first_worker = 0, parts = 0;
+  int64_t token_and_head = 0;
   if (place.row >= 0) {
-    RowTile row;
-    load_row(p, place.row, &row);
-    const RowWork work = row_work<kRows, kSlots>(p, row);
-    row.tile = kByTile ? index - place.tiles_before : (unit - place.units_before) / work.blocks;
-    const int64_t begin = place.units_before + row.tile * work.blocks;
-    first_worker = worker_of(units, used, begin);
-    const int64_t last_worker = worker_of(units, used, begin + work.blocks - 1);
-    const int64_t packed = row.tile * kRows + r, query = packed / group;
-    if (packed < row.q_count * group && (kByTile || first_worker == index)) parts = last_worker - first_worker + 1;
-    token_and_head = (row.q_begin + query) * p.q_heads + head * group + (packed - query * group);
+    const uint32_t blocks = blocks_of<kSlots>(place.span);
+    const uint32_t tile =
+        static_cast<uint32_t>(kByTile ? index - place.tiles_before : (unit - place.units_before) / blocks);
+    const uint64_t begin = place.units_before + static_cast<uint64_t>(tile) * blocks;
+    first_worker = static_cast<int>(begin / share);
+    const int last_worker = static_cast<int>((begin + blocks - 1) / share);
+    const uint32_t packed = tile * kRows + r, query = packed / group;
+    if (packed < place.span.q_count * group && (kByTile || first_worker == index))
+      parts = last_worker - first_worker + 1;
+    token_and_head =
+        static_cast<int64_t>(place.span.q_begin + query) * p.q_heads + (head * group + (packed - query * group));
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // also by blocks without work: whatever comes after this kernel must not overtake the one before it
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   if (parts <= 1) return;
-  const auto workspace_row = [&](int64_t part) {
-    return ((2 * (first_worker + part) + (part == 0 ? 1 : 0)) * p.kv_heads + head) * kRows + r;
+  const auto workspace_row = [&](int part) {
+    return (static_cast<int64_t>(2 * (first_worker + part) + (part == 0 ? 1 : 0)) * p.kv_heads + head) * kRows + r;
   };
 
   float maximum = -kInfinity, total = 0;
   float4 sum[kColumns]{};
   // every warp sees the statistics of all parts, and reads the results of its own
-  for (int64_t base = 0; base < parts; base += kWarps * kMergeLoads) {
+#pragma unroll 1
+  for (int base = 0; base < parts; base += 32) {
     float4 x[kMergeLoads][kColumns];
 #pragma unroll
     for (int j = 0; j < kMergeLoads; ++j) {
-      const int64_t part = base + j * kWarps + warp;
+      const int part = base + j * kMergeWarps + warp;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         x[j][c] = float4{};
@@ -817,9 +1115,7 @@ __global__ void __launch_bounds__(kMergeThreads)
         }
       }
     }
-    const int64_t own = base + lane;
-    static_assert(kWarps * kMergeLoads == 32);
-    const float lse = own < parts ? __ldcg(p.partial_lse + workspace_row(own)) : -kInfinity;
+    const float lse = base + lane < parts ? __ldcg(p.partial_lse + workspace_row(base + lane)) : -kInfinity;
     float highest = fmaxf(lse, maximum);
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -835,9 +1131,12 @@ __global__ void __launch_bounds__(kMergeThreads)
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       sum[c].x *= shrink, sum[c].y *= shrink, sum[c].z *= shrink, sum[c].w *= shrink;
+    }
 #pragma unroll
-      for (int j = 0; j < kMergeLoads; ++j) {
-        const float w = __shfl_sync(0xffffffffu, weight, j * kWarps + warp);
+    for (int j = 0; j < kMergeLoads; ++j) {
+      const float w = __shfl_sync(0xffffffffu, weight, j * kMergeWarps + warp);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
         sum[c].x = fmaf(w, x[j][c].x, sum[c].x), sum[c].y = fmaf(w, x[j][c].y, sum[c].y);
         sum[c].z = fmaf(w, x[j][c].z, sum[c].z), sum[c].w = fmaf(w, x[j][c].w, sum[c].w);
       }
@@ -846,15 +1145,15 @@ __global__ void __launch_bounds__(kMergeThreads)
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) shared[warp][c * 32 + lane] = sum[c];
   __syncthreads();
-  for (int i = threadIdx.x; i < kVectors; i += kMergeThreads) {
-    float4 y = shared[0][i];
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  if (threadIdx.x < kVectors) {
+    float4 y = shared[0][threadIdx.x];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
-      const float4 x = shared[w][i];
+    for (int w = 1; w < kMergeWarps; ++w) {
+      const float4 x = shared[w][threadIdx.x];
       y.x += x.x, y.y += x.y, y.z += x.z, y.w += x.w;
     }
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + token_and_head * kHeadSize + 4 * i) =
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + token_and_head * kHeadSize + 4 * threadIdx.x) =
         make_uint2(pack_pair(T{}, y.x * inverse, y.y * inverse), pack_pair(T{}, y.z * inverse, y.w * inverse));
   }
   if (threadIdx.x == 0) p.lse[token_and_head] = total == 0.0f ? -kInfinity : (maximum + log2f(total)) * kLn2;
@@ -881,17 +1180,34 @@ cudaError_t launch_merge(const InjectedAttentionParams& p, cudaStream_t stream) 
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = C::kBulk ? 1 : 0;
-  return by_tile
-             ? cudaLaunchKernelEx(&config, merge_parts<typename C::T, C::kHeadSize, C::kRows, C::kSlots, true>, p, rows)
-             : cudaLaunchKernelEx(&config, merge_parts<typename C::T, C::kHeadSize, C::kRows, C::kSlots, false>, p,
-                                  rows);
+  using T = typename C::T;
+  return by_tile ? cudaLaunchKernelEx(&config, merge_parts<T, C::kHeadSize, C::kRows, C::kSlots, true>, p, rows)
+                 : cudaLaunchKernelEx(&config, merge_parts<T, C::kHeadSize, C::kRows, C::kSlots, false>, p, rows);
+}
+
+// A box holds kSlots slots of one head, cut into pieces of at most 128 bytes, whole heads one after the other.
+template <class C>
+cudaError_t encode_map(CUtensorMap* map, const InjectedAttentionParams& p, const void* base,
+                       const int64_t (&stride)[2]) {
+  // in units of 16 bits, whatever the elements are
+  constexpr int kUnits = C::kRowBytes / 2, kPiece = kUnits % 64 == 0 ? 64 : kUnits % 32 == 0 ? 32 : 16;
+  constexpr int kElements = C::kEightBit ? 2 : 1;  // in a unit
+  const int64_t sizes[4] = {kPiece, kUnits / kPiece, p.kv_heads, p.num_slots};
+  const int64_t strides[3] = {kPiece, stride[1] / kElements, stride[0] / kElements};
+  const int32_t box[4] = {kPiece, kUnits / kPiece, 1, C::kSlots};
+  // without slots nothing is read, and there may be no memory
+  return encode_tensor_map_4d(map, FloatType::kFloat16, p.num_slots > 0 ? base : p.q, sizes, strides, box);
 }
 
 template <class C>
-cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
-  std::conditional_t<C::kBulk, BulkMaps, NoMaps> maps;
+cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaStream_t stream) {
+  std::conditional_t<C::kBulk, BulkMaps, Nothing> maps;
+  std::conditional_t<C::kEightBit, Scales, Nothing> kernel_scales;
   const int64_t blocks = int64_t{p.splits} * p.kv_heads;
-  if (p.num_slots > INT32_MAX || blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (p.num_slots > INT32_MAX || p.num_rows > INT32_MAX || p.num_queries * p.q_heads > INT32_MAX ||
+      p.num_positions > INT32_MAX || blocks > INT32_MAX) {
+    return cudaErrorInvalidValue;
+  }
   cudaError_t status;
   if constexpr (C::kBulk) {
     cudaFuncAttributes attributes;
@@ -899,68 +1215,71 @@ cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
     if (status != cudaSuccess) return status;
     // compiled for less, the kernel is empty
     if (attributes.ptxVersion < 90) return cudaErrorNotSupported;
-    const int64_t sizes[3] = {C::kHeadSize, p.kv_heads, p.num_slots};
-    const int32_t box[3] = {64, 1, C::kSlots};
-    const int64_t key_strides[2] = {p.k_stride[1], p.k_stride[0]}, value_strides[2] = {p.v_stride[1], p.v_stride[0]};
-    status = encode_tensor_map_3d(&maps.key, p.type, p.k, sizes, key_strides, box);
+    status = encode_map<C>(&maps.key, p, p.k, p.k_stride);
     if (status != cudaSuccess) return status;
-    status = encode_tensor_map_3d(&maps.value, p.type, p.v, sizes, value_strides, box);
+    status = encode_map<C>(&maps.value, p, p.v, p.v_stride);
     if (status != cudaSuccess) return status;
   }
+  if constexpr (C::kEightBit) kernel_scales = *scales;
   status = cudaFuncSetAttribute(attend<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (status != cudaSuccess) return status;
-  attend<C><<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps);
+  attend<C><<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps, kernel_scales);
   status = cudaGetLastError();
   if (status != cudaSuccess || p.splits == 1) return status;
   return launch_merge<C>(p, stream);
 }
 
-}  // namespace decode
-}  // namespace sharedllm
-
-namespace sharedllm {
-
-template <class T, int kHeadSize>
-cudaError_t launch_injected_attention_decode_bulk(const InjectedAttentionParams& p, cudaStream_t stream) {
-  // 16 KB of keys in a block of slots (32 KB for 256 columns), and as many stages as the blocks' memory holds
-  constexpr int kSlots = kHeadSize == 64 ? 128 : 64;
+// Chooses the tile. Slots of a block make 16 KB of keys (32 KB for 256 columns of 16 bits).
+template <class T, class Code, int kHeadSize>
+cudaError_t launch_bulk(const InjectedAttentionParams& p, const Scales* scales, cudaStream_t stream) {
+  constexpr int kBytes = kHeadSize * sizeof(Code);
+  constexpr int kSlots = kBytes <= 128 ? 128 : 64;
   constexpr bool kWide = kHeadSize == 256;
-  constexpr int kBlocks = kWide ? 1 : 2, kStages = 3;
-  switch (decode_tiling(p).rows) {
+  // as many stages as fit beside the rest
+  constexpr int kStages = kBytes == 512 ? 3 : 6, kFewerStages = kBytes == 512 ? 3 : kWide ? 5 : 6;
+  switch (decode_tile_rows(p)) {
     case 8:
-      return decode::launch<decode::Config<T, kHeadSize, kSlots, 4, 1, 1, kStages, kBlocks, true>>(p, stream);
+      return launch<Config<T, Code, kHeadSize, kSlots, 4, 1, 1, kStages, true>>(p, scales, stream);
     case 16:
-      return decode::launch<
-          decode::Config<T, kHeadSize, kSlots, 4, kWide ? 2 : 1, kWide ? 1 : 2, kStages, kBlocks, true>>(p, stream);
+      return launch<Config<T, Code, kHeadSize, kSlots, 4, kWide ? 2 : 1, kWide ? 1 : 2, kStages, true>>(p, scales,
+                                                                                                        stream);
     case 32:
-      return decode::launch<
-          decode::Config<T, kHeadSize, kSlots, 4, kWide ? 4 : 2, kWide ? 1 : 2, kStages, kBlocks, true>>(p, stream);
+      return launch<Config<T, Code, kHeadSize, kSlots, kWide ? 2 : 4, kWide ? 4 : 2, kWide ? 1 : 2, kStages, true>>(
+          p, scales, stream);
     default:
-      // 17 warps with accumulators of 64 registers a thread leave room for one block
-      return decode::launch<
-          decode::Config<T, kHeadSize, kSlots, kWide ? 2 : 4, kWide ? 8 : 4, kWide ? 1 : 2, kWide ? 3 : 6, 1, true>>(
-          p, stream);
+      return launch<Config<T, Code, kHeadSize, kSlots, 2, kWide ? 8 : 4, kWide ? 1 : 2, kFewerStages, true>>(p, scales,
+                                                                                                             stream);
   }
 }
 
+// Two stages: below the 99 KB of the smaller GPUs, and two blocks to a multiprocessor on the larger ones.
+template <class T, class Code, int kHeadSize>
+cudaError_t launch_portable(const InjectedAttentionParams& p, const Scales* scales, cudaStream_t stream) {
+  constexpr int kBytes = kHeadSize * sizeof(Code);
+  constexpr bool kWide = kHeadSize == 256;
+  constexpr int kSlots = kBytes == 512 ? 32 : kBytes <= 128 ? 128 : 64, kSlotWarps = kSlots == 32 ? 2 : 4;
+  switch (decode_tile_rows(p)) {
+    case 8:
+      return launch<Config<T, Code, kHeadSize, kSlots, kSlotWarps, 1, 1, 2, false>>(p, scales, stream);
+    case 16:
+      return launch<Config<T, Code, kHeadSize, kSlots, kSlotWarps, kWide ? 2 : 1, kWide ? 1 : 2, 2, false>>(p, scales,
+                                                                                                            stream);
+    case 32:
+      return launch<Config<T, Code, kHeadSize, kSlots, 2, kWide ? 4 : 2, kWide ? 1 : 2, 2, false>>(p, scales, stream);
+    default:
+      return launch<Config<T, Code, kHeadSize, kSlots, 2, kWide ? 8 : 4, kWide ? 1 : 2, 2, false>>(p, scales, stream);
+  }
+}
+
+}  // namespace decode
+
+template <class T, int kHeadSize>
+cudaError_t launch_injected_attention_decode_bulk(const InjectedAttentionParams& p, cudaStream_t stream) {
+  return decode::launch_bulk<T, T, kHeadSize>(p, nullptr, stream);
+}
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_decode_portable(const InjectedAttentionParams& p, cudaStream_t stream) {
-  // two stages: below the 99 KB of the smaller GPUs, and two blocks to a multiprocessor on the larger ones
-  constexpr bool kWide = kHeadSize == 256;
-  constexpr int kSlots = kWide ? 32 : 64, kSlotWarps = kWide ? 2 : 4, kStages = 2;
-  switch (decode_tiling(p).rows) {
-    case 8:
-      return decode::launch<decode::Config<T, kHeadSize, kSlots, kSlotWarps, 1, 1, kStages, 1, false>>(p, stream);
-    case 16:
-      return decode::launch<
-          decode::Config<T, kHeadSize, kSlots, kSlotWarps, kWide ? 2 : 1, kWide ? 1 : 2, kStages, 1, false>>(p, stream);
-    case 32:
-      return decode::launch<
-          decode::Config<T, kHeadSize, kSlots, kSlotWarps, kWide ? 4 : 2, kWide ? 1 : 2, kStages, 1, false>>(p, stream);
-    default:
-      return decode::launch<
-          decode::Config<T, kHeadSize, kSlots, kSlotWarps, kWide ? 8 : 4, kWide ? 1 : 2, kStages, 1, false>>(p, stream);
-  }
+  return decode::launch_portable<T, T, kHeadSize>(p, nullptr, stream);
 }
 
 }  // namespace sharedllm

@@ -23,12 +23,8 @@ int64_t injected_attention_decode_workspace_rows(const InjectedAttentionParams& 
 // workspace each.
 cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& params, cudaStream_t stream);
 
-// How a kernel is cut; the tile of packed rows decides.
-struct DecodeTiling {
-  int32_t rows;                       // packed rows of a tile
-  int32_t blocks_per_multiprocessor;  // of the kernel with bulk copies
-};
-DecodeTiling decode_tiling(const InjectedAttentionParams& params);
+// Packed rows of a tile: 8, 16, 32 or 64.
+int32_t decode_tile_rows(const InjectedAttentionParams& params);
 
 // One element type and head size, with bulk copies (9.0 and later; cudaErrorNotSupported where the code was compiled
 // for less) or with cp.async (8.0 and later); defined in kernels/instances.
