@@ -11,15 +11,15 @@ SMALLEST = 2.0**-100
 
 
 def quantize_memory(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales with ``x ≈ codes * scale``: ``scale = max|x| / 127`` over the head, codes to the nearest integer.
+    """``x ≈ codes * scale`` with ``scale = max|x| / 127`` over each head's vector, codes to the nearest integer.
 
     Args:
         x: ``[S, Hkv, D]`` keys (rotated) or values of the memory.
 
     Returns:
-        codes ``[S, Hkv, D]`` int8, between -127 and 127; scale ``[S, Hkv]`` float32. A vector of zeros, or of magnitudes
-        below ``2^-100``, has codes and scale 0. A vector with NaN or inf has codes 0 and that magnitude as its scale: it
-        reads back as NaN.
+        codes ``[S, Hkv, D]`` int8, between -127 and 127; scale ``[S, Hkv]`` float32. A vector of zeros, or of
+        magnitudes below ``2^-100``, has codes and scale 0. A vector with NaN or inf has codes 0 and that magnitude as
+        its scale: it reads back as NaN.
     """
     x = x.to(torch.float32)
     if x.shape[-1] == 0:
