@@ -660,6 +660,7 @@ class BackwardChunk {
         keys_(kSlots * width_),
         keys_by_slot_(kSlots * width_),
         values_(kSlots * width_),
+        ends_(2 * width_),
         grad_k_(kSlots * width_),
         grad_v_(kSlots * width_) {}
 
@@ -695,6 +696,8 @@ class BackwardChunk {
   }
 
  private:
+  static constexpr uint32_t kLowHalf = 0xffff;  // of a pair
+
   void write(T* to, const float* from, float factor) const {
     for (int64_t d = 0; d < p_.size; ++d) store(to + d, from[d] * factor);
   }
@@ -713,6 +716,9 @@ class BackwardChunk {
     for (int64_t c = 0; c < vectors * S::kLanes; c += S::kLanes) {
       differentiate<T>(from, to, c, index);
     }
+    const bool low_end = kUsePairs<T> && from % 2, high_end = kUsePairs<T> && to % 2;
+    if (low_end) hide_slot(from / 2, ~kLowHalf, ends_.get());
+    if (high_end) hide_slot(to / 2, kLowHalf, ends_.get() + width_);
     const int64_t unit = from / kPer, depth = ceil_div(to, kPer) - unit;
     const Product to_query{depth,
                            k.along_slots + unit * k.along_slots_row,
@@ -727,7 +733,10 @@ class BackwardChunk {
     } else {
       product<E, Start::kAdd>(to_query, p_.size, vectors);
     }
+    if (low_end) show_slot(from / 2, ends_.get());
+    if (high_end) show_slot(to / 2, ends_.get() + width_);
     if (!p_.grad_k) return;
+    if (count % kPer) hide_absent_query(from, to, count / kPer);
     const int64_t queries = ceil_div(count, kPer);
     product<E, Start::kAdd>({queries, grads + from * kPanel, kPanel, 1, packed_.query_rows(index), width_,
                              grad_k_.get() + from * width_, width_},
@@ -735,6 +744,33 @@ class BackwardChunk {
     product<E, Start::kAdd>({queries, scores + from * kPanel, kPanel, 1, packed_.grad_rows(index), width_,
                              grad_v_.get() + from * width_, width_},
                             to - from, width_ / S::kLanes);
+  }
+
+  static void mask(const float* from, uint32_t half, float* to) {
+    uint32_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    bits &= half;
+    std::memcpy(to, &bits, sizeof bits);
+  }
+
+  // Keeps a unit of keys aside and clears the half outside the range: its weight is 0, but 0 * NaN is NaN.
+  void hide_slot(int64_t unit, uint32_t half, float* aside) {
+    float* keys = keys_by_slot_.get() + unit * p_.size;
+    std::memcpy(aside, keys, sizeof(float) * p_.size);
+    for (int64_t d = 0; d < p_.size; ++d) mask(aside + d, half, keys + d);
+  }
+
+  void show_slot(int64_t unit, const float* aside) {
+    std::memcpy(keys_by_slot_.get() + unit * p_.size, aside, sizeof(float) * p_.size);
+  }
+
+  // The query that fills the last pair is 0, but its P and dS are NaN where a key is infinite.
+  void hide_absent_query(int64_t from, int64_t to, int64_t unit) {
+    for (int64_t s = from; s < to; ++s) {
+      float *weight = scores_.get() + s * kPanel + unit, *grad = grads_.get() + s * kPanel + unit;
+      mask(weight, kLowHalf, weight);
+      mask(grad, kLowHalf, grad);
+    }
   }
 
   // Scores become weights P, and dP becomes dS = P (dP - delta), for one vector of queries. Pairs: both as rows of
@@ -771,7 +807,7 @@ class BackwardChunk {
   const std::vector<Panel>& panels_;
   float* const partial_;
   const int64_t width_;
-  Floats64 scores_, grads_, paired_, keys_, keys_by_slot_, values_, grad_k_, grad_v_;
+  Floats64 scores_, grads_, paired_, keys_, keys_by_slot_, values_, ends_, grad_k_, grad_v_;
 };
 
 // Add up a panel's partial gradients, in the order of the chunks, and rotate back.

@@ -235,6 +235,77 @@ def test_infinite_scores(device: torch.device, generator: torch.Generator) -> No
     torch.testing.assert_close(lse, want_lse)
 
 
+# ends of a row's slots: every parity, next to an end of memory, one slot, on and across the blocks of 96 slots
+SLOT_ENDS = (
+    (0, 33),
+    (0, 31),
+    (3, 40),
+    (5, 32),
+    (2, 34),
+    (5, 37),
+    (33, 34),
+    (34, 35),
+    (95, 96),
+    (96, 97),
+    (32, 193),
+    (95, 97),
+    (1, 200),
+    (7, 201),
+)
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("ends", SLOT_ENDS, ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 43])
+@pytest.mark.parametrize("shared", [False, True], ids=["unread", "read by others"])
+def test_slots_outside_the_range_do_not_leak(
+    dtype: torch.dtype, ends: tuple[int, int], queries: int, shared: bool, generator: torch.Generator
+) -> None:
+    begin, end = ends
+    # three stacked queries for each: odd and even numbers, one panel and several
+    lengths, ranges = [queries], [ends]
+    if shared:
+        lengths, ranges = [2, queries, 65], [(0, begin), ends, (end, 201)]
+    spec: Spec = (lengths, ranges, 201, 6, 2, 16 if queries < 3 else 33, 16)
+    q, k, v, *rest = build(spec, dtype, "cpu", generator)
+    grad_out = torch.randn(q.shape, generator=generator).to(dtype)
+    first = lengths[0] if shared else 0
+    own, slots = slice(first, first + queries), slice(begin, end)
+    parts = (own, own, own, slots, slots)
+    memories = [(k, v)]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        bad_k, bad_v = k.clone(), v.clone()
+        for x in (bad_k, bad_v):
+            x[:begin] = x[end:] = bad
+        memories += [(bad_k, v), (k, bad_v), (bad_k, bad_v)]
+    results = []
+    for memory in memories:
+        out, lse = forward_op(q, *memory, *rest)
+        grads = backward_op(grad_out, None, q, *memory, out, lse, *rest, True)
+        alone, _, _ = backward_op(grad_out, None, q, *memory, out, lse, *rest, False)
+        assert torch.equal(alone[own], grads[0][own])
+        assert shared or not any(x[:begin].any() or x[end:].any() for x in grads[1:])
+        results.append([x[part] for x, part in zip((out, lse, *grads), parts, strict=True)])
+    assert all(x.isfinite().all() for x in results[0])
+    for other in results[1:]:
+        for name, *values in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), other, results[0], strict=True):
+            assert torch.equal(*values), name
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 7, 15, 16, 63, 65])
+def test_gradients_of_slots_whose_weight_is_zero(dtype: torch.dtype, queries: int, generator: torch.Generator) -> None:
+    q, k, v, *rest = build(([queries], [(1, 120)], 121, 3, 3, 16, 0), dtype, "cpu", generator)
+    q = q.abs()
+    hidden = [1, 2, 50, 97, 119]
+    k[hidden] = -torch.inf
+    out, lse = forward_op(q, k, v, *rest)
+    grad_out = torch.randn(q.shape, generator=generator).to(dtype)
+    _, grad_k, grad_v = backward_op(grad_out, None, q, k, v, out, lse, *rest, True)
+    for grad in (grad_k, grad_v):
+        assert grad.isfinite().all() and not grad[hidden].any() and grad[3:50].any()
+
+
 @pytest.mark.parametrize("case", ["row without slots", "rows share slots", "odd sizes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_autograd_equals_the_reference(
