@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sharedllm_ext import reference
+from sharedllm_ext import _library, reference
 from sharedllm_ext.ops.chunk_compression import chunk_compression, chunk_compression_backward
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+#: those of the CUDA kernel; float16 on the CPU takes the reference
+DTYPES = (*KERNEL_DTYPES, torch.float16)
 P = 67
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+#: plain PyTorch ends the process's use of the GPU where the kernel bounds an index
+NEEDS_KERNEL = pytest.mark.skipif(
+    "chunk_compression" not in _library.cuda_kernels(), reason="the CUDA kernel of chunk_compression is not loaded"
+)
 
 
 def problem(
@@ -93,7 +100,7 @@ def compare(arguments: dict[str, Any], generator: torch.Generator) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("d", "r"), [(2, 2), (6, 6), (16, 16), (24, 10), (32, 32), (33, 32), (64, 64), (80, 32), (128, 128), (7, 0)]
 )
@@ -104,7 +111,7 @@ def test_head_sizes(
     compare(problem(generator, device, dtype, d=d, r=r, rotated=rotated), generator)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tq", [None, 0, 1, 9])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("t", "s"), [(0, 0), (0, 3), (1, 1), (5, 0), (41, 13), (8, 12)])
@@ -125,12 +132,12 @@ def test_heads(hq: int, hkv: int, device: torch.device, generator: torch.Generat
     compare(problem(generator, device, hq=hq, hkv=hkv), generator)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows_and_a_large_output(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     compare(problem(generator, device, dtype, tq=5, t=70001, s=9001, hq=2, hkv=1, d=32, r=32), generator)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_not_contiguous(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = problem(generator, device, dtype, d=32, r=32)
     want = chunk_compression(**arguments)
@@ -157,7 +164,7 @@ def test_not_contiguous(dtype: torch.dtype, device: torch.device, generator: tor
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_in_its_row(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = problem(generator, device, dtype)
     kept = int(arguments["keep_index"].max())
@@ -190,7 +197,7 @@ def test_backward_undoes_a_rotation(device: torch.device, generator: torch.Gener
     torch.testing.assert_close(grad_v, torch.where(kept.view(-1, 1, 1), arguments["v"], 0))
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tq", [None, 9])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("used", [(0, 1, 2, 3), (2,), (3,), (1, 3)])
@@ -348,7 +355,7 @@ def test_plain_path_never_asks_the_host(generator: torch.Generator) -> None:
         assert [x.shape for x in grads] == [fake[name].shape for name in ("q", "k", "v")]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@NEEDS_CUDA
 def test_cuda_never_waits(generator: torch.Generator) -> None:
     arguments = problem(generator, torch.device("cuda"))
     inputs = [arguments[name].requires_grad_() for name in ("q", "k", "v")]
@@ -358,6 +365,140 @@ def test_cuda_never_waits(generator: torch.Generator) -> None:
         torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def backward_of(outputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the backward, the outputs as gradients."""
+    return {
+        "grad_q_rotated": None if arguments["q"] is None else outputs[0],
+        "grad_k_rotated": None if arguments["positions"] is None else outputs[1],
+        "grad_memory_k": outputs[2],
+        "grad_memory_v": outputs[3],
+        "num_tokens": arguments["k"].shape[0],
+        **{name: x for name, x in arguments.items() if name not in ("q", "k", "v")},
+    }
+
+
+def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("d", "r"), [(128, 128), (96, 96), (64, 16), (33, 32)])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_cuda_rounds_as_the_reference(
+    dtype: torch.dtype, d: int, r: int, rotated: bool, generator: torch.Generator
+) -> None:
+    arguments = problem(generator, torch.device("cuda"), dtype, t=301, s=77, d=d, r=r, rotated=rotated)
+    outputs = chunk_compression(**arguments)
+    assert_same(outputs, reference.chunk_compression(**arguments))
+    backward = backward_of(outputs, arguments)
+    assert_same(chunk_compression_backward(**backward), reference.chunk_compression_backward(**backward))
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tq", [None, 50])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_cuda_bounds_every_index(dtype: torch.dtype, tq: int | None, rotated: bool, generator: torch.Generator) -> None:
+    wild = problem(generator, torch.device("cuda"), dtype, tq=tq, t=90, s=40, d=64, r=64, rotated=rotated)
+    wild["keep_index"][::4] = torch.tensor([90, 91, -7, 2**62, -(2**62)], device="cuda").repeat(2)
+    for name in ("q_positions", "positions", "keep_position"):
+        if wild[name] is not None:
+            wild[name][::3], wild[name][1::3] = 2**61, -(2**61)
+    tame = dict(wild)
+    for name in ("q_positions", "positions", "keep_position"):
+        tame[name] = None if wild[name] is None else wild[name].clamp(0, P - 1)
+    tame["keep_index"] = torch.where((wild["keep_index"] >= 0) & (wild["keep_index"] < 90), wild["keep_index"], -1)
+    outputs = chunk_compression(**wild)
+    assert_same(outputs, reference.chunk_compression(**tame))
+    assert_same(
+        chunk_compression_backward(**backward_of(outputs, wild)),
+        reference.chunk_compression_backward(**backward_of(outputs, tame)),
+    )
+
+
+@NEEDS_KERNEL
+def test_cuda_fills_every_slot_of_a_token_kept_twice(generator: torch.Generator) -> None:
+    arguments = problem(generator, torch.device("cuda"), d=32, r=32)
+    arguments["keep_index"][:5] = 7
+    assert_same(chunk_compression(**arguments), reference.chunk_compression(**arguments))
+    backward = backward_of(chunk_compression(**arguments), arguments)
+    assert_same(chunk_compression_backward(**backward), chunk_compression_backward(**backward))
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_odd_addresses(dtype: torch.dtype, generator: torch.Generator) -> None:
+    arguments = problem(generator, torch.device("cuda"), dtype, d=64, r=64)
+    want = chunk_compression(**arguments)
+    for name in ("q", "k", "v", "cos", "sin"):
+        x = arguments[name]
+        moved = {**arguments, name: x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)}
+        assert moved[name].data_ptr() % 16
+        assert_same(chunk_compression(**moved), want)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_side_stream_and_graph(dtype: torch.dtype, generator: torch.Generator) -> None:
+    arguments = problem(generator, torch.device("cuda"), dtype, t=3000, s=500, tq=3000, d=128, r=128)
+    want = reference.chunk_compression(**arguments)
+    want_grads = reference.chunk_compression_backward(**backward_of(want, arguments))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outputs = chunk_compression(**arguments)
+        grads = chunk_compression_backward(**backward_of(outputs, arguments))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(outputs, want)
+    assert_same(grads, want_grads)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = chunk_compression(**arguments)
+        grads = chunk_compression_backward(**backward_of(outputs, arguments))
+    for name in ("q", "k", "v"):
+        arguments[name].mul_(-0.5)
+    for x in (*outputs, *grads):
+        x.fill_(torch.nan)
+    for _ in range(2):
+        graph.replay()
+    want = reference.chunk_compression(**arguments)
+    assert_same(outputs, want)
+    assert_same(grads, reference.chunk_compression_backward(**backward_of(want, arguments)))
+
+
+@NEEDS_CUDA
+def test_cuda_more_than_2_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 40e9:
+        pytest.skip(f"needs 40 GB of free GPU memory, got {free / 1e9:.0f}")
+    device, tokens, last = torch.device("cuda"), 2**21 + 3, 1000
+    k = torch.randn(tokens, 8, 128, device=device, dtype=torch.bfloat16)
+    angle = torch.rand(500, 64, device=device)
+    tables = (angle.cos(), angle.sin())
+    positions = torch.arange(tokens, device=device) % 500
+    keep_index = torch.tensor([tokens - 1, 5, -1, tokens - 2], device=device)
+    keep_position = torch.tensor([3, 4, 5, 6], device=device)
+    rotated, memory_k, memory_v = chunk_compression(None, k, k, *tables, None, positions, keep_index, keep_position)[1:]
+    tail = (torch.where(keep_index > tokens - last, keep_index - (tokens - last), -1), keep_position)
+    want = reference.chunk_compression(None, k[-last:], k[-last:], *tables, None, positions[-last:], *tail)[1:]
+    assert torch.equal(rotated[-last:], want[0])
+    for got, exact in ((memory_k, want[1]), (memory_v, want[2])):
+        assert torch.equal(got[[0, 2, 3]], exact[[0, 2, 3]])
+    del k
+    _, grad_k, grad_v = chunk_compression_backward(
+        None, rotated, memory_k, memory_v, *tables, None, positions, keep_index, keep_position, tokens
+    )
+    exact_grads = reference.chunk_compression_backward(
+        None, rotated[-last:], memory_k, memory_v, *tables, None, positions[-last:], *tail, last
+    )
+    assert torch.equal(grad_k[-last:], exact_grads[1]) and torch.equal(grad_v[-last:], exact_grads[2])
+    assert not grad_v[6 : tokens - 2].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
