@@ -9,7 +9,11 @@ set(SHAREDLLM_CPU_SOURCES
 
 # host operators (torch's stable ABI, no CUDA kernels) and kernels (CUDA, no torch header)
 set(SHAREDLLM_CUDA_SOURCES
+    csrc/ops/chunk_compression.cpp
+    csrc/ops/context_tree.cpp
     csrc/ops/injected_attention.cpp
+    csrc/kernels/chunk_compression.cu
+    csrc/kernels/context_tree.cu
     csrc/kernels/injected_attention_backward_generic.cu
     csrc/kernels/injected_attention_backward_portable.cu
     csrc/kernels/injected_attention_backward_prepare.cu

@@ -18,6 +18,8 @@ constexpr int kThreads = 256;
 constexpr int kScanThreads = 512;
 // Up to so many blocks each adds up all nodes before its own, which costs less than a kernel for the blocks' sums.
 constexpr int kDirectBlocks = 16;
+// Blocks of the filling kernel on a multiprocessor: it waits for one search after another.
+constexpr int kFillBlocks = 5;
 // Tokens or slots of a block: few spread over more of the GPU, many need fewer searches for their first node.
 constexpr int kSmallTile = 1024, kLargeTile = 4096;
 // From here on small tiles would come in more than one wave.
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
 // Chunks in another order than their tokens: the boundaries of this block's share of the nodes, by comparing each with
 // all, and the positions in a tile of tokens. Slow, but no caller needs to be fast here.
-__device__ __noinline__ void fill_out_of_order(const ContextTreeLayoutParams& p, int64_t first, int64_t end) {
+__device__ __forceinline__ void fill_out_of_order(const ContextTreeLayoutParams& p, int64_t first, int64_t end) {
   const int count = num_nodes(p), m = static_cast<int>(p.nodes_per_chunk);
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < count; at += threads) {
@@ -258,7 +260,7 @@ __device__ __forceinline__ int count_up_to(const int64_t* cumulative, int low, i
 }
 
 // Blocks of `tile` tokens, then blocks of `tile` slots.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFillBlocks)
     context_tree_layout_fill(const __grid_constant__ ContextTreeLayoutParams p, int64_t token_tiles, int tile) {
   __shared__ int owners[2];
   const bool slots = blockIdx.x >= token_tiles;

@@ -51,7 +51,9 @@ def chunk_compression(
         memory_k = rotate(k[keep_index], cos[keep_position], sin[keep_position])
         memory_v = v[keep_index]
 
-    The CPU kernel takes float32 and bfloat16; float16 and float64 on the CPU take the reference.
+    The CPU kernel takes float32 and bfloat16; float16 and float64 on the CPU take the reference, and so does float64 on
+    CUDA. The CUDA kernel takes the rest; it never looks at index values on the host: a position outside of the tables
+    takes the nearest row, a ``keep_index`` outside of the tokens counts as -1.
     """
     check_tensor("k", k, ("T", "Hkv", "D"), FLOATS)
     tokens, heads, size = k.shape
@@ -66,6 +68,8 @@ def chunk_compression(
     check_rotary(cos, sin, size, device)
     check_tensor("keep_index", keep_index, ("S",), torch.int64, device)
     check_tensor("keep_position", keep_position, (keep_index.shape[0],), torch.int64, device)
+    if device.type == "cuda" and k.dtype == torch.float64:
+        return reference.chunk_compression(q, k, v, cos, sin, q_positions, positions, keep_index, keep_position)
     if device.type == "cpu" and k.dtype not in CPU_KERNEL_DTYPES:
         if not torch.compiler.is_compiling():
             _check_values(cos.shape[0], tokens, q_positions, positions, keep_index, keep_position)
@@ -126,6 +130,8 @@ def chunk_compression_backward(
     check_tensor("keep_position", keep_position, (slots,), torch.int64, device)
     indices = (q_positions, positions, keep_index, keep_position)
     grads = (grad_q_rotated, grad_k_rotated, grad_memory_k, grad_memory_v)
+    if device.type == "cuda" and dtype == torch.float64:
+        return reference.chunk_compression_backward(*grads, cos, sin, *indices, num_tokens)
     if device.type == "cpu" and dtype not in CPU_KERNEL_DTYPES:
         if not torch.compiler.is_compiling():
             _check_values(cos.shape[0], num_tokens, *indices)
