@@ -25,9 +25,8 @@ foreach(_target sharedllm_cuda sharedllm_sm90)
     set_target_properties(${_target} PROPERTIES CUDA_VISIBILITY_PRESET hidden)
     target_include_directories(${_target} SYSTEM PRIVATE "${SHAREDLLM_CUTLASS_INCLUDE}" ${CUDAToolkit_INCLUDE_DIRS})
     target_include_directories(${_target} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-    # -lineinfo: profilers name the source line
     target_compile_options(${_target}
-                           PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --expt-extended-lambda -lineinfo>)
+                           PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --expt-extended-lambda>)
   endif()
 endforeach()
 target_compile_definitions(sharedllm_cuda PRIVATE USE_CUDA)

@@ -20,6 +20,8 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/kernels/injected_attention_combine.cu
     csrc/kernels/injected_attention_decode.cu
     csrc/kernels/injected_attention_generic.cu
+    csrc/kernels/memory_quantization.cu
+    csrc/kernels/injected_attention_decode_8bit.cu
     csrc/kernels/injected_attention_portable.cu
     csrc/kernels/instances/injected_attention_backward_portable_bf16_128.cu
     csrc/kernels/instances/injected_attention_backward_portable_bf16_256.cu
@@ -29,6 +31,14 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/kernels/instances/injected_attention_backward_portable_fp16_256.cu
     csrc/kernels/instances/injected_attention_backward_portable_fp16_64.cu
     csrc/kernels/instances/injected_attention_backward_portable_fp16_96.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_bf16_128.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_bf16_256.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_bf16_64.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_bf16_96.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_fp16_128.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_fp16_256.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_fp16_64.cu
+    csrc/kernels/instances/injected_attention_decode_8bit_fp16_96.cu
     csrc/kernels/instances/injected_attention_decode_bulk_bf16_128.cu
     csrc/kernels/instances/injected_attention_decode_bulk_bf16_256.cu
     csrc/kernels/instances/injected_attention_decode_bulk_bf16_64.cu

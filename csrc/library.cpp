@@ -32,4 +32,8 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
       "injected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
       " Tensor lse, Tensor cu_q, Tensor slot_range, Tensor q_position, Tensor cos, Tensor sin, float scale,"
       " bool need_grad_kv) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("quantize_memory(Tensor x) -> (Tensor codes, Tensor scale)");
+  m.def(
+      "injected_attention_8bit(Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor cu_q,"
+      " Tensor slot_range, Tensor q_position, Tensor cos, Tensor sin, float scale) -> (Tensor out, Tensor lse)");
 }

@@ -14,8 +14,10 @@
 #include "kernels/injected_attention_backward_portable.h"
 #include "kernels/injected_attention_combine.h"
 #include "kernels/injected_attention_decode.h"
+#include "kernels/injected_attention_decode_8bit.h"
 #include "kernels/injected_attention_generic.h"
 #include "kernels/injected_attention_portable.h"
+#include "kernels/memory_quantization.h"
 #include "ops/common/cuda_checks.h"
 #if defined(SHAREDLLM_SM90A)
 #include "kernels/injected_attention_backward_sm90.h"
@@ -55,12 +57,13 @@ bool has_tensor_core_kernel(FloatType type, int64_t head_size) {
 struct Arguments {
   Tensor q, k, v, cu_q, slot_range, q_position, cos, sin;
 
-  InjectedAttentionParams check_and_describe(double scale) {
+  // Keys and values have the queries' element type, or are 8-bit codes.
+  InjectedAttentionParams check_and_describe(double scale, bool codes = false) {
     check(q.is_cuda(), "q: expected a tensor on cuda, got one on another kind of device");
     const int32_t device = q.get_device_index();
     InjectedAttentionParams p{};
     p.type = float_type("q", q);
-    const ScalarType dtype = q.scalar_type();
+    const ScalarType dtype = codes ? ScalarType::Char : q.scalar_type();
     check_shape("q", q, {-1, -1, -1});
     check_cuda_tensor("k", k, {-1, -1, q.size(2)}, dtype, device);
     check_cuda_tensor("v", v, {k.size(0), k.size(1), k.size(2)}, dtype, device);
@@ -105,7 +108,6 @@ struct Arguments {
     return p;
   }
 
- private:
   // Strides of a dimension of one element say nothing: those of a dense tensor are always valid.
   static void head_strides(const Tensor& x, int64_t (&strides)[2]) {
     strides[1] = x.size(1) > 1 ? x.stride(1) : x.size(2);
@@ -257,12 +259,102 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   p.partial_grad_v = partial ? p.partial_grad_k + partial : nullptr;
 
   check_launch(name, launch_injected_attention_backward_prepare(p, stream));
+  cudaError_t status = cudaErrorNotSupported;
 #if defined(SHAREDLLM_SM90A)
-  if (path == Path::kSm90) check_launch(name, launch_injected_attention_backward_sm90(p, stream));
+  // some rotary sizes are left to the portable kernels
+  if (path == Path::kSm90) status = launch_injected_attention_backward_sm90(p, stream);
 #endif
-  if (path != Path::kSm90) check_launch(name, launch_injected_attention_backward_portable(p, stream));
+  if (status == cudaErrorNotSupported) status = launch_injected_attention_backward_portable(p, stream);
+  check_launch(name, status);
   if (slots_wanted) check_launch(name, launch_injected_attention_backward_finish(p, stream));
   return {grad_q, grad_k, grad_v};
+}
+
+// Memory of 8-bit codes: read directly by a few queries, through a copy in the queries' type by many.
+std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
+                                                   Tensor cu_q, Tensor slot_range, Tensor q_position, Tensor cos,
+                                                   Tensor sin, double scale) {
+  Arguments arguments{q, k, v, cu_q, slot_range, q_position, cos, sin};
+  InjectedAttention8BitParams p{};
+  p.attention = arguments.check_and_describe(scale, true);
+  InjectedAttentionParams& a = p.attention;
+  const int32_t device = arguments.q.get_device_index();
+  check_cuda_tensor("k_scale", k_scale, {a.num_slots, a.kv_heads}, ScalarType::Float, device);
+  check_cuda_tensor("v_scale", v_scale, {a.num_slots, a.kv_heads}, ScalarType::Float, device);
+  check(a.head_size % 8 == 0, "q: expected a head size that is a multiple of 8 (8-bit memory on CUDA), got ",
+        a.head_size);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  arguments.k = with_aligned_rows(arguments.k);
+  arguments.v = with_aligned_rows(arguments.v);
+  a.k = arguments.k.const_data_ptr();
+  a.v = arguments.v.const_data_ptr();
+  Arguments::head_strides(arguments.k, a.k_stride);
+  Arguments::head_strides(arguments.v, a.v_stride);
+  k_scale = dense(k_scale);
+  v_scale = dense(v_scale);
+  const cudaStream_t stream = current_stream(device);
+  const char* const name = "injected_attention_8bit";
+
+  if (a.num_queries > 0 && a.q_heads > 0 && choose_path(a, device, false) == Path::kDecode) {
+    Tensor out = torch::stable::new_empty(arguments.q, {a.num_queries, a.q_heads, a.head_size});
+    Tensor lse = torch::stable::new_empty(arguments.q, {a.num_queries, a.q_heads}, ScalarType::Float);
+    a.out = out.mutable_data_ptr();
+    a.lse = lse.mutable_data_ptr<float>();
+    p.k_scale = k_scale.const_data_ptr<float>();
+    p.v_scale = v_scale.const_data_ptr<float>();
+    p.k_scale_stride[0] = p.v_scale_stride[0] = a.kv_heads;
+    p.k_scale_stride[1] = p.v_scale_stride[1] = 1;
+    check_launch(name, plan_injected_attention_decode(&a));
+    const Workspace workspace(arguments.q, injected_attention_decode_workspace_rows(a), &a);
+    check_launch(name, launch_injected_attention_decode_8bit(p, stream));
+    return {out, lse};
+  }
+
+  const auto restored = [&](const Tensor& codes, const Tensor& scales, const int64_t (&strides)[2]) {
+    Tensor x = torch::stable::new_empty(arguments.q, {a.num_slots, a.kv_heads, a.head_size});
+    MemoryDequantizationParams d{};
+    d.codes = codes.const_data_ptr<int8_t>();
+    d.scale = scales.const_data_ptr<float>();
+    d.out = x.mutable_data_ptr();
+    d.code_stride[0] = strides[0];
+    d.code_stride[1] = strides[1];
+    d.scale_stride[0] = a.kv_heads;
+    d.scale_stride[1] = 1;
+    d.num_slots = a.num_slots;
+    d.heads = a.kv_heads;
+    d.head_size = a.head_size;
+    d.type = a.type;
+    if (a.num_slots > 0) check_launch(name, launch_dequantize_memory(d, stream));
+    return x;
+  };
+  return injected_attention(q, restored(arguments.k, k_scale, a.k_stride), restored(arguments.v, v_scale, a.v_stride),
+                            cu_q, slot_range, q_position, cos, sin, scale);
+}
+
+std::tuple<Tensor, Tensor> quantize_memory(Tensor x) {
+  check(x.is_cuda(), "x: expected a tensor on cuda, got one on another kind of device");
+  MemoryQuantizationParams p{};
+  p.type = float_type("x", x);
+  check_shape("x", x, {-1, -1, -1});
+  check(x.size(2) % 8 == 0 && x.size(2) <= kGenericMaxHeadSize,
+        "x: expected a head size that is a multiple of 8 and at most ", kGenericMaxHeadSize, " (on CUDA), got ",
+        x.size(2));
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  x = with_aligned_rows(x);
+  Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  p.input = x.const_data_ptr();
+  p.codes = codes.mutable_data_ptr<int8_t>();
+  p.scale = scale.mutable_data_ptr<float>();
+  Arguments::head_strides(x, p.stride);
+  p.num_slots = x.size(0);
+  p.heads = static_cast<int32_t>(x.size(1));
+  p.head_size = static_cast<int32_t>(x.size(2));
+  if (p.num_slots > 0 && p.heads > 0) {
+    check_launch("quantize_memory", launch_quantize_memory(p, current_stream(device)));
+  }
+  return {codes, scale};
 }
 
 }  // namespace
@@ -270,6 +362,8 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
 STABLE_TORCH_LIBRARY_IMPL(sharedllm, CUDA, m) {
   m.impl("injected_attention", TORCH_BOX(&injected_attention));
   m.impl("injected_attention_backward", TORCH_BOX(&injected_attention_backward));
+  m.impl("injected_attention_8bit", TORCH_BOX(&injected_attention_8bit));
+  m.impl("quantize_memory", TORCH_BOX(&quantize_memory));
 }
 
 }  // namespace sharedllm

@@ -23,6 +23,8 @@ OPERATORS = (
     "chunk_compression_backward",
     "injected_attention",
     "injected_attention_backward",
+    "injected_attention_8bit",
+    "quantize_memory",
 )
 
 
