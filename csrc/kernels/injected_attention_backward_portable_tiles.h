@@ -67,13 +67,7 @@ struct KeyValueChoice<96> {
 template <>
 struct KeyValueChoice<128> {
   using Small = KeyValueTiles<128, 8, 1, 1, 32, 1, true>;
-#if BACKWARD_VARIANT == 1
-  using Large = KeyValueTiles<128, 8, 1, 1, 64, 2, false>;
-#elif BACKWARD_VARIANT == 2
-  using Large = Small;
-#else
   using Large = KeyValueTiles<128, 4, 2, 2, 64, 2, false>;
-#endif
   using Alone = Large;
 };
 template <>
