@@ -3,6 +3,7 @@
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split, split_offsets
 from .injected_attention import injected_attention, injected_attention_path
+from .memory_quantization import dequantize_memory, injected_attention_8bit, quantize_memory
 from .node_vectors import node_vectors, tree_node_vectors
 from .topk_nodes import topk_nodes
 
@@ -12,9 +13,12 @@ __all__ = [
     "context_tree_layout",
     "context_tree_select",
     "context_tree_split",
+    "dequantize_memory",
     "injected_attention",
+    "injected_attention_8bit",
     "injected_attention_path",
     "node_vectors",
+    "quantize_memory",
     "split_offsets",
     "topk_nodes",
     "tree_node_vectors",
