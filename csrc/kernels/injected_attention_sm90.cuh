@@ -39,8 +39,7 @@ struct Shape {
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static constexpr int kBarrierOffset = kQueryStages * kQueryBytes + kStages * kSlotBytes;
   static constexpr int kRowOffset = kBarrierOffset + 2 * (kStages + kQueryStages) * 8;
-  static constexpr int kOrderOffset = kRowOffset + static_cast<int>(sizeof(RowTile));
-  static constexpr int kSharedBytes = kOrderOffset + 32 * (kWarpgroups + 1);
+  static constexpr int kSharedBytes = kRowOffset + static_cast<int>(sizeof(RowTile));
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // 64K registers: what the loading warpgroup gives up goes to the consumers
   static constexpr int kLoaderRegisters = kHeadSize == 256 ? 40 : kWarpgroups == 2 ? 72 : 32;
@@ -431,7 +430,6 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       multiply<T, kHeadSize, Major::MN>(weights + 4 * step, b + step * 128, o, true);
     }
   };
-  const uint32_t order = shared_address(shared + S::kOrderOffset) + warp * 8;
   const auto release = [&](uint64_t* barrier) {
     if (lane == 0) barrier_arrive(barrier);
   };
@@ -469,10 +467,13 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 
     barrier_wait(query_full + query.stage, query.phase);
     barrier_wait(full + cursor.stage, cursor.phase);
+    // in turn, so that the warpgroups do not compute their first weights all at once
+    named_barrier_sync(turn, 128 * kWarpgroups);
     fence_registers(s);
     wgmma_fence();
     multiply_keys(s);
     wgmma_commit();
+    give_turn();
     wgmma_wait<0>();
     fence_registers(s);
     release(empty + cursor.stage);
@@ -524,8 +525,6 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       fence_registers(s);
       release(keys_used);
       const bool rescale = weigh(s, maximum, sum, factor, scale_log2);
-      // Nobody reads this: the assembler would else move the wait before the exponentials, which are to hide it.
-      asm volatile("st.volatile.shared.v2.f32 [%0], {%1, %2};" ::"r"(order), "f"(sum[0]), "f"(sum[1]) : "memory");
       wgmma_wait<0>();
       fence_registers(o);
       release(empty + cursor.stage);
