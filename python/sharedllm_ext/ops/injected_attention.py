@@ -56,7 +56,9 @@ def injected_attention(
     On CUDA, bfloat16 and float16 with a head size of 64, 96, 128 or 256 run on the tensor cores, with float32
     accumulation; float32 and all other head sizes up to 256 take a general kernel, many times slower. Neither waits for
     the device. Without a CUDA library, and for float64 or larger heads, plain PyTorch does the work and waits. The
-    forward pass gives the same bits every time; the backward pass sums ``grad_q`` in an order that may change.
+    forward pass gives the same bits every time; the backward pass sums ``grad_q`` in an order that may change. What
+    lies in slots outside a row's range never matters; a NaN in a row's own queries or gradients may reach the gradients
+    of slots that share a tile of 128 with its slots.
 
     Args:
         q: ``[T, Hq, D]``, the queries of all rows, packed, not rotated.
