@@ -308,6 +308,27 @@ def build_attention(problem: Attention, forced: str | None) -> Built:
     return Built(prepare, lambda: check_attention(problem, arguments, call))
 
 
+def build_attention_8bit(problem: Attention) -> Built:
+    q, k, v, *rest = problem.arguments()
+    (keys, key_scale), (values, value_scale) = ops.quantize_memory(k), ops.quantize_memory(v)
+    stored = (keys, values, key_scale, value_scale)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return ops.injected_attention_8bit(q, *stored, *rest)
+
+    def check() -> str | None:
+        out, lse = ours()
+        pairs = ((keys, key_scale), (values, value_scale))
+        wide = [q, *(ops.dequantize_memory(*pair, torch.float64) for pair in pairs), *rest]
+        narrow = [q, *(ops.dequantize_memory(*pair, q.dtype) for pair in pairs), *rest]
+        exact, same = plain_attention(*widened(wide)), plain_attention(*narrow)
+        return first_wrong(*map(too_far, ("out", "lse"), (out, lse), same, exact))
+
+    prepare: dict[str, Callable[[], Call]] = {"ours": lambda: ours}
+    prepare["bfloat16"] = lambda: lambda: injected_attention(q, k, v, *rest)
+    return Built(prepare, check)
+
+
 def build_attention_backward(problem: Attention, need_grad_kv: bool) -> Built:
     q, k, v, *rest = arguments = problem.arguments()
     leaves = [x.detach().requires_grad_() for x in ((q, k, v) if need_grad_kv else (q,))]
@@ -369,6 +390,19 @@ def attention_cases() -> Iterator[Case]:
     slots_of_rows = tuple(round(512 * 128 ** (i / 15)) for i in range(16))
     problem = Attention((1,) * 16, slots_of_rows)
     yield forward(table, "32/8, 1 x 512 to 65536, 128, batch 16", problem, (*usual, "padded"), graph=True)
+    for slots, batch in ((16384, 1), (131072, 1), (16384, 8)):
+        problem = Attention((1,) * batch, (slots,) * batch)
+        q_elements, k_elements = problem.elements()
+        yield Case(
+            "injected_attention_8bit",
+            "Injected attention, decoding from an 8-bit memory (peer: our bfloat16 kernel)",
+            f"32/8, 1 x {slots}, 128, batch {batch}",
+            problem.flops(2),
+            4 * q_elements + 2 * k_elements * (1 + 4 / problem.size),
+            ("bfloat16",),
+            partial(build_attention_8bit, problem),
+            True,
+        )
     for queries, slots in ((4096, 16384), (4096, 512)):
         for need_grad_kv in (True, False):
             problem = one_row(queries, slots)

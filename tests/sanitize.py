@@ -91,6 +91,19 @@ def attention(
     return run
 
 
+def attention_8bit(queries: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
+    """Quantisation, and attention of few queries (codes read directly) or many (codes restored first)."""
+    memory = [noise(200, 2, size, dtype=dtype) for _ in range(2)]
+    q = noise(2 * queries, 8, size, dtype=dtype)
+    rest = [cumulative([queries, queries]), integers([[0, 130], [7, 197]]), integers([1, 2]), *tables(9, size // 4)]
+
+    def run() -> None:
+        (k, k_scale), (v, v_scale) = map(ops.quantize_memory, memory)
+        ops.injected_attention_8bit(q, k, v, k_scale, v_scale, *rest, size**-0.5)
+
+    return run
+
+
 def compression(size: int, rotary: int, dtype: torch.dtype, with_q: bool, backward: bool) -> Callable[[], object]:
     """Some slots unused, tokens and slots no multiple of a block."""
     tokens, slots = 333, 77
@@ -192,6 +205,9 @@ add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 80, FP16, None, 
 add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 128, FP32, None, True, False)
 add_attention("no slots", ([3], [(0, 0)]), (4, 2), 128, BF16, None, True, False)
 
+for _size, _queries, _dtype in ((64, 1, FP16), (96, 2, BF16), (128, 1, BF16), (128, 40, BF16), (256, 3, BF16)):
+    _name = f"injected_attention_8bit {_queries} queries, {str(_dtype)[6:]}, heads of {_size}"
+    add(_name, ("injected_attention_8bit", "quantize_memory"), partial(attention_8bit, _queries, _size, _dtype))
 for _backward in (False, True):
     _operator = "chunk_compression_backward" if _backward else "chunk_compression"
     for _size, _rotary, _dtype in ((128, 128, BF16), (64, 32, FP16), (33, 10, FP32), (80, 80, BF16)):
