@@ -62,8 +62,9 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params) {
   if (status != cudaSuccess) return status;
   status = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
   if (status != cudaSuccess) return status;
-  // a block with bulk copies takes nearly all shared memory, a portable one between 75 and 100 KB
-  const int blocks = major < 9 && shared_bytes >= 160 * 1024 ? 2 : 1;
+  // a block with bulk copies takes nearly all shared memory, a portable one between 35 and 100 KB
+  const bool bulk = major >= 9 && p.head_size % 64 == 0;
+  const int blocks = !bulk && shared_bytes >= 160 * 1024 ? 2 : 1;
   // one worker for each block that can run; the heads of a worker read neighbouring memory at the same time
   p.splits = std::max(1, multiprocessors * blocks / p.kv_heads);
   return cudaSuccess;

@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads) quantize(const MemoryQuantizationPar
   const int column = threadIdx.x % kLanes * 8;
   const bool active = vector < p.num_slots * p.heads && column < p.head_size;
   float x[8] = {};
+  const int64_t slot = vector / p.heads, head = vector - slot * p.heads;
   if (active) {
-    const int64_t slot = vector / p.heads, head = vector - slot * p.heads;
     load8(static_cast<const T*>(p.input) + slot * p.stride[0] + head * p.stride[1] + column, x);
   }
   // as bits, because magnitudes are ordered like them and NaN comes out above infinity
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) quantize(const MemoryQuantizationPar
   if (!active) return;
   const float largest = __uint_as_float(bits);
   const bool finite = largest < __builtin_inff();
-  const float inverse = finite && largest >= kSmallest ? kLargestCode / largest : 0.0f;
+  const float inverse = finite && largest >= kSmallest ? __frcp_rn(largest) * kLargestCode : 0.0f;
   uint32_t packed[2] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -73,7 +73,11 @@ __global__ void __launch_bounds__(kThreads) quantize(const MemoryQuantizationPar
     packed[i / 4] |= (static_cast<uint32_t>(code) & 0xffu) << (i % 4 * 8);
   }
   *reinterpret_cast<uint2*>(p.codes + vector * p.head_size + column) = make_uint2(packed[0], packed[1]);
-  if (column == 0) p.scale[vector] = !finite ? largest : inverse == 0.0f ? 0.0f : largest / kLargestCode;
+  if (column == 0) {
+    p.scale[slot * p.scale_stride[0] + head * p.scale_stride[1]] = !finite           ? largest
+                                                                   : inverse == 0.0f ? 0.0f
+                                                                                     : largest * (1.0f / kLargestCode);
+  }
 }
 
 template <class T, int kLanes>

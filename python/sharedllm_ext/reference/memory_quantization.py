@@ -26,9 +26,9 @@ def quantize_memory(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.to(torch.int8), x.new_zeros(x.shape[:-1])
     largest = x.abs().amax(-1)  # NaN if there is one
     used = largest.isfinite() & (largest >= SMALLEST)
-    inverse = torch.where(used, LARGEST_CODE / largest, 0)
+    inverse = torch.where(used, largest.reciprocal() * LARGEST_CODE, 0)
     codes = torch.where(used.unsqueeze(-1), x * inverse.unsqueeze(-1), 0).round().to(torch.int8)
-    scale = torch.where(used, largest / LARGEST_CODE, torch.where(largest.isfinite(), 0, largest))
+    scale = torch.where(used, largest * (1 / LARGEST_CODE), torch.where(largest.isfinite(), 0, largest))
     return codes, scale
 
 
