@@ -696,7 +696,7 @@ def build_retrieval(chunks: int) -> Built:
     def run(
         functions: SimpleNamespace, topk: Callable[..., Any], vectors: Callable[[int, Tensor, Tensor], Tensor]
     ) -> Any:
-        """``vectors(level, children, first)``: those of a pair of siblings of each chunk, the first one's number given."""
+        """``vectors(level, children, first)``: those of two siblings of each chunk, the first of them numbered so."""
         node, retained = spans, []
         first = torch.zeros(chunks, 1, dtype=torch.int64, device=DEVICE)
         for level in (1, 2):
