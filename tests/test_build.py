@@ -211,7 +211,7 @@ DOCUMENTS = [
         ROOT / "README.md",
         ROOT / "CHANGELOG.md",
         CSRC / "README.md",
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("examples/*/README.md"),
     )
     if path.is_file()
