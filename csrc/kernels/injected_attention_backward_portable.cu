@@ -47,15 +47,10 @@ struct Shape {
 };
 
 template <int kHeadSize>
-Shape describe(int shared_memory, bool grad_query) {
-  using Choice = KeyValueChoice<kHeadSize>;
-  using Small = typename Choice::Small;
-  using Large = typename Choice::Large;
-  using Alone = typename Choice::Alone;
-  if (grad_query && fits(Large::shared_bytes(true), shared_memory))
-    return {Large::kSlots, Large::kRows, Large::kBlocks};
-  if (!grad_query && fits(Alone::shared_bytes(false), shared_memory))
-    return {Alone::kSlots, Alone::kRows, Alone::kBlocks};
+Shape describe(int shared_memory) {
+  using Small = typename KeyValueChoice<kHeadSize>::Small;
+  using Large = typename KeyValueChoice<kHeadSize>::Large;
+  if (fits(Large::shared_bytes(true), shared_memory)) return {Large::kSlots, Large::kRows, Large::kBlocks};
   return {Small::kSlots, Small::kRows, Small::kBlocks};
 }
 
@@ -90,16 +85,16 @@ cudaError_t plan_injected_attention_backward_portable(InjectedAttentionBackwardP
   Shape shape{};
   switch (f.head_size) {
     case 64:
-      shape = describe<64>(shared_memory, params->grad_q_float != nullptr);
+      shape = describe<64>(shared_memory);
       break;
     case 96:
-      shape = describe<96>(shared_memory, params->grad_q_float != nullptr);
+      shape = describe<96>(shared_memory);
       break;
     case 128:
-      shape = describe<128>(shared_memory, params->grad_q_float != nullptr);
+      shape = describe<128>(shared_memory);
       break;
     case 256:
-      shape = describe<256>(shared_memory, params->grad_q_float != nullptr);
+      shape = describe<256>(shared_memory);
       break;
     default:
       return cudaErrorNotSupported;

@@ -18,11 +18,6 @@ namespace backward_portable {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_huge_valf();
-#if BACKWARD_VARIANT == 1
-constexpr bool kWideAdds = true;
-#else
-constexpr bool kWideAdds = false;
-#endif
 
 // ---- products on tiles ----
 
@@ -484,9 +479,6 @@ struct Step {
 struct Walk {
   int64_t row, tile, tiles, start, q_begin, packed_count;
   int slot_begin, slot_end;
-  // of the last step, and how far it is from one step to the next
-  int64_t packed, first;
-  int skip, query_step, skip_step;
 };
 
 // By one whole warp.
@@ -495,33 +487,6 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
                                         int64_t slot_tiles, int64_t slot, int slots, int64_t head, int splits) {
   const int lane = threadIdx.x % 32;
   const int64_t group = p.q_heads / p.kv_heads;
-  {
-    // the next row tile of the same batch row needs no division
-    const int64_t tile = walk->tile + splits;
-    const int64_t packed = walk->packed + splits * kRows;
-    if (tile < walk->tiles && packed < walk->packed_count) {
-      __syncwarp();
-      if (lane == 0) {
-        int query_step = walk->query_step, skip = walk->skip + walk->skip_step;
-        if (skip >= static_cast<int>(group)) {
-          skip -= static_cast<int>(group);
-          ++query_step;
-        }
-        const int64_t first = walk->first + query_step * static_cast<int64_t>(p.q_heads);
-        const int64_t left = walk->packed_count - packed;
-        walk->tile = tile;
-        walk->packed = packed;
-        walk->first = first;
-        walk->skip = skip;
-        step->first = first;
-        step->skip = skip;
-        step->count = static_cast<int>(left < kRows ? left : kRows);
-        step->slot_begin = walk->slot_begin;
-        step->slot_end = walk->slot_end;
-      }
-      return;
-    }
-  }
   Walk w = *walk;
   w.tile += splits;
   while (w.tile >= w.tiles) {
@@ -553,8 +518,9 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
       break;
     }
   }
-  __syncwarp();
+  __syncwarp();  // all lanes have read the walk
   if (lane == 0) {
+    *walk = w;
     if (w.row < p.num_rows) {
       int64_t tile = w.tile + w.start;
       if (tile >= w.tiles) tile -= w.tiles;
@@ -562,86 +528,39 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
       // a 64-bit division takes a hundred instructions
       const int64_t query =
           packed >> 32 ? packed / group : static_cast<uint32_t>(packed) / static_cast<uint32_t>(group);
-      w.packed = packed;
-      w.first = (w.q_begin + query) * p.q_heads + head * group;
-      w.skip = static_cast<int>(packed - query * group);
-      w.query_step = splits * kRows / static_cast<int>(group);
-      w.skip_step = splits * kRows % static_cast<int>(group);
-      step->first = w.first;
-      step->skip = w.skip;
+      step->first = (w.q_begin + query) * p.q_heads + head * group;
+      step->skip = static_cast<int>(packed - query * group);
       step->count = static_cast<int>(left < kRows ? left : kRows);
       step->slot_begin = w.slot_begin;
       step->slot_end = w.slot_end;
     } else {
       step->count = 0;
     }
-    *walk = w;
   }
 }
 
-// Adds a tile [16 kM, 16 kN] of products to vectors of global memory; vector_of(row) is a row's vector, null where
-// there is none. An instruction that touches few whole lines of memory is the cheaper one, so lanes exchange parts
-// until each adds 16 bytes at once (9.0), in 4 rows of 128 bytes where the tile is wide enough.
-template <int kM, int kN, class Function>
-__device__ __forceinline__ void add_to_vectors(const float (&sum)[kM][2 * kN][4], const Function& vector_of) {
-  const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4;
+// Adds a lane's columns 2 t, 2 t + 1 (t = lane % 4) of two neighbouring products [8 rows, 8 columns] to the row at
+// `to`, whose 16 columns these are. Every line of memory that an instruction touches costs a cycle, so lanes exchange
+// halves to add 16 bytes each where the device can.
+__device__ __forceinline__ void add_columns(float* to, bool valid, float left0, float left1, float right0,
+                                            float right1) {
+  const int t = threadIdx.x % 4;
 #if __CUDA_ARCH__ >= 900
-  const auto add = [](float* to, const float4& x) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+  const bool odd = t % 2;
+  const float other0 = __shfl_xor_sync(kFullWarp, odd ? left0 : right0, 1);
+  const float other1 = __shfl_xor_sync(kFullWarp, odd ? left1 : right1, 1);
+  if (valid) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + (odd ? 8 : 0) + t / 2 * 4),
+                 "f"(odd ? other0 : left0), "f"(odd ? other1 : left1), "f"(odd ? right0 : other0),
+                 "f"(odd ? right1 : other1)
                  : "memory");
-  };
-  const bool odd = t % 2, high = lane >= 16;
-  // 4 columns of the lane's row: of the left product where t is even, of the right one where it is odd
-  const auto gather = [&](const float (&left)[4], const float (&right)[4], int half) {
-    const float x0 = left[2 * half], x1 = left[2 * half + 1], y0 = right[2 * half], y1 = right[2 * half + 1];
-    const float other0 = __shfl_xor_sync(kFullWarp, odd ? x0 : y0, 1),
-                other1 = __shfl_xor_sync(kFullWarp, odd ? x1 : y1, 1);
-    return odd ? make_float4(other0, other1, y0, y1) : make_float4(x0, x1, other0, other1);
-  };
-  const int column = (odd ? 8 : 0) + t / 2 * 4;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = m * 16 + half * 8;
-      if constexpr (kN % 2 == 0 && kWideAdds) {
-        float* const first = vector_of(row + g % 4);
-        float* const second = vector_of(row + g % 4 + 4);
-#pragma unroll
-        for (int n = 0; n < kN; n += 2) {
-          const float4 left = gather(sum[m][2 * n], sum[m][2 * n + 1], half);
-          const float4 right = gather(sum[m][2 * n + 2], sum[m][2 * n + 3], half);
-          const float4 mine = high ? right : left, give = high ? left : right;
-          const float4 other =
-              make_float4(__shfl_xor_sync(kFullWarp, give.x, 16), __shfl_xor_sync(kFullWarp, give.y, 16),
-                          __shfl_xor_sync(kFullWarp, give.z, 16), __shfl_xor_sync(kFullWarp, give.w, 16));
-          const int at = (n + high) * 16 + column;
-          if (first != nullptr) add(first + at, high ? other : mine);
-          if (second != nullptr) add(second + at, high ? mine : other);
-        }
-      } else {
-        float* const vector = vector_of(row + g);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          const float4 x = gather(sum[m][2 * n], sum[m][2 * n + 1], half);
-          if (vector != nullptr) add(vector + n * 16 + column, x);
-        }
-      }
-    }
   }
 #else
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* const vector = vector_of(m * 16 + half * 8 + g);
-      if (vector == nullptr) continue;
-#pragma unroll
-      for (int n = 0; n < 2 * kN; ++n) {
-        atomicAdd(vector + n * 8 + 2 * t, sum[m][n][2 * half]);
-        atomicAdd(vector + n * 8 + 2 * t + 1, sum[m][n][2 * half + 1]);
-      }
-    }
+  if (valid) {
+    atomicAdd(to + 2 * t, left0);
+    atomicAdd(to + 2 * t + 1, left1);
+    atomicAdd(to + 8 + 2 * t, right0);
+    atomicAdd(to + 8 + 2 * t + 1, right1);
   }
 #endif
 }
@@ -655,11 +574,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   constexpr int kChunk = Tiles::kChunkRows / 16;
   using Tile = SwizzledTile<kHeadSize>;
   using WeightTile = SwizzledTile<kRows>;
-#ifdef NOSTAGGER
-  constexpr bool kStaggered = false;
-#else
   constexpr bool kStaggered = kGradQuery;
-#endif
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ Step steps[4];  // of the step before, this one and the next two
   __shared__ Walk walk;
@@ -685,7 +600,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     if (lane == 0) {
       walk.row = -1;
       walk.tile = split - p.kv_splits;
-      walk.tiles = walk.packed = walk.packed_count = 0;
+      walk.tiles = 0;
     }
     __syncwarp();
     advance<kRows, kStaggered>(f, &walk, &steps[0], slot_tile, slot_tiles, slot, slots, head, p.kv_splits);
@@ -774,17 +689,21 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       multiply_columns<T, kHeadSize, kQueryM, kQueryN, 1>(sum, left, base + Tiles::kKey + lane_base, k, column_block);
     }
     use_step(i);
-#ifdef NORED
-    if (sum[0][0][0] != 12345.0f) return;
-#endif
-#ifdef NORED
-    if (sum[0][0][0] != 12345.0f) return;
-#endif
     float* const to = p.grad_q_float + rows.first * kHeadSize + column_block * 16;
-    add_to_vectors<kQueryM, kQueryN>(sum, [&](int row_of_tile) {
-      const int row = row_block * 16 + row_of_tile;
-      return row < rows.count ? to + rows.vector(row) * kHeadSize : nullptr;
-    });
+#pragma unroll
+    for (int m = 0; m < kQueryM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = (row_block + m) * 16 + half * 8 + lane / 4;
+        float* const vector = to + rows.vector(row) * kHeadSize;
+#pragma unroll
+        for (int n = 0; n < kQueryN; ++n) {
+          const float (&left)[4] = sum[m][2 * n], (&right)[4] = sum[m][2 * n + 1];
+          add_columns(vector + n * 16, row < rows.count, left[2 * half], left[2 * half + 1], right[2 * half],
+                      right[2 * half + 1]);
+        }
+      }
+    }
   };
 
   const float scale_log2 = f.scale * kLog2E;
@@ -1019,14 +938,13 @@ cudaError_t launch_injected_attention_backward_portable_instance(const InjectedA
   int shared_memory = 0;
   const cudaError_t error = query_shared_memory(&shared_memory);
   if (error != cudaSuccess) return error;
-  if (params.grad_q_float == nullptr) {
-    return fits(Choice::Alone::shared_bytes(false), shared_memory)
-               ? launch_grad_key_value<T, typename Choice::Alone, false>(params, stream)
-               : launch_grad_key_value<T, typename Choice::Small, false>(params, stream);
+  const bool sums_grad_q = params.grad_q_float != nullptr;
+  if (fits(Choice::Large::shared_bytes(sums_grad_q), shared_memory)) {
+    return sums_grad_q ? launch_grad_key_value<T, typename Choice::Large, true>(params, stream)
+                       : launch_grad_key_value<T, typename Choice::Large, false>(params, stream);
   }
-  return fits(Choice::Large::shared_bytes(true), shared_memory)
-             ? launch_grad_key_value<T, typename Choice::Large, true>(params, stream)
-             : launch_grad_key_value<T, typename Choice::Small, true>(params, stream);
+  return sums_grad_q ? launch_grad_key_value<T, typename Choice::Small, true>(params, stream)
+                     : launch_grad_key_value<T, typename Choice::Small, false>(params, stream);
 }
 
 }  // namespace sharedllm

@@ -39,42 +39,31 @@ struct KeyValueTiles {
   static_assert(!kValueInRegisters || kSlots * kRowBytes <= 4 * kRowTileBytes);
 };
 
-// Chosen by what shared memory a block may have. kSmall fits 99 KiB.
+// Small fits the 99 KiB of 8.6, 8.9 and 12.0, Large the 163 KiB of 8.0. grad_k and grad_v of a warp take 128 registers
+// a thread in each (96 with D = 96), which leaves room for the scores of 64 rows by 16 slots or as many.
 template <int kHeadSize>
 struct KeyValueChoice;
-#ifndef BACKWARD_VARIANT
-#define BACKWARD_VARIANT 0
-#endif
 template <>
 struct KeyValueChoice<64> {
-#if BACKWARD_VARIANT == 2
-  using Small = KeyValueTiles<64, 8, 1, 1, 64, 2, false>;
-#else
   using Small = KeyValueTiles<64, 4, 1, 2, 64, 2, false, 2>;
-#endif
   using Large = Small;
-  using Alone = Large;
 };
 template <>
 struct KeyValueChoice<96> {
   using Small = KeyValueTiles<96, 6, 1, 1, 32, 2, true>;
   using Large = KeyValueTiles<96, 8, 1, 1, 64, 4, false>;
-  using Alone = Large;
 };
-#ifndef BACKWARD_VARIANT
-#define BACKWARD_VARIANT 0
-#endif
 template <>
 struct KeyValueChoice<128> {
   using Small = KeyValueTiles<128, 8, 1, 1, 32, 1, true>;
+  // two parts: a warp multiplies 32 x 32 blocks and 32 x 64, for which shared memory is nearly fast enough; with one
+  // part (128, 8, 1, 1, 64, 2, false) it took 2% longer
   using Large = KeyValueTiles<128, 4, 2, 2, 64, 2, false>;
-  using Alone = Large;
 };
 template <>
 struct KeyValueChoice<256> {
   using Small = KeyValueTiles<256, 2, 2, 1, 32, 1, true>;
   using Large = KeyValueTiles<256, 4, 2, 1, 32, 1, false>;
-  using Alone = Large;
 };
 
 inline bool fits(int bytes, int shared_memory) { return bytes + 1024 <= shared_memory; }
