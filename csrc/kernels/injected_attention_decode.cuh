@@ -656,19 +656,22 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
   const float *const cos = p.cos + table_row, *const sin = p.sin + table_row;
   const uint32_t packed_rows = span.q_count * group;
   const auto rotated = [&](int r, int pair, float (&x)[2]) {
-    const uint32_t packed = tile * C::kRows + r;
-    x[0] = x[1] = 0;
-    if (packed >= packed_rows) return;
-    const uint32_t query = packed / group;
+    // no branch around the loads, so that those of several items are in flight together
+    const uint32_t packed = tile * C::kRows + r, safe = min(packed, packed_rows - 1), query = safe / group;
     const T* const from = static_cast<const T*>(p.q) + (span.q_begin + query) * p.q_stride[0] +
-                          (head * group + (packed - query * group)) * p.q_stride[1];
+                          (head * group + (safe - query * group)) * p.q_stride[1];
     const bool turns = pair < p.rotary_half;
     const float low = to_float(from[turns ? pair : 2 * pair]);
     const float high = to_float(from[turns ? pair + p.rotary_half : 2 * pair + 1]);
-    const float c = turns ? __ldg(cos + pair) : 1.0f, s = turns ? __ldg(sin + pair) : 0.0f;
+    float c = 1, s = 0;
+    if (p.rotary_half > 0) {
+      const int at = turns ? pair : 0;
+      c = __ldg(cos + at), s = __ldg(sin + at);
+    }
     // a pair that does not turn may be infinite, and 0 times that is NaN
-    x[0] = (turns ? low * c - high * s : low) * factor;
-    x[1] = (turns ? high * c + low * s : high) * factor;
+    const float first = turns ? low * c - high * s : low, second = turns ? high * c + low * s : high;
+    x[0] = packed < packed_rows ? first * factor : 0.0f;
+    x[1] = packed < packed_rows ? second * factor : 0.0f;
   };
   if constexpr (C::kEightBit) {
     for (int r = threadIdx.x; r < C::kRows; r += C::kConsumers) row_scales[r] = 0;
