@@ -7,15 +7,6 @@
 #include "kernels/common/hopper_backward.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
-#ifndef NORED
-#define NORED 0
-#endif
-#ifndef GIVE_EARLY
-#define GIVE_EARLY 0
-#endif
-#ifndef ROTATION
-#define ROTATION static_cast<int>(slot_tile)
-#endif
 namespace sharedllm {
 
 // A query tile on its way through the stages: which rows of the slot tile its batch row reads.
@@ -35,12 +26,14 @@ struct KeyValueGradientTile {
   static constexpr int kSlotPanelBytes = kSlots * 128, kSlotBytes = kPanels * kSlotPanelBytes;
   static constexpr int kQueryPanelBytes = kTileRows * 128, kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kScoreBytes = kSlots * 128;
-  // columns of dQ for each warpgroup
-  static constexpr int kColumns = kPanels * 64 / kWarpgroups;
+  // columns of dQ for each warpgroup; one of them at a time has its sums in shared memory, on their way to global
+  // memory
+  static constexpr int kColumns = kPanels * 64 / kWarpgroups, kSumPanelBytes = kTileRows * 128;
+  static constexpr int kSumBytes = kColumns / 32 * kSumPanelBytes;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kBarriers = 2 * kQueryStages + 2 * kGradOutStages + 3;
   static constexpr int kSharedBytes = 2 * kSlotBytes + (kQueryStages + kGradOutStages) * kQueryBytes +
-                                      kScoreBuffers * kScoreBytes +
+                                      kScoreBuffers * kScoreBytes + kSumBytes +
                                       kQueryStages * (2 * kTileRows * 4 + sizeof(QueryStep)) + 8 * kBarriers;
 };
 
@@ -142,11 +135,6 @@ __device__ __forceinline__ void zero_non_finite_rows(uint8_t* tile, int thread) 
   }
 }
 
-__device__ __forceinline__ void reduce_add(float* to, float4 x) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-               : "memory");
-}
-
 // dK or dV of a warpgroup's 64 slots: rounded, or float32 as the share of one part of the queries.
 template <class T, int kHeadSize>
 __device__ __forceinline__ void store_slot_gradient(const float (&sums)[kHeadSize / 2], float scale, int64_t slot,
@@ -177,7 +165,8 @@ template <class T, int kHeadSize>
 __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void injected_attention_backward_kernel(
     const __grid_constant__ InjectedAttentionBackwardParams p, const __grid_constant__ QueryTiling tiling,
     const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap grad_out_map,
-    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
+    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map,
+    const __grid_constant__ CUtensorMap query_sum_map) {
   using Tile = KeyValueGradientTile<kHeadSize>;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* const keys = shared;
@@ -185,7 +174,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
   uint8_t* const query_tiles = values + Tile::kSlotBytes;
   uint8_t* const grad_out_tiles = query_tiles + Tile::kQueryStages * Tile::kQueryBytes;
   uint8_t* const score_tiles = grad_out_tiles + Tile::kGradOutStages * Tile::kQueryBytes;
-  float* const row_values = reinterpret_cast<float*>(score_tiles + Tile::kScoreBuffers * Tile::kScoreBytes);
+  uint8_t* const query_sum_tile = score_tiles + Tile::kScoreBuffers * Tile::kScoreBytes;
+  float* const row_values = reinterpret_cast<float*>(query_sum_tile + Tile::kSumBytes);
   QueryStep* const query_steps = reinterpret_cast<QueryStep*>(row_values + Tile::kQueryStages * 2 * kTileRows);
   uint64_t* const query_full = reinterpret_cast<uint64_t*>(query_steps + Tile::kQueryStages);
   uint64_t* const query_empty = query_full + Tile::kQueryStages;
@@ -217,8 +207,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     barrier_init_fence();
   }
   // A box may leave the last rows of the tiles unwritten, and the products contract over them; dQ of step -1 is 0.
-  for (uint8_t* x = query_tiles + threadIdx.x * 16; x < reinterpret_cast<uint8_t*>(row_values);
-       x += Tile::kThreads * 16) {
+  for (uint8_t* x = query_tiles + threadIdx.x * 16; x < query_sum_tile; x += Tile::kThreads * 16) {
     *reinterpret_cast<uint4*>(x) = uint4{};
   }
   async_proxy_fence();
@@ -228,7 +217,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     lower_registers<24>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp > 1) return;
-    QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits, ROTATION);
+    QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits,
+                   static_cast<int>(slot_tile));
     int stage = 0, grad_out_stage = 0;
     uint32_t phase = 1, grad_out_phase = 1, partial_phase = 0;
     QueryStep step{};
@@ -374,13 +364,6 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       const auto is_partial = [&]() { return query_steps[stage].low > 0 || query_steps[stage].high < Tile::kSlots; };
       const auto weigh = [&]() {
         fence_registers(scores);
-        if (is_partial()) {
-          const bool masked[2] = {is_masked(0), is_masked(1)};
-#pragma unroll
-          for (int i = 0; i < kTileRows / 2; ++i) {
-            if (masked[i / 2 % 2]) scores[i] = -INFINITY;
-          }
-        }
         const float* const lse = row_values + stage * 2 * kTileRows + 2 * (lane % 4);
 #pragma unroll
         for (int j = 0; j < kTileRows / 8; ++j) {
@@ -390,9 +373,28 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
             scores[4 * j + e] = exp2_approximate(fmaf(scores[4 * j + e], scale, e % 2 ? -x.y : -x.x));
           }
         }
+        // the weights, not the scores: those lose their sign to the scale's, and may be NaN
+        if (is_partial()) {
+          const bool masked[2] = {is_masked(0), is_masked(1)};
+#pragma unroll
+          for (int i = 0; i < kTileRows / 2; ++i) {
+            if (masked[i / 2 % 2]) scores[i] = 0.f;
+          }
+        }
       };
       const auto differentiate = [&]() {
         fence_registers(products);
+        const float* const delta = row_values + (stage * 2 + 1) * kTileRows + 2 * (lane % 4);
+#pragma unroll
+        for (int j = 0; j < kTileRows / 8; ++j) {
+          const float2 x = *reinterpret_cast<const float2*>(delta + 8 * j);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int i = 4 * j + e;
+            products[i] = scores[i] * (products[i] - (e % 2 ? x.y : x.x));
+          }
+        }
+        // dS, not dP: another batch row's delta may be NaN
         if (is_partial()) {
           const bool masked[2] = {is_masked(0), is_masked(1)};
 #pragma unroll
@@ -400,16 +402,10 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
             if (masked[i / 2 % 2]) products[i] = 0.f;
           }
         }
-        const float* const delta = row_values + (stage * 2 + 1) * kTileRows + 2 * (lane % 4);
 #pragma unroll
-        for (int j = 0; j < kTileRows / 8; ++j) {
-          const float2 x = *reinterpret_cast<const float2*>(delta + 8 * j);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int i = 4 * j + 2 * half;
-            weights[i / 2] = pack(T{}, scores[i], scores[i + 1]);
-            packed[i / 2] = pack(T{}, scores[i] * (products[i] - x.x), scores[i + 1] * (products[i + 1] - x.y));
-          }
+        for (int i = 0; i < kTileRows / 2; i += 2) {
+          weights[i / 2] = pack(T{}, scores[i], scores[i + 1]);
+          packed[i / 2] = pack(T{}, products[i], products[i + 1]);
         }
       };
       const auto store_scores = [&](int buffer) {
@@ -426,27 +422,38 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       int sum_query = 0, sum_rows = 0;
       const auto add_query_sums = [&]() {
         fence_registers(query_sums);
-        float* const base = p.grad_q_float +
-                            (static_cast<int64_t>(sum_query) * p.forward.q_heads + kv_head * tiling.heads) * kHeadSize +
-                            w * Tile::kColumns + lane % 2 * 8 + lane % 4 / 2 * 4;
+        // The box also covers the first queries of the next batch row, where this one's are at their end. Their dS is
+        // 0, or NaN beside keys or values that are not finite.
+        const int r = warp * 16 + lane / 4;
+        const bool valid[2] = {r < sum_rows, r + 8 < sum_rows};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int r = warp * 16 + lane / 4 + 8 * half;
-          float* const to = base + (r / tiling.heads * p.forward.q_heads + r % tiling.heads) * kHeadSize;
+        for (int i = 0; i < Tile::kColumns / 2; i += 2) {
+          const int panel = i / 16, chunk = i / 4 % 4 * 2 + lane % 4 / 2, half = i / 2 % 2;
+          uint8_t* const to = query_sum_tile + panel * Tile::kSumPanelBytes + (r + half * 8) * 128 +
+                              (chunk ^ (lane / 4)) * 16 + lane % 2 * 8;
+          *reinterpret_cast<float2*>(to) =
+              valid[half] ? make_float2(query_sums[i], query_sums[i + 1]) : make_float2(0.f, 0.f);
+        }
+        async_proxy_fence();
+        named_barrier_sync(4 + w, 128);
+        if (thread == 0 && sum_rows > 0) {
 #pragma unroll
-          for (int j = 0; j < Tile::kColumns / 8; j += 2) {
-            const int i = 4 * j + 2 * half;
-            const float4 x = exchange_pairs(query_sums[i], query_sums[i + 1], query_sums[i + 4], query_sums[i + 5]);
-            // the second half of 96 padded to 128 columns
-            if (kHeadSize == 96 && w * Tile::kColumns + 8 * j >= kHeadSize) continue;
-            if (r < sum_rows && !NORED) reduce_add(to + 8 * j, x);
+          for (int panel = 0; panel < Tile::kColumns / 32; ++panel) {
+            tensor_add_4d(&query_sum_map, query_sum_tile + panel * Tile::kSumPanelBytes,
+                          w * Tile::kColumns + 32 * panel, 0, kv_head, sum_query);
           }
+          bulk_commit();
         }
       };
 
       // The products of one warpgroup run while the other takes its exponentials.
       const auto take_turn = [&]() { named_barrier_sync(2 + w, 256); };
       const auto give_turn = [&]() { named_barrier_arrive(3 - w, 256); };
+      // with the turn goes the shared memory of dQ's sums
+      const auto give_sums = [&]() {
+        if (thread == 0) bulk_wait_read();
+        give_turn();
+      };
       if (w == 1) give_turn();
 
       take_turn();
@@ -480,9 +487,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         wgmma_wait<1>();
         multiply_rows(keys, query_tile(stage), scores);
         wgmma_wait<1>();
-        if (GIVE_EARLY) give_turn();
         multiply_rows(values, grad_out_tile(stage), products);
-        if (!GIVE_EARLY) give_turn();
+        give_sums();
         __syncwarp();
         if (lane == 0) {
           barrier_arrive(query_empty + done_stage);
@@ -502,14 +508,17 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       multiply_keys(last_buffer);
       accumulate(weights, grad_out_tile(done_stage), value_sums);
       accumulate(packed, query_tile(done_stage), key_sums);
-      if (w == 0) give_turn();
       wgmma_wait<2>();
       add_query_sums();
+      wgmma_wait<0>();
+      give_sums();
       sum_query = query_steps[done_stage].first_query, sum_rows = query_steps[done_stage].queries * tiling.heads;
-      named_barrier_sync(1, 256);
+      take_turn();
       multiply_keys(buffer);
       wgmma_wait<0>();
       add_query_sums();
+      if (thread == 0) bulk_wait_read();
+      if (w == 0) give_turn();
       fence_registers(key_sums);
       fence_registers(value_sums);
     }
@@ -536,7 +545,7 @@ cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaS
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (status != cudaSuccess) return status;
   kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(
-      params, tiling, maps.query, maps.grad_out, maps.key, maps.value);
+      params, tiling, maps.query, maps.grad_out, maps.key, maps.value, maps.query_sum);
   return cudaGetLastError();
 }
 

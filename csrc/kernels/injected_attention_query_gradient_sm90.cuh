@@ -8,10 +8,6 @@
 #include "kernels/common/hopper_backward.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
-#ifndef PINGPONG
-#define PINGPONG 1
-#endif
-
 namespace sharedllm {
 
 template <int kHeadSize>
@@ -300,14 +296,15 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       wgmma_wait<1>();
       fence_registers(scores);
       const int valid = last_slots - 2 * (lane % 4);
+#pragma unroll
+      for (int i = 0; i < kSlots / 2; ++i) scores[i] = exp2_approximate(fmaf(scores[i], scale, -lse[i / 2 % 2]));
+      // the weights, not the scores, whose sign the scale may turn
       if (last) {
 #pragma unroll
         for (int i = 0; i < kSlots / 2; ++i) {
-          if (i / 4 * 8 + i % 2 >= valid) scores[i] = -INFINITY;
+          if (i / 4 * 8 + i % 2 >= valid) scores[i] = 0.f;
         }
       }
-#pragma unroll
-      for (int i = 0; i < kSlots / 2; ++i) scores[i] = exp2_approximate(fmaf(scores[i], scale, -lse[i / 2 % 2]));
       wgmma_wait<0>();
       fence_registers(products);
       if (lane == 0) barrier_arrive(value_empty + value_buffer);
@@ -345,12 +342,8 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
                                          tiling.heads * tiling.queries, sums);
     };
     // The products of one warpgroup run while the other takes its exponentials.
-    const auto take_turn = [&]() {
-      if (PINGPONG) named_barrier_sync(1 + w, 128 * Tile::kWarpgroups);
-    };
-    const auto give_turn = [&]() {
-      if (PINGPONG) named_barrier_arrive(2 - w, 128 * Tile::kWarpgroups);
-    };
+    const auto take_turn = [&]() { named_barrier_sync(1 + w, 128 * Tile::kWarpgroups); };
+    const auto give_turn = [&]() { named_barrier_arrive(2 - w, 128 * Tile::kWarpgroups); };
 
     if (w == 1) give_turn();
     barrier_wait(query_full + w, 0);
