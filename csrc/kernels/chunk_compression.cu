@@ -13,13 +13,13 @@
 namespace sharedllm {
 namespace {
 
-// Small blocks: a block ends with its slowest row, and only then another takes its place.
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 // Heads of a row that a thread rotates by the same angles. It reads its part of the tables once for all of them and has
-// as many pairs of loads in flight; more than two cost the registers of other threads.
-constexpr int kHeads = 2;
-// Blocks that fit into a multiprocessor: as many as leave enough registers for nothing to spill.
-constexpr int kBlocks = 7, kSumBlocks = 5;
+// as many pairs of loads in flight.
+constexpr int kHeads = 4;
+// Blocks that fit into a multiprocessor: 24 warps with 8 loads of 16 bytes each are enough to cover memory's latency.
+// The sum of two rows holds twice as much.
+constexpr int kBlocks = 3, kSumBlocks = 2;
 
 struct Source {
   const void* data;         // [count, heads, D]; null: nothing to add
@@ -69,7 +69,7 @@ struct Access {
       return T(0.0f);
     }
   }
-  static __device__ __forceinline__ Raw load(const T* from) { return __ldg(reinterpret_cast<const Raw*>(from)); }
+  static __device__ __forceinline__ Raw load(const T* from) { return __ldcs(reinterpret_cast<const Raw*>(from)); }
   static __device__ __forceinline__ void store(T* to, const Raw& value) { *reinterpret_cast<Raw*>(to) = value; }
   static __device__ __forceinline__ void get(const Raw& from, int part, float (&to)[kPart]) {
     if constexpr (!kVector) {
