@@ -246,25 +246,39 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
 
   // freed when this returns: torch hands it only to work queued later on the same stream
   const int64_t rows = f.num_queries * f.q_heads;
-  Tensor q_rotated = torch::stable::new_empty(like, {rows * f.head_size});
-  Tensor per_row = torch::stable::new_empty(like, {2 * rows}, ScalarType::Float);
-  Tensor grad_q_float = torch::stable::new_empty(like, {slots_wanted ? rows * f.head_size : 0}, ScalarType::Float);
-  const int64_t partial = p.kv_splits > 1 ? p.kv_splits * f.num_slots * f.kv_heads * f.head_size : 0;
-  Tensor partial_grad_kv = torch::stable::new_empty(like, {2 * partial}, ScalarType::Float);
-  p.q_rotated = q_rotated.mutable_data_ptr();
-  p.delta = per_row.mutable_data_ptr<float>();
-  p.lse_log2 = p.delta + rows;
-  p.grad_q_float = slots_wanted ? grad_q_float.mutable_data_ptr<float>() : nullptr;
-  p.partial_grad_k = partial ? partial_grad_kv.mutable_data_ptr<float>() : nullptr;
-  p.partial_grad_v = partial ? p.partial_grad_k + partial : nullptr;
+  Tensor q_rotated, per_row, grad_q_float, partial_grad_kv;
+  const auto prepare = [&] {
+    q_rotated = torch::stable::new_empty(like, {rows * f.head_size});
+    per_row = torch::stable::new_empty(like, {2 * rows}, ScalarType::Float);
+    p.q_rotated = q_rotated.mutable_data_ptr();
+    p.delta = per_row.mutable_data_ptr<float>();
+    p.lse_log2 = p.delta + rows;
+    if (slots_wanted) {
+      grad_q_float = torch::stable::new_empty(like, {rows * f.head_size}, ScalarType::Float);
+      p.grad_q_float = grad_q_float.mutable_data_ptr<float>();
+    }
+    if (slots_wanted && p.kv_splits > 1) {
+      const int64_t partial = p.kv_splits * f.num_slots * f.kv_heads * f.head_size;
+      partial_grad_kv = torch::stable::new_empty(like, {2 * partial}, ScalarType::Float);
+      p.partial_grad_k = partial_grad_kv.mutable_data_ptr<float>();
+      p.partial_grad_v = p.partial_grad_k + partial;
+    }
+    check_launch(name, launch_injected_attention_backward_prepare(p, stream));
+  };
 
-  check_launch(name, launch_injected_attention_backward_prepare(p, stream));
   cudaError_t status = cudaErrorNotSupported;
 #if defined(SHAREDLLM_SM90A)
-  // some rotary sizes are left to the portable kernels
-  if (path == Path::kSm90) status = launch_injected_attention_backward_sm90(p, stream);
+  if (path == Path::kSm90) {
+    prepare();
+    // some rotary sizes are left to the portable kernels
+    status = launch_injected_attention_backward_sm90(p, stream);
+  }
 #endif
-  if (status == cudaErrorNotSupported) status = launch_injected_attention_backward_portable(p, stream);
+  if (status == cudaErrorNotSupported) {
+    // the queries' gradient alone needs nothing prepared there
+    if (slots_wanted && path != Path::kSm90) prepare();
+    status = launch_injected_attention_backward_portable(p, stream);
+  }
   check_launch(name, status);
   if (slots_wanted) check_launch(name, launch_injected_attention_backward_finish(p, stream));
   return {grad_q, grad_k, grad_v};
