@@ -321,8 +321,9 @@ cudaError_t plan_topk_nodes(TopkNodesParams* params) {
   p.vector = aligned(p.nodes, p.node_stride) && aligned(p.queries, p.query_stride);
   // eight threads read a short row in at most two vectors each; a whole warp would idle
   p.lanes = p.size * element <= 256 ? 8 : 32;
-  // four blocks for each multiprocessor before the tiles grow; at least one row for every group of lanes
-  const int64_t wanted = p.num_nodes / (4 * std::max(multiprocessors, 1));
+  // Eight blocks for each multiprocessor before the tiles grow, more than are resident at a time: some sort while
+  // others read. At least one row for every group of lanes.
+  const int64_t wanted = p.num_nodes / (8 * std::max(multiprocessors, 1));
   p.tile = kTileThreads / p.lanes;
   while (p.tile < kMaxTile && 2 * p.tile <= wanted) p.tile *= 2;
   p.tiles = std::max<int64_t>((p.num_nodes + p.tile - 1) / p.tile, 1);
