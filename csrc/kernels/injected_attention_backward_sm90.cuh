@@ -31,6 +31,10 @@ struct KeyValueGradientTile {
   static constexpr int kColumns = kPanels * 64 / kWarpgroups, kSumPanelBytes = kTileRows * 128;
   static constexpr int kSumBytes = kColumns / 32 * kSumPanelBytes;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // Together the 504 that a block of 384 threads starts with. With 128 columns the copying warps spill a little, which
+  // costs them some of the time they wait anyway.
+  static constexpr int kConsumerRegisters = kHeadSize < 128 ? 232 : 240,
+                       kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr int kBarriers = 2 * kQueryStages + 2 * kGradOutStages + 3;
   static constexpr int kSharedBytes = 2 * kSlotBytes + (kQueryStages + kGradOutStages) * kQueryBytes +
                                       kScoreBuffers * kScoreBytes + kSumBytes +
@@ -214,7 +218,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
   __syncthreads();
 
   if (warpgroup == 0) {
-    lower_registers<24>();
+    lower_registers<Tile::kProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp > 1) return;
     QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits,
@@ -303,7 +307,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       barrier_arrive(query_full + stage);
     }
   } else {
-    raise_registers<240>();
+    raise_registers<Tile::kConsumerRegisters>();
     const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     float key_sums[kHeadSize / 2], value_sums[kHeadSize / 2];
 #pragma unroll

@@ -25,6 +25,9 @@ struct QueryGradientTile {
   static constexpr int kQueryPanelBytes = kTileRows * 128, kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kSlotPanelBytes = kSlots * 128, kSlotBytes = kPanels * kSlotPanelBytes;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // together the 504 that a block of 384 threads starts with
+  static constexpr int kConsumerRegisters = kHeadSize < 256 ? 232 : 240,
+                       kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr int kBarriers = 2 * (kWarpgroups * kQueryBuffers + kKeyBuffers + kValueBuffers) + 1;
 };
 
@@ -151,7 +154,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
   __syncthreads();
 
   if (warpgroup == 0) {
-    lower_registers<24>();
+    lower_registers<Tile::kProducerRegisters>();
     if (threadIdx.x >= 32) return;
     const int lane = threadIdx.x;
     const bool leader = lane == 0;
@@ -245,7 +248,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       for (int w = 0; w < Tile::kWarpgroups; ++w) barrier_arrive(query_full + query_buffer * Tile::kWarpgroups + w);
     }
   } else {
-    raise_registers<240>();
+    raise_registers<Tile::kConsumerRegisters>();
     const int w = warpgroup - 1, lane = threadIdx.x % 32;
     const float scale = p.forward.scale * 1.4426950408889634f;
     float sums[kHeadSize / 2], scores[kSlots / 2], products[kSlots / 2];

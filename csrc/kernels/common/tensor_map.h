@@ -12,9 +12,8 @@ namespace sharedllm {
 
 // A map of `rank` (3 or 4) dimensions, innermost first, loaded in boxes with 128-byte swizzle. `strides` holds the
 // elements between neighbours of dimensions 1 .. rank - 1; the innermost one is contiguous. What a box holds outside
-// the sizes arrives as zeros, and counts as transferred bytes. box[0] is at most 64 elements of two bytes, the others
-// at most 256. The base has to be aligned to 16 bytes and the strides to 8 elements of two bytes. Sizes of 0 are mapped
-// as 1.
+// the sizes arrives as zeros, and counts as transferred bytes. box[0] is at most 128 bytes, the others
+// at most 256 elements. The base and the strides have to be aligned to 16 bytes. Sizes of 0 are mapped as 1.
 cudaError_t encode_tensor_map(CUtensorMap* map, FloatType type, const void* base, int rank, const int64_t* sizes,
                               const int64_t* strides, const int32_t* box);
 
