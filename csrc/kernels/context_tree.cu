@@ -14,12 +14,16 @@ namespace sharedllm {
 namespace {
 
 constexpr int kThreads = 256;
-// Nodes that a block adds up at a time, one by each thread.
-constexpr int kScanThreads = 1024;
-// So many rounds of a single block are done without a kernel for the blocks' sums.
-constexpr int kScanRounds = 4;
-// Tokens or slots of a block: enough to pay for the search of their first node, few enough to spread over the GPU.
-constexpr int kTile = 1024;
+// Nodes whose sums one block makes, a thread for each: few enough that 1024 chunks of 4 use several multiprocessors.
+constexpr int kScanThreads = 512;
+// Up to so many blocks each adds up all nodes before its own, which costs less than a kernel for the blocks' sums.
+constexpr int kDirectBlocks = 16;
+// Blocks of the filling kernel on a multiprocessor: it waits for one search after another.
+constexpr int kFillBlocks = 5;
+// Tokens or slots of a block: few spread over more of the GPU, many need fewer searches for their first node.
+constexpr int kSmallTile = 1024, kLargeTile = 4096;
+// From here on small tiles would come in more than one wave.
+constexpr int64_t kManyElements = 1 << 20;
 
 __device__ __forceinline__ void store_pair(int64_t* to, int64_t first, int64_t second) {
   *reinterpret_cast<longlong2*>(to) = make_longlong2(first, second);
@@ -85,8 +89,8 @@ __device__ __forceinline__ int num_nodes(const ContextTreeLayoutParams& p) {
 // Lengths are kept inside of the tokens, so that sums of the caller's mistakes do not overflow.
 __device__ __forceinline__ Node node_at(const ContextTreeLayoutParams& p, int chunk, int place) {
   const int64_t* node = p.nodes + chunk * p.node_stride[0] + place * p.node_stride[1];
-  const int64_t length = __ldg(node + p.node_stride[2]);
-  return {__ldg(node), length < 0 ? 0 : length > p.num_tokens ? p.num_tokens : length};
+  const int64_t start = __ldg(node), length = __ldg(node + p.node_stride[2]);
+  return {start, length < 0 ? 0 : length > p.num_tokens ? p.num_tokens : length};
 }
 
 struct Sums {
@@ -102,129 +106,143 @@ __device__ __forceinline__ Sums sums_of(const ContextTreeLayoutParams& p, const 
   return {node.length, node.length < p.slots_per_node ? node.length : p.slots_per_node};
 }
 
-// Sum over the threads up to and with this one, and of all of them; every thread of the block takes part.
-__device__ __forceinline__ Sums scan_block(Sums x, Sums* total) {
-  __shared__ Sums warp_sums[kScanThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Sum over the lanes of a warp up to and with this one.
+__device__ __forceinline__ Sums scan_warp(Sums x, int lane) {
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
     const Sums other{__shfl_up_sync(kFullWarp, x.length, offset), __shfl_up_sync(kFullWarp, x.kept, offset)};
     if (lane >= offset) x.add(other);
   }
+  return x;
+}
+
+// Sum over the threads up to and with this one, and of all of them; every thread of the block takes part.
+__device__ __forceinline__ Sums scan_block(Sums x, Sums* total) {
+  constexpr int kWarps = kScanThreads / 32;
+  static_assert(kWarps <= 32);
+  __shared__ Sums warp_sums[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  x = scan_warp(x, lane);
   // of the call before, which another warp may still read
   __syncthreads();
   if (lane == 31) warp_sums[warp] = x;
   __syncthreads();
-  Sums before;
-  *total = {};
-#pragma unroll
-  for (int i = 0; i < kScanThreads / 32; ++i) {
-    if (i < warp) before.add(warp_sums[i]);
-    total->add(warp_sums[i]);
+  if (warp == 0) {
+    const Sums through = scan_warp(lane < kWarps ? warp_sums[lane] : Sums{}, lane);
+    if (lane < kWarps) warp_sums[lane] = through;
   }
-  x.add(before);
+  __syncthreads();
+  if (warp > 0) x.add(warp_sums[warp - 1]);
+  *total = warp_sums[kWarps - 1];
   return x;
 }
 
-// Whether the node comes after one of the next chunk, so that the chunks do not lie in token order.
-__device__ __forceinline__ bool out_of_order(const ContextTreeLayoutParams& p, const Node& node, int chunk) {
-  if (chunk + 1 >= p.num_chunks) return false;
-  bool wrong = false;
-  for (int j = 0; j < p.nodes_per_chunk; ++j) wrong |= !node.before(node_at(p, chunk + 1, j), true);
-  return wrong;
+// In the workspace behind the cumulative kept tokens: whether a scan block found its nodes out of order, then the sums
+// of its nodes.
+__device__ __forceinline__ int64_t* flags_of(const ContextTreeLayoutParams& p) {
+  return p.workspace + num_nodes(p) + 1;
+}
+__device__ __forceinline__ int64_t* block_sums_of(const ContextTreeLayoutParams& p) {
+  return flags_of(p) + p.scan_blocks;
 }
 
-// Writes a node's entry of cu_nodes: its rank in token order and the lengths before it come from the chunk, whose first
-// token is known, or from all nodes if the chunks lie in another order.
-__device__ __forceinline__ void write_boundary(const ContextTreeLayoutParams& p, int i, bool ordered,
-                                               int64_t lengths_before) {
-  const int m = static_cast<int>(p.nodes_per_chunk), chunk = i / m, place = i - chunk * m;
-  const int last_chunk = ordered ? chunk : static_cast<int>(p.num_chunks) - 1;
-  const Node node = node_at(p, chunk, place);
-  int rank = ordered ? chunk * m : 0;
-  int64_t begin = 0;
-  for (int c = ordered ? chunk : 0; c <= last_chunk; ++c) {
-    for (int j = 0; j < m; ++j) {
-      const Node other = node_at(p, c, j);
-      const bool earlier = c < chunk || (c == chunk && j < place);
-      if (other.before(node, earlier)) {
-        ++rank;
-        begin += other.length;
-      }
-      if (ordered && earlier) lengths_before -= other.length;
-    }
-  }
-  // lengths_before is now the sum over the chunks before
-  p.cu_nodes[rank] = ordered ? lengths_before + begin : begin;
-}
-
-// Sums of each scan block's nodes, for the blocks after it: length, kept tokens, whether its chunks are out of order.
 __global__ void __launch_bounds__(kScanThreads)
     context_tree_layout_sums(const __grid_constant__ ContextTreeLayoutParams p) {
   const int i = static_cast<int>(blockIdx.x * kScanThreads + threadIdx.x), m = static_cast<int>(p.nodes_per_chunk);
-  Sums sums;
-  bool wrong = false;
-  if (i < num_nodes(p)) {
-    const int chunk = i / m;
-    const Node node = node_at(p, chunk, i - chunk * m);
-    sums = sums_of(p, node);
-    wrong = out_of_order(p, node, chunk);
-  }
-  Sums total;
+  Sums sums, total;
+  if (i < num_nodes(p)) sums = sums_of(p, node_at(p, i / m, i % m));
   scan_block(sums, &total);
-  wrong = __syncthreads_or(wrong);
   if (threadIdx.x == 0) {
-    int64_t* const to = p.workspace + num_nodes(p) + 1 + 3 * static_cast<int64_t>(blockIdx.x);
-    to[0] = total.length;
-    to[1] = total.kept;
-    to[2] = wrong;
+    block_sums_of(p)[2 * blockIdx.x] = total.length;
+    block_sums_of(p)[2 * blockIdx.x + 1] = total.kept;
   }
 }
 
+// Cumulative sums as if the chunks lay in token order. They do if every node then starts where it should.
 __global__ void __launch_bounds__(kScanThreads)
     context_tree_layout_scan(const __grid_constant__ ContextTreeLayoutParams p) {
-  const int count = num_nodes(p), m = static_cast<int>(p.nodes_per_chunk);
-  const bool alone = gridDim.x == 1;
-  const int begin = static_cast<int>(blockIdx.x) * kScanThreads;
-  const int end = alone ? count : begin + kScanThreads < count ? begin + kScanThreads : count;
+  const int count = num_nodes(p), m = static_cast<int>(p.nodes_per_chunk), thread = static_cast<int>(threadIdx.x);
+  const int begin = static_cast<int>(blockIdx.x) * kScanThreads, i = begin + thread, chunk = i / m;
   int64_t* const cu_kept = p.workspace;
-  Sums before;
-  bool ordered = true;
-  if (!alone) {
-    const int64_t* const sums = cu_kept + count + 1;
-    Sums mine;
-    bool wrong = false;
-    for (uint32_t block = threadIdx.x; block < gridDim.x; block += kScanThreads) {
-      if (block < blockIdx.x) mine.add({sums[3 * block], sums[3 * block + 1]});
-      wrong |= sums[3 * block + 2] != 0;
+  Node node{};
+  if (i < count) node = node_at(p, chunk, i - chunk * m);
+
+  Sums mine, before, total;
+  if (begin > 0) {
+    if (p.scan_blocks > kDirectBlocks) {
+      const int64_t* const sums = block_sums_of(p);
+      for (int block = thread; block < static_cast<int>(blockIdx.x); block += kScanThreads) {
+        mine.add({sums[2 * block], sums[2 * block + 1]});
+      }
+    } else {
+#pragma unroll 4
+      for (int j = thread; j < begin; j += kScanThreads) mine.add(sums_of(p, node_at(p, j / m, j % m)));
     }
     scan_block(mine, &before);
-    ordered = !__syncthreads_or(wrong);
   }
+  const Sums own = sums_of(p, node);
+  Sums until = scan_block(own, &total);
+  until.add(before);
+  until.length -= own.length;
+  until.kept -= own.kept;
 
   bool wrong = false;
-  for (int base = begin; base < end; base += kScanThreads) {
-    const int i = base + static_cast<int>(threadIdx.x), chunk = i / m;
-    Node node{};
-    if (i < end) node = node_at(p, chunk, i - chunk * m);
-    const Sums own = sums_of(p, node);
-    Sums total;
-    Sums through = scan_block(own, &total);
-    through.add(before);
-    before.add(total);
-    if (i < end) {
-      if (alone) wrong |= out_of_order(p, node, chunk);
-      write_boundary(p, i, ordered, through.length - own.length);
-      cu_kept[i] = through.kept - own.kept;
-      if (chunk * m == i) p.cu_slots[chunk] = through.kept - own.kept;
+  if (i < count) {
+    // from the lengths before this node to those before its chunk, and on to those before it in token order
+    const int place = i - chunk * m;
+    int rank = chunk * m;
+    int64_t boundary = until.length;
+    for (int j = 0; j < m; ++j) {
+      const Node other = node_at(p, chunk, j);
+      if (j < place) boundary -= other.length;
+      if (other.before(node, j < place)) {
+        boundary += other.length;
+        ++rank;
+      }
+    }
+    p.cu_nodes[rank] = boundary;
+    wrong = boundary != node.start;
+    cu_kept[i] = until.kept;
+    if (place == 0) p.cu_slots[chunk] = until.kept;
+  }
+  wrong = __syncthreads_or(wrong);
+  if (thread == 0) {
+    flags_of(p)[blockIdx.x] = wrong;
+    if (blockIdx.x + 1 == gridDim.x) {
+      before.add(total);
+      p.cu_nodes[count] = before.length;
+      cu_kept[count] = p.cu_slots[p.num_chunks] = before.kept;
     }
   }
-  if (end == count && threadIdx.x == 0) {
-    p.cu_nodes[count] = before.length;
-    cu_kept[count] = p.cu_slots[p.num_chunks] = before.kept;
+}
+
+// Chunks in another order than their tokens: the boundaries of this block's share of the nodes, by comparing each with
+// all, and the positions in a tile of tokens. Slow, but no caller needs to be fast here.
+__device__ __forceinline__ void fill_out_of_order(const ContextTreeLayoutParams& p, int64_t first, int64_t end) {
+  const int count = num_nodes(p), m = static_cast<int>(p.nodes_per_chunk);
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < count; at += threads) {
+    const int i = static_cast<int>(at);
+    const Node node = node_at(p, i / m, i % m);
+    int rank = 0;
+    int64_t boundary = 0;
+    for (int j = 0; j < count; ++j) {
+      const Node other = node_at(p, j / m, j % m);
+      if (!other.before(node, j < i)) continue;
+      boundary += other.length;
+      ++rank;
+    }
+    p.cu_nodes[rank] = boundary;
   }
-  if (alone && __syncthreads_or(wrong)) {
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kScanThreads) write_boundary(p, i, false, 0);
+  // in case that no node holds a token
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) p.positions[i] = i;
+  __syncthreads();
+  for (int j = static_cast<int>(threadIdx.x); j < count; j += kThreads) {
+    const Node node = node_at(p, j / m, j % m);
+    const int64_t node_end = node.start + node.length;
+    for (int64_t i = node.start > first ? node.start : first; i < end && i < node_end; ++i) {
+      p.positions[i] = i - node.start;
+    }
   }
 }
 
@@ -241,28 +259,29 @@ __device__ __forceinline__ int count_up_to(const int64_t* cumulative, int low, i
   return low;
 }
 
-// Blocks of kTile tokens, then blocks of kTile slots.
-__global__ void __launch_bounds__(kThreads)
-    context_tree_layout_fill(const __grid_constant__ ContextTreeLayoutParams p, int64_t token_tiles) {
+// Blocks of `tile` tokens, then blocks of `tile` slots.
+__global__ void __launch_bounds__(kThreads, kFillBlocks)
+    context_tree_layout_fill(const __grid_constant__ ContextTreeLayoutParams p, int64_t token_tiles, int tile) {
   __shared__ int owners[2];
   const bool slots = blockIdx.x >= token_tiles;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) - (slots ? token_tiles : 0)) * kTile;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) - (slots ? token_tiles : 0)) * tile;
   const int count = num_nodes(p), m = static_cast<int>(p.nodes_per_chunk);
-  const int64_t total = slots ? p.num_slots : p.num_tokens;
+  const int64_t total = slots ? p.num_slots : p.num_tokens, end = first + tile < total ? first + tile : total;
   const int64_t* const cumulative = slots ? p.workspace : p.cu_nodes;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  bool wrong = false;
+  for (int i = thread; i < static_cast<int>(p.scan_blocks); i += kThreads) wrong |= flags_of(p)[i] != 0;
   if (warp < 2) {
-    const int64_t last = first + kTile < total ? first + kTile - 1 : total - 1;
-    const int64_t owner = lower_bound_by_warp(cumulative + 1, count, (warp ? last : first) + 1, lane);
+    const int64_t owner = lower_bound_by_warp(cumulative + 1, count, warp ? end : first + 1, lane);
     if (lane == 0) owners[warp] = static_cast<int>(owner);
   }
-  __syncthreads();
+  if (__syncthreads_or(wrong)) {
+    fill_out_of_order(p, first, slots ? first : end);
+    if (!slots) return;
+  }
   const int low = owners[0], high = owners[1];
 
-#pragma unroll
-  for (int round = 0; round < kTile / (2 * kThreads); ++round) {
-    const int64_t i = first + 2 * (round * kThreads + static_cast<int>(threadIdx.x));
-    if (i >= total) return;
+  for (int64_t i = first + 2 * thread; i < end; i += 2 * kThreads) {
     int owner = count_up_to(cumulative, low, high, i);
     int64_t result[2], position[2];
 #pragma unroll
@@ -283,7 +302,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     int64_t* const to = (slots ? p.keep_index : p.positions) + i;
-    if (i + 1 < total) {
+    if (i + 1 < end) {
       store_pair(to, result[0], result[1]);
       if (slots) store_pair(p.keep_position + i, position[0], position[1]);
     } else {
@@ -327,20 +346,21 @@ cudaError_t launch_context_tree_select(const ContextTreeSelectParams& params, cu
 void plan_context_tree_layout(ContextTreeLayoutParams* params) {
   ContextTreeLayoutParams& p = *params;
   const int64_t count = p.num_chunks * p.nodes_per_chunk;
-  p.scan_blocks = count <= kScanRounds * kScanThreads ? 1 : tiles_of(count, kScanThreads);
-  p.workspace_size = count + 1 + (p.scan_blocks > 1 ? 3 * p.scan_blocks : 0);
+  p.scan_blocks = std::max<int64_t>(tiles_of(count, kScanThreads), 1);
+  p.workspace_size = count + 1 + (p.scan_blocks > kDirectBlocks ? 3 : 1) * p.scan_blocks;
 }
 
 cudaError_t launch_context_tree_layout(const ContextTreeLayoutParams& params, cudaStream_t stream) {
-  const int64_t token_tiles = tiles_of(params.num_tokens, kTile), slot_tiles = tiles_of(params.num_slots, kTile);
-  if (token_tiles + slot_tiles > kMaxBlocks) return cudaErrorInvalidConfiguration;
+  const int tile = params.num_tokens + params.num_slots < kManyElements ? kSmallTile : kLargeTile;
+  const int64_t token_tiles = tiles_of(params.num_tokens, tile), tiles = token_tiles + tiles_of(params.num_slots, tile);
+  if (tiles > kMaxBlocks) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config = config_of(params.scan_blocks, kScanThreads, stream);
   cudaError_t status = cudaSuccess;
-  if (params.scan_blocks > 1) status = cudaLaunchKernelEx(&config, context_tree_layout_sums, params);
+  if (params.scan_blocks > kDirectBlocks) status = cudaLaunchKernelEx(&config, context_tree_layout_sums, params);
   if (status == cudaSuccess) status = cudaLaunchKernelEx(&config, context_tree_layout_scan, params);
-  if (status != cudaSuccess || token_tiles + slot_tiles == 0) return status;
-  config = config_of(token_tiles + slot_tiles, kThreads, stream);
-  return cudaLaunchKernelEx(&config, context_tree_layout_fill, params, token_tiles);
+  if (status != cudaSuccess || tiles == 0) return status;
+  config = config_of(tiles, kThreads, stream);
+  return cudaLaunchKernelEx(&config, context_tree_layout_fill, params, token_tiles, tile);
 }
 
 }  // namespace sharedllm

@@ -45,7 +45,7 @@ struct ContextTreeLayoutParams {
   // filled by plan_context_tree_layout
   int64_t scan_blocks;     // blocks that add up the nodes
   int64_t workspace_size;  // number of workspace elements
-  int64_t* workspace;      // [n * m + 1] cumulative kept tokens, then the blocks' sums; allocated after the plan
+  int64_t* workspace;      // [n * m + 1] cumulative kept tokens, then the blocks' own; allocated after the plan
 };
 
 cudaError_t launch_context_tree_split(const ContextTreeSplitParams& params, cudaStream_t stream);
