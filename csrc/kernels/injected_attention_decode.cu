@@ -16,11 +16,11 @@ cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
 }
 
 template <class T, int kHeadSize>
-cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream, bool portable) {
   int major = 0;
   cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (status != cudaSuccess) return status;
-  if (major >= 9) {
+  if (major >= 9 && !portable) {
     status = launch_injected_attention_decode_bulk<T, kHeadSize>(p, stream);
     if (status != cudaErrorNotSupported) return status;
   }
@@ -28,16 +28,16 @@ cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream, bool portable) {
   switch (p.head_size) {
     case 64:
-      return launch<T, 64>(p, stream);
+      return launch<T, 64>(p, stream, portable);
     case 96:
-      return launch<T, 96>(p, stream);
+      return launch<T, 96>(p, stream, portable);
     case 128:
-      return launch<T, 128>(p, stream);
+      return launch<T, 128>(p, stream, portable);
     case 256:
-      return launch<T, 256>(p, stream);
+      return launch<T, 256>(p, stream, portable);
     default:
       return cudaErrorNotSupported;
   }
@@ -51,7 +51,7 @@ int32_t decode_tile_rows(const InjectedAttentionParams& p) {
   return packed <= 8 ? 8 : packed <= 16 ? 16 : packed <= 32 ? 32 : 64;
 }
 
-cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params) {
+cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params, bool portable) {
   InjectedAttentionParams& p = *params;
   p.splits = 1;
   if (p.num_queries == 0 || p.num_rows == 0) return cudaSuccess;
@@ -63,7 +63,7 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params) {
   status = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
   if (status != cudaSuccess) return status;
   // a block with bulk copies takes nearly all shared memory, a portable one between 35 and 100 KB
-  const bool bulk = major >= 9 && p.head_size % 64 == 0;
+  const bool bulk = major >= 9 && !portable && p.head_size % 64 == 0;
   const int blocks = !bulk && shared_bytes >= 160 * 1024 ? 2 : 1;
   // one worker for each block that can run; the heads of a worker read neighbouring memory at the same time
   p.splits = std::max(1, multiprocessors * blocks / p.kv_heads);
@@ -75,13 +75,13 @@ int64_t injected_attention_decode_workspace_rows(const InjectedAttentionParams& 
   return int64_t{2} * p.splits * p.kv_heads * decode_tile_rows(p);
 }
 
-cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& p, cudaStream_t stream, bool portable) {
   if (p.num_queries == 0 || p.num_rows == 0) return cudaSuccess;
   switch (p.type) {
     case FloatType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
+      return launch<__nv_bfloat16>(p, stream, portable);
     case FloatType::kFloat16:
-      return launch<__half>(p, stream);
+      return launch<__half>(p, stream, portable);
     default:
       return cudaErrorNotSupported;
   }

@@ -7,7 +7,8 @@ namespace sharedllm {
 
 // Sets params->splits for the current device: how many workers share the slots of all rows. Reads only shapes (T, B,
 // heads, D, type), never the device's values.
-cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params);
+// `portable` plans for the kernel with cp.async wherever it runs.
+cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params, bool portable = false);
 
 // Rows of the workspace after planning: partial_out is float32 [rows, D], 16-byte aligned, partial_lse float32 [rows].
 // Contents do not matter before or after the launch. 0: no workspace needed.
@@ -21,7 +22,8 @@ int64_t injected_attention_decode_workspace_rows(const InjectedAttentionParams& 
 // another type or head size. Any number of queries per row is right; reads each row's memory once per 64 packed rows
 // (queries times Hq / Hkv). The same bits in every run. Captures into a CUDA graph; launches in several streams need a
 // workspace each.
-cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& params, cudaStream_t stream);
+cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& params, cudaStream_t stream,
+                                             bool portable = false);
 
 // Packed rows of a tile: 8, 16, 32 or 64.
 int32_t decode_tile_rows(const InjectedAttentionParams& params);

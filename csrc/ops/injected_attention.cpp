@@ -129,17 +129,13 @@ class Workspace {
   Tensor out_, lse_;
 };
 
+bool is_forced(Path path) { return static_cast<Path>(forced_path.load()) == path; }
+
 Path choose_path(const InjectedAttentionParams& p, int32_t device, bool backward) {
-  if (!has_tensor_core_kernel(p.type, p.head_size)) return Path::kGeneric;
-  const Path forced = static_cast<Path>(forced_path.load());
-  if (forced == Path::kGeneric) return forced;
-  if (forced == Path::kPortable || !is_hopper(device)) {
-    const bool decoding = !backward && forced != Path::kPortable && p.num_queries <= kDecodeQueries * p.num_rows;
-    return decoding || (forced == Path::kDecode && !backward) ? Path::kDecode : Path::kPortable;
-  }
-  if (backward) return Path::kSm90;
-  if (forced == Path::kSm90 || forced == Path::kDecode) return forced;
-  return p.num_queries <= kDecodeQueries * p.num_rows ? Path::kDecode : Path::kSm90;
+  if (!has_tensor_core_kernel(p.type, p.head_size) || is_forced(Path::kGeneric)) return Path::kGeneric;
+  const bool few = !backward && (is_forced(Path::kDecode) || p.num_queries <= kDecodeQueries * p.num_rows);
+  if (is_forced(Path::kPortable) || !is_hopper(device)) return few ? Path::kDecode : Path::kPortable;
+  return few && !is_forced(Path::kSm90) ? Path::kDecode : Path::kSm90;
 }
 
 std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor slot_range,
@@ -175,9 +171,10 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
   }
 #endif
   if (path == Path::kDecode) {
-    check_launch(name, plan_injected_attention_decode(&p));
+    const bool portable = is_forced(Path::kPortable);
+    check_launch(name, plan_injected_attention_decode(&p, portable));
     const Workspace workspace(arguments.q, injected_attention_decode_workspace_rows(p), &p);
-    check_launch(name, launch_injected_attention_decode(p, stream));
+    check_launch(name, launch_injected_attention_decode(p, stream, portable));
     return {out, lse};
   }
   check_launch(name, plan_injected_attention_portable(&p));
