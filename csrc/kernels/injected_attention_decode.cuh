@@ -288,7 +288,7 @@ struct Config {
   static constexpr int kStatisticsOffset = kScaleOffset + 2 * kStages * kScaleBytes;
   static constexpr int kRowScaleOffset = kStatisticsOffset + 2 * kSlotWarps * kRows * 4;
   static constexpr int kBarrierOffset = kRowScaleOffset + (kEightBit ? kRows * 4 : 0);
-  static constexpr int kSharedBytes = kBarrierOffset + 4 * kStages * 8;
+  static constexpr int kSharedBytes = kBarrierOffset + (4 * kStages + 1) * 8;
   static_assert(kSlots % (16 * kSlotWarps) == 0 && kHeadSize % 32 == 0 && kTileBytes % 1024 == 0);
   static_assert(kSharedBytes + sizeof(PlaceScan) <= 227 * 1024);
   // Weights of 8-bit values carry the value's scale and are rounded to half: raised by 2^7, so that 2^kGrowth times
@@ -656,19 +656,22 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
   const float *const cos = p.cos + table_row, *const sin = p.sin + table_row;
   const uint32_t packed_rows = span.q_count * group;
   const auto rotated = [&](int r, int pair, float (&x)[2]) {
-    const uint32_t packed = tile * C::kRows + r;
-    x[0] = x[1] = 0;
-    if (packed >= packed_rows) return;
-    const uint32_t query = packed / group;
+    // no branch around the loads, so that those of several items are in flight together
+    const uint32_t packed = tile * C::kRows + r, safe = min(packed, packed_rows - 1), query = safe / group;
     const T* const from = static_cast<const T*>(p.q) + (span.q_begin + query) * p.q_stride[0] +
-                          (head * group + (packed - query * group)) * p.q_stride[1];
+                          (head * group + (safe - query * group)) * p.q_stride[1];
     const bool turns = pair < p.rotary_half;
     const float low = to_float(from[turns ? pair : 2 * pair]);
     const float high = to_float(from[turns ? pair + p.rotary_half : 2 * pair + 1]);
-    const float c = turns ? __ldg(cos + pair) : 1.0f, s = turns ? __ldg(sin + pair) : 0.0f;
+    float c = 1, s = 0;
+    if (p.rotary_half > 0) {
+      const int at = turns ? pair : 0;
+      c = __ldg(cos + at), s = __ldg(sin + at);
+    }
     // a pair that does not turn may be infinite, and 0 times that is NaN
-    x[0] = (turns ? low * c - high * s : low) * factor;
-    x[1] = (turns ? high * c + low * s : high) * factor;
+    const float first = turns ? low * c - high * s : low, second = turns ? high * c + low * s : high;
+    x[0] = packed < packed_rows ? first * factor : 0.0f;
+    x[1] = packed < packed_rows ? second * factor : 0.0f;
   };
   if constexpr (C::kEightBit) {
     for (int r = threadIdx.x; r < C::kRows; r += C::kConsumers) row_scales[r] = 0;
@@ -890,6 +893,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     float* const row_scales = reinterpret_cast<float*>(shared + C::kRowScaleOffset);
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + C::kBarrierOffset);  // keys, values by turns
     uint64_t* const empty = full + 2 * C::kStages;
+    uint64_t* const queries_loaded = empty + 2 * C::kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int head = blockIdx.x % p.kv_heads, worker = blockIdx.x / p.kv_heads;
     const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
@@ -903,6 +907,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           barrier_init(full + i, C::kEightBit ? 33 : 1);
           barrier_init(empty + i, C::kWarps);
         }
+        barrier_init(queries_loaded, C::kWarps);
         barrier_init_fence();
       }
     }
@@ -929,6 +934,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         if (!C::kEightBit && lane != 0) return;
         int stage = 0;
         uint32_t phase = 1;
+        bool first = true;
         while (walk.next(p, group)) {
           if (walk.span.slot_count == 0) continue;
           int32_t slot = walk.span.slot_begin + static_cast<int32_t>(walk.first * C::kSlots);
@@ -960,6 +966,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
               stage = 0;
               phase ^= 1;
             }
+            // behind a full ring of loads the queries would take as long as the ring
+            if (first) barrier_wait(queries_loaded, 0);
+            first = false;
           }
         }
         return;
@@ -975,6 +984,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const int row_warp = warp / C::kSlotWarps;
     int stage = 0;
     uint32_t phase = 0;
+    bool first = true;
     Loader<C> loader{walk};
     const Scales* loader_scales = nullptr;
     if constexpr (C::kEightBit) loader_scales = &scales;
@@ -986,6 +996,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll 1
     while (walk.next(p, group)) {
       load_queries<C>(p, walk.span, walk.tile, group, head, queries_shared, query_factor, row_scales);
+      if constexpr (C::kBulk) {
+        __syncwarp();
+        if (first && lane == 0) barrier_arrive(queries_loaded);
+        first = false;
+      }
       sync_consumers<C::kConsumers>();
       const Queries<C> queries(shared_offset(queries_shared), row_warp * C::kWarpRows);
       float row_scale[C::kRowTiles][2];
