@@ -35,7 +35,8 @@ failed=0
 for tool in "${TOOLS[@]}"; do
   log=$LOGS/$tool.log
   begin=$SECONDS
-  timeout "$LIMIT" "$SANITIZER" --tool "$tool" --error-exitcode 99 --print-limit 20 --report-api-errors no --target-processes application-only \
+  # the tool gives up on a program that takes longer to start, which importing torch under it does
+  timeout "$LIMIT" "$SANITIZER" --tool "$tool" --launch-timeout 240 --error-exitcode 99 --print-limit 20 --report-api-errors no --target-processes application-only \
     "$PYTHON" tests/sanitize.py "${CALLS[@]}" >"$log" 2>&1
   code=$?
   summary=$(grep -hE '(ERROR|RACECHECK) SUMMARY' "$log" | tail -n 1 | sed 's/^=* *//')

@@ -359,6 +359,8 @@ std::tuple<Tensor, Tensor> quantize_memory(Tensor x) {
   p.codes = codes.mutable_data_ptr<int8_t>();
   p.scale = scale.mutable_data_ptr<float>();
   Arguments::head_strides(x, p.stride);
+  p.scale_stride[0] = x.size(1);
+  p.scale_stride[1] = 1;
   p.num_slots = x.size(0);
   p.heads = static_cast<int32_t>(x.size(1));
   p.head_size = static_cast<int32_t>(x.size(2));
