@@ -52,6 +52,11 @@ NodeVectorsParams params_of(Tensor* q, Tensor* k, Tensor* v, Tensor* spans, Tens
 
 void run(const char* name, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, int64_t first_level,
          int64_t last_level, double scale, Tensor* out) {
+  // tables without rows have room for empty nodes only, and no row for the kernels to read
+  if (cos.size(0) == 0) {
+    torch::stable::zero_(*out);
+    return;
+  }
   const int32_t device = q.get_device_index();
   NodeVectorsParams p = params_of(&q, &k, &v, &spans, &cos, &sin, scale);
   p.out = out->mutable_data_ptr();
@@ -117,7 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> node_vectors_backward(Tensor grad_out, Tensor
   Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
   Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
-  if (q.size(1) == 0 || q.size(2) == 0) return {grad_q, torch::stable::zero_(grad_k), torch::stable::zero_(grad_v)};
+  if (q.size(1) == 0 || q.size(2) == 0 || cos.size(0) == 0) {
+    return {torch::stable::zero_(grad_q), torch::stable::zero_(grad_k), torch::stable::zero_(grad_v)};
+  }
   grad_out = torch::stable::contiguous(grad_out);
   NodeVectorsBackwardParams b{};
   b.forward = params_of(&q, &k, &v, &spans, &cos, &sin, scale);
