@@ -275,6 +275,16 @@ def number(us: float) -> str:
     return "-" if math.isnan(us) else f"{us:,.1f}" if us < 1000 else f"{us:,.0f}"
 
 
+def commit() -> str:
+    """Revision of the build, or of the checkout if the build recorded none."""
+    built = str(_library.build_info()["revision"])
+    return (
+        built
+        if built != "unknown"
+        else output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
+    )
+
+
 def header() -> dict[str, str]:
     """Where and when."""
     return {
@@ -282,8 +292,8 @@ def header() -> dict[str, str]:
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or "unknown",
         "cuda": torch.version.cuda or "none",
         "torch": torch.__version__,
-        "commit": output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
-        or f"{_library.build_info()['revision']} (as built)",
+        # of the build that runs, which the checkout may have left behind
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
