@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import cuda_kernels
 from ..reference.memory_quantization import dequantize_memory as _dequantize
 from ..reference.memory_quantization import quantize_memory as _quantize
 from ..reference.rotary import compute_dtype
@@ -142,5 +143,7 @@ torch.library.register_autograd("sharedllm::quantize_memory", _no_derivative)
 torch.library.register_autograd("sharedllm::injected_attention_8bit", _no_derivative)
 
 # the CPU has no kernels of its own for these
-torch.library.impl("sharedllm::quantize_memory", "CPU", _quantize)
-torch.library.impl("sharedllm::injected_attention_8bit", "CPU", _restored)
+for _name, _plain in (("quantize_memory", _quantize), ("injected_attention_8bit", _restored)):
+    for _device in ("CPU", "CUDA"):
+        if _device == "CPU" or _name not in cuda_kernels():
+            torch.library.impl(f"sharedllm::{_name}", _device, _plain)
