@@ -17,4 +17,8 @@ cudaError_t launch_injected_attention_backward_prepare(const InjectedAttentionBa
 cudaError_t launch_injected_attention_backward_finish(const InjectedAttentionBackwardParams& params,
                                                       cudaStream_t stream);
 
+// grad_k and grad_v from the shares of kv_splits > 1 parts, in their order: the same bits every time.
+cudaError_t launch_injected_attention_backward_sum_parts(const InjectedAttentionBackwardParams& params,
+                                                         cudaStream_t stream);
+
 }  // namespace sharedllm

@@ -1,4 +1,5 @@
-// Before and after the backward kernels: what each query needs once, and the rotation of its gradient. Bound by memory.
+// Before and after the backward kernels: what each query needs once, the rotation of its gradient, the sum of the parts
+// of the slots' gradients. Bound by memory.
 #include <cuda_runtime.h>
 
 #include "kernels/common/attention_rows.cuh"
@@ -138,6 +139,33 @@ cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, cudaStream_t
   return cudaGetLastError();
 }
 
+// Four neighbouring elements of grad_k or grad_v from the parts' shares.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_partial_kernel(const InjectedAttentionBackwardParams p, int64_t quads) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= 2 * quads) return;
+  const bool is_value = index >= quads;
+  const int64_t at = is_value ? index - quads : index;
+  const float4* const from = reinterpret_cast<const float4*>(is_value ? p.partial_grad_v : p.partial_grad_k) + at;
+  float4 sum = __ldcs(from);
+  for (int split = 1; split < p.kv_splits; ++split) {
+    const float4 x = __ldcs(from + split * quads);
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+  }
+  reinterpret_cast<uint2*>(is_value ? p.grad_v : p.grad_k)[at] =
+      make_uint2(pack_pair(T{}, sum.x, sum.y), pack_pair(T{}, sum.z, sum.w));
+}
+
+template <class T>
+cudaError_t launch_sum_partial(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
+  const int64_t quads = p.forward.num_slots * p.forward.kv_heads * p.forward.head_size / 4;
+  const int64_t blocks = (2 * quads + kThreads - 1) / kThreads;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  sum_partial_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, quads);
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 cudaError_t launch_injected_attention_backward_prepare(const InjectedAttentionBackwardParams& params,
@@ -159,6 +187,13 @@ cudaError_t launch_injected_attention_backward_finish(const InjectedAttentionBac
   }
   return params.forward.type == FloatType::kBFloat16 ? launch_finish<__nv_bfloat16>(params, stream)
                                                      : launch_finish<__half>(params, stream);
+}
+
+cudaError_t launch_injected_attention_backward_sum_parts(const InjectedAttentionBackwardParams& params,
+                                                         cudaStream_t stream) {
+  if (!is_supported(params.forward)) return cudaErrorNotSupported;
+  return params.forward.type == FloatType::kBFloat16 ? launch_sum_partial<__nv_bfloat16>(params, stream)
+                                                     : launch_sum_partial<__half>(params, stream);
 }
 
 }  // namespace sharedllm

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/hopper_backward.cuh"
+#include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
 namespace sharedllm {
@@ -159,7 +160,7 @@ __device__ __forceinline__ void store_slot_gradient(const float (&sums)[kHeadSiz
         *reinterpret_cast<float4*>(partial + at + 8 * j) = x;
       } else {
         *reinterpret_cast<uint2*>(static_cast<T*>(gradient) + at + 8 * j) =
-            make_uint2(pack(T{}, x.x, x.y), pack(T{}, x.z, x.w));
+            make_uint2(pack_pair(T{}, x.x, x.y), pack_pair(T{}, x.z, x.w));
       }
     }
   }
@@ -408,8 +409,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         }
 #pragma unroll
         for (int i = 0; i < kTileRows / 2; i += 2) {
-          weights[i / 2] = pack(T{}, scores[i], scores[i + 1]);
-          packed[i / 2] = pack(T{}, products[i], products[i + 1]);
+          weights[i / 2] = pack_pair(T{}, scores[i], scores[i + 1]);
+          packed[i / 2] = pack_pair(T{}, products[i], products[i + 1]);
         }
       };
       const auto store_scores = [&](int buffer) {

@@ -1,50 +1,10 @@
 // Injected attention for a few queries per row: plan, workspace, choice of the instance.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
+#include "kernels/common/instances.h"
 #include "kernels/injected_attention_decode.h"
 
 namespace sharedllm {
-namespace {
-
-cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
-  int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
-  return status != cudaSuccess ? status : cudaDeviceGetAttribute(value, attribute, device);
-}
-
-template <class T, int kHeadSize>
-cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream, bool portable) {
-  int major = 0;
-  cudaError_t status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
-  if (status != cudaSuccess) return status;
-  if (major >= 9 && !portable) {
-    status = launch_injected_attention_decode_bulk<T, kHeadSize>(p, stream);
-    if (status != cudaErrorNotSupported) return status;
-  }
-  return launch_injected_attention_decode_portable<T, kHeadSize>(p, stream);
-}
-
-template <class T>
-cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream, bool portable) {
-  switch (p.head_size) {
-    case 64:
-      return launch<T, 64>(p, stream, portable);
-    case 96:
-      return launch<T, 96>(p, stream, portable);
-    case 128:
-      return launch<T, 128>(p, stream, portable);
-    case 256:
-      return launch<T, 256>(p, stream, portable);
-    default:
-      return cudaErrorNotSupported;
-  }
-}
-
-}  // namespace
-
 int32_t decode_tile_rows(const InjectedAttentionParams& p) {
   const int64_t group = p.q_heads / p.kv_heads;
   const int64_t packed = (p.num_queries + p.num_rows - 1) / p.num_rows * group;  // of an average row
@@ -56,11 +16,11 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params, bool
   p.splits = 1;
   if (p.num_queries == 0 || p.num_rows == 0) return cudaSuccess;
   int multiprocessors = 0, major = 0, shared_bytes = 0;
-  cudaError_t status = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
+  cudaError_t status = current_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status != cudaSuccess) return status;
-  status = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  status = current_attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (status != cudaSuccess) return status;
-  status = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
+  status = current_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
   if (status != cudaSuccess) return status;
   // a block with bulk copies takes nearly all shared memory, a portable one between 35 and 100 KB
   const bool bulk = major >= 9 && !portable && p.head_size % 64 == 0;
@@ -77,14 +37,16 @@ int64_t injected_attention_decode_workspace_rows(const InjectedAttentionParams& 
 
 cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& p, cudaStream_t stream, bool portable) {
   if (p.num_queries == 0 || p.num_rows == 0) return cudaSuccess;
-  switch (p.type) {
-    case FloatType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream, portable);
-    case FloatType::kFloat16:
-      return launch<__half>(p, stream, portable);
-    default:
-      return cudaErrorNotSupported;
-  }
+  int major = 0;
+  const cudaError_t status = current_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (status != cudaSuccess) return status;
+  return with_instance(p.type, p.head_size, [&](auto number, auto size) {
+    using T = decltype(number);
+    cudaError_t launched = cudaErrorNotSupported;
+    if (major >= 9 && !portable) launched = launch_injected_attention_decode_bulk<T, size()>(p, stream);
+    if (launched != cudaErrorNotSupported) return launched;
+    return launch_injected_attention_decode_portable<T, size()>(p, stream);
+  });
 }
 
 }  // namespace sharedllm

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/common/hopper_backward.cuh"
+#include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
 namespace sharedllm {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void store_query_gradient(const InjectedAttentionBack
     return make_float4(x.x * p.forward.scale, x.y * p.forward.scale, x.z * p.forward.scale, x.w * p.forward.scale);
   };
   const auto write = [&](T* to, float4 x) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack(T{}, x.x, x.y), pack(T{}, x.z, x.w));
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack_pair(T{}, x.x, x.y), pack_pair(T{}, x.z, x.w));
   };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -320,8 +321,8 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       }
 #pragma unroll
       for (int i = 0; i < kSlots / 2; i += 2) {
-        packed[i / 2] = pack(T{}, scores[i] * (products[i] - delta[i / 2 % 2]),
-                             scores[i + 1] * (products[i + 1] - delta[i / 2 % 2]));
+        packed[i / 2] = pack_pair(T{}, scores[i] * (products[i] - delta[i / 2 % 2]),
+                                  scores[i + 1] * (products[i + 1] - delta[i / 2 % 2]));
       }
     };
     const auto accumulate = [&]() {

@@ -78,8 +78,8 @@ __device__ __forceinline__ void turn_quad(T* low, T* high, const float4& cos, co
   for (int i = 0; i < 2; ++i) {
     const float x0 = Word<T>::get(x[i], 0), x1 = Word<T>::get(x[i], 1);
     const float y0 = Word<T>::get(y[i], 0), y1 = Word<T>::get(y[i], 1);
-    turned[0][i] = pack(T{}, x0 * c[2 * i] - y0 * s[2 * i], x1 * c[2 * i + 1] - y1 * s[2 * i + 1]);
-    turned[1][i] = pack(T{}, y0 * c[2 * i] + x0 * s[2 * i], y1 * c[2 * i + 1] + x1 * s[2 * i + 1]);
+    turned[0][i] = pack_pair(T{}, x0 * c[2 * i] - y0 * s[2 * i], x1 * c[2 * i + 1] - y1 * s[2 * i + 1]);
+    turned[1][i] = pack_pair(T{}, y0 * c[2 * i] + x0 * s[2 * i], y1 * c[2 * i + 1] + x1 * s[2 * i + 1]);
   }
   *reinterpret_cast<uint2*>(low) = make_uint2(turned[0][0], turned[0][1]);
   *reinterpret_cast<uint2*>(high) = make_uint2(turned[1][0], turned[1][1]);
@@ -503,7 +503,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     }
     weigh(s, maximum, sum, factor, scale_log2);
 #pragma unroll
-    for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack_pair(T{}, s[2 * i], s[2 * i + 1]);
 
     for (int left = work.end - work.begin - 1; left > 0; --left) {
       barrier_wait(full + cursor.stage, cursor.phase);
@@ -530,7 +530,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       release(empty + cursor.stage);
       cursor.advance();
 #pragma unroll
-      for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack(T{}, s[2 * i], s[2 * i + 1]);
+      for (int i = 0; i < kSlots / 4; ++i) weights[i] = pack_pair(T{}, s[2 * i], s[2 * i + 1]);
       if (rescale) {
 #pragma unroll
         for (int i = 0; i < kHeadSize / 2; i += 4) {
@@ -598,7 +598,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 #pragma unroll
         for (int j = 0; j < kHeadSize / 8; ++j) {
           *reinterpret_cast<uint32_t*>(to + 8 * j) =
-              pack(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+              pack_pair(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
         }
       }
     } else {
@@ -612,7 +612,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         for (int i = 0; i < 2; ++i) {
           const int r = consumer * 64 + warp % 4 * 16 + lane / 4 + 8 * i;
           *reinterpret_cast<uint32_t*>(staging + swizzled<S::kRows>(r, 8 * j) + lane % 4 * 4) =
-              pack(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+              pack_pair(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
         }
       }
       // a warp reads back only the 16 rows that it wrote

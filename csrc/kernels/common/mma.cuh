@@ -2,10 +2,9 @@
 // shared memory, fragment loads, mma.sync of 16 x 8 x 16 with float32 accumulation.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "kernels/common/vector_load.cuh"
 
 namespace sharedllm {
 
@@ -107,15 +106,6 @@ __device__ __forceinline__ void multiply_add<__half>(float (&sum)[4], const uint
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ __forceinline__ uint32_t pack_pair(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // Two neighbouring sums [16, 8] rounded to an operand A [16, 16].

@@ -67,14 +67,4 @@ __device__ __forceinline__ void multiply(const uint32_t* a, uint64_t b, float (&
       a, b, c, accumulate ? ScaleOut::One : ScaleOut::Zero, std::make_index_sequence<kColumns / 2>{});
 }
 
-// Two numbers in one register, the first in the low half.
-__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ __forceinline__ uint32_t pack(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 }  // namespace sharedllm
