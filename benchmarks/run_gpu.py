@@ -278,11 +278,9 @@ def number(us: float) -> str:
 def commit() -> str:
     """Revision of the build, or of the checkout if the build recorded none."""
     built = str(_library.build_info()["revision"])
-    return (
-        built
-        if built != "unknown"
-        else output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
-    )
+    if built != "unknown":
+        return built
+    return output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12") or built
 
 
 def header() -> dict[str, str]:

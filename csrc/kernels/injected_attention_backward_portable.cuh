@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
     rows.set_group(group, f.q_heads);
   }
 
-  const uint32_t q_tile = shared_offset(shared), grad_tile = q_tile + kRows * Kernel::kRowBytes;
+  const uint32_t q_tile = shared_address(shared), grad_tile = q_tile + kRows * Kernel::kRowBytes;
   const uint32_t k_tiles = grad_tile + kRows * Kernel::kRowBytes, v_tiles = k_tiles + 2 * kTileBytes;
   load_rows<T, kHeadSize, kRows, kThreads>(0, grad_tile, nullptr,
                                            static_cast<const T*>(p.grad_out) + rows.first * kHeadSize, rows);
@@ -588,7 +588,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slot_warp = warp / kParts, part = warp % kParts;
 
-  const uint32_t base = shared_offset(shared);
+  const uint32_t base = shared_address(shared);
   const uint32_t v_load = base + (Tiles::kValueInRegisters ? Tiles::kQuery : Tiles::kValue);
   load_slots<T, kHeadSize, kSlots, kThreads>(base + Tiles::kKey,
                                              static_cast<const T*>(f.k) + slot * f.k_stride[0] + head * f.k_stride[1],

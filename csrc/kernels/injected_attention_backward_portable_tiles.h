@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/common/instances.h"
+
 namespace sharedllm {
 namespace backward_portable {
 
@@ -69,10 +71,7 @@ struct KeyValueChoice<256> {
 inline bool fits(int bytes, int shared_memory) { return bytes + 1024 <= shared_memory; }
 
 inline cudaError_t query_shared_memory(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return current_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, bytes);
 }
 
 }  // namespace backward_portable

@@ -375,7 +375,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
           const float2 x = *reinterpret_cast<const float2*>(lse + 8 * j);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            scores[4 * j + e] = exp2_approximate(fmaf(scores[4 * j + e], scale, e % 2 ? -x.y : -x.x));
+            scores[4 * j + e] = exp2_fast(fmaf(scores[4 * j + e], scale, e % 2 ? -x.y : -x.x));
           }
         }
         // the weights, not the scores: those lose their sign to the scale's, and may be NaN

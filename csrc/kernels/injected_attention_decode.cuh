@@ -342,7 +342,7 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
 
 // Arrives at the barrier when this thread's cp.async so far are done.
 __device__ __forceinline__ void barrier_arrive_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_offset(barrier)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // What a warp knows of its rows: accumulators transposed (columns x rows), running maximum and sum of weights. A thread
@@ -849,7 +849,7 @@ struct Loader {
       const int64_t* const stride = i == 0 ? p.k_stride : p.v_stride;
       const uint8_t* const from =
           static_cast<const uint8_t*>(i == 0 ? p.k : p.v) + (slot * stride[0] + head * stride[1]) * kElement;
-      const uint32_t to = shared_offset(shared) + (2 * stage + i) * C::kTileBytes;
+      const uint32_t to = shared_address(shared) + (2 * stage + i) * C::kTileBytes;
 #pragma unroll 4
       for (int item = threadIdx.x; item < C::kSlots * kChunks; item += C::kConsumers) {
         const int r = item / kChunks, chunk = item % kChunks;
@@ -861,7 +861,7 @@ struct Loader {
         const float* const scale = i == 0 ? scales->key : scales->value;
         const int64_t* const scale_stride = i == 0 ? scales->key_stride : scales->value_stride;
         for (int r = threadIdx.x; r < C::kSlots; r += C::kConsumers) {
-          copy4_async(shared_offset(shared) + C::kScaleOffset + (2 * stage + i) * C::kScaleBytes + r * 4,
+          copy4_async(shared_address(shared) + C::kScaleOffset + (2 * stage + i) * C::kScaleBytes + r * 4,
                       scale + (slot + (r < valid ? r : 0)) * scale_stride[0] + head * scale_stride[1], r < valid);
         }
       }
@@ -956,7 +956,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
                 for (int r = lane; r < C::kSlots; r += 32) {
                   const bool inside = slot + r < p.num_slots;
-                  copy4_async(shared_offset(tile_scales + (2 * stage + i) * C::kSlots + r),
+                  copy4_async(shared_address(tile_scales + (2 * stage + i) * C::kSlots + r),
                               from + (inside ? slot + r : 0) * stride, inside);
                 }
                 barrier_arrive_copies(barrier);
@@ -1002,7 +1002,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         first = false;
       }
       sync_consumers<C::kConsumers>();
-      const Queries<C> queries(shared_offset(queries_shared), row_warp * C::kWarpRows);
+      const Queries<C> queries(shared_address(queries_shared), row_warp * C::kWarpRows);
       float row_scale[C::kRowTiles][2];
       if constexpr (C::kEightBit) {
 #pragma unroll
@@ -1020,7 +1020,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       const uint32_t blocks = walk.span.slot_count == 0 ? 0 : walk.count;
 #pragma unroll 1
       for (uint32_t n = 0; n < blocks; ++n, valid -= C::kSlots) {
-        const uint32_t keys = shared_offset(shared) + 2 * stage * C::kTileBytes, values = keys + C::kTileBytes;
+        const uint32_t keys = shared_address(shared) + 2 * stage * C::kTileBytes, values = keys + C::kTileBytes;
         Scores<C> s;
         if constexpr (C::kBulk) {
           barrier_wait(full + 2 * stage, phase);

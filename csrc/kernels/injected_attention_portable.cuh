@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   // 0
   const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
   uint8_t* const my_queries = shared + warp * Shape::kWarpRows * Layout::kPitch;
-  const uint32_t ring = shared_offset(shared) + Shape::kQueryBytes;
+  const uint32_t ring = shared_address(shared) + Shape::kQueryBytes;
   const uint32_t lane_base = Layout::lane_base(lane), key_lane_base = Layout::pair_lane_base(lane);
-  const uint32_t query_base = shared_offset(my_queries) + lane_base;
+  const uint32_t query_base = shared_address(my_queries) + lane_base;
 
   float o[kRowBlocks][kHeadSize / 8][4];
   float maximum[kRowBlocks][2], sum[kRowBlocks][2];

@@ -1,6 +1,7 @@
 // Tiles of the portable kernel of injected attention, and which of them a device takes.
 #pragma once
 
+#include "kernels/common/instances.h"
 #include "kernels/common/mma.cuh"
 #include "kernels/injected_attention_portable.h"
 
@@ -70,12 +71,9 @@ struct SharedMemory {
   static constexpr int kStaticBytes = 128;
 };
 inline cudaError_t query_shared_memory(SharedMemory* memory) {
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
+  const cudaError_t status = current_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &memory->block);
   if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&memory->block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess) return status;
-  return cudaDeviceGetAttribute(&memory->multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return current_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &memory->multiprocessor);
 }
 
 }  // namespace portable

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/common/hopper_backward.cuh"
+#include "kernels/common/instances.h"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
@@ -301,7 +302,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       fence_registers(scores);
       const int valid = last_slots - 2 * (lane % 4);
 #pragma unroll
-      for (int i = 0; i < kSlots / 2; ++i) scores[i] = exp2_approximate(fmaf(scores[i], scale, -lse[i / 2 % 2]));
+      for (int i = 0; i < kSlots / 2; ++i) scores[i] = exp2_fast(fmaf(scores[i], scale, -lse[i / 2 % 2]));
       // the weights, not the scores, whose sign the scale may turn
       if (last) {
 #pragma unroll
@@ -436,9 +437,8 @@ cudaError_t launch_query_gradient(const InjectedAttentionBackwardParams& params,
   const int64_t tiles = (forward.num_queries + block_queries - 1) / block_queries + forward.num_rows;
   const int64_t total = tiles * forward.kv_heads * tiling.chunks;
   if (total > INT32_MAX / 2) return cudaErrorInvalidValue;
-  int device = 0, processors = 0;
-  status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  status = current_attribute(cudaDevAttrMultiProcessorCount, &processors);
   if (status != cudaSuccess) return status;
   auto* const kernel = query_gradient_kernel<T, kHeadSize>;
   constexpr int kSharedBytes = query_gradient_shared_bytes<kHeadSize>();

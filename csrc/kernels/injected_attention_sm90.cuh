@@ -85,12 +85,6 @@ __device__ __forceinline__ void turn_quad(T* low, T* high, const float4& cos, co
   *reinterpret_cast<uint2*>(high) = make_uint2(turned[1][0], turned[1][1]);
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // What a persistent block does next: some blocks of slots for one tile of packed rows and one key/value head. Counts
 // fit in 32 bits (the plan sees to it), and registers are short.
 struct Work {
@@ -265,10 +259,10 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionSm90Params& 
     for (int r = thread / kChunks; r < S::kRows; r += kRowsAtOnce) {
       const uint32_t member = first_member + r, query = group.divide(member);
       const T* const from = source + query * p.q_stride[0] + (member - query * group.by()) * p.q_stride[1] + 8 * chunk;
-      copy_async_16(place + r * 128 + ((chunk ^ r) & 7) * 16, r < used ? from : source, r < used);
+      copy16_async(place + r * 128 + ((chunk ^ r) & 7) * 16, r < used ? from : source, r < used);
     }
   }
-  wait_copies_async();
+  wait_all_copies();
   named_barrier_sync(kLoaderBarrier, kLoaders);
 
   const int half = p.rotary_half;

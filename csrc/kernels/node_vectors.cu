@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kDivideThreads) node_vectors_divide(const __gr
       tiles[i] = 0;
       if (leaf >= leaves) continue;
       const int64_t root = leaf >> p.last_level;
-      int64_t start = clamp(p.spans[2 * root], 0, p.num_tokens);
-      int64_t length = clamp(p.spans[2 * root + 1], 0, min(p.num_tokens - start, longest)), shared_start = start;
+      int64_t start = clamp_index(p.spans[2 * root], 0, p.num_tokens);
+      int64_t length = clamp_index(p.spans[2 * root + 1], 0, min(p.num_tokens - start, longest)), shared_start = start;
       for (int level = 1; level <= p.last_level; ++level) {
         const int64_t left = length / 2;
         if (leaf >> (p.last_level - level) & 1) {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps, kAnyBlocks)
     }
   };
   const auto rotate = [&](float (&x)[kAnyPairs][2], int32_t position) {
-    const int64_t at = clamp(position, 0, p.num_positions - 1) * p.rotary_half + lane;
+    const int64_t at = clamp_index(position, 0, p.num_positions - 1) * p.rotary_half + lane;
 #pragma unroll
     for (int i = 0; i < kAnyPairs; ++i) {
       if (lane + kLanes * i >= p.rotary_half) continue;

@@ -11,6 +11,7 @@
 
 #include "kernels/common/mma.cuh"
 #include "kernels/common/overlap.cuh"
+#include "kernels/common/scalar.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/node_vectors.h"
@@ -67,10 +68,6 @@ __host__ __device__ inline int64_t divide_workspace(const NodeVectorsParams& p, 
 }
 
 #ifdef __CUDACC__
-
-__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
 
 // A worker's run of tiles.
 struct Run {
@@ -233,7 +230,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
   Workspace w;
   divide_workspace(p, &w);
 
-  const uint32_t shared_base = shared_offset(shared);
+  const uint32_t shared_base = shared_address(shared);
 #pragma unroll 4
   for (int i = threadIdx.x; i < (Shape::kWindow + 1) * (D / 8); i += blockDim.x) {
     const int position = i / (D / 8), pair = i % (D / 8) * 4;
@@ -344,7 +341,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
       const int64_t leaf = node_of(p, at.leaf, level).last_leaf;
       const Leaf last = w.leaves[leaf];
       const T* const from = static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1];
-      const int64_t position = clamp(int64_t{last.position} + last.length - 1 - base, 0, p.num_positions - 1);
+      const int64_t position = clamp_index(int64_t{last.position} + last.length - 1 - base, 0, p.num_positions - 1);
       const float factor = wanted ? p.scale * kLog2e : 0.0f;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {

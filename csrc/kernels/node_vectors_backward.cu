@@ -14,9 +14,9 @@ constexpr int kWarps = 8;
 constexpr int kKeys = 4;  // keys loaded at once, to hide the latency
 
 __device__ __forceinline__ void span_of(const NodeVectorsParams& p, int64_t node, int64_t* start, int64_t* length) {
-  *start = clamp(p.spans[2 * node], 0, p.num_tokens);
+  *start = clamp_index(p.spans[2 * node], 0, p.num_tokens);
   const int64_t left = p.num_tokens - *start;
-  *length = clamp(p.spans[2 * node + 1], 0, left < p.num_positions ? left : p.num_positions);
+  *length = clamp_index(p.spans[2 * node + 1], 0, left < p.num_positions ? left : p.num_positions);
 }
 
 // The pairs of elements of a row that a lane holds.
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(32 * kWarps)
           turned[j][e][0] = keys[j][e][0];
           turned[j][e][1] = keys[j][e][1];
         }
-        pairs.rotate(p, clamp(first + j - start, 0, length - 1), lane, 1.0f, turned[j]);
+        pairs.rotate(p, clamp_index(first + j - start, 0, length - 1), lane, 1.0f, turned[j]);
       }
       for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         const int64_t row = node * p.q_heads + head;
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       }
 #pragma unroll
       for (int j = 0; j < kTokens; ++j) {
-        pairs.rotate(p, clamp(first + j - start, 0, length - 1), lane, -1.0f, grad_turned[j]);
+        pairs.rotate(p, clamp_index(first + j - start, 0, length - 1), lane, -1.0f, grad_turned[j]);
 #pragma unroll
         for (int e = 0; e < kPairs; ++e) {
           grad_keys[j][e][0] += grad_turned[j][e][0];

@@ -8,6 +8,7 @@
 
 #include "kernels/common/block_sort.cuh"
 #include "kernels/common/overlap.cuh"
+#include "kernels/common/scalar.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/topk_nodes.h"
@@ -28,10 +29,6 @@ constexpr uint64_t kNothing = ~uint64_t{0};
 constexpr uint32_t kInvalidRank = 0xffffffffu;
 // Key inside a tile: first row of the group (20 bits) | rank (32) | row (11) | is NaN (1), rows counted in the tile.
 constexpr int kRankShift = 12, kGroupShift = 44;
-
-__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
 
 // Rises from the best similarity to the worst; NaN ranks with -inf.
 __device__ __forceinline__ uint32_t rank_of(float similarity) {
@@ -65,8 +62,8 @@ struct Range {
 
 // Rows of a group. Values outside of the nodes would be the caller's mistake: they must not become wild addresses.
 __device__ __forceinline__ Range group_rows(const TopkNodesParams& p, int64_t group) {
-  const int64_t begin = clamp(p.cu_groups[group], 0, p.num_nodes);
-  return {begin, clamp(p.cu_groups[group + 1], begin, p.num_nodes)};
+  const int64_t begin = clamp_index(p.cu_groups[group], 0, p.num_nodes);
+  return {begin, clamp_index(p.cu_groups[group + 1], begin, p.num_nodes)};
 }
 
 struct Sums {
@@ -164,9 +161,9 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
         high = middle;
       }
     }
-    low = clamp(low, 0, p.num_groups - 1);
-    keys[row] = static_cast<uint64_t>(clamp(p.cu_groups[low] - begin, 0, kMaxTile - 1)) << kGroupShift;
-    query_of_row[row] = clamp(p.group_query[low], 0, p.num_queries - 1);
+    low = clamp_index(low, 0, p.num_groups - 1);
+    keys[row] = static_cast<uint64_t>(clamp_index(p.cu_groups[low] - begin, 0, kMaxTile - 1)) << kGroupShift;
+    query_of_row[row] = clamp_index(p.group_query[low], 0, p.num_queries - 1);
   }
   __syncthreads();
 
@@ -198,7 +195,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
     const int64_t group = first_group + i / p.k, j = i % p.k;
     const Range range = group_rows(p, group);
     if (range.end > tile_end) continue;
-    const int64_t place = clamp(range.begin - begin, 0, p.tile) + j;
+    const int64_t place = clamp_index(range.begin - begin, 0, p.tile) + j;
     const bool inside = j < range.end - range.begin && place < rows;
     write_result(p, group * p.k + j, inside ? candidate_of(keys[place], begin) : kNothing);
   }
@@ -209,7 +206,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
     if (group < (slot ? first_group : 0)) continue;
     const Range range = group_rows(p, group);
     if (range.end <= (slot ? tile_end : begin)) continue;
-    const int64_t place = slot ? clamp(range.begin - begin, 0, p.tile) : 0;
+    const int64_t place = slot ? clamp_index(range.begin - begin, 0, p.tile) : 0;
     const int64_t count = (range.end - begin < rows ? range.end - begin : rows) - place;
     for (int64_t j = threadIdx.x; j < p.partial; j += kTileThreads) {
       const uint64_t candidate = j < count ? candidate_of(keys[place + j], begin) : kNothing;
@@ -314,7 +311,7 @@ cudaError_t plan_topk_nodes(TopkNodesParams* params) {
   if (status == cudaSuccess) status = can_overlap(device, &p.overlap);
   if (status != cudaSuccess) return status;
 
-  const int64_t element = p.type == NodeType::kFloat32 ? 4 : 2;
+  const int64_t element = p.type == FloatType::kFloat32 ? 4 : 2;
   const auto aligned = [&](const void* data, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element % 16 == 0;
   };
@@ -338,9 +335,9 @@ cudaError_t launch_topk_nodes(const TopkNodesParams& p, cudaStream_t stream) {
   config.gridDim = dim3(static_cast<unsigned>(p.tiles));
   config.blockDim = dim3(kTileThreads);
   config.stream = stream;
-  const cudaError_t status = p.type == NodeType::kFloat32    ? launch_tiles<float>(p, config)
-                             : p.type == NodeType::kBFloat16 ? launch_tiles<__nv_bfloat16>(p, config)
-                                                             : launch_tiles<__half>(p, config);
+  const cudaError_t status = p.type == FloatType::kFloat32    ? launch_tiles<float>(p, config)
+                             : p.type == FloatType::kBFloat16 ? launch_tiles<__nv_bfloat16>(p, config)
+                                                              : launch_tiles<__half>(p, config);
   if (status != cudaSuccess || p.merges == 0) return status;
   return launch_after(topk_nodes_merge, p.merges, kMergeThreads, 0, p.overlap, p, stream);
 }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels/common/float_type.h"
+
 namespace sharedllm {
 
 // A group's candidates are merged in shared memory beside one batch of new ones, which bounds k.
@@ -13,8 +15,6 @@ constexpr int64_t kTopkNodesMaxK = 1024;
 constexpr int64_t kTopkNodesMaxRows = 0x7fffffff;
 // Elements of a row are counted in 32 bits, a few strides beyond the end included.
 constexpr int64_t kTopkNodesMaxSize = 1 << 30;
-
-enum class NodeType { kFloat32, kBFloat16, kFloat16 };
 
 struct TopkNodesParams {
   const void* queries;         // [Q, d], rows query_stride elements apart
@@ -27,7 +27,7 @@ struct TopkNodesParams {
   int64_t query_stride, node_stride;
   int64_t num_queries, num_nodes, num_groups, size, k;
   float eps;
-  NodeType type;
+  FloatType type;
 
   // filled by plan_topk_nodes
   bool vector;      // rows are 16-byte aligned

@@ -17,25 +17,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-NodeType node_type(const Tensor& nodes) {
-  switch (nodes.scalar_type()) {
-    case ScalarType::Float:
-      return NodeType::kFloat32;
-    case ScalarType::BFloat16:
-      return NodeType::kBFloat16;
-    case ScalarType::Half:
-      return NodeType::kFloat16;
-    default:
-      fail("nodes: expected dtype Float, BFloat16 or Half, got ", dtype_text(nodes.scalar_type()));
-  }
-}
-
 std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_groups, Tensor group_query, int64_t k,
                                       std::optional<Tensor> valid, double eps) {
   check(nodes.is_cuda(), "nodes: expected a tensor on cuda, got one on another kind of device");
   const int32_t device = nodes.get_device_index();
   TopkNodesParams p{};
-  p.type = node_type(nodes);
+  p.type = float_type("nodes", nodes);
   check_shape("nodes", nodes, {-1, -1});
   p.num_nodes = nodes.size(0);
   p.size = nodes.size(1);

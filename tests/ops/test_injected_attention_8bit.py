@@ -87,9 +87,8 @@ def test_other_slots_do_not_leak(device: torch.device, generator: torch.Generato
 def test_what_it_costs(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, *rest = build(([2], [(0, 900)], 900, 8, 2, 128, 128), torch.float32, device, generator)
     exact, _ = injected_attention(q, k, v, *rest)
-    got, _ = injected_attention_8bit(
-        q, *(quantize_memory(x)[0] for x in (k, v)), *(quantize_memory(x)[1] for x in (k, v)), *rest
-    )
+    (keys, key_scale), (values, value_scale) = quantize_memory(k), quantize_memory(v)
+    got, _ = injected_attention_8bit(q, keys, values, key_scale, value_scale, *rest)
     assert 0 < (got - exact).norm() / exact.norm() < 0.015
 
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/common/scalar.cuh"
 #include "kernels/injected_attention.h"
 
 namespace sharedllm {
@@ -19,10 +20,6 @@ struct RowTile {
   int64_t position;  // rotary position of its queries
 };
 
-__device__ __forceinline__ int64_t clamp_index(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
-
 __device__ __forceinline__ void load_row(const InjectedAttentionParams& p, int64_t row, RowTile* found) {
   found->row = row;
   found->q_begin = clamp_index(p.cu_q[row], 0, p.num_queries);
@@ -33,7 +30,7 @@ __device__ __forceinline__ void load_row(const InjectedAttentionParams& p, int64
 }
 
 // Tile `index` of all batch rows' tiles of `tile_rows` packed rows each. Every lane of one warp takes part and gets the
-// result. Tiles that any batch can have: at most T * G / tile_rows + B (host_row_tiles).
+// result. Tiles that any batch can have: at most T * G / tile_rows + B.
 __device__ __forceinline__ RowTile find_row_tile(const InjectedAttentionParams& p, int64_t index, int tile_rows) {
   RowTile found{};
   found.row = -1;

@@ -7,11 +7,9 @@
 
 #include <cstdint>
 
-namespace sharedllm {
+#include "kernels/common/copy_async.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace sharedllm {
 
 // ---- transaction barriers ----
 
@@ -76,14 +74,6 @@ __device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map,
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "l"(hint)
       : "memory");
 }
-
-// ---- copies of 16 bytes by threads, which cost no registers ----
-
-// Zeros where the source is not wanted; it has to be a valid address all the same.
-__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, bool wanted) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void wait_copies_async() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- warpgroup matrix products ----
 

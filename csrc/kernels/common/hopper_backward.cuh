@@ -4,6 +4,7 @@
 
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/hopper.cuh"
+#include "kernels/common/scalar.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/warpgroup_product.cuh"
 
@@ -83,12 +84,6 @@ __device__ __forceinline__ void tensor_add_4d(const CUtensorMap* map, const void
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // The calling thread's bulk copies have read shared memory.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Low word of the descriptor of an operand in 128-byte swizzle (swizzled_operand); the high word is the same for all.
 // Kernels short of registers keep these and hide them from the compiler, which otherwise computes the descriptor of

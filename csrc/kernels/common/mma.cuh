@@ -4,34 +4,11 @@
 
 #include <cstdint>
 
+#include "kernels/common/copy_async.cuh"
+#include "kernels/common/scalar.cuh"
 #include "kernels/common/vector_load.cuh"
 
 namespace sharedllm {
-
-__device__ __forceinline__ uint32_t shared_offset(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// ---- asynchronous copies ----
-
-// 16 bytes from global to shared memory, not through the L1 cache.
-__device__ __forceinline__ void copy16_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-// Zeros where not valid; then nothing is read, but `from` must still point into some allocation.
-__device__ __forceinline__ void copy16_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy4_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
-// Ends a group of this thread's copies.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's groups are on their way; other threads' copies need a barrier as well.
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // ---- tiles ----
 
@@ -115,12 +92,6 @@ __device__ __forceinline__ void pack_operand(uint32_t (&to)[4], const float (&le
   to[1] = pack_pair(T{}, left[2], left[3]);
   to[2] = pack_pair(T{}, right[0], right[1]);
   to[3] = pack_pair(T{}, right[2], right[3]);
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 }  // namespace sharedllm

@@ -14,6 +14,7 @@ from ..reference.rotary import compute_dtype, rotate
 from ._checks import (
     CPU_KERNEL_DTYPES,
     FLOATS,
+    check_batch,
     check_cumulative,
     check_heads,
     check_inside,
@@ -92,10 +93,7 @@ def injected_attention(
     check_tensor("k", k, ("S", "Hkv", size), q.dtype, device)
     check_tensor("v", v, tuple(k.shape), q.dtype, device)
     check_heads(q, k)
-    check_tensor("q_position", q_position, ("B",), torch.int64, device)
-    rows = q_position.shape[0]
-    check_tensor("cu_q", cu_q, (rows + 1,), torch.int64, device)
-    check_tensor("slot_range", slot_range, (rows, 2), torch.int64, device)
+    check_batch(cu_q, slot_range, q_position, device)
     check_rotary(cos, sin, size, device)
     if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
         _check_values(q, k, cu_q, slot_range, q_position, cos)

@@ -9,7 +9,7 @@ from .._library import cuda_kernels
 from ..reference.memory_quantization import dequantize_memory as _dequantize
 from ..reference.memory_quantization import quantize_memory as _quantize
 from ..reference.rotary import compute_dtype
-from ._checks import FLOATS, check_heads, check_rotary, check_tensor, check_that
+from ._checks import FLOATS, check_batch, check_heads, check_rotary, check_tensor, check_that
 from .injected_attention import injected_attention
 
 __all__ = ["dequantize_memory", "injected_attention_8bit", "quantize_memory"]
@@ -107,10 +107,7 @@ def injected_attention_8bit(
     check_heads(q, k)
     for name, tensor in (("k_scale", k_scale), ("v_scale", v_scale)):
         check_tensor(name, tensor, tuple(k.shape[:2]), torch.float32, device)
-    check_tensor("q_position", q_position, ("B",), torch.int64, device)
-    rows = q_position.shape[0]
-    check_tensor("cu_q", cu_q, (rows + 1,), torch.int64, device)
-    check_tensor("slot_range", slot_range, (rows, 2), torch.int64, device)
+    check_batch(cu_q, slot_range, q_position, device)
     check_rotary(cos, sin, q.shape[2], device)
     tables = (cu_q, slot_range, q_position, cos, sin)
     if q.is_cuda and q.dtype == torch.float64:
