@@ -306,7 +306,6 @@ std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v,
   const cudaStream_t stream = current_stream(device);
   const char* const name = "injected_attention_8bit";
 
-  // the kernel that reads codes has given checked results on a GPU for this head size only
   const bool direct = choose_path(a, device, false) == Path::kDecode;
   if (a.num_queries > 0 && a.q_heads > 0 && direct) {
     Tensor out = torch::stable::new_empty(arguments.q, {a.num_queries, a.q_heads, a.head_size});
