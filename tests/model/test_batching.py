@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharedllm_ext.model import modeling
+from sharedllm_ext.model.compressor import activation_bytes
+
 from . import builders
 
 
@@ -171,3 +174,48 @@ def test_the_query_picks_nodes() -> None:
     fixed = model.retrieve(context)[0]
     assert fixed[1] is None
     assert fixed[0][0].tolist() == [[24, 4], [28, 4], [16, 8], [0, 16]]
+
+
+def test_out_of_memory_halves_the_micro_batch(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, text = builders.ids(1, 200), builders.ids(1, 9)
+    expected = model.compress(context, query_ids=text)
+    sizes = []
+    compress_chunks = modeling.compress_chunks
+
+    def scarce(lower, ids, *args):
+        sizes.append(ids.numel())
+        if ids.numel() > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        return compress_chunks(lower, ids, *args)
+
+    monkeypatch.setattr(modeling, "compress_chunks", scarce)
+    with torch.no_grad():
+        memory = model.compress(context, query_ids=text)
+    assert sizes == [200, 96, 32, 32, 32, 32, 32, 40]
+    for got, want in zip((*memory.keys, *memory.values), (*expected.keys, *expected.values), strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+def test_out_of_memory_names_what_was_needed(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = builders.ids(1, 100)
+    expected = model.compress(context)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore")
+
+    monkeypatch.setattr(model.config, "micro_batch_tokens", 64)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(torch.OutOfMemoryError, match="micro_batch_tokens below 64") as e,
+    ):
+        patch.setattr(modeling, "compress_chunks", full)
+        model.compress(context)
+    assert "expected about" in str(e.value) and "Tried to allocate 3 GiB" in str(e.value)
+    # the model stays usable
+    torch.testing.assert_close(model.compress(context).keys[0], expected.keys[0])
+
+
+def test_activation_bytes_bound_the_widest_place(model) -> None:
+    per_token = activation_bytes(model.lower_model)
+    layer = model.lower_model.layers[0]
+    assert per_token >= 4 * (2 * layer.self_attn.q_proj.in_features + 3 * layer.mlp.gate_proj.out_features)

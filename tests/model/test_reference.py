@@ -17,9 +17,12 @@ def test_float64_equals_oracle(family: str, query_aware: bool, length: int) -> N
     context, text = builders.ids(1, length), builders.ids(1, 11)
     expected = reference.compress(model, context[0], text[0])
     output = model(text, context_ids=context)
+    # inside a window positions are counted from its start, and the tables of the rotations are float32
+    tight = 1e-6 if family == "mistral" else 1e-9
     for layer in range(2):
-        torch.testing.assert_close(output.memory.keys[layer], torch.cat(expected.keys[layer]), atol=1e-9, rtol=1e-9)
-        torch.testing.assert_close(output.memory.values[layer], torch.cat(expected.values[layer]), atol=1e-9, rtol=1e-9)
+        for kind in ("keys", "values"):
+            tensor, wanted = getattr(output.memory, kind)[layer], torch.cat(getattr(expected, kind)[layer])
+            torch.testing.assert_close(tensor, wanted, atol=tight, rtol=tight)
     # Transformers' norms compute in float32 whatever the dtype
     torch.testing.assert_close(output.logits[0], reference.logits(model, text[0], expected), atol=1e-5, rtol=1e-5)
 

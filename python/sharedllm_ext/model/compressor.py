@@ -5,7 +5,7 @@ exactly once, so the packed order is the text's own.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from ..ops import (
     topk_nodes,
     tree_node_vectors,
 )
+from .layer_math import Products
 from .stopwatch import Stopwatch
 
 Tables = tuple[Tensor, Tensor]
@@ -69,24 +70,32 @@ def cut_into_chunks(lengths: Sequence[int], chunk_size: int) -> list[Chunk]:
     return chunks
 
 
-def micro_batches(chunks: Sequence[Chunk], tokens: int) -> Iterator[list[Chunk]]:
-    """Runs of consecutive chunks of at most ``tokens`` tokens, at least one chunk each."""
-    batch: list[Chunk] = []
-    total = 0
-    for chunk in chunks:
-        if batch and total + chunk.length > tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(chunk)
-        total += chunk.length
-    if batch:
-        yield batch
+def micro_batch(chunks: Sequence[Chunk], first: int, tokens: int) -> Sequence[Chunk]:
+    """Consecutive chunks from index ``first`` on of at most ``tokens`` tokens, at least one chunk."""
+    end, total = first + 1, chunks[first].length
+    while end < len(chunks) and total + chunks[end].length <= tokens:
+        total += chunks[end].length
+        end += 1
+    return chunks[first:end]
 
 
-def project(layer: Layer, normed: Tensor, name: str) -> Tensor:
+def activation_bytes(model: LowerModel) -> int:
+    """Bytes that :func:`compress_chunks` needs for each token of a micro-batch at its widest place, rounded up."""
+    layer = model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    hidden, width = attention.q_proj.in_features, attention.q_proj.out_features
+    # gate, up and their product beside the residual stream, its norm and the attention's output; layer 0 adds what the
+    # choice of nodes reads
+    numbers = 5 * hidden + width + 2 * attention.k_proj.out_features + 3 * mlp.gate_proj.out_features
+    return numbers * model.embed_tokens.weight.element_size()
+
+
+def project(layer: Layer, normed: Any, name: str, products: Products | None = None) -> Tensor:
     """One of the layer's query, key or value projections, with the family's norm on it: ``[T, heads, D]``."""
     attention = layer.self_attn
-    out = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    projection = getattr(attention, f"{name}_proj")
+    out = projection(normed) if products is None else products.linear(projection, normed)
+    out = out.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)
     return out if norm is None else norm(out)
 
@@ -144,7 +153,7 @@ def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tab
     hidden = embedded.embeddings.index_select(0, last)
     query = project(layer, embedded.normed.index_select(0, last), "q")
     attended = node_vectors(query, embedded.key, embedded.value, spans, *tables, layer.self_attn.scaling)
-    return model.norm(_finish(layer, hidden, attended))
+    return model.norm(_finish(layer, hidden, attended.flatten(1), Products()))
 
 
 def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables: Tables) -> Tensor:
@@ -173,6 +182,7 @@ def compress_chunks(
     generator: torch.Generator | None = None,
     checkpointing: bool = False,
     watch: Stopwatch | None = None,
+    products: Products | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """Compress consecutive chunks.
 
@@ -187,67 +197,68 @@ def compress_chunks(
         generator: source of the split noise.
         checkpointing: recompute the layers in the backward pass.
         watch: told when the choice of nodes is over.
+        products: how the layers' products are computed; default: in the weights' dtype.
 
     Returns:
         keys and values, ``M`` tensors ``[S, Hkv, D]`` each; slots of each chunk.
     """
     device = ids.device
+    products = Products() if products is None else products
     embedded = embed(model, ids)
     if watch is not None:
         watch.lap("compress")
     tree = grow_tree(model, embedded, chunks, shape, tables, query, has_query, generator)
     if watch is not None:
         watch.lap("retrieve")
-    chunk_index = torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64, device=device)
-    kept = [min(length, shape.slots_per_node) for length in tree.lengths]
+    chunk_index = _upload(torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64), device)
+    kept = _kept_tokens(chunks, shape, tree)
     num_slots = sum(kept)
-    positions, _, keep_index, keep_position, _ = context_tree_layout(
+    positions, cu_nodes, keep_index, keep_position, _ = context_tree_layout(
         tree.nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
     )
-    groups = _group_nodes(tree.nodes.flatten(0, 1), tree.lengths, kept, device)
+    nodes = _Nodes(tree, positions, cu_nodes, keep_index, max(chunk.length for chunk in chunks), tables)
     keys, values = [], []
+    every = torch.arange(num_slots, device=device)
 
-    def keep(key: Tensor, value: Tensor, query: Tensor | None, query_positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def keep(query: Tensor | None, key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        where = None if query is None else positions
         rotated_query, rotated_key, memory_key, memory_value = chunk_compression(
-            query, key, value, *tables, query_positions, positions, keep_index, keep_position
+            query, key, value, *tables, where, where, index, keep_position
         )
         keys.append(memory_key)
         values.append(memory_value)
         return rotated_query, rotated_key
 
     hidden, normed, key, value = embedded
+    rows = products.rows(normed) if len(model.layers) > 2 else normed
+    del embedded, normed
     for index, layer in enumerate(model.layers):
         remaining = len(model.layers) - index - 1
-        if remaining == 0:
-            # the last layer's keys and values are needed at the kept positions only
-            if index == 0:
-                key, value = key[keep_index], value[keep_index]
-            else:
-                normed = layer.input_layernorm(hidden)
-                key, value = project(layer, normed, "k"), project(layer, normed, "v")
-            every = torch.arange(num_slots, device=device)
-            _, _, memory_key, memory_value = chunk_compression(
-                None, key, value, *tables, None, None, every, keep_position
-            )
-            keys.append(memory_key)
-            values.append(memory_value)
-            continue
         if index > 0:
-            normed = layer.input_layernorm(hidden)
-            key, value = project(layer, normed, "k"), project(layer, normed, "v")
-        only_kept = remaining == 1
-        if only_kept:
+            rows = products.norm(layer.input_layernorm, hidden)
+            key, value = project(layer, rows, "k", products), project(layer, rows, "v", products)
+        if remaining == 0:
+            # keys and values of the last layer are needed at the kept positions only; above layer 0 no others are left
+            keep(None, key, value, every if index > 0 else keep_index)
+            break
+        if remaining == 1:
             # the layer below the last one needs its output at the kept positions only
-            hidden, normed = hidden[keep_index], normed[keep_index]
-        where = positions[keep_index] if only_kept else positions
-        rotated_query, rotated_key = keep(key, value, project(layer, normed, "q"), where)
-        finish = _attend_and_finish
+            keep(None, key, value, keep_index)
+            hidden = hidden.index_select(0, keep_index)
+            query = project(layer, products.norm(layer.input_layernorm, hidden), "q", products)
+            attend = nodes.attend_from_kept
+        else:
+            query, key = keep(project(layer, rows, "q", products), key, value, keep_index)
+            attend = nodes.attend
         if checkpointing and torch.is_grad_enabled():
             hidden = checkpoint(
-                finish, layer, hidden, rotated_query, rotated_key, value, groups, only_kept, use_reentrant=False
+                _attend_and_finish, attend, layer, hidden, query, key, value, products, use_reentrant=False
             )
-        else:
-            hidden = finish(layer, hidden, rotated_query, rotated_key, value, groups, only_kept)
+            continue
+        attended = attend(layer, query, key, value)
+        # room for the MLP
+        del rows, query, key, value
+        hidden = _finish(layer, hidden, attended, products)
     per_chunk = shape.depth + 1
     slots = [sum(kept[i : i + per_chunk]) for i in range(0, len(kept), per_chunk)]
     return keys, values, slots
@@ -258,23 +269,25 @@ class ContextTree(NamedTuple):
 
     Attributes:
         nodes: ``[n, depth + 1, 2]`` int64 retained nodes in slot order, (start, length) in the packed tokens.
-        lengths: the nodes' lengths, on the host.
         similarity: ``[n, depth - 1, 2]`` cosine similarity of left and right child at each level, -inf for an empty
             child; ``None`` without a query.
     """
 
     nodes: Tensor
-    lengths: list[int]
     similarity: Tensor | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _NodeGroup:
-    """Nodes of one length: their tokens ``[g, l]``, their slots ``[g, k]``, the kept positions in the node ``[k]``."""
-
-    tokens: Tensor
-    slots: Tensor
-    kept: Tensor
+def _kept_tokens(chunks: Sequence[Chunk], shape: TreeShape, tree: ContextTree) -> list[int]:
+    """Tokens that every retained node keeps, in slot order; waits for the device only where the choice decides."""
+    per_chunk, slots = shape.depth + 1, shape.slots_per_node
+    if shape.split_noise == 0 and all(chunk.length >> shape.depth >= slots for chunk in chunks):
+        # no node is shorter than what it keeps
+        return [slots] * (per_chunk * len(chunks))
+    if shape.split_noise == 0 and all(chunk.length % 2**shape.depth == 0 for chunk in chunks):
+        # both children of every node are equally long: the lengths do not depend on the choice
+        halves = [2**shape.depth] + [2**level for level in range(shape.depth, 0, -1)]
+        return [min(chunk.length // half, slots) for chunk in chunks for half in halves]
+    return tree.nodes[..., 1].flatten().clamp(max=slots).tolist()
 
 
 def grow_tree(
@@ -304,7 +317,7 @@ def grow_tree(
 
     if query is None:
         nodes = grow(roots, None)
-        return ContextTree(_upload(nodes, device), nodes[..., 1].flatten().tolist(), None)
+        return ContextTree(_upload(nodes, device), None)
 
     spans = _upload(roots, device)
     document = _upload(torch.tensor([chunk.document for chunk in chunks], dtype=torch.int64), device)
@@ -331,10 +344,7 @@ def grow_tree(
     with torch.no_grad():
         nodes = grow(spans, choose)
     levels = torch.stack(similarity, 1) if similarity else None
-    if noise == 0 and all(chunk.length % 2**shape.depth == 0 for chunk in chunks):
-        # both children of every node are equally long: the lengths do not depend on the choice
-        return ContextTree(nodes, grow(roots, None)[..., 1].flatten().tolist(), levels)
-    return ContextTree(nodes, nodes[..., 1].flatten().tolist(), levels)
+    return ContextTree(nodes, levels)
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
@@ -393,73 +403,153 @@ def _candidate_vectors(model: LowerModel, embedded: Embedded, candidates: _Candi
     # index_select copies whole rows, several times as fast as indexing
     attended = candidates.attended.flatten(0, 1).index_select(0, row.flatten())
     hidden = embedded.embeddings.index_select(0, _last_token(spans).flatten())
-    return model.norm(_finish(model.layers[0], hidden, attended))
+    return model.norm(_finish(model.layers[0], hidden, attended.flatten(1), Products()))
 
 
 def _last_token(spans: Tensor) -> Tensor:
     return (spans.sum(-1) - 1).clamp(min=0)
 
 
-def _group_nodes(nodes: Tensor, lengths: Sequence[int], kept: Sequence[int], device: torch.device) -> list[_NodeGroup]:
+class _Nodes:
+    """Attention inside the retained nodes of packed tokens.
+
+    Args:
+        tree: the nodes.
+        positions, cu_nodes, keep_index: from :func:`context_tree_layout`; every slot is used.
+        longest: no node has more tokens.
+        tables: cos and sin.
+    """
+
+    def __init__(
+        self,
+        tree: ContextTree,
+        positions: Tensor,
+        cu_nodes: Tensor,
+        keep_index: Tensor,
+        longest: int,
+        tables: Tables,
+    ) -> None:
+        self._tree, self._tables, self._longest = tree, tables, longest
+        self._cu_nodes = cu_nodes.to(torch.int32)
+        last = positions.index_select(0, keep_index)
+        # a kept token sees its node from the start to itself
+        self._start, self._length = keep_index - last, last + 1
+        self._groups: list[Tensor] | None = None
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of every token inside its node.
+
+        Args:
+            query: ``[T, Hq, D]`` and ``key [T, Hkv, D]``, rotated by the position in the node.
+            value: ``[T, Hkv, D]``.
+
+        Returns:
+            ``[T, Hq * D]``.
+        """
+        if _takes_packed_nodes(query):
+            attended = self._attend_packed(layer, query, key, value)
+        else:
+            attended = self._attend_by_length(layer, query, key, value)
+        return attended.flatten(1)
+
+    def attend_from_kept(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same at the kept tokens only: ``query [S, Hq, D]`` and ``key [T, Hkv, D]`` are not rotated yet."""
+        start, length = self._start, self._length
+        window = sliding_window(layer)
+        if window is not None:
+            # rotary positions are relative, so dropping what lies outside the window changes nothing else
+            visible = length.clamp(max=window)
+            start, length = start + length - visible, visible
+        spans = torch.stack((start, length), 1)
+        return node_vectors(query, key, value, spans, *self._tables, layer.self_attn.scaling).flatten(1)
+
+    def _attend_packed(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        window = sliding_window(layer)
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            self._cu_nodes,
+            self._cu_nodes,
+            self._longest,
+            self._longest,
+            0.0,
+            True,
+            False,
+            scale=layer.self_attn.scaling,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
+        )
+        return out
+
+    def _attend_by_length(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._groups is None:
+            self._groups = _group_nodes(self._tree.nodes.flatten(0, 1))
+        window = sliding_window(layer)
+        outputs, places = [], []
+        for tokens in self._groups:
+            length = tokens.shape[1]
+            mask = None
+            if window is not None and window < length:
+                position = torch.arange(length, device=query.device)
+                back = position.unsqueeze(1) - position
+                mask = (back >= 0) & (back < window)
+            attended = F.scaled_dot_product_attention(
+                query[tokens].transpose(1, 2),
+                key[tokens].transpose(1, 2),
+                value[tokens].transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=layer.self_attn.scaling,
+                enable_gqa=True,
+            )
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+            places.append(tokens.flatten())
+        # the groups' tokens are a permutation of all tokens: put them back in order
+        order = torch.empty_like(all_places := torch.cat(places))
+        order[all_places] = torch.arange(all_places.numel(), device=order.device)
+        return torch.cat(outputs)[order]
+
+
+def _takes_packed_nodes(query: Tensor) -> bool:
+    """Whether PyTorch has an attention kernel for packed sequences of different lengths here (FlashAttention-2)."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.backends.cuda.is_flash_attention_available()
+    )
+
+
+def _group_nodes(nodes: Tensor) -> list[Tensor]:
+    """Tokens ``[g, l]`` of all nodes of one length ``l``, for every length."""
+    lengths = nodes[:, 1].tolist()
     by_length: dict[int, list[int]] = {}
-    slot_starts, total = [], 0
-    for node, (length, slots) in enumerate(zip(lengths, kept, strict=True)):
+    for node, length in enumerate(lengths):
         if length:
             by_length.setdefault(length, []).append(node)
-        slot_starts.append(total)
-        total += slots
-    groups = []
-    for length, members in by_length.items():
-        slots = kept[members[0]]
-        node_starts = nodes[torch.tensor(members, device=device), 0]
-        first_slots = torch.tensor([slot_starts[i] for i in members], device=device)
-        groups.append(
-            _NodeGroup(
-                tokens=node_starts.unsqueeze(1) + torch.arange(length, device=device),
-                slots=first_slots.unsqueeze(1) + torch.arange(slots, device=device),
-                kept=torch.arange(slots, device=device) * length // slots,
-            )
-        )
-    return groups
+    return [
+        nodes[torch.tensor(members, device=nodes.device), 0].unsqueeze(1) + torch.arange(length, device=nodes.device)
+        for length, members in by_length.items()
+    ]
 
 
 def _attend_and_finish(
+    attend: Callable[[Layer, Tensor, Tensor, Tensor], Tensor],
     layer: Layer,
     hidden: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    groups: Sequence[_NodeGroup],
-    only_kept: bool,
+    products: Products,
 ) -> Tensor:
-    """Causal attention inside each node, output projection and MLP; of the kept tokens only, if asked."""
-    outputs, places = [], []
-    window = sliding_window(layer)
-    for group in groups:
-        rows = group.slots if only_kept else group.tokens
-        length = group.tokens.shape[1]
-        position = group.kept if only_kept else torch.arange(length, device=hidden.device)
-        mask = None
-        if only_kept or (window is not None and window < length):
-            back = position.unsqueeze(1) - torch.arange(length, device=hidden.device)
-            mask = (back >= 0) if window is None else (back >= 0) & (back < window)
-        attended = F.scaled_dot_product_attention(
-            query[rows].transpose(1, 2),
-            key[group.tokens].transpose(1, 2),
-            value[group.tokens].transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=layer.self_attn.scaling,
-            enable_gqa=True,
-        )
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        places.append(rows.flatten())
-    # the groups' rows are a permutation of all rows: put them back in order
-    order = torch.empty_like(all_places := torch.cat(places))
-    order[all_places] = torch.arange(all_places.numel(), device=hidden.device)
-    return _finish(layer, hidden, torch.cat(outputs)[order])
+    return _finish(layer, hidden, attend(layer, query, key, value), products)
 
 
-def _finish(layer: Layer, hidden: Tensor, attended: Tensor) -> Tensor:
-    hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+def _finish(layer: Layer, hidden: Tensor, attended: Tensor, products: Products) -> Tensor:
+    """Output projection and MLP with their residual sums; ``hidden`` may be overwritten."""
+    hidden = products.add_linear(hidden, layer.self_attn.o_proj, products.rows(attended))
+    rows = products.norm(layer.post_attention_layernorm, hidden)
+    return products.add_mlp(hidden, layer.mlp, rows)

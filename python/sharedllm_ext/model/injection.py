@@ -11,6 +11,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from ..ops import injected_attention
+from .layer_math import add_linear, add_mlp
 
 
 @dataclasses.dataclass
@@ -29,7 +30,7 @@ class InjectedContext:
 class InjectedAttention(nn.Module):
     """Cross-attention from running text to the context memory (paper, section on position-aware injection).
 
-    ``o_proj(attention(rope(q_proj(norm(x)), n + 1), keys, values))``; the memory needs no projection of its own.
+    ``x + o_proj(attention(rope(q_proj(norm(x)), n + 1), keys, values))``; the memory needs no projection of its own.
     """
 
     def __init__(self, layer: Any, layer_index: int) -> None:
@@ -59,11 +60,11 @@ class InjectedAttention(nn.Module):
         """Read the memory.
 
         Args:
-            hidden_states: ``[B, L, d]``.
+            hidden_states: ``[B, L, d]``; overwritten where no gradient is needed.
             context: the memory and its tables.
 
         Returns:
-            ``[B, L, d]``, to be added to the residual stream.
+            ``[B, L, d]``: the residual stream with what was read added to it.
         """
         batch, length, _ = hidden_states.shape
         keys, values = context.keys[self.layer_index], context.values[self.layer_index]
@@ -81,7 +82,7 @@ class InjectedAttention(nn.Module):
             context.sin,
             self.scaling,
         )
-        return self.o_proj(out.view(batch, length, -1).to(hidden_states.dtype))
+        return add_linear(hidden_states, self.o_proj, out.view(batch, length, -1).to(hidden_states.dtype))
 
 
 class _InjectedLayer:
@@ -98,9 +99,9 @@ class _InjectedLayer:
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)  # type: ignore[attr-defined]
         hidden_states = hidden_states + attended
         if injected_context is not None:
-            hidden_states = hidden_states + self.injection(hidden_states, injected_context)  # type: ignore[attr-defined]
+            hidden_states = self.injection(hidden_states, injected_context)  # type: ignore[attr-defined]
         normed = self.post_attention_layernorm(hidden_states)  # type: ignore[attr-defined]
-        return hidden_states + self.mlp(normed)  # type: ignore[attr-defined]
+        return add_mlp(hidden_states, self.mlp, normed)  # type: ignore[attr-defined]
 
 
 class InjectedLlamaDecoderLayer(_InjectedLayer, LlamaDecoderLayer):  # type: ignore[misc]

@@ -18,19 +18,21 @@ from .compressor import (
     LowerModel,
     Tables,
     TreeShape,
+    activation_bytes,
     compress_chunks,
     cut_into_chunks,
     embed,
     grow_tree,
-    micro_batches,
+    micro_batch,
     query_vectors,
 )
 from .configuration import SharedLLMConfig
 from .injection import InjectedAttention, InjectedContext, install_injection
+from .layer_math import install_fused
 from .memory import ContextMemory, describe_difference
 from .stopwatch import Stopwatch
 
-# Bounds of the compressor's activations when the configuration names none: a few hundred MB for an 8B model.
+# Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model.
 _MICRO_BATCH_TOKENS = {"cpu": 16384, "cuda": 32768}
 
 
@@ -76,6 +78,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         install_injection(self.model.layers, config.injection_layers)
         self.lm_head: Any = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
+        install_fused(self)
         self._watch: Stopwatch | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
@@ -269,27 +272,41 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         watch: Stopwatch,
     ) -> ContextMemory:
         config, ids, lengths, chunks, counts = self.config, work.ids, work.lengths, work.chunks, work.counts
-        limit = config.micro_batch_tokens or _MICRO_BATCH_TOKENS.get(ids.device.type, _MICRO_BATCH_TOKENS["cpu"])
         shape = self._tree_shape()
         checkpointing = self.training and bool(getattr(self.model, "gradient_checkpointing", False))
         pieces: list[list[Tensor]] = [[] for _ in range(2 * len(lower.layers))]
         store: list[Tensor] | None = None
         slots_by_chunk: list[int] = []
         room = sum(min(chunk.length, (config.tree_depth + 1) * config.slots_per_node) for chunk in chunks)
-        for batch in micro_batches(chunks, limit):
+        if chunks and not torch.is_grad_enabled():
+            # the whole memory at once: appending would copy it again and again
+            store = self._memory_store(lower, room, ids.device)
+        limit = config.micro_batch_tokens or self._micro_batch_tokens(lower, ids.device)
+        first = 0
+        while first < len(chunks):
+            batch = micro_batch(chunks, first, limit)
             part = ids[batch[0].start : batch[-1].start + batch[-1].length]
-            keys, values, slots = compress_chunks(
-                lower, part, batch, shape, work.tables, work.query, work.has_query, generator, checkpointing, watch
-            )
+            failure: str | None = None
+            try:
+                keys, values, slots = compress_chunks(
+                    lower, part, batch, shape, work.tables, work.query, work.has_query, generator, checkpointing, watch
+                )
+            except torch.OutOfMemoryError as error:
+                failure = str(error).split("\n", maxsplit=1)[0]
+            if failure is not None:
+                # outside of the handler, which would keep the failed call's tensors alive
+                torch.cuda.empty_cache()
+                if config.micro_batch_tokens is None and len(batch) > 1 and store is not None:
+                    limit = part.numel() // 2
+                    continue
+                raise torch.OutOfMemoryError(self._out_of_memory(lower, part.numel(), store, failure))
+            first += len(batch)
             written = sum(slots_by_chunk)
             slots_by_chunk += slots
-            if torch.is_grad_enabled():
+            if store is None:
                 for piece, tensor in zip(pieces, (*keys, *values), strict=True):
                     piece.append(tensor)
                 continue
-            if store is None:
-                # the whole memory at once: appending would copy it again and again
-                store = [tensor.new_empty((room, *tensor.shape[1:])) for tensor in (*keys, *values)]
             for target, tensor in zip(store, (*keys, *values), strict=True):
                 target[written : written + tensor.shape[0]] = tensor
         total = sum(slots_by_chunk)
@@ -318,6 +335,41 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             memory_index=list(range(len(lengths))),
             # weights in training change with every step: such a memory belongs to its own forward pass
             signature=self.memory_signature(fingerprint=not self.training),
+        )
+
+    def _memory_store(self, lower: LowerModel, slots: int, device: torch.device) -> list[Tensor]:
+        attention, layers = lower.layers[0].self_attn, len(lower.layers)
+        shape = (slots, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+        try:
+            return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(2 * layers)]
+        except torch.OutOfMemoryError:
+            # the message comes after the handler, which would keep what could be allocated alive
+            pass
+        torch.cuda.empty_cache()
+        needed = 2 * layers * slots * shape[1] * shape[2] * self.dtype.itemsize
+        raise torch.OutOfMemoryError(
+            f"context memory: expected {needed / 1e9:.2f} GB of free device memory for {slots} slots in {layers} "
+            f"layers, got {_free_bytes(device) / 1e9:.2f} GB; fewer injection_layers, fewer slots_per_node, a larger "
+            "chunk_size or a shorter context needs less"
+        )
+
+    def _micro_batch_tokens(self, lower: LowerModel, device: torch.device) -> int:
+        """Tokens of a micro-batch when the configuration names none."""
+        most = _MICRO_BATCH_TOKENS.get(device.type, _MICRO_BATCH_TOKENS["cpu"])
+        if device.type != "cuda":
+            return most
+        return max(1, min(most, int(0.95 * _free_bytes(device)) // activation_bytes(lower)))
+
+    def _out_of_memory(self, lower: LowerModel, tokens: int, store: list[Tensor] | None, failure: str) -> str:
+        needed, device = tokens * activation_bytes(lower), self.device
+        kept = sum(tensor.nbytes for tensor in store or ())
+        knob = (
+            f"micro_batch_tokens below {tokens}" if store is not None else "gradient checkpointing or a shorter context"
+        )
+        return (
+            f"compress: expected about {needed / 1e9:.2f} GB of free device memory for the activations of {tokens} "
+            f"context tokens beside {kept / 1e9:.2f} GB of context memory, got {_free_bytes(device) / 1e9:.2f} GB; "
+            f"{knob} (config.micro_batch_tokens is {self.config.micro_batch_tokens}) needs less ({failure})"
         )
 
     def _rows_with_query(
@@ -685,6 +737,14 @@ class _Work:
     tables: Tables
     query: Tensor | None
     has_query: list[bool] | None
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Device memory that an allocation could get: free on the device, or cached by PyTorch and unused."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
