@@ -91,11 +91,12 @@ def attention(
     return run
 
 
-def attention_8bit(queries: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
+def attention_8bit(queries: int, slots: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
     """Quantisation, and attention of few queries (codes read directly) or many (codes restored first)."""
-    memory = [noise(200, 2, size, dtype=dtype) for _ in range(2)]
+    memory = [noise(slots + 3, 2, size, dtype=dtype) for _ in range(2)]
     q = noise(2 * queries, 8, size, dtype=dtype)
-    rest = [cumulative([queries, queries]), integers([[0, 130], [7, 197]]), integers([1, 2]), *tables(9, size // 4)]
+    ranges = integers([[0, slots - 67], [7, slots]])
+    rest = [cumulative([queries, queries]), ranges, integers([1, 2]), *tables(9, size // 4)]
 
     def run() -> None:
         (k, k_scale), (v, v_scale) = map(ops.quantize_memory, memory)
@@ -127,12 +128,24 @@ def compression(size: int, rotary: int, dtype: torch.dtype, with_q: bool, backwa
     return run
 
 
-def node_vectors(heads: tuple[int, int], size: int, dtype: torch.dtype) -> Callable[[], object]:
-    """Nodes of many lengths, overlapping, one of them empty."""
+def node_vectors(heads: tuple[int, int], size: int, dtype: torch.dtype, backward: bool) -> Callable[[], object]:
+    """Nodes of many lengths, overlapping, one of them empty; tokens in no node."""
     spans = [(0, 512), (512, 129), (100, 64), (3, 1), (640, 0), (1, 257), (600, 41)]
-    q, k, v = (noise(len(spans), heads[0], size, dtype=dtype), *(noise(641, heads[1], size, dtype=dtype) for _ in "kv"))
+    q, k, v = (noise(len(spans), heads[0], size, dtype=dtype), *(noise(700, heads[1], size, dtype=dtype) for _ in "kv"))
     arguments = (q, k, v, integers(spans), *tables(512, size // 2), size**-0.5)
-    return lambda: ops.node_vectors(*arguments)
+    if backward:
+        return partial(torch.ops.sharedllm.node_vectors_backward, q.flip(0), *arguments)
+    return partial(ops.node_vectors, *arguments)
+
+
+def tree_node_vectors(heads: tuple[int, int], size: int, levels: int, dtype: torch.dtype) -> Callable[[], object]:
+    """Roots of many lengths, some too short for their levels, one of them empty."""
+    spans = [(0, 512), (512, 129), (100, 3), (3, 1), (640, 0), (600, 41)]
+    q = noise(len(spans), 2**levels, heads[0], size, dtype=dtype)
+    k, v = (noise(641, heads[1], size, dtype=dtype) for _ in "kv")
+    return partial(
+        ops.tree_node_vectors, q, k, v, integers(spans), *tables(256, size // 2), levels=levels, scale=size**-0.5
+    )
 
 
 def topk(sizes: list[int], d: int, k: int, dtype: torch.dtype, masked: bool) -> Callable[[], object]:
@@ -205,18 +218,39 @@ add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 80, FP16, None, 
 add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 128, FP32, None, True, False)
 add_attention("no slots", ([3], [(0, 0)]), (4, 2), 128, BF16, None, True, False)
 
-for _size, _queries, _dtype in ((64, 1, FP16), (96, 2, BF16), (128, 1, BF16), (128, 40, BF16), (256, 3, BF16)):
-    _name = f"injected_attention_8bit {_queries} queries, {str(_dtype)[6:]}, heads of {_size}"
-    add(_name, ("injected_attention_8bit", "quantize_memory"), partial(attention_8bit, _queries, _size, _dtype))
+for _size, _queries, _slots, _dtype in (
+    (64, 1, 200, FP16),
+    (96, 2, 200, BF16),
+    (128, 1, 200, BF16),
+    (128, 40, 200, BF16),
+    (256, 3, 200, BF16),
+    (64, 2, 3100, BF16),
+    (96, 1, 3100, FP16),
+    (128, 4, 3100, BF16),
+    (256, 1, 3100, BF16),
+    (80, 2, 200, FP16),
+):
+    _name = f"injected_attention_8bit {_queries} queries, {_slots} slots, {str(_dtype)[6:]}, heads of {_size}"
+    add(_name, ("injected_attention_8bit", "quantize_memory"), partial(attention_8bit, _queries, _slots, _size, _dtype))
 for _backward in (False, True):
     _operator = "chunk_compression_backward" if _backward else "chunk_compression"
     for _size, _rotary, _dtype in ((128, 128, BF16), (64, 32, FP16), (33, 10, FP32), (80, 80, BF16)):
         for _with_q in (True, False):
             _name = f"{_operator} {str(_dtype)[6:]}, heads of {_size}, {'all' if _with_q else 'memory alone'}"
             add(_name, (_operator,), partial(compression, _size, _rotary, _dtype, _with_q, _backward))
-for _heads, _size, _dtype in (((8, 2), 128, BF16), ((4, 2), 64, FP16), ((7, 1), 24, FP32), ((4, 4), 256, BF16)):
-    _name = f"node_vectors {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
-    add(_name, ("node_vectors",), partial(node_vectors, _heads, _size, _dtype))
+for _heads, _size, _dtype in (
+    ((8, 2), 128, BF16),
+    ((4, 2), 64, FP16),
+    ((7, 1), 24, FP32),
+    ((4, 4), 256, BF16),
+    ((14, 2), 96, BF16),
+):
+    for _operator in ("node_vectors", "node_vectors_backward"):
+        _name = f"{_operator} {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
+        add(_name, (_operator,), partial(node_vectors, _heads, _size, _dtype, _operator == "node_vectors_backward"))
+    for _levels in (1, 2, 4):
+        _name = f"tree_node_vectors {_levels} levels, {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
+        add(_name, ("tree_node_vectors",), partial(tree_node_vectors, _heads, _size, _levels, _dtype))
 for _sizes, _d, _k, _dtype, _masked in (
     ([2] * 33, 256, 2, BF16, True),
     ([3000, 0, 5], 64, 32, FP16, False),
@@ -247,6 +281,8 @@ def main(argv: list[str] | None = None) -> int:
         if reason:
             left_out.setdefault(reason, []).append(name)
             continue
+        # a tool's findings follow the name of their call
+        print(f"call: {name}", flush=True)
         try:
             CALLS[name].prepare()()
             torch.cuda.synchronize()
