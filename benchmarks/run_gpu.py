@@ -305,7 +305,7 @@ def output(*command: str) -> str | None:
         return None
 
 
-def write_section(path: Path, name: str, text: str) -> None:
+def write_section(path: Path, name: str, text: str, title: str = "GPU kernels beside their peers") -> None:
     """Replace the text between a section's marks, or append the section."""
     begin, end = f"<!-- {name}: begin, written by --write -->", f"<!-- {name}: end -->"
     section = f"{begin}\n{text}\n{end}"
@@ -314,7 +314,7 @@ def write_section(path: Path, name: str, text: str) -> None:
         head, rest = content.split(begin, 1)
         content = head + section + rest.split(end, 1)[1]
     else:
-        content = f"{content.rstrip()}\n\n## GPU kernels beside their peers\n\n{section}\n"
+        content = f"{content.rstrip()}\n\n## {title}\n\n{section}\n"
     path.write_text(content)
 
 

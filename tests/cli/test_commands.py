@@ -63,6 +63,7 @@ def test_init_builds_a_model_equal_to_its_base(cli: Cli, base: Path, tmp_path: P
         "split_noise": 0.0,
         "tie_compressor": True,
         "micro_batch_tokens": None,
+        "compressor_precision": "model",
     }
     assert result.json["tokenizer"] is True
     assert (out / "tokenizer.json").is_file()

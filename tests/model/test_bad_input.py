@@ -128,6 +128,10 @@ CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
         r"split_noise: expected a finite standard deviation of at least 0 tokens, got nan",
     ),
     "config: micro-batch": (lambda m: _config(micro_batch_tokens=0), r"micro_batch_tokens: expected at least 1, got 0"),
+    "config: precision": (
+        lambda m: _config(compressor_precision="int4"),
+        r"compressor_precision: expected model or fp8, got 'int4'",
+    ),
     "config: family": (
         lambda m: SharedLLMConfig(text_config={"model_type": "gpt2"}),
         r"text_config: expected a base checkpoint of type llama, mistral, qwen2, qwen3, got 'gpt2'",

@@ -32,6 +32,7 @@ FIELDS = (
     "split_noise",
     "tie_compressor",
     "micro_batch_tokens",
+    "compressor_precision",
 )
 
 
@@ -56,6 +57,7 @@ def add_parser(commands: Any) -> None:
         "--tie-compressor", action=argparse.BooleanOptionalAction, help="share the weights of compressor and decoder"
     )
     fields.add_argument("--micro-batch-tokens", type=positive, metavar="N", help="context tokens compressed at a time")
+    fields.add_argument("--compressor-precision", choices=["model", "fp8"], help="of its products")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
     parser.add_argument("--force", action="store_true", help="write into OUT even if it holds files")
     add_json_option(parser)

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+PRECISIONS = ("model", "fp8")
 BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -25,7 +26,10 @@ class SharedLLMConfig(PreTrainedConfig):
         split_noise: standard deviation, in tokens, of the split point during training (paper, "structural noise").
         tie_compressor: whether the compressor uses the decoder's weights (before it is trained on its own).
         micro_batch_tokens: context tokens compressed at a time; bounds the activations, changes no result. ``None``
-            chooses by device.
+            chooses by device and free memory.
+        compressor_precision: of the compressor's products, "model" (the weights' dtype) or "fp8" (8-bit floating point
+            with a scale for every row of activations and weights; bfloat16 models on CUDA, compute capability 8.9 and
+            newer, inference only: about half the time for a small error in the memory, see docs/architecture.md).
 
     Raises:
         ValueError: a field is out of range, or the base checkpoint's family is not supported.
@@ -46,6 +50,7 @@ class SharedLLMConfig(PreTrainedConfig):
     split_noise: float = 0.0
     tie_compressor: bool = True
     micro_batch_tokens: int | None = None
+    compressor_precision: str = "model"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -90,6 +95,10 @@ class SharedLLMConfig(PreTrainedConfig):
                 upper = "" if high is None else f" and at most {high}"
                 reason = " (the layers of the base checkpoint)" if name == "injection_layers" else ""
                 raise ValueError(f"{name}: expected at least {low}{upper}{reason}, got {value}")
+        if self.compressor_precision not in PRECISIONS:
+            raise ValueError(
+                f"compressor_precision: expected {' or '.join(PRECISIONS)}, got {self.compressor_precision!r}"
+            )
         noise = self.split_noise
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0.0 <= noise < float("inf"):
             raise ValueError(f"split_noise: expected a finite standard deviation of at least 0 tokens, got {noise!r}")

@@ -127,3 +127,80 @@ class Products:
     def add_mlp(self, hidden: Tensor, mlp: Any, rows: Any) -> Tensor:
         """``hidden + mlp(rows)``; ``hidden`` may be overwritten where no gradient is needed."""
         return add_mlp(hidden, mlp, rows)
+
+
+class Fp8Products(Products):
+    """The same with 8-bit floating-point operands (e4m3), one scale for each row of activations and of weights.
+
+    Weights are quantised at their first use and kept, half the bytes of bfloat16, until they change.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[int, tuple[tuple[int, int], Tensor, Tensor]] = {}
+
+    def norm(self, module: Any, hidden: Tensor) -> Any:
+        if isinstance(module, _FusedRMSNorm):
+            return ops.rms_norm_fp8(hidden, module.weight, module.variance_epsilon)  # type: ignore[attr-defined]
+        return self.rows(module(hidden))
+
+    def rows(self, x: Tensor) -> Any:
+        return ops.quantize_rows_fp8(x)
+
+    def linear(self, module: Any, rows: Any) -> Tensor:
+        codes, scale = rows
+        weight, weight_scale = self._quantized(module)
+        return torch._scaled_mm(
+            codes,
+            weight.t(),
+            scale_a=scale,
+            scale_b=weight_scale.t(),
+            bias=module.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+
+    def add_linear(self, hidden: Tensor, module: Any, rows: Any) -> Tensor:
+        return hidden.add_(self.linear(module, rows))
+
+    def add_mlp(self, hidden: Tensor, mlp: Any, rows: Any) -> Tensor:
+        gate, up = self.linear(mlp.gate_proj, rows), self.linear(mlp.up_proj, rows)
+        if mlp.config.hidden_act == "silu":
+            return self.add_linear(hidden, mlp.down_proj, ops.silu_product_fp8(gate, up))
+        return self.add_linear(hidden, mlp.down_proj, self.rows(mlp.act_fn(gate) * up))
+
+    def _quantized(self, module: Any) -> tuple[Tensor, Tensor]:
+        weight = module.weight
+        state = (weight.data_ptr(), weight._version)
+        kept = self._weights.get(id(module))
+        if kept is None or kept[0] != state:
+            kept = (state, *ops.quantize_rows_fp8(weight.detach()))
+            self._weights[id(module)] = kept
+        return kept[1], kept[2]
+
+
+def refuse_fp8(layers: Any) -> None:
+    """Say why the compressor's products cannot be computed in 8 bits, if they cannot.
+
+    Raises:
+        ValueError: a device, dtype, size or module that the products do not take.
+    """
+    weight = layers[0].self_attn.q_proj.weight
+    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 9):
+        raise ValueError(
+            "compressor_precision='fp8': expected a CUDA device of compute capability 8.9 or newer, got "
+            + (f"{torch.cuda.get_device_capability(weight.device)}" if weight.is_cuda else str(weight.device))
+        )
+    for index, layer in enumerate(layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+            module = getattr(attention if hasattr(attention, name) else mlp, name)
+            if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16:
+                got = f"{type(module).__name__}, {getattr(getattr(module, 'weight', None), 'dtype', None)}"
+                raise ValueError(
+                    f"compressor_precision='fp8': expected a bfloat16 Linear as layer {index}'s {name}, got {got}"
+                )
+            if module.in_features % 16 or module.out_features % 16:
+                raise ValueError(
+                    f"compressor_precision='fp8': expected multiples of 16 as sizes of layer {index}'s {name}, got "
+                    f"{module.out_features} x {module.in_features}"
+                )

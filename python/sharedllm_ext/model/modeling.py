@@ -28,7 +28,7 @@ from .compressor import (
 )
 from .configuration import SharedLLMConfig
 from .injection import InjectedAttention, InjectedContext, install_injection
-from .layer_math import install_fused
+from .layer_math import Fp8Products, Products, install_fused, refuse_fp8
 from .memory import ContextMemory, describe_difference
 from .stopwatch import Stopwatch
 
@@ -80,6 +80,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
         install_fused(self)
         self._watch: Stopwatch | None = None
+        self._fp8_products: Fp8Products | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
         self.post_init()
@@ -281,6 +282,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if chunks and not torch.is_grad_enabled():
             # the whole memory at once: appending would copy it again and again
             store = self._memory_store(lower, room, ids.device)
+        products = self._products(lower)
         limit = config.micro_batch_tokens or self._micro_batch_tokens(lower, ids.device)
         first = 0
         while first < len(chunks):
@@ -289,7 +291,17 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             failure: str | None = None
             try:
                 keys, values, slots = compress_chunks(
-                    lower, part, batch, shape, work.tables, work.query, work.has_query, generator, checkpointing, watch
+                    lower,
+                    part,
+                    batch,
+                    shape,
+                    work.tables,
+                    work.query,
+                    work.has_query,
+                    generator,
+                    checkpointing,
+                    watch,
+                    products,
                 )
             except torch.OutOfMemoryError as error:
                 failure = str(error).split("\n", maxsplit=1)[0]
@@ -336,6 +348,17 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             # weights in training change with every step: such a memory belongs to its own forward pass
             signature=self.memory_signature(fingerprint=not self.training),
         )
+
+    def _products(self, lower: LowerModel) -> Products:
+        if self.config.compressor_precision == "model":
+            self._fp8_products = None
+            return Products()
+        if torch.is_grad_enabled():
+            raise ValueError("compressor_precision: expected 'model' for a compressor in training, got 'fp8'")
+        refuse_fp8(lower.layers)
+        if self._fp8_products is None:
+            self._fp8_products = Fp8Products()
+        return self._fp8_products
 
     def _memory_store(self, lower: LowerModel, slots: int, device: torch.device) -> list[Tensor]:
         attention, layers = lower.layers[0].self_attn, len(lower.layers)

@@ -1,0 +1,421 @@
+"""Time and memory of whole models: a long context read, a question answered, beside full attention.
+
+python benchmarks/bench_end_to_end.py                                   # both shapes, 8K to 1M tokens, M = 4 and 16
+python benchmarks/bench_end_to_end.py --shapes llama-3.1-8b --layers 4 --contexts 131072 10485760
+python benchmarks/bench_end_to_end.py --write                           # tables into RESULTS.md, plots into plots/
+
+Random weights (times and memory do not depend on their values) in bfloat16, batch 1, a running text of 4096 tokens.
+Every figure is the median of wall-clock times with the device synchronised; see docs/benchmarks.md.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from line_plot import line_plot
+from run_gpu import header, write_section
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sharedllm_ext import SharedLLMConfig, SharedLLMForCausalLM
+from sharedllm_ext.reference import model as reference
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-2-7b": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32},
+}
+CONTEXTS = [8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
+FULL, FULL_CUDNN, EAGER = "full attention", "full attention, cuDNN", "eager reference"
+GB = 1e9
+
+
+@dataclasses.dataclass
+class Row:
+    """One system at one context length; seconds and bytes."""
+
+    shape: str
+    system: str
+    context: int
+    first_token: float = math.nan
+    retrieve: float = math.nan
+    compress: float = math.nan
+    prefill: float = math.nan
+    per_token: float = math.nan
+    weights: int = 0
+    state: int = 0
+    peak: int = 0
+    note: str = ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    if not torch.cuda.is_available():
+        print("bench_end_to_end: expected a CUDA device, got none that torch sees", file=sys.stderr)
+        return 2
+    about = header()
+    print(
+        f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}, {about['date']}"
+    )
+    deadline = time.monotonic() + arguments.seconds
+    rows: list[Row] = []
+    for shape in arguments.shapes:
+        for layers in arguments.layers:
+            with built(shape, layers, arguments) as model:
+                rows += measure_shared(model, shape, layers, arguments, deadline)
+                if layers == arguments.layers[-1] and not arguments.no_peers:
+                    rows += measure_peers(model, shape, arguments, deadline)
+    report = tables(rows, about, arguments)
+    print(report)
+    if arguments.json:
+        document = {"header": about, "rows": [dataclasses.asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    if arguments.write:
+        write_section(
+            ROOT / "benchmarks" / "RESULTS.md", f"bench_end_to_end.py: {about['gpu']}", report, "Whole models"
+        )
+        for shape in arguments.shapes:
+            plots(rows, shape, about)
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--layers", nargs="+", type=int, default=[4, 16], metavar="M", help="injection layers")
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, metavar="TOKENS")
+    parser.add_argument("--running", type=int, default=4096, help="tokens of the running text (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens that are timed (default %(default)s)")
+    parser.add_argument("--micro-batch", type=int, metavar="TOKENS", help="context tokens compressed at a time")
+    parser.add_argument("--precision", choices=["model", "fp8"], nargs="+", default=["model"])
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="start nothing after this long (default %(default)s)"
+    )
+    parser.add_argument("--full-most", type=int, default=131072, help="longest context of full attention")
+    parser.add_argument("--no-peers", action="store_true", help="this package alone")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="kernel tables of one 131072-token run go there")
+    parser.add_argument("--write", action="store_true", help="put tables and plots into benchmarks/")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def built(shape: str, layers: int, arguments: argparse.Namespace) -> Iterator[SharedLLMForCausalLM]:
+    """A model with random weights on the GPU, whose memory is given back at the end."""
+    text_config = LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=131072, **SHAPES[shape]
+    )
+    config = SharedLLMConfig(
+        text_config=text_config,
+        injection_layers=layers,
+        window=arguments.running,
+        micro_batch_tokens=arguments.micro_batch,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        # parameters first without storage: the families' own initialisation would take longer than the benchmark
+        with torch.device("meta"):
+            model = SharedLLMForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model = model.to_empty(device="cuda").eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(text_config).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0.0, 0.02, generator=generator)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall-clock time of a call and of all device work it started."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def random_ids(count: int, vocabulary: int, seed: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(3, vocabulary, (1, count), generator=generator, device="cuda")
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all different parameters."""
+    return sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
+
+
+@torch.no_grad()
+def measure_shared(
+    model: SharedLLMForCausalLM, shape: str, layers: int, arguments: argparse.Namespace, deadline: float
+) -> list[Row]:
+    """This package: compression, choice of nodes, prefill, decoding."""
+    text = random_ids(arguments.running, model.config.vocab_size, 1)
+    rows = []
+    for precision in arguments.precision:
+        model.config.compressor_precision = precision
+        system = f"M = {layers}" + (", fp8 compressor" if precision == "fp8" else "")
+        warm = random_ids(8192, model.config.vocab_size, 2)
+        for _ in range(2):
+            model.generate(text, context_ids=warm, max_new_tokens=4, do_sample=False)
+        for context in arguments.contexts:
+            if time.monotonic() > deadline:
+                break
+            row = Row(shape, system, context, weights=weight_bytes(model))
+            rows.append(row)
+            try:
+                measure_row(model, row, text, arguments)
+            except torch.OutOfMemoryError as error:
+                row.note = f"out of memory: {str(error)[:300]}"
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(json.dumps(dataclasses.asdict(row)), flush=True)
+        if arguments.profile and layers:
+            profile(model, text, arguments.profile / f"{shape}_{system.replace(' ', '')}.txt")
+    return rows
+
+
+def measure_row(model: SharedLLMForCausalLM, row: Row, text: Tensor, arguments: argparse.Namespace) -> None:
+    """Fill in the times and bytes of one context length."""
+    context = random_ids(row.context, model.config.vocab_size, row.context)
+    torch.cuda.reset_peak_memory_stats()
+    repeats = 3 if row.context <= 131072 else 1
+    whole, retrieve, compress, prefill = [], [], [], []
+    memory = None
+
+    def first_token() -> None:
+        nonlocal memory
+        memory = model.compress(context, query_ids=text)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        output = model(input_ids=text, memory=memory, use_cache=True, logits_to_keep=1)
+        output.logits[:, -1].argmax(-1).item()
+        prefill.append(time.perf_counter() - begin)
+
+    for _ in range(repeats):
+        memory = None
+        whole.append(seconds(first_token))
+        timings = model.last_timings
+        retrieve.append(timings["retrieve"])
+        compress.append(timings["compress"])
+    assert memory is not None
+    row.state = memory.nbytes
+    row.first_token, row.retrieve, row.compress, row.prefill = map(
+        statistics.median, (whole, retrieve, compress, prefill)
+    )
+    times = {}
+    for tokens in (1, 1 + arguments.tokens):
+        # once for the graph, once for the time
+        for _ in range(2):
+            times[tokens] = seconds(
+                lambda tokens=tokens: model.generate(text, memory=memory, max_new_tokens=tokens, do_sample=False)
+            )
+    row.per_token = (times[1 + arguments.tokens] - times[1]) / arguments.tokens
+    row.peak = torch.cuda.max_memory_allocated()
+
+
+def measure_peers(model: SharedLLMForCausalLM, shape: str, arguments: argparse.Namespace, deadline: float) -> list[Row]:
+    """The base checkpoint reading everything through its own attention, and the method in plain PyTorch."""
+    with torch.device("meta"):
+        full = LlamaForCausalLM(model.config.text_config)
+    full.model.rotary_emb = model.model.rotary_emb
+    full.load_state_dict(model.state_dict(keep_vars=True), strict=False, assign=True)
+    full.eval()
+    cudnn = partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True)
+    peers: list[tuple[str, int, Callable[[Row], None]]] = [
+        (FULL, arguments.full_most, partial(measure_full, full, arguments.running, contextlib.nullcontext)),
+        (FULL_CUDNN, arguments.full_most, partial(measure_full, full, arguments.running, cudnn)),
+        (EAGER, min(arguments.contexts), partial(measure_eager, model, arguments.running)),
+    ]
+    rows = []
+    for context in arguments.contexts:
+        for system, most, measure in peers:
+            if context > most or time.monotonic() > deadline:
+                continue
+            name = f"{system}, M = {model.config.injection_layers}" if system == EAGER else system
+            row = Row(shape, name, context, weights=weight_bytes(full))
+            rows.append(row)
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                measure(row)
+            except torch.OutOfMemoryError:
+                row.note = "out of memory"
+            row.peak = torch.cuda.max_memory_allocated()
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(json.dumps(dataclasses.asdict(row)), flush=True)
+    return rows
+
+
+@torch.no_grad()
+def measure_full(full: LlamaForCausalLM, running: int, backend: Callable[[], Any], row: Row) -> None:
+    """Transformers' own model over context and running text."""
+    ids = random_ids(row.context + running, full.config.vocab_size, row.context)
+    with backend():
+        for _ in range(2 if row.context < 65536 else 1):
+            cache = None
+            begin = time.perf_counter()
+            output = full(input_ids=ids, use_cache=True, logits_to_keep=1)
+            token = output.logits[:, -1:].argmax(-1)
+            token.item()
+            row.first_token = row.prefill = time.perf_counter() - begin
+            cache = output.past_key_values
+            del output
+
+    def step(count: int) -> None:
+        nonlocal token
+        for _ in range(count):
+            token = full(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+    row.state = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    step(2)
+    row.per_token = seconds(lambda: step(8)) / 8
+
+
+@torch.no_grad()
+def measure_eager(model: SharedLLMForCausalLM, running: int, row: Row) -> None:
+    """The oracle of this package: the method written out in plain PyTorch."""
+    text = random_ids(running, model.config.vocab_size, 1)[0]
+    context = random_ids(row.context, model.config.vocab_size, row.context)[0]
+    with torch.device("cuda"):
+        row.compress = seconds(lambda: reference.compress(model, context[:1024], text))
+        memory = None
+
+        def compress() -> None:
+            nonlocal memory
+            memory = reference.compress(model, context, text)
+
+        row.compress = seconds(compress)
+        row.prefill = seconds(lambda: reference.logits(model, text, memory))
+    row.first_token = row.compress + row.prefill
+
+
+@torch.no_grad()
+def profile(model: SharedLLMForCausalLM, text: Tensor, path: Path, context: int = 131072) -> None:
+    """Kernel tables of compression, prefill and decoding, and their shares."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = random_ids(context, model.config.vocab_size, 3)
+    memory = model.compress(ids, query_ids=text)
+    parts: dict[str, Callable[[], object]] = {
+        "compress": lambda: model.compress(ids, query_ids=text),
+        "prefill": lambda: model(input_ids=text, memory=memory, use_cache=True, logits_to_keep=1),
+        "generate 17 tokens": lambda: model.generate(text, memory=memory, max_new_tokens=17, do_sample=False),
+    }
+    pages = []
+    for name, part in parts.items():
+        part()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            elapsed = seconds(part)
+        pages.append(f"== {name}: {elapsed * 1e3:.1f} ms with the profiler\n{kernel_table(recorded, elapsed)}")
+    path.write_text("\n\n".join(pages) + "\n")
+    print("\n\n".join(pages), flush=True)
+
+
+def kernel_table(recorded: Any, elapsed: float) -> str:
+    """Kernels by time, and the shares of matrix products, attention and the rest."""
+    events = [e for e in recorded.key_averages() if e.self_device_time_total > 0]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    shares: dict[str, float] = {}
+    for event in events:
+        shares[kind(event.key)] = shares.get(kind(event.key), 0.0) + event.self_device_time_total
+    lines = [f"device busy {total / 1e3:.1f} ms, {100 * total / 1e6 / elapsed:.1f}% of the time"]
+    lines += [f"{name}: {us / 1e3:.1f} ms, {100 * us / total:.1f}%" for name, us in sorted(shares.items())]
+    lines += [f"{e.self_device_time_total / 1e3:10.2f} ms {e.count:6d} x  {e.key[:110]}" for e in events[:24]]
+    return "\n".join(lines)
+
+
+def kind(kernel: str) -> str:
+    """What a kernel is for, by its name."""
+    name = kernel.lower()
+    if "sharedllm" in name:
+        return "this package's kernels"
+    if any(word in name for word in ("gemm", "nvjet", "cutlass", "gemv", "cublas", "splitk")) and "fmha" not in name:
+        return "matrix products"
+    if any(word in name for word in ("flash", "fmha", "attention", "sdpa")):
+        return "attention of PyTorch"
+    return "others"
+
+
+def tables(rows: list[Row], about: dict[str, str], arguments: argparse.Namespace) -> str:
+    """Markdown tables, one for each shape."""
+    text = [
+        f"{about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}, torch {about['torch']}, commit "
+        f"{about['commit']}, {about['date']}. Context + {arguments.running} running tokens, bfloat16, batch 1, random "
+        "weights. Compress includes everything of the compressor but the choice of nodes (retrieve). State: context "
+        "memory, or key/value cache. Rest: peak without weights and state."
+    ]
+    for shape in arguments.shapes:
+        text += ["", f"### {shape}", ""]
+        names = (
+            "first token, s | retrieve, ms | compress, s | prefill, s | per token, ms | state, GB | peak, GB | rest, GB"
+        )
+        text += [f"| context | system | {names} |"]
+        text += ["| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        for row in sorted((row for row in rows if row.shape == shape), key=lambda row: (row.context, row.system)):
+            if row.note:
+                text.append(f"| {row.context} | {row.system} | {row.note} | | | | | | | |")
+                continue
+            cells = (
+                digits(row.first_token, 3),
+                digits(row.retrieve * 1e3, 1),
+                digits(row.compress, 3),
+                digits(row.prefill, 3),
+                digits(row.per_token * 1e3, 2),
+                digits(row.state / GB, 2),
+                digits(row.peak / GB, 1),
+                digits((row.peak - row.weights - row.state) / GB, 2),
+            )
+            text.append(f"| {row.context} | {row.system} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def digits(value: float, places: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{places}f}"
+
+
+def plots(rows: list[Row], shape: str, about: dict[str, str]) -> None:
+    """Time to the first token and peak memory against the context, both axes logarithmic."""
+    folder = ROOT / "benchmarks" / "plots"
+    folder.mkdir(exist_ok=True)
+    for field, label, scale in (("first_token", "time to first token, s", 1.0), ("peak", "peak memory, GB", GB)):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            value = getattr(row, field) / scale
+            if row.shape == shape and not row.note and value > 0:
+                lines.setdefault(row.system, []).append((row.context, value))
+        title = f"{shape}, {about['gpu']}, {about['commit']}, {about['date'][:10]}"
+        (folder / f"{shape}_{field}.svg").write_text(line_plot(lines, title, "context, tokens", label))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
