@@ -1,13 +1,14 @@
-"""Norms, MLPs and residual sums of a decoder layer, fused where no gradient is needed."""
+"""Norms, attention, MLPs and residual sums of a decoder layer, fused where no gradient is needed."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 from .. import ops
 
@@ -79,6 +80,67 @@ class _FusedMLP:
         return self.down_proj(self.activated(x))  # type: ignore[attr-defined]
 
 
+class _FusedAttention:
+    """Mixin: the family's self-attention with one rotation kernel for queries and keys where no gradient is needed."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self._is_plain(hidden_states, position_embeddings, attention_mask, kwargs):
+            # the family's own code, whatever the backend, mask or options
+            return super().forward(  # type: ignore[misc]
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        batch, length, _ = hidden_states.shape
+        query, key, value = (self._project(hidden_states, name) for name in "qkv")
+        half = self.head_dim // 2  # type: ignore[attr-defined]
+        tables = (table[..., :half].expand(batch, -1, -1).flatten(0, 1) for table in position_embeddings)  # type: ignore[union-attr]
+        cos, sin = (table.float().contiguous() for table in tables)
+        rows = torch.arange(batch * length, device=query.device)
+        none = rows[:0]
+        query, key, _, _ = ops.chunk_compression(query, key, value, cos, sin, rows, rows, none, none)
+        query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=length > 1,
+            scale=self.scaling,  # type: ignore[attr-defined]
+            enable_gqa=True,
+        )
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), None  # type: ignore[attr-defined]
+
+    def _is_plain(self, x: Tensor, tables: Any, mask: Tensor | None, options: dict[str, Any]) -> bool:
+        """Whether Transformers would call PyTorch's causal attention without a mask."""
+        return (
+            inference_only(x)
+            and mask is None
+            and tables is not None
+            and tables[0].dim() == 3
+            and tables[0].shape[-1] == self.head_dim  # type: ignore[attr-defined]
+            and self.config._attn_implementation == "sdpa"  # type: ignore[attr-defined]
+            and "is_causal" not in options
+            and not torch.compiler.is_compiling()
+        )
+
+    def _project(self, x: Tensor, name: str) -> Tensor:
+        out = getattr(self, f"{name}_proj")(x)
+        out = out.view(-1, out.shape[-1] // self.head_dim, self.head_dim)  # type: ignore[attr-defined]
+        norm = getattr(self, f"{name}_norm", None)
+        return out if norm is None else norm(out)
+
+
 def _fused_class(mixin: type, family_class: type) -> type:
     return type(
         f"Fused{family_class.__name__}", (mixin, family_class), {"__doc__": mixin.__doc__, "__module__": __name__}
@@ -89,6 +151,7 @@ _FUSED_CLASS: dict[type, type] = {
     family_class: _fused_class(mixin, family_class)
     for mixin, family_classes in (
         (_FusedRMSNorm, (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)),
+        (_FusedAttention, (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)),
         (_FusedMLP, (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)),
     )
     for family_class in family_classes
@@ -98,7 +161,7 @@ globals().update({fused.__name__: fused for fused in _FUSED_CLASS.values()})
 
 
 def install_fused(model: nn.Module) -> None:
-    """Give every norm and MLP of a base model its fused class; names and parameters stay."""
+    """Give every norm, self-attention and MLP of a base model its fused class; names and parameters stay."""
     for module in model.modules():
         fused = _FUSED_CLASS.get(type(module))
         if fused is not None:
