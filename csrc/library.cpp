@@ -32,6 +32,14 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
       "injected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
       " Tensor lse, Tensor cu_q, Tensor slot_range, Tensor q_position, Tensor cos, Tensor sin, float scale,"
       " bool need_grad_kv) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "decode_linear(Tensor x, Tensor weight, Tensor? weight2, Tensor? weight3, Tensor? bias, Tensor? bias2,"
+      " Tensor? bias3, Tensor? norm_weight, float eps, Tensor? residual, bool gated, bool overlap, Tensor? prefetch,"
+      " int prefetch_bytes) -> Tensor");
+  m.def(
+      "decode_append(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor first, Tensor cos,"
+      " Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, int window, bool overlap, Tensor? prefetch,"
+      " int prefetch_bytes) -> (Tensor q, Tensor slot_range)");
   m.def("quantize_memory(Tensor x) -> (Tensor codes, Tensor scale)");
   m.def(
       "injected_attention_8bit(Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor cu_q,"

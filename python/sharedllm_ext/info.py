@@ -25,6 +25,8 @@ OPERATORS = (
     "injected_attention_backward",
     "injected_attention_8bit",
     "quantize_memory",
+    "decode_linear",
+    "decode_append",
 )
 
 

@@ -27,6 +27,7 @@ from .compressor import (
     query_vectors,
 )
 from .configuration import SharedLLMConfig
+from .decoding import PreallocatedCache, offer_call, supports, take_call
 from .injection import InjectedAttention, InjectedContext, install_injection
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8
 from .memory import ContextMemory, describe_difference
@@ -708,6 +709,32 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             if value:
                 setattr(generation_config, name, max(value - removed, 0))
         return generation_config
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A cache that stays in place, where decoding steps can use it."""
+        plain = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        single = str(getattr(generation_mode, "value", generation_mode)) in ("greedy_search", "sample")
+        if plain and single and model_kwargs.get("past_key_values") is None and supports(self):
+            limit = kwargs.get("max_cache_length", args[1] if len(args) > 1 else None)
+            model_kwargs["past_key_values"] = PreallocatedCache(self.config.text_config, limit)
+            return None
+        parent: Any = super()
+        return parent._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _valid_auto_compile_criteria(  # type: ignore[override]
+        self, model_kwargs: dict[str, Any], generation_config: Any
+    ) -> bool:
+        if offer_call(self, model_kwargs, generation_config):
+            return True
+        parent: Any = super()
+        return parent._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:  # type: ignore[override]
+        """The forward pass of a generate's decoding steps: a CUDA graph where there can be one."""
+        parent: Any = super()
+        return take_call() or parent.get_compiled_call(compile_config)
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         memory = kwargs.pop("memory", None)

@@ -2,6 +2,7 @@
 
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split, split_offsets
+from .decode_step import decode_append, decode_linear
 from .injected_attention import injected_attention, injected_attention_path
 from .memory_quantization import dequantize_memory, injected_attention_8bit, quantize_memory
 from .node_vectors import node_vectors, tree_node_vectors
@@ -13,6 +14,8 @@ __all__ = [
     "context_tree_layout",
     "context_tree_select",
     "context_tree_split",
+    "decode_append",
+    "decode_linear",
     "dequantize_memory",
     "injected_attention",
     "injected_attention_8bit",

@@ -2,6 +2,7 @@
 
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split
+from .decode_step import decode_append, decode_linear
 from .injected_attention import injected_attention, injected_attention_backward
 from .node_vectors import node_vectors, tree_node_vectors, tree_nodes
 from .topk_nodes import topk_nodes
@@ -12,6 +13,8 @@ __all__ = [
     "context_tree_layout",
     "context_tree_select",
     "context_tree_split",
+    "decode_append",
+    "decode_linear",
     "injected_attention",
     "injected_attention_backward",
     "node_vectors",

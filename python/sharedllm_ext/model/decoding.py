@@ -1,0 +1,580 @@
+"""Decoding token by token at the speed of memory: a cache that stays in place, and one CUDA graph of a whole step."""
+
+import dataclasses
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from .._library import cuda_kernels
+from ..ops import decode_append, decode_linear, injected_attention
+from .memory import ContextMemory
+
+if TYPE_CHECKING:
+    from .modeling import SharedLLMForCausalLM
+
+__all__ = ["DecodeRunner", "PreallocatedCache", "PreallocatedLayer"]
+
+#: Rows that one step takes; more are a matter of matrix products, not of memory.
+MAX_BATCH = 8
+#: Head sizes with a tensor core kernel of the attention.
+HEAD_SIZES = (64, 96, 128, 256)
+#: Rope types whose frequencies do not follow the sequence length.
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: Bytes of the weights behind an attention that are fetched while it runs, since it leaves part of the memory idle.
+PREFETCH_BYTES = 12 << 20
+#: For tests: run the step, without a graph, on the CPU too.
+RUN_ON_CPU = False
+
+_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that behaves as Transformers' ``DynamicLayer`` but keeps its tensors in place.
+
+    Storage is ``[B, capacity, Hkv, D]``, allocated with room to grow; ``keys`` and ``values`` are views
+    ``[B, Hkv, length, D]`` of the part in use. A new token is written, not concatenated.
+
+    Args:
+        limit: tokens that will never be exceeded, as far as is known; the room kept free ends there. ``None``: unknown.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._key_storage: Tensor | None = None
+        self._value_storage: Tensor | None = None
+        self._length = 0
+        self._limit = limit
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys in use, ``[B, Hkv, length, D]``; ``None`` before the first."""
+        return None if self._key_storage is None else self._key_storage[:, : self._length].transpose(1, 2)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._key_storage = self._adopt(self._key_storage, value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values in use, ``[B, Hkv, length, D]``; ``None`` before the first."""
+        return None if self._value_storage is None else self._value_storage[:, : self._length].transpose(1, 2)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._value_storage = self._adopt(self._value_storage, value)
+
+    def _adopt(self, storage: Tensor | None, value: Tensor | None) -> Tensor | None:
+        """The storage of what is assigned from outside: the same one for a shorter view of it."""
+        if value is None:
+            self._length = 0
+            return None
+        seen = value.transpose(1, 2)
+        self._length = seen.shape[1]
+        if storage is not None and seen.data_ptr() == storage.data_ptr() and seen.stride() == storage.stride():
+            return storage
+        return seen.contiguous()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without another allocation."""
+        return 0 if self._key_storage is None else self._key_storage.shape[1]
+
+    @property
+    def storage(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, capacity, Hkv, D]``; what lies behind the length in use is undefined."""
+        assert self._key_storage is not None and self._value_storage is not None
+        return self._key_storage, self._value_storage
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take over batch, heads, dtype and device of the first states ``[B, Hkv, tokens, D]``."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._length = 0
+        self._key_storage = key_states.transpose(1, 2)[:, :0].contiguous()
+        self._value_storage = value_states.transpose(1, 2)[:, :0].contiguous()
+        self.is_initialized = True
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` in all, with a quarter more (at least 1024) where the limit allows it."""
+        if tokens <= self.capacity or self._key_storage is None or self._value_storage is None:
+            return
+        room = tokens + max(tokens // 4, 1024)
+        if self._limit is not None and self._limit >= tokens:
+            room = min(room, self._limit)
+        self._key_storage = self._moved(self._key_storage, room)
+        self._value_storage = self._moved(self._value_storage, room)
+
+    def _moved(self, storage: Tensor, capacity: int) -> Tensor:
+        batch, _, heads, size = storage.shape
+        moved = storage.new_empty((batch, capacity, heads, size))
+        moved[:, : self._length] = storage[:, : self._length]
+        return moved
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states ``[B, Hkv, tokens, D]``.
+
+        Returns:
+            All keys and values, ``[B, Hkv, length, D]``, as views.
+        """
+        if not self.is_initialized or self._key_storage is None:
+            self.lazy_initialization(key_states, value_states)
+        begin, end = self._length, self._length + key_states.shape[-2]
+        self.reserve(end)
+        key_storage, value_storage = self.storage
+        key_storage[:, begin:end] = key_states.transpose(1, 2)
+        value_storage[:, begin:end] = value_states.transpose(1, 2)
+        self._length = end
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens in use."""
+        return self._length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: ``-n`` removes ``n``, a positive number is the length to keep (as Transformers once
+        had it)."""
+        keep = self._length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        self._length = min(max(keep, 0), self._length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the batch rows into another order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every batch row ``repeats`` times in a row."""
+        if self._length > 0:
+            self._replace(lambda storage: storage.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows, in that order."""
+        if self._length > 0:
+            self._replace(lambda storage: storage[indices.to(storage.device)])
+
+    def _replace(self, change: Any) -> None:
+        key_storage, value_storage = self.storage
+        self._key_storage, self._value_storage = change(key_storage), change(value_storage)
+
+
+class PreallocatedCache(Cache):
+    """A cache with the meaning of Transformers' ``DynamicCache`` whose tensors stay in place while it grows.
+
+    Sliding-window layers keep all tokens; masks and decoding steps look at the window alone.
+
+    Args:
+        config: of the decoder (``num_hidden_layers``).
+        limit: tokens that will never be exceeded, as far as is known; saves memory.
+    """
+
+    def __init__(self, config: Any, limit: int | None = None) -> None:
+        super().__init__(layers=[PreallocatedLayer(limit) for _ in range(config.num_hidden_layers)])
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` in all; where that moves the storage, a graph of the decoding step is made anew."""
+        for layer in self.layers:
+            layer.reserve(tokens)
+
+
+class DecodeRunner:
+    """One decoding step of a model over a cache, as a CUDA graph after the first time.
+
+    Holds the tensors that the graph's kernels read: parameters, storage of the cache, memory.
+
+    Args:
+        model: the model; :func:`supports` says which.
+        cache: the cache, with at least one token and room for one more in every layer.
+        memory: what the injected layers read, or ``None``.
+        batch: rows.
+        graph: whether to use a CUDA graph; without it the same operators run one by one.
+    """
+
+    def __init__(
+        self,
+        model: "SharedLLMForCausalLM",
+        cache: PreallocatedCache,
+        memory: ContextMemory | None,
+        batch: int,
+        graph: bool,
+    ) -> None:
+        device = model.device
+        self.state = _state(model, memory)
+        self.batch = batch
+        self.length_on_host = -1
+        self._model = weakref.ref(model)
+        # what the graph reads must live as long as it does
+        self._parameters = [parameter.detach() for parameter in model.parameters()]
+        self._memory = memory
+        self._storages = [layer.storage for layer in cache.layers]
+        self._context = None if memory is None else model._injected_context(memory, batch, 1, device)
+        self._tables = model._rope_tables(cache.layers[0].capacity, device)
+        size = model.model.layers[0].self_attn.head_dim
+        # queries are rotated when the cache gets their key
+        self._no_rotation = (torch.ones(1, size // 2, device=device), torch.zeros(1, size // 2, device=device))
+        self._no_position = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._cu_q = torch.arange(batch + 1, device=device)
+        self._length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._first = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._use_graph = graph
+        self._warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def fits(self, cache: PreallocatedCache, state: tuple[Any, ...], batch: int) -> bool:
+        """Whether this runner's graph is one of these parameters, this memory and the cache's present storage."""
+        return (
+            self.state == state
+            and self.batch == batch
+            and len(cache.layers) == len(self._storages)
+            and all(
+                layer._key_storage is keys and layer._value_storage is values
+                for layer, (keys, values) in zip(cache.layers, self._storages, strict=True)
+            )
+        )
+
+    def set_padding(self, first: Tensor) -> None:
+        """Padding tokens in front of each row, ``[B]`` int64."""
+        self._first.copy_(first)
+
+    def run(self, tokens: Tensor, cache: PreallocatedCache) -> Tensor:
+        """Append one token a row to the cache.
+
+        Args:
+            tokens: ``[B]`` or ``[B, 1]`` integers.
+            cache: the cache of the runner, with room for one token.
+
+        Returns:
+            Logits ``[B, vocabulary]`` of the next token, overwritten by the next call.
+        """
+        length = cache.get_seq_length()
+        if length != self.length_on_host:
+            self._length.fill_(length)
+        self._tokens.copy_(tokens.reshape(-1))
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._use_graph and self._warm:
+            self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+        else:
+            # the first time also loads the kernels, which a capture must not
+            self._logits = self._step()
+            self._warm = True
+        for layer in cache.layers:
+            layer._length = length + 1
+        self.length_on_host = length + 1
+        assert self._logits is not None
+        return self._logits
+
+    def _capture(self) -> None:
+        device = self._length.device
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._logits = self._step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = graph
+
+    def _step(self) -> Tensor:
+        model: Any = self._model()
+        x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
+        for layer, storage in zip(model.model.layers, self._storages, strict=True):
+            x = self._attend(x, layer.self_attn, layer.input_layernorm, *storage)
+            injection = getattr(layer, "injection", None)
+            if injection is not None and self._context is not None:
+                x = self._inject(x, injection)
+            norm, mlp = layer.post_attention_layernorm, layer.mlp
+            hidden = _product(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True)
+            x = _product(hidden, (mlp.down_proj,), residual=x)
+        logits = _product(x, (model.lm_head,), model.model.norm)
+        self._length.add_(1)
+        return logits
+
+    def _attend(self, x: Tensor, attention: Any, norm: Any, keys: Tensor, values: Tensor) -> Tensor:
+        qkv = _product(x, (attention.q_proj, attention.k_proj, attention.v_proj), norm)
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        q, slot_range = decode_append(
+            qkv,
+            keys,
+            values,
+            self._length,
+            self._first,
+            *self._tables,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+            eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+            window=_window(attention),
+            overlap=True,
+            prefetch=attention.o_proj.weight,
+            prefetch_bytes=PREFETCH_BYTES,
+        )
+        out, _ = injected_attention(
+            q,
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            self._cu_q,
+            slot_range,
+            self._no_position,
+            *self._no_rotation,
+            attention.scaling,
+        )
+        return _product(out.flatten(1), (attention.o_proj,), residual=x)
+
+    def _inject(self, x: Tensor, injection: Any) -> Tensor:
+        context: Any = self._context
+        query = _product(x, (injection.q_proj,), injection.norm, prefetch=injection.o_proj.weight)
+        query = query.view(self.batch, -1, injection.head_dim)
+        if injection.q_norm is not None:
+            query = injection.q_norm(query)
+        out, _ = injected_attention(
+            query,
+            context.keys[injection.layer_index],
+            context.values[injection.layer_index],
+            context.cu_q,
+            context.slot_range,
+            context.q_position,
+            context.cos,
+            context.sin,
+            injection.scaling,
+        )
+        return _product(out.flatten(1), (injection.o_proj,), residual=x)
+
+
+def _product(
+    x: Tensor,
+    modules: tuple[Any, ...],
+    norm: Any = None,
+    *,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    prefetch: Tensor | None = None,
+) -> Tensor:
+    """Norm, linear modules and residual in one kernel."""
+    return decode_linear(
+        x,
+        [module.weight for module in modules],
+        [module.bias for module in modules],
+        norm_weight=None if norm is None else norm.weight,
+        eps=0.0 if norm is None else norm.variance_epsilon,
+        residual=residual,
+        gated=gated,
+        # nothing writes parameters between the kernels of a step, and its first kernel does not overlap
+        overlap=True,
+        prefetch=prefetch,
+        prefetch_bytes=PREFETCH_BYTES if prefetch is not None else 0,
+    )
+
+
+def _window(attention: Any) -> int:
+    """Tokens that a query of this layer sees, 0 for all."""
+    window = getattr(attention, "sliding_window", None)
+    if window is None and type(attention).__name__ == "MistralAttention":
+        window = getattr(attention.config, "sliding_window", None)
+    return int(window or 0)
+
+
+def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple[Any, ...]:
+    """What a graph has baked in: where parameters and memory lie, and which rows read what."""
+    parameters = tuple(
+        (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()) for parameter in model.parameters()
+    )
+    if memory is None:
+        return (id(model), parameters)
+    tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
+    rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
+    return (id(model), parameters, tensors, rows, model.config.query_position_offset)
+
+
+def supports(model: "SharedLLMForCausalLM") -> bool:
+    """Whether a decoding step of this model, as it is now, can run by :class:`DecodeRunner`.
+
+    It can for the supported families with plain modules without hooks, all on one CUDA device in bfloat16 or float16,
+    in evaluation mode, and head sizes that the attention has fast kernels for.
+    """
+    from .modeling import SharedLLMForCausalLM
+
+    config = model.config.text_config
+    if model.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled():
+        return False
+    if type(model).forward is not SharedLLMForCausalLM.forward:
+        return False
+    weight = model.model.embed_tokens.weight
+    device, dtype = weight.device, weight.dtype
+    attention = model.model.layers[0].self_attn
+    if device.type == "cuda":
+        fast = dtype != torch.float32 and attention.head_dim in HEAD_SIZES
+        if not fast or not {"decode_linear", "decode_append", "injected_attention"} <= cuda_kernels():
+            return False
+    elif device.type != "cpu" or not RUN_ON_CPU:
+        return False
+    rope = getattr(model.model.rotary_emb, "rope_type", "default")
+    if dtype not in _DTYPES or rope not in FIXED_ROPE_TYPES or getattr(config, "hidden_act", None) != "silu":
+        return False
+    if any(getattr(model.config, name, False) for name in ("output_attentions", "output_hidden_states")):
+        return False
+    if any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        for module in (model, *model.model.modules(), model.lm_head)
+    ):
+        return False
+    if type(model.model.embed_tokens) is not nn.Embedding or model.model.embed_tokens.max_norm is not None:
+        return False
+    linear = [model.lm_head]
+    for layer in model.model.layers:
+        if not isinstance(layer, _LAYERS):
+            return False
+        attention, mlp = layer.self_attn, layer.mlp
+        linear += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if hasattr(layer, "injection"):
+            linear += [layer.injection.q_proj, layer.injection.o_proj]
+    if any(type(module) is not nn.Linear for module in linear):
+        return False
+    return all(
+        type(parameter) is nn.Parameter and parameter.device == device and parameter.dtype == dtype
+        for parameter in (*model.model.parameters(), *model.lm_head.parameters())
+    )
+
+
+@dataclasses.dataclass
+class DecodeCall:
+    """The forward pass of one ``generate``: decoding steps through a runner, everything else through the model.
+
+    Attributes:
+        model: the model.
+        memory: what its injected layers read, or ``None``.
+        first: padding tokens in front of each row, ``[B]`` int64, or ``None``.
+    """
+
+    model: "SharedLLMForCausalLM"
+    memory: ContextMemory | None
+    first: Tensor | None
+    runner: DecodeRunner | None = None
+    state: tuple[Any, ...] | None = None
+    usual_positions: bool | None = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """As the model's own call, with keyword arguments alone."""
+        tokens, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if not self._is_step(tokens, cache, inputs):
+            return self.model(**inputs)
+        assert tokens is not None and cache is not None
+        cache.reserve(cache.get_seq_length() + 1)
+        runner = self._runner(cache, tokens.shape[0])
+        logits = runner.run(tokens, cache)
+        from .modeling import SharedLLMOutput
+
+        return SharedLLMOutput(logits=logits.unsqueeze(1), past_key_values=cache, memory=self.memory)
+
+    def _is_step(self, tokens: Tensor | None, cache: Any, inputs: dict[str, Any]) -> bool:
+        if tokens is None or type(cache) is not PreallocatedCache or inputs.get("inputs_embeds") is not None:
+            return False
+        length = cache.get_seq_length()
+        if tokens.shape[1] != 1 or tokens.shape[0] > MAX_BATCH or length == 0:
+            return False
+        if any(inputs.get(name) for name in ("output_attentions", "output_hidden_states")):
+            return False
+        if inputs.get("memory") is not self.memory or inputs.get("labels") is not None:
+            return False
+        mask = inputs.get("attention_mask")
+        if mask is not None and tuple(mask.shape) != (tokens.shape[0], length + 1):
+            return False
+        if self.first is not None and self.first.shape[0] != tokens.shape[0]:
+            return False
+        if not self._has_usual_positions(inputs.get("position_ids"), length):
+            return False
+        weight = self.model.lm_head.weight
+        return tokens.device == weight.device and all(
+            layer.get_seq_length() == length
+            and layer.storage[0].dtype == weight.dtype
+            and layer.storage[0].device == weight.device
+            and layer.storage[0].shape[0] == tokens.shape[0]
+            for layer in cache.layers
+        )
+
+    def _has_usual_positions(self, positions: Tensor | None, length: int) -> bool:
+        """Whether positions count the tokens without padding; looked at once, since generate continues them by ones."""
+        if self.usual_positions is None:
+            expected = length if self.first is None else length - self.first
+            self.usual_positions = positions is None or bool((positions.reshape(-1) == expected).all())
+        return self.usual_positions
+
+    def _runner(self, cache: PreallocatedCache, batch: int) -> DecodeRunner:
+        if self.state is None:
+            self.state = _state(self.model, self.memory)
+        fresh = self.runner is None
+        runner = self.runner or _RUNNERS.get(cache)
+        if runner is None or not runner.fits(cache, self.state, batch):
+            # the old graph goes before the new one comes
+            self.runner = runner = None
+            _RUNNERS.pop(cache, None)
+            runner = DecodeRunner(self.model, cache, self.memory, batch, cache.layers[0].storage[0].is_cuda)
+            fresh = True
+        if fresh:
+            runner.set_padding(torch.zeros_like(runner._first) if self.first is None else self.first)
+            _RUNNERS[cache] = runner
+            self.runner = runner
+        return runner
+
+
+# a graph lives as long as the cache that it writes to
+_RUNNERS: "weakref.WeakKeyDictionary[Cache, DecodeRunner]" = weakref.WeakKeyDictionary()
+
+
+class _Pending(threading.local):
+    """Between the two questions that generate asks: whether there is another forward pass, and for it."""
+
+    call: DecodeCall | None = None
+
+
+_pending = _Pending()
+
+
+def offer_call(model: "SharedLLMForCausalLM", model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+    """Prepare the :class:`DecodeCall` of a ``generate``, to be taken by :func:`take_call`; whether there is one."""
+    _pending.call = None
+    cache = model_kwargs.get("past_key_values")
+    wanted = not any(
+        getattr(generation_config, name, None)
+        for name in ("disable_compile", "output_attentions", "output_hidden_states")
+    )
+    if not wanted or type(cache) is not PreallocatedCache or not supports(model):
+        return False
+    memory = model_kwargs.get("memory")
+    if memory is not None and (memory.dtype != model.dtype or memory.device != model.device):
+        return False
+    mask, first = model_kwargs.get("attention_mask"), None
+    if mask is not None:
+        if mask.dim() != 2 or mask.shape[0] > MAX_BATCH:
+            return False
+        total = mask.shape[1]
+        first = total - mask.long().sum(1)
+        is_left_padded = (mask.bool() == (torch.arange(total, device=mask.device) >= first[:, None])).all()
+        if not bool(is_left_padded):
+            return False
+    _pending.call = DecodeCall(model, memory, first)
+    return True
+
+
+def take_call() -> DecodeCall | None:
+    """What :func:`offer_call` prepared on this thread, once."""
+    call, _pending.call = _pending.call, None
+    return call

@@ -1,0 +1,232 @@
+"""Operators of one decoding step: matrix products of a few rows, and the cache's new entry."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._library import cuda_kernels
+from ..reference import decode_step as _reference
+from ._checks import FLOATS, check_rotary, check_tensor, check_that
+
+__all__ = ["decode_append", "decode_linear"]
+
+#: Matrices of one product.
+MATRICES = 3
+
+
+def decode_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    overlap: bool = False,
+    prefetch: Tensor | None = None,
+    prefetch_bytes: int = 0,
+) -> Tensor:
+    """Products of a few rows with one to three matrices, with what stands before and behind them in a decoder layer.
+
+    ``norm(x) [W_0; W_1; W_2]^T + [b_0; b_1; b_2] + residual``, or with ``gated``
+    ``silu(norm(x) W_0^T + b_0) * (norm(x) W_1^T + b_1)``; ``norm`` is the root mean square norm, if it has a weight. On
+    CUDA one kernel that accumulates in float32 and reads the weights once for every 8 rows at the speed of memory; the
+    same bits in every run. Elsewhere, and for float64, plain PyTorch. Not differentiable.
+
+    Args:
+        x: ``[rows, K]`` float32, bfloat16, float16 or float64; on CUDA a row must fit into shared memory.
+        weights: one to three matrices ``[N_i, K]``; ``gated``: two of equal shape.
+        biases: ``[N_i]`` or ``None`` for each matrix; default: none.
+        norm_weight: ``[K]``.
+        eps: added to the mean square.
+        residual: ``[rows, sum N_i]``; not with ``gated``.
+        gated: see above.
+        overlap: on GPUs of compute capability 9.0, begin while the kernel in front of this one still runs. The caller
+            promises that weights, biases and norm are older than that kernel.
+        prefetch: a contiguous tensor of which CUDA fetches the first ``prefetch_bytes`` bytes into its L2 cache at the
+            end, for a later kernel (compute capability 9.0; elsewhere nothing happens).
+        prefetch_bytes: see ``prefetch``.
+
+    Returns:
+        ``[rows, sum N_i]``, with ``gated`` ``[rows, N_0]``, in x's dtype.
+
+    Raises:
+        TypeError: a dtype that is not x's.
+        ValueError: a shape, device or number of matrices that does not fit.
+        NotImplementedError: in a backward pass.
+
+    Equivalent to ``torch.cat([F.linear(norm(x), w, b) for w, b in zip(weights, biases)], -1) + residual`` up to rounding.
+    """
+    check_tensor("x", x, ("rows", "K"), FLOATS)
+    check_that(1 <= len(weights) <= MATRICES, "weights", f"1 to {MATRICES} matrices", len(weights))
+    matrices: list[Tensor | None] = [*weights]
+    offsets: list[Tensor | None] = [None] * len(weights) if biases is None else [*biases]
+    check_that(len(offsets) == len(weights), "biases", f"{len(weights)} entries, one for each matrix", len(offsets))
+    for i, (weight, bias) in enumerate(zip(weights, offsets, strict=True)):
+        check_tensor(f"weights[{i}]", weight, (f"N{i}", x.shape[1]), x.dtype, x.device)
+        if bias is not None:
+            check_tensor(f"biases[{i}]", bias, (weight.shape[0],), x.dtype, x.device)
+    total = sum(weight.shape[0] for weight in weights)
+    if gated:
+        check_that(len(weights) == 2, "weights", "2 matrices with gated", len(weights))
+        check_tensor("weights[1]", weights[1], tuple(weights[0].shape), x.dtype, x.device)
+        check_that(residual is None, "residual", "None with gated", "a tensor")
+    if norm_weight is not None:
+        check_tensor("norm_weight", norm_weight, (x.shape[1],), x.dtype, x.device)
+    if residual is not None:
+        check_tensor("residual", residual, (x.shape[0], total), x.dtype, x.device)
+    if x.is_cuda and x.dtype == torch.float64:
+        return _reference.decode_linear(
+            x, weights, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
+        )
+    matrices += [None] * (MATRICES - len(matrices))
+    offsets += [None] * (MATRICES - len(offsets))
+    return torch.ops.sharedllm.decode_linear(
+        x, *matrices, *offsets, norm_weight, eps, residual, gated, overlap, prefetch, prefetch_bytes
+    )
+
+
+def decode_append(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    window: int = 0,
+    overlap: bool = False,
+    prefetch: Tensor | None = None,
+    prefetch_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Between the projections and the attention of one new token a row: head norms, rotation, the cache's new entry.
+
+    The token goes to ``length[b]`` of the cache, its rotary position is ``length[b] - first[b]``. Nothing waits for the
+    device: out-of-range values are clamped, and a row whose cache is full is not written. ``keys`` and ``values`` are
+    changed in place. Not differentiable.
+
+    Args:
+        qkv: ``[B, (Hq + 2 Hkv) D]``: all query heads, all key heads, all value heads.
+        keys, values: ``[B, capacity, Hkv, D]``, a head's elements adjacent in memory.
+        length: ``[B]`` int64, tokens that the cache holds of each row.
+        first: ``[B]`` int64, how many of them are padding, in front.
+        cos, sin: ``[P, R/2]`` float32, ``R <= D``.
+        q_norm, k_norm: ``[D]``, weights of a root mean square norm over each query or key head; ``None``: no norm.
+        eps: of those norms.
+        window: tokens that a query sees, itself among them; 0: all.
+        overlap: begin while the kernel in front still runs (9.0); its results are waited for, so this is always safe.
+        prefetch, prefetch_bytes: as for :func:`decode_linear`.
+
+    Returns:
+        q: ``[B, Hq, D]``, rotated.
+        slot_range: ``[B, 2]`` int64, begin and end of what the token sees, itself included, in the cache as
+            ``[B * capacity, Hkv, D]``; ready for :func:`injected_attention`.
+
+    Raises:
+        TypeError: a dtype that is not the one expected.
+        ValueError: a shape, stride or device that does not fit the others.
+        NotImplementedError: in a backward pass.
+    """
+    check_tensor("qkv", qkv, ("B", "(Hq + 2 Hkv) D"), FLOATS)
+    rows, device = qkv.shape[0], qkv.device
+    check_tensor("keys", keys, (rows, "capacity", "Hkv", "D"), qkv.dtype, device)
+    check_tensor("values", values, tuple(keys.shape), qkv.dtype, device)
+    heads, size = keys.shape[2:]
+    check_that(
+        size > 0 and qkv.shape[1] % size == 0 and qkv.shape[1] // size > 2 * heads,
+        "qkv",
+        f"whole heads of {size}, more than {2 * heads}",
+        f"{qkv.shape[1]} columns",
+    )
+    for name, tensor in (("keys", keys), ("values", values)):
+        stride = tensor.stride(3)
+        check_that(size == 1 or stride == 1, name, "heads whose elements are adjacent in memory", f"stride {stride}")
+    check_tensor("length", length, (rows,), torch.int64, device)
+    check_tensor("first", first, (rows,), torch.int64, device)
+    check_rotary(cos, sin, size, device)
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            check_tensor(name, weight, (size,), qkv.dtype, device)
+    if qkv.is_cuda and qkv.dtype == torch.float64:
+        return _reference.decode_append(
+            qkv, keys, values, length, first, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, window=window
+        )
+    return torch.ops.sharedllm.decode_append(
+        qkv, keys, values, length, first, cos, sin, q_norm, k_norm, eps, window, overlap, prefetch, prefetch_bytes
+    )
+
+
+def _plain_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight2: Tensor | None,
+    weight3: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    bias3: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    overlap: bool,
+    prefetch: Tensor | None,
+    prefetch_bytes: int,
+) -> Tensor:
+    weights = [matrix for matrix in (weight, weight2, weight3) if matrix is not None]
+    biases = [bias, bias2, bias3][: len(weights)]
+    return _reference.decode_linear(
+        x, weights, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
+    )
+
+
+def _plain_append(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    window: int,
+    overlap: bool,
+    prefetch: Tensor | None,
+    prefetch_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    return _reference.decode_append(
+        qkv, keys, values, length, first, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, window=window
+    )
+
+
+@torch.library.register_fake("sharedllm::decode_linear")
+def _linear_fake(x: Tensor, weight: Tensor, weight2: Tensor | None, weight3: Tensor | None, *rest: object) -> Tensor:
+    gated = rest[6]
+    outputs = [matrix.shape[0] for matrix in (weight, weight2, weight3) if matrix is not None]
+    return x.new_empty((x.shape[0], outputs[0] if gated else sum(outputs)))
+
+
+@torch.library.register_fake("sharedllm::decode_append")
+def _append_fake(qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    heads, size = keys.shape[2:]
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] // size - 2 * heads, size)), length.new_empty((qkv.shape[0], 2))
+
+
+def _no_derivative(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:
+    raise NotImplementedError("decode_linear: expected to be run without gradients, got a backward pass")
+
+
+torch.library.register_autograd("sharedllm::decode_linear", _no_derivative)
+
+# the CPU has no kernels of its own for these
+for _name, _plain in (("decode_linear", _plain_linear), ("decode_append", _plain_append)):
+    for _device in ("CPU", "CUDA"):
+        if _device == "CPU" or _name not in cuda_kernels():
+            torch.library.impl(f"sharedllm::{_name}", _device, _plain)
