@@ -91,12 +91,12 @@ def attention(
     return run
 
 
-def attention_8bit(queries: int, slots: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
+def attention_8bit(rows: int, queries: int, slots: int, size: int, dtype: torch.dtype) -> Callable[[], object]:
     """Quantisation, and attention of few queries (codes read directly) or many (codes restored first)."""
     memory = [noise(slots + 3, 2, size, dtype=dtype) for _ in range(2)]
-    q = noise(2 * queries, 8, size, dtype=dtype)
-    ranges = integers([[0, slots - 67], [7, slots]])
-    rest = [cumulative([queries, queries]), ranges, integers([1, 2]), *tables(9, size // 4)]
+    q = noise(rows * queries, 8, size, dtype=dtype)
+    ranges = integers([[7 * row, slots - 67 * (row % 2)] for row in range(rows)])
+    rest = [cumulative([queries] * rows), ranges, integers([row % 8 for row in range(rows)]), *tables(9, size // 4)]
 
     def run() -> None:
         (k, k_scale), (v, v_scale) = map(ops.quantize_memory, memory)
@@ -129,8 +129,8 @@ def compression(size: int, rotary: int, dtype: torch.dtype, with_q: bool, backwa
 
 
 def node_vectors(heads: tuple[int, int], size: int, dtype: torch.dtype, backward: bool) -> Callable[[], object]:
-    """Nodes of many lengths, overlapping, one of them empty; tokens in no node."""
-    spans = [(0, 512), (512, 129), (100, 64), (3, 1), (640, 0), (1, 257), (600, 41)]
+    """Nodes of many lengths, overlapping, one of them empty; tokens in no node; several tiles to a worker."""
+    spans = [(0, 512), (512, 129), (100, 64), (3, 1), (640, 0), (1, 257), (600, 41), *((i, 512) for i in range(100))]
     q, k, v = (noise(len(spans), heads[0], size, dtype=dtype), *(noise(700, heads[1], size, dtype=dtype) for _ in "kv"))
     arguments = (q, k, v, integers(spans), *tables(512, size // 2), size**-0.5)
     if backward:
@@ -139,8 +139,8 @@ def node_vectors(heads: tuple[int, int], size: int, dtype: torch.dtype, backward
 
 
 def tree_node_vectors(heads: tuple[int, int], size: int, levels: int, dtype: torch.dtype) -> Callable[[], object]:
-    """Roots of many lengths, some too short for their levels, one of them empty."""
-    spans = [(0, 512), (512, 129), (100, 3), (3, 1), (640, 0), (600, 41)]
+    """Roots of many lengths, some too short for their levels, one of them empty; several tiles to a worker."""
+    spans = [(0, 512), (512, 129), (100, 3), (3, 1), (640, 0), (600, 41), *((i, 512) for i in range(100))]
     q = noise(len(spans), 2**levels, heads[0], size, dtype=dtype)
     k, v = (noise(641, heads[1], size, dtype=dtype) for _ in "kv")
     return partial(
@@ -178,9 +178,39 @@ def tree(chunks: int, noisy: bool) -> Callable[[], object]:
     return run
 
 
+def decode_step(rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype) -> Callable[[], object]:
+    """One layer on one new token a row, each kernel beginning while the one in front still runs; one cache is full."""
+    inner, capacity = heads[0] * size + size % 2, 70
+    x = noise(rows, inner, dtype=dtype)
+    matrices = [noise(n * size, inner, dtype=dtype) for n in (heads[0], heads[1], heads[1])]
+    biases = [noise(n * size, dtype=dtype) for n in (heads[0], heads[1], heads[1])]
+    back, gate, up = noise(inner, heads[0] * size, dtype=dtype), *(noise(333, inner, dtype=dtype) for _ in range(2))
+    keys, values = (noise(rows, capacity, heads[1], size, dtype=dtype) for _ in range(2))
+    length = integers([capacity if row == 1 else 7 * row for row in range(rows)])
+    first = integers([row % 4 for row in range(rows)])
+    angles, norm, head_norm = tables(capacity, size // 2), noise(inner, dtype=dtype), noise(size, dtype=dtype)
+    batch = cumulative([1] * rows), integers([0] * rows)
+    early: dict[str, Any] = {"overlap": True, "prefetch": back, "prefetch_bytes": back.nbytes}
+
+    def run() -> None:
+        qkv = ops.decode_linear(x, matrices, biases, norm_weight=norm, eps=1e-5, **early)
+        q, slots = ops.decode_append(
+            qkv, keys, values, length, first, *angles, q_norm=head_norm, k_norm=head_norm, eps=1e-5, window=50, **early
+        )
+        flat = (cache.flatten(0, 1) for cache in (keys, values))
+        out, _ = ops.injected_attention(q, *flat, batch[0], slots, batch[1], *angles, size**-0.5)
+        hidden = ops.decode_linear(out.flatten(1), [back], residual=x, overlap=True)
+        ops.decode_linear(hidden, [gate, up], [None, gate[:, 0].contiguous()], norm_weight=norm, gated=True, **early)
+
+    return run
+
+
 # a ragged batch whose rows share slots; one row has no slots, one no queries
 RAGGED = ([70, 1, 0, 130, 5], [(0, 150), (20, 21), (3, 9), (100, 231), (40, 40)])
 FEW = ([1, 2, 0, 4], [(0, 3001), (7, 7), (0, 5), (2900, 3100)])
+# so long that every buffer in shared memory is filled again and again: more tiles than blocks, many steps to a tile
+LONG = ([600, 1, 33], [(3, 900), (0, 800), (5, 5)])
+MANY = ([1, 2] * 8, [(row, 6000 + row) for row in range(16)])
 TREE = ("context_tree_split", "context_tree_select", "context_tree_layout")
 
 CALLS: dict[str, Call] = {}
@@ -205,6 +235,11 @@ add_attention("one row", ([257], [(1, 386)]), (2, 2), 128, BF16, None, True)
 for _size in (64, 128, 256):
     add_attention("sm90", RAGGED, (4, 1), _size, BF16, "sm90")
 for _size in (64, 96, 128, 256):
+    add_attention("long, both backwards", LONG, (32, 4), _size, BF16, None, True, False)
+    add_attention("portable, long", ([70, 33], [(0, 700), (20, 600)]), (4, 1), _size, FP16, "portable", True, False)
+    add_attention("decode, long", MANY, (8, 2), _size, FP16, "decode")
+add_attention("one row, long", ([600], [(1, 1500)]), (32, 4), 128, BF16, None, True, False)
+for _size in (64, 96, 128, 256):
     add_attention("portable", RAGGED, (4, 1), _size, BF16, "portable", True, False)
     add_attention("decode, slots in parts", FEW, (8, 2), _size, BF16, "decode")
 add_attention("portable", RAGGED, (4, 1), 128, FP16, "portable")
@@ -218,20 +253,21 @@ add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 80, FP16, None, 
 add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 128, FP32, None, True, False)
 add_attention("no slots", ([3], [(0, 0)]), (4, 2), 128, BF16, None, True, False)
 
-for _size, _queries, _slots, _dtype in (
-    (64, 1, 200, FP16),
-    (96, 2, 200, BF16),
-    (128, 1, 200, BF16),
-    (128, 40, 200, BF16),
-    (256, 3, 200, BF16),
-    (64, 2, 3100, BF16),
-    (96, 1, 3100, FP16),
-    (128, 4, 3100, BF16),
-    (256, 1, 3100, BF16),
-    (80, 2, 200, FP16),
+for _size, _rows, _queries, _slots, _dtype in (
+    (64, 2, 1, 200, FP16),
+    (96, 2, 2, 200, BF16),
+    (128, 2, 1, 200, BF16),
+    (128, 2, 40, 200, BF16),
+    (256, 2, 3, 200, BF16),
+    (80, 2, 2, 200, FP16),
+    (64, 16, 2, 6000, BF16),
+    (96, 16, 1, 6000, FP16),
+    (128, 16, 4, 6000, BF16),
+    (256, 16, 1, 6000, BF16),
 ):
-    _name = f"injected_attention_8bit {_queries} queries, {_slots} slots, {str(_dtype)[6:]}, heads of {_size}"
-    add(_name, ("injected_attention_8bit", "quantize_memory"), partial(attention_8bit, _queries, _slots, _size, _dtype))
+    _name = f"injected_attention_8bit {_rows} x {_queries}, {_slots} slots, {str(_dtype)[6:]}, heads of {_size}"
+    _call = partial(attention_8bit, _rows, _queries, _slots, _size, _dtype)
+    add(_name, ("injected_attention_8bit", "quantize_memory"), _call)
 for _backward in (False, True):
     _operator = "chunk_compression_backward" if _backward else "chunk_compression"
     for _size, _rotary, _dtype in ((128, 128, BF16), (64, 32, FP16), (33, 10, FP32), (80, 80, BF16)):
@@ -260,6 +296,16 @@ for _sizes, _d, _k, _dtype, _masked in (
     add(_name, ("topk_nodes",), partial(topk, _sizes, _d, _k, _dtype, _masked))
 for _chunks, _noisy in ((1, False), (7, True), (300, False)):
     add(f"context_tree {_chunks} chunks{', noise' if _noisy else ''}", TREE, partial(tree, _chunks, _noisy))
+for _rows, _heads, _size, _dtype in (
+    (1, (8, 2), 128, BF16),
+    (2, (7, 1), 64, FP16),
+    (9, (4, 2), 96, BF16),
+    (4, (4, 4), 33, FP32),
+    (3, (2, 1), 33, BF16),
+):
+    _name = f"decode_step {_rows} rows, {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
+    _operators = ("decode_linear", "decode_append", "injected_attention")
+    add(_name, _operators, partial(decode_step, _rows, _heads, _size, _dtype))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -93,7 +93,8 @@ struct Cursor {
     start = found.start;
     length = found.length;
     position = found.position;
-    next = w.leaves[leaf + 1 < num_leaves(p) ? leaf + 1 : leaf];
+    // the last worker's cursor ends behind the last leaf, where nothing was written
+    next = w.leaves[min(leaf + 1, num_leaves(p) - 1)];
   }
   // Every lane of the warp takes part.
   __device__ __forceinline__ void seek(const NodeVectorsParams& p, const Workspace& w, int64_t tile, int lane) {
