@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralMLP,
+    MistralRMSNorm,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 
 from .._library import cuda_kernels
 from ..ops import decode_append, decode_linear, injected_attention
@@ -34,6 +39,9 @@ PREFETCH_BYTES = 12 << 20
 RUN_ON_CPU = False
 
 _LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+_ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+_MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
+_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -178,6 +186,8 @@ class PreallocatedCache(Cache):
         config: of the decoder (``num_hidden_layers``).
         limit: tokens that will never be exceeded, as far as is known; saves memory.
     """
+
+    layers: Any
 
     def __init__(self, config: Any, limit: int | None = None) -> None:
         super().__init__(layers=[PreallocatedLayer(limit) for _ in range(config.num_hidden_layers)])
@@ -386,7 +396,7 @@ def _product(
 def _window(attention: Any) -> int:
     """Tokens that a query of this layer sees, 0 for all."""
     window = getattr(attention, "sliding_window", None)
-    if window is None and type(attention).__name__ == "MistralAttention":
+    if window is None and isinstance(attention, MistralAttention):
         window = getattr(attention.config, "sliding_window", None)
     return int(window or 0)
 
@@ -412,12 +422,14 @@ def supports(model: "SharedLLMForCausalLM") -> bool:
     from .modeling import SharedLLMForCausalLM
 
     config = model.config.text_config
-    if model.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled():
+    if model.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if type(model).forward is not SharedLLMForCausalLM.forward:
         return False
     weight = model.model.embed_tokens.weight
     device, dtype = weight.device, weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        return False
     attention = model.model.layers[0].self_attn
     if device.type == "cuda":
         fast = dtype != torch.float32 and attention.head_dim in HEAD_SIZES
@@ -430,28 +442,35 @@ def supports(model: "SharedLLMForCausalLM") -> bool:
         return False
     if any(getattr(model.config, name, False) for name in ("output_attentions", "output_hidden_states")):
         return False
-    if any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-        for module in (model, *model.model.modules(), model.lm_head)
-    ):
+    if any(_has_hooks(module) for module in (model, *model.model.modules(), model.lm_head)):
         return False
     if type(model.model.embed_tokens) is not nn.Embedding or model.model.embed_tokens.max_norm is not None:
         return False
-    linear = [model.lm_head]
+    linear, norms = [model.lm_head], [model.model.norm]
     for layer in model.model.layers:
-        if not isinstance(layer, _LAYERS):
-            return False
         attention, mlp = layer.self_attn, layer.mlp
+        if not (isinstance(layer, _LAYERS) and isinstance(attention, _ATTENTIONS) and isinstance(mlp, _MLPS)):
+            return False
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
         linear += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if hasattr(layer, "injection"):
-            linear += [layer.injection.q_proj, layer.injection.o_proj]
-    if any(type(module) is not nn.Linear for module in linear):
+        injection: Any = getattr(layer, "injection", None)
+        if injection is not None:
+            linear += [injection.q_proj, injection.o_proj]
+            norms.append(injection.norm)
+    if any(type(module) is not nn.Linear for module in linear) or any(not isinstance(n, _NORMS) for n in norms):
         return False
     return all(
         type(parameter) is nn.Parameter and parameter.device == device and parameter.dtype == dtype
         for parameter in (*model.model.parameters(), *model.lm_head.parameters())
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call is more than the forward; Transformers' own hooks do nothing unless outputs are wanted."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    foreign = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return foreign or "forward" in module.__dict__
 
 
 @dataclasses.dataclass

@@ -57,7 +57,9 @@ def decode_linear(
         ValueError: a shape, device or number of matrices that does not fit.
         NotImplementedError: in a backward pass.
 
-    Equivalent to ``torch.cat([F.linear(norm(x), w, b) for w, b in zip(weights, biases)], -1) + residual`` up to rounding.
+    Equivalent, up to rounding, to::
+
+        torch.cat([F.linear(norm(x), w, b) for w, b in zip(weights, biases)], -1) + residual
     """
     check_tensor("x", x, ("rows", "K"), FLOATS)
     check_that(1 <= len(weights) <= MATRICES, "weights", f"1 to {MATRICES} matrices", len(weights))
@@ -131,7 +133,6 @@ def decode_append(
     Raises:
         TypeError: a dtype that is not the one expected.
         ValueError: a shape, stride or device that does not fit the others.
-        NotImplementedError: in a backward pass.
     """
     check_tensor("qkv", qkv, ("B", "(Hq + 2 Hkv) D"), FLOATS)
     rows, device = qkv.shape[0], qkv.device

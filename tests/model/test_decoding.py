@@ -1,0 +1,407 @@
+"""Decoding steps by their own operators, and the cache that stays in place: the same tokens as the ordinary path."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from sharedllm_ext.model import decoding
+from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache
+
+from . import builders
+
+STEPS = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Turns the steps on for the CPU; lengths of the cache at which a step ran."""
+    lengths: list[int] = []
+    run = DecodeRunner.run
+
+    def counting(self: DecodeRunner, tokens: Tensor, cache: PreallocatedCache) -> Tensor:
+        lengths.append(cache.get_seq_length())
+        return run(self, tokens, cache)
+
+    monkeypatch.setattr(decoding, "RUN_ON_CPU", True)
+    monkeypatch.setattr(DecodeRunner, "run", counting)
+    yield lengths
+
+
+def _ordinary(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return model.generate(*args, **kwargs, disable_compile=True)
+
+
+@pytest.mark.parametrize("family", list(builders.FAMILIES))
+@pytest.mark.parametrize("with_memory", [False, True])
+@pytest.mark.parametrize("padding", [0, 4])
+def test_greedy(counted: list[int], family: str, with_memory: bool, padding: int) -> None:
+    model = builders.model(family)
+    text = builders.ids(3, 10)
+    mask = torch.ones_like(text)
+    mask[0, :padding] = 0
+    more = {"context_ids": builders.ids(3, 70)} if with_memory else {}
+    settings = {"attention_mask": mask, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = _ordinary(model, text, **settings, **more, **STEPS)
+    assert not counted
+    got = model.generate(text, **settings, **more, **STEPS)
+    assert counted == list(range(10, 29))
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=2e-5)
+    assert got.past_key_values.get_seq_length() == 29
+
+
+def test_layers_with_different_windows(counted: list[int]) -> None:
+    fields = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+    base = builders.base("qwen2", **fields)
+    assert len(set(base.config.layer_types)) == 2
+    model = builders.SharedLLMForCausalLM.from_base(base, **builders.TREE)
+    text = builders.ids(2, 12)
+    assert torch.equal(model.generate(text, do_sample=False, **STEPS), _ordinary(model, text, do_sample=False, **STEPS))
+    assert len(counted) == 19
+
+
+def test_sampling(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(2, 9)
+    outs = []
+    for generate in (lambda *a, **k: _ordinary(model, *a, **k), model.generate):
+        torch.manual_seed(5)
+        outs.append(generate(text, do_sample=True, num_return_sequences=2, **STEPS))
+    assert torch.equal(*outs)
+    assert len(counted) == 19
+
+
+def test_streamer_sees_every_token(counted: list[int]) -> None:
+    class Keep(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.reshape(-1).tolist()
+
+        def end(self) -> None:
+            pass
+
+    model, text, streamer = builders.model(), builders.ids(1, 9), Keep()
+    out = model.generate(text, do_sample=False, streamer=streamer, **STEPS)
+    assert streamer.tokens == out[0].tolist()
+    assert counted
+
+
+def test_end_of_sequence(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(3, 9)
+    free = _ordinary(model, text, do_sample=False, **STEPS)
+    settings = {**STEPS, "eos_token_id": [int(free[0, 14]), int(free[1, 11])], "do_sample": False}
+    assert torch.equal(model.generate(text, **settings), _ordinary(model, text, **settings))
+    assert counted
+
+
+def test_turns(counted: list[int]) -> None:
+    model = builders.model()
+    first, second, context = builders.ids(1, 8), builders.ids(1, 5), builders.ids(1, 70)
+    memory = model.compress(context, query_ids=first)
+    settings = {"memory": memory, "do_sample": False, **STEPS}
+    out = model.generate(first, return_dict_in_generate=True, **settings)
+    cache = out.past_key_values
+    assert type(cache) is PreallocatedCache and cache.get_seq_length() == 27
+    turn = torch.cat((out.sequences, second), 1)
+    got = model.generate(turn, past_key_values=cache, **settings)
+    assert torch.equal(got, _ordinary(model, turn, **settings))
+    assert cache.get_seq_length() == 52 and len(counted) == 38
+    # back to the end of the first turn
+    cache.crop(-(52 - 28))
+    again = model.generate(turn, past_key_values=cache, **settings)
+    assert torch.equal(again, got)
+    # and without a memory, over the same keys, the ordinary path agrees too
+    cache.crop(-(52 - 28))
+    plain = {**settings, "memory": None}
+    other = DynamicCache(config=model.config.text_config)
+    for layer, target in enumerate(cache.layers):
+        other.update(target.keys.clone(), target.values.clone(), layer)
+    got = model.generate(turn, past_key_values=cache, **plain)
+    assert torch.equal(got, _ordinary(model, turn, past_key_values=other, **plain))
+
+
+def test_growing_beyond_the_capacity(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = builders.model(), builders.ids(1, 9)
+    reserve = decoding.PreallocatedLayer.reserve
+
+    def little(self: Any, tokens: int) -> None:
+        self._limit = tokens + 2 if tokens > self.capacity else self._limit
+        reserve(self, tokens)
+
+    monkeypatch.setattr(decoding.PreallocatedLayer, "reserve", little)
+    assert torch.equal(model.generate(text, do_sample=False, **STEPS), _ordinary(model, text, do_sample=False, **STEPS))
+    assert len(counted) == 19
+
+
+def test_changed_weights_count(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(1, 9)
+    settings = {"do_sample": False, "return_dict_in_generate": True, **STEPS}
+    out = model.generate(text, **settings)
+    cache = out.past_key_values
+    runner = decoding._RUNNERS[cache]
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    cache.crop(-20)
+    in_place = model.generate(out.sequences[:, :9], past_key_values=cache, **settings)
+    assert torch.equal(in_place.sequences, _ordinary(model, text, do_sample=False, **STEPS))
+    assert decoding._RUNNERS[cache] is runner
+    # other tensors: another graph
+    model.load_state_dict({name: x.clone().roll(1) for name, x in model.state_dict().items()}, assign=True)
+    other = model.generate(text, **settings)
+    assert torch.equal(other.sequences, _ordinary(model, text, do_sample=False, **STEPS))
+    assert decoding._RUNNERS[other.past_key_values] is not runner
+    model.requires_grad_(False).double().float()
+    cache = other.past_key_values
+    runner = decoding._RUNNERS[cache]
+    cache.crop(-20)
+    again = model.generate(text, past_key_values=cache, **settings)
+    assert torch.equal(again.sequences, other.sequences)
+    assert decoding._RUNNERS[cache] is not runner
+
+
+def test_other_memory_counts(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(1, 9)
+    settings = {"do_sample": False, "return_dict_in_generate": True, **STEPS}
+    cache = PreallocatedCache(model.config.text_config)
+    for _ in range(2):
+        memory = model.compress(builders.ids(1, 90))
+        expected = _ordinary(model, text, memory=memory, do_sample=False, **STEPS)
+        assert torch.equal(model.generate(text, memory=memory, past_key_values=cache, **settings).sequences, expected)
+        cache.reset()
+
+
+def test_graph_dies_with_its_cache(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(1, 9)
+    model.generate(text, do_sample=False, **STEPS)
+    gc.collect()
+    before = len(decoding._RUNNERS)
+    out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
+    assert len(decoding._RUNNERS) == before + 1
+    runner = weakref.ref(decoding._RUNNERS[out.past_key_values])
+    del out
+    gc.collect()
+    assert len(decoding._RUNNERS) == before and runner() is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"disable_compile": True},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+    ],
+)
+def test_other_ways_take_the_ordinary_path(counted: list[int], settings: dict[str, Any]) -> None:
+    model, text = builders.model(), builders.ids(1, 9)
+    # without a cache, more than a window of text would become context
+    few = {**STEPS, "max_new_tokens": 10}
+    out = model.generate(text, do_sample=False, **settings, **few)
+    assert not counted
+    if "num_beams" not in settings:
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        assert torch.equal(sequences, model.generate(text, do_sample=False, **few))
+        assert counted
+
+
+def test_foreign_modules_take_the_ordinary_path(counted: list[int]) -> None:
+    class Adapter(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    text = builders.ids(1, 9)
+    model = builders.model()
+    old = model.model.layers[3].mlp.down_proj
+    model.model.layers[3].mlp.down_proj = Adapter(old.in_features, old.out_features, bias=False)
+    model.generate(text, do_sample=False, **STEPS)
+    model = builders.model()
+    seen: list[int] = []
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    model.generate(text, do_sample=False, **STEPS)
+    assert len(seen) == 20
+    model = builders.model().train()
+    model.generate(text, do_sample=False, **STEPS)
+    model = builders.model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.generate(text, do_sample=False, **STEPS)
+    assert not counted
+
+
+def test_masks_and_positions_that_are_not_left_padding(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(2, 9)
+    hole, shifted = torch.ones_like(text), torch.arange(9).expand(2, 9) + 3
+    hole[0, 4] = 0
+    for more in ({"attention_mask": hole}, {"position_ids": shifted}):
+        got = model.generate(text, do_sample=False, **more, **STEPS)
+        assert torch.equal(got, _ordinary(model, text, do_sample=False, **more, **STEPS))
+    assert not counted
+
+
+def test_embeddings_as_prompt(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(2, 9)
+    embeddings = model.get_input_embeddings()(text)
+    got = model.generate(inputs_embeds=embeddings, do_sample=False, **STEPS)
+    assert torch.equal(got, _ordinary(model, inputs_embeds=embeddings, do_sample=False, **STEPS))
+    assert len(counted) == 19
+
+
+def test_chunked_prefill(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(1, 13)
+    got = model.generate(text, do_sample=False, prefill_chunk_size=4, **STEPS)
+    assert torch.equal(got, _ordinary(model, text, do_sample=False, **STEPS))
+    assert counted
+
+
+def test_bfloat16(counted: list[int]) -> None:
+    model, text = builders.model(dtype=torch.bfloat16), builders.ids(2, 9)
+    memory = model.compress(builders.ids(2, 70), query_ids=text)
+    settings = {"memory": memory, "do_sample": False, "return_dict_in_generate": True}
+    got = model.generate(text, output_logits=True, **settings, **STEPS)
+    expected = _ordinary(model, got.sequences[:, :10], output_logits=True, **settings, **{**STEPS, "max_new_tokens": 1})
+    error = (got.logits[1] - expected.logits[0]).norm() / expected.logits[0].norm()
+    assert error < 0.03
+    assert counted
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def _states(tokens: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, tokens, 8)
+
+
+def _same(ours: PreallocatedCache, theirs: DynamicCache) -> None:
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    assert ours.get_mask_sizes(3, 0) == theirs.get_mask_sizes(3, 0)
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
+
+
+def test_cache_is_a_dynamic_cache() -> None:
+    config = builders.base().config
+    config.num_hidden_layers = 2
+    ours, theirs = PreallocatedCache(config), DynamicCache(config=config)
+
+    def both(tokens: int, batch: int = 2) -> None:
+        for layer in range(2):
+            keys, values = _states(tokens, batch), _states(tokens, batch)
+            mine, other = ours.update(keys, values, layer), theirs.update(keys, values, layer)
+            assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
+        _same(ours, theirs)
+
+    assert ours.get_seq_length() == 0 and ours.get_mask_sizes(5, 0) == (5, 0)
+    assert not ours.is_compileable
+    both(5)
+    storage = ours.layers[0].storage[0]
+    both(1)
+    both(1)
+    assert ours.layers[0].storage[0] is storage
+    for cache in (ours, theirs):
+        cache.crop(-2)
+    _same(ours, theirs)
+    both(2)
+    for cache in (ours, theirs):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    _same(ours, theirs)
+    both(1)
+    for cache in (ours, theirs):
+        cache.batch_repeat_interleave(3)
+    _same(ours, theirs)
+    both(1, 6)
+    for cache in (ours, theirs):
+        cache.batch_select_indices(torch.tensor([4, 0]))
+    _same(ours, theirs)
+    both(1500)
+    both(1)
+    copied = copy.deepcopy(ours)
+    _same(copied, theirs)
+    copied.update(_states(1), _states(1), 0)
+    assert ours.get_seq_length() == copied.get_seq_length() - 1
+    for cache in (ours, theirs):
+        cache.crop(-100000)
+    assert ours.get_seq_length() == 0
+    ours.reset()
+    assert ours.get_seq_length() == 0 and ours.layers[0].keys is None
+
+
+def test_cache_limit_bounds_the_memory() -> None:
+    cache = PreallocatedCache(builders.base().config, limit=20)
+    cache.update(_states(5), _states(5), 0)
+    assert cache.layers[0].capacity == 20
+    cache.update(_states(40), _states(40), 0)
+    assert cache.layers[0].capacity >= 45 and cache.get_seq_length() == 45
+
+
+def test_cache_takes_assigned_tensors() -> None:
+    layer = decoding.PreallocatedLayer()
+    keys = _states(4)
+    layer.update(keys, keys)
+    layer.keys, layer.values = layer.keys[..., :3, :], layer.values[..., :3, :]
+    assert layer.get_seq_length() == 3 and layer.capacity > 3
+    layer.keys, layer.values = keys[:1], keys[:1]
+    assert torch.equal(layer.keys, keys[:1]) and layer.get_seq_length() == 4
+    layer.update(keys[:1], keys[:1])
+    assert torch.equal(layer.values, torch.cat((keys[:1], keys[:1]), 2))
+
+
+# -- on CUDA -----------------------------------------------------------------------------------------------------------
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_graph_and_operators_agree(family: str, with_memory: bool) -> None:
+    own = builders.FAMILIES[family][2]
+    sizes = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": own.get("num_attention_heads", 4)}
+    base = builders.base(family, **{**own, **sizes}).to("cuda", torch.bfloat16)
+    model = builders.SharedLLMForCausalLM.from_base(base, **builders.TREE)
+    for block in model.injected_blocks:
+        nn.init.normal_(block.o_proj.weight, std=0.1)
+    memory = model.compress(builders.ids(2, 90).cuda()) if with_memory else None
+    text = builders.ids(2, 9).cuda()
+    logits = []
+    with torch.no_grad():
+        for graph in (True, False, None):
+            cache = PreallocatedCache(model.config.text_config)
+            model(text, memory=memory, past_key_values=cache, use_cache=True)
+            cache.reserve(60)
+            runner = None if graph is None else DecodeRunner(model, cache, memory, 2, graph)
+            steps = []
+            for i in range(20):
+                token = text[:, i % 9 : i % 9 + 1]
+                if runner is None:
+                    out = model(token, memory=memory, past_key_values=cache, use_cache=True).logits[:, -1]
+                else:
+                    out = runner.run(token, cache)
+                steps.append(out.float().clone())
+                if i == 11:
+                    cache.crop(-4)
+            logits.append(torch.stack(steps))
+    assert torch.equal(logits[0], logits[1])
+    assert (logits[0] - logits[2]).norm() / logits[2].norm() < 0.03
+
+
+@NEEDS_CUDA
+def test_generate_on_cuda_uses_a_graph() -> None:
+    base = builders.base("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
+    model = builders.SharedLLMForCausalLM.from_base(base.to("cuda", torch.bfloat16), **builders.TREE)
+    text = builders.ids(2, 9).cuda()
+    out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
+    assert decoding._RUNNERS[out.past_key_values]._graph is not None
+    torch.manual_seed(0)
+    turn = torch.cat((out.sequences, text), 1)
+    settings = {"do_sample": False, **STEPS}
+    more = model.generate(turn, past_key_values=out.past_key_values, **settings)
+    assert torch.equal(more, model.generate(turn, **settings))
