@@ -90,6 +90,24 @@ def test_packed_nodes_equal_nodes_by_length(family: str, length: int, monkeypatc
         assert error(got, want.double().cpu()) < 0.02
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_nodes_have_the_gradients_of_nodes_by_length(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(family, tie_compressor=False, query_aware=False).to("cuda", torch.bfloat16).train()
+    context, text = builders.ids(1, 1000).cuda(), builders.ids(1, 12).cuda()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(text, context_ids=context, labels=text).loss.backward()
+        return [layer.self_attn.k_proj.weight.grad.clone() for layer in model.compressor.layers]
+
+    packed = gradients()
+    monkeypatch.setattr(compressor, "_takes_packed_nodes", lambda _: False)
+    for got, want in zip(packed, gradients(), strict=True):
+        assert want.norm() > 0
+        assert error(got, want.double().cpu()) < 0.05
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
     reason="torch sees no CUDA device of compute capability 8.9 or newer",
