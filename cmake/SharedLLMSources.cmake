@@ -12,6 +12,7 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/ops/chunk_compression.cpp
     csrc/ops/context_tree.cpp
     csrc/ops/decode_step.cpp
+    csrc/ops/fused_layer.cpp
     csrc/ops/injected_attention.cpp
     csrc/kernels/chunk_compression.cu
     csrc/kernels/context_tree.cu
@@ -20,6 +21,7 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/kernels/instances/decode_linear_bfloat16.cu
     csrc/kernels/instances/decode_linear_float16.cu
     csrc/kernels/instances/decode_linear_float32.cu
+    csrc/kernels/fused_layer.cu
     csrc/kernels/injected_attention_backward_generic.cu
     csrc/kernels/injected_attention_backward_portable.cu
     csrc/kernels/injected_attention_backward_prepare.cu

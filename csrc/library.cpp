@@ -39,7 +39,13 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
   m.def(
       "decode_append(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor first, Tensor cos,"
       " Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, int window, bool overlap, Tensor? prefetch,"
-      " int prefetch_bytes) -> (Tensor q, Tensor slot_range)");
+      " int prefetch_bytes, Tensor? prefetch2, int prefetch2_bytes) -> (Tensor q, Tensor slot_range)");
+  m.def("silu_product(Tensor gate, Tensor up) -> Tensor");
+  m.def("silu_product_fp8(Tensor gate, Tensor up) -> (Tensor codes, Tensor scale)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_fp8(Tensor x, Tensor weight, float eps) -> (Tensor codes, Tensor scale)");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor sum, Tensor normed)");
+  m.def("quantize_rows_fp8(Tensor x) -> (Tensor codes, Tensor scale)");
   m.def("quantize_memory(Tensor x) -> (Tensor codes, Tensor scale)");
   m.def(
       "injected_attention_8bit(Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor cu_q,"

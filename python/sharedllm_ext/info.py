@@ -27,6 +27,12 @@ OPERATORS = (
     "quantize_memory",
     "decode_linear",
     "decode_append",
+    "silu_product",
+    "silu_product_fp8",
+    "rms_norm",
+    "rms_norm_fp8",
+    "add_rms_norm",
+    "quantize_rows_fp8",
 )
 
 
