@@ -289,7 +289,8 @@ __global__ void __launch_bounds__(kThreads, kVector&& kRows <= 2 ? 2 : 1)
 template <class T, int kUnit>
 int64_t pitch_of(int64_t inner) {
   constexpr int64_t kGroup = kLoads / kUnit * 32 * kElements<T>;
-  return (inner + kGroup - 1) / kGroup * kGroup;
+  // at least one, so that the loops end where there is nothing to add up
+  return std::max<int64_t>((inner + kGroup - 1) / kGroup, 1) * kGroup;
 }
 
 struct Device {

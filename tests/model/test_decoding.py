@@ -249,6 +249,18 @@ def test_masks_and_positions_that_are_not_left_padding(counted: list[int]) -> No
     assert not counted
 
 
+def test_a_cache_from_inference_mode(counted: list[int]) -> None:
+    model, text = builders.model(), builders.ids(2, 9)
+    memory = model.compress(builders.ids(2, 70))
+    settings = {"memory": memory, "do_sample": False, **STEPS}
+    with torch.inference_mode():
+        out = model.generate(text, return_dict_in_generate=True, **settings)
+    turn = torch.cat((out.sequences.clone(), text), 1)
+    got = model.generate(turn, past_key_values=out.past_key_values, **settings)
+    assert torch.equal(got, _ordinary(model, turn, **settings))
+    assert len(counted) == 38
+
+
 def test_embeddings_as_prompt(counted: list[int]) -> None:
     model, text = builders.model(), builders.ids(2, 9)
     embeddings = model.get_input_embeddings()(text)

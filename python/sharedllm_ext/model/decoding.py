@@ -33,8 +33,13 @@ MAX_BATCH = 8
 HEAD_SIZES = (64, 96, 128, 256)
 #: Rope types whose frequencies do not follow the sequence length.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-#: Bytes of the weights behind an attention that are fetched while it runs, since it leaves part of the memory idle.
-PREFETCH_BYTES = 12 << 20
+#: Bytes that a kernel asks for in L2 when it ends, of what the next one reads: about 3 us pass until that one has its
+#: input and goes on loading.
+NEXT_BYTES = 12 << 20
+#: Likewise of the cached keys and of the values, by the kernels in front of the attention.
+CACHE_BYTES = 10 << 20
+#: Likewise of the output projection's weights, which come while the attention reads what is in L2 already.
+OUTPUT_BYTES = 8 << 20
 #: For tests: run the step, without a graph, on the CPU too.
 RUN_ON_CPU = False
 
@@ -112,7 +117,11 @@ class PreallocatedLayer(DynamicLayer):
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in all, with a quarter more (at least 1024) where the limit allows it."""
-        if tokens <= self.capacity or self._key_storage is None or self._value_storage is None:
+        if self._key_storage is None or self._value_storage is None:
+            return
+        # what inference mode made cannot be written outside of it
+        locked = self._key_storage.is_inference() and not torch.is_inference_mode_enabled()
+        if tokens <= self.capacity and not locked:
             return
         room = tokens + max(tokens // 4, 1024)
         if self._limit is not None and self._limit >= tokens:
@@ -120,9 +129,11 @@ class PreallocatedLayer(DynamicLayer):
         self._key_storage = self._moved(self._key_storage, room)
         self._value_storage = self._moved(self._value_storage, room)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _moved(self, storage: Tensor, capacity: int) -> Tensor:
         batch, _, heads, size = storage.shape
-        moved = storage.new_empty((batch, capacity, heads, size))
+        moved = torch.empty((batch, capacity, heads, size), dtype=storage.dtype, device=storage.device)
         moved[:, : self._length] = storage[:, : self._length]
         return moved
 
@@ -180,7 +191,8 @@ class PreallocatedLayer(DynamicLayer):
 class PreallocatedCache(Cache):
     """A cache with the meaning of Transformers' ``DynamicCache`` whose tensors stay in place while it grows.
 
-    Sliding-window layers keep all tokens; masks and decoding steps look at the window alone.
+    For inference: no gradient passes through it. Sliding-window layers keep all tokens; masks and decoding steps look
+    at the window alone.
 
     Args:
         config: of the decoder (``num_hidden_layers``).
@@ -211,6 +223,9 @@ class DecodeRunner:
         graph: whether to use a CUDA graph; without it the same operators run one by one.
     """
 
+    # its buffers are written in later calls, which may be outside of inference mode
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         model: "SharedLLMForCausalLM",
@@ -239,6 +254,7 @@ class DecodeRunner:
         self._first = torch.zeros(batch, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._use_graph = graph
+        self._cached = 0
         self._warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -276,6 +292,7 @@ class DecodeRunner:
         if self._graph is not None:
             self._graph.replay()
         elif self._use_graph and self._warm:
+            self._cached = length
             self._capture()
             assert self._graph is not None
             self._graph.replay()
@@ -305,21 +322,34 @@ class DecodeRunner:
 
     def _step(self) -> Tensor:
         model: Any = self._model()
+        layers = model.model.layers
         x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
-        for layer, storage in zip(model.model.layers, self._storages, strict=True):
-            x = self._attend(x, layer.self_attn, layer.input_layernorm, *storage)
-            injection = getattr(layer, "injection", None)
-            if injection is not None and self._context is not None:
-                x = self._inject(x, injection)
+        for i, (layer, storage) in enumerate(zip(layers, self._storages, strict=True)):
+            injection = getattr(layer, "injection", None) if self._context is not None else None
             norm, mlp = layer.post_attention_layernorm, layer.mlp
-            hidden = _product(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True)
-            x = _product(hidden, (mlp.down_proj,), residual=x)
+            following = layers[i + 1].self_attn.q_proj if i + 1 < len(layers) else model.lm_head
+            behind = mlp.gate_proj if injection is None else injection.q_proj
+            x = self._attend(x, layer.self_attn, layer.input_layernorm, *storage, behind.weight)
+            if injection is not None:
+                x = self._inject(x, injection, mlp.gate_proj.weight)
+            hidden = _product(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True, following=mlp.down_proj.weight)
+            x = _product(hidden, (mlp.down_proj,), residual=x, following=following.weight)
         logits = _product(x, (model.lm_head,), model.model.norm)
         self._length.add_(1)
         return logits
 
-    def _attend(self, x: Tensor, attention: Any, norm: Any, keys: Tensor, values: Tensor) -> Tensor:
-        qkv = _product(x, (attention.q_proj, attention.k_proj, attention.v_proj), norm)
+    def _attend(self, x: Tensor, attention: Any, norm: Any, keys: Tensor, values: Tensor, following: Tensor) -> Tensor:
+        window = _window(attention)
+        # what every step reads: the tokens that were cached when the graph was made
+        cached = 0 if 0 < window <= self._cached else self._cached * keys.stride(1) * keys.element_size()
+        cached = min(cached, CACHE_BYTES)
+        qkv = _product(
+            x,
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            norm,
+            following=keys,
+            following_bytes=cached,
+        )
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         q, slot_range = decode_append(
             qkv,
@@ -331,10 +361,12 @@ class DecodeRunner:
             q_norm=None if q_norm is None else q_norm.weight,
             k_norm=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.variance_epsilon,
-            window=_window(attention),
+            window=window,
             overlap=True,
-            prefetch=attention.o_proj.weight,
-            prefetch_bytes=PREFETCH_BYTES,
+            prefetch=values,
+            prefetch_bytes=cached,
+            prefetch2=attention.o_proj.weight,
+            prefetch2_bytes=OUTPUT_BYTES,
         )
         out, _ = injected_attention(
             q,
@@ -346,18 +378,19 @@ class DecodeRunner:
             *self._no_rotation,
             attention.scaling,
         )
-        return _product(out.flatten(1), (attention.o_proj,), residual=x)
+        return _product(out.flatten(1), (attention.o_proj,), residual=x, following=following)
 
-    def _inject(self, x: Tensor, injection: Any) -> Tensor:
+    def _inject(self, x: Tensor, injection: Any, following: Tensor) -> Tensor:
         context: Any = self._context
-        query = _product(x, (injection.q_proj,), injection.norm, prefetch=injection.o_proj.weight)
+        keys, values = context.keys[injection.layer_index], context.values[injection.layer_index]
+        query = _product(x, (injection.q_proj,), injection.norm, following=keys)
         query = query.view(self.batch, -1, injection.head_dim)
         if injection.q_norm is not None:
             query = injection.q_norm(query)
         out, _ = injected_attention(
             query,
-            context.keys[injection.layer_index],
-            context.values[injection.layer_index],
+            keys,
+            values,
             context.cu_q,
             context.slot_range,
             context.q_position,
@@ -365,7 +398,7 @@ class DecodeRunner:
             context.sin,
             injection.scaling,
         )
-        return _product(out.flatten(1), (injection.o_proj,), residual=x)
+        return _product(out.flatten(1), (injection.o_proj,), residual=x, following=following)
 
 
 def _product(
@@ -375,9 +408,10 @@ def _product(
     *,
     residual: Tensor | None = None,
     gated: bool = False,
-    prefetch: Tensor | None = None,
+    following: Tensor | None = None,
+    following_bytes: int | None = None,
 ) -> Tensor:
-    """Norm, linear modules and residual in one kernel."""
+    """Norm, linear modules and residual in one kernel, which asks for what the following one reads."""
     return decode_linear(
         x,
         [module.weight for module in modules],
@@ -388,8 +422,8 @@ def _product(
         gated=gated,
         # nothing writes parameters between the kernels of a step, and its first kernel does not overlap
         overlap=True,
-        prefetch=prefetch,
-        prefetch_bytes=PREFETCH_BYTES if prefetch is not None else 0,
+        prefetch=following,
+        prefetch_bytes=NEXT_BYTES if following_bytes is None else following_bytes,
     )
 
 
