@@ -329,7 +329,7 @@ class DecodeRunner:
             norm, mlp = layer.post_attention_layernorm, layer.mlp
             following = layers[i + 1].self_attn.q_proj if i + 1 < len(layers) else model.lm_head
             behind = mlp.gate_proj if injection is None else injection.q_proj
-            x = self._attend(x, layer.self_attn, layer.input_layernorm, *storage, behind.weight)
+            x = self._attend(x, layer.self_attn, layer.input_layernorm, storage, behind.weight)
             if injection is not None:
                 x = self._inject(x, injection, mlp.gate_proj.weight)
             hidden = _product(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True, following=mlp.down_proj.weight)
@@ -338,7 +338,8 @@ class DecodeRunner:
         self._length.add_(1)
         return logits
 
-    def _attend(self, x: Tensor, attention: Any, norm: Any, keys: Tensor, values: Tensor, following: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, attention: Any, norm: Any, storage: tuple[Tensor, ...], following: Tensor) -> Tensor:
+        keys, values = storage
         window = _window(attention)
         # what every step reads: the tokens that were cached when the graph was made
         cached = 0 if 0 < window <= self._cached else self._cached * keys.stride(1) * keys.element_size()
