@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm_fp8(Tensor x, Tensor weight, float eps) -> (Tensor codes, Tensor scale)");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor sum, Tensor normed)");
+  m.def(
+      "add_rms_norm_fp8(Tensor x, Tensor residual, Tensor weight, float eps)"
+      " -> (Tensor sum, Tensor codes, Tensor scale)");
   m.def("quantize_rows_fp8(Tensor x) -> (Tensor codes, Tensor scale)");
   m.def("quantize_memory(Tensor x) -> (Tensor codes, Tensor scale)");
   m.def(

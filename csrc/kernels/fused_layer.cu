@@ -370,7 +370,10 @@ cudaError_t launch(RowFunction function, const FusedLayerParams& p, cudaStream_t
     case RowFunction::kSiluProduct:
       return p.scale ? launch_rows<T, RowFunction::kSiluProduct, false, true>(p, stream) : launch_product<T>(p, stream);
     case RowFunction::kRmsNorm:
-      if (p.scale) return launch_rows<T, RowFunction::kRmsNorm, false, true>(p, stream);
+      if (p.scale) {
+        return p.y ? launch_rows<T, RowFunction::kRmsNorm, true, true>(p, stream)
+                   : launch_rows<T, RowFunction::kRmsNorm, false, true>(p, stream);
+      }
       return p.y ? launch_rows<T, RowFunction::kRmsNorm, true, false>(p, stream)
                  : launch_rows<T, RowFunction::kRmsNorm, false, false>(p, stream);
   }

@@ -101,6 +101,12 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight
   return {*results.sum, results.out};
 }
 
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fp8(Tensor x, Tensor residual, Tensor weight, double eps) {
+  const Results results =
+      run({"add_rms_norm_fp8", "x", "residual"}, RowFunction::kRmsNorm, true, x, residual, weight, eps);
+  return {*results.sum, results.out, *results.scale};
+}
+
 std::tuple<Tensor, Tensor> quantize_rows_fp8(Tensor x) {
   const Results results =
       run({"quantize_rows_fp8", "x", nullptr}, RowFunction::kCopy, true, x, std::nullopt, std::nullopt, 0.0);
@@ -115,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(sharedllm, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_fp8", TORCH_BOX(&rms_norm_fp8));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_fp8", TORCH_BOX(&add_rms_norm_fp8));
   m.impl("quantize_rows_fp8", TORCH_BOX(&quantize_rows_fp8));
 }
 

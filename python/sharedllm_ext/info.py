@@ -32,6 +32,7 @@ OPERATORS = (
     "rms_norm",
     "rms_norm_fp8",
     "add_rms_norm",
+    "add_rms_norm_fp8",
     "quantize_rows_fp8",
 )
 

@@ -10,7 +10,15 @@ from ..reference import fused_layer as _reference
 from ..reference.rotary import compute_dtype
 from ._checks import FLOATS, check_tensor
 
-__all__ = ["add_rms_norm", "quantize_rows_fp8", "rms_norm", "rms_norm_fp8", "silu_product", "silu_product_fp8"]
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_fp8",
+    "quantize_rows_fp8",
+    "rms_norm",
+    "rms_norm_fp8",
+    "silu_product",
+    "silu_product_fp8",
+]
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -153,6 +161,28 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     return torch.ops.sharedllm.rms_norm_fp8(x, weight, eps)
 
 
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual sum and :func:`rms_norm_fp8` of it in one pass.
+
+    Args:
+        x, residual, weight, eps: as for :func:`add_rms_norm`.
+
+    Returns:
+        sum: ``x + residual``, rounded to their dtype.
+        codes, scale: :func:`rms_norm_fp8` of that sum.
+
+    Raises:
+        TypeError: a dtype that is not x's.
+        ValueError: a shape or device that does not fit.
+        NotImplementedError: in a backward pass.
+    """
+    _check_norm(x, weight)
+    check_tensor("residual", residual, tuple(x.shape), x.dtype, x.device)
+    if _only_reference(x):
+        return _reference.add_rms_norm_fp8(x, residual, weight, eps)
+    return torch.ops.sharedllm.add_rms_norm_fp8(x, residual, weight, eps)
+
+
 def _check_product(gate: Tensor, up: Tensor) -> None:
     check_tensor("gate", gate, ("T", "n"), FLOATS)
     check_tensor("up", up, tuple(gate.shape), gate.dtype, gate.device)
@@ -185,6 +215,11 @@ def _add_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> t
 def _codes_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
+
+
+@torch.library.register_fake("sharedllm::add_rms_norm_fp8")
+def _add_codes_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_codes_fake(x)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -240,6 +275,7 @@ torch.library.register_autograd("sharedllm::add_rms_norm", _add_norm_backward, s
 for _name in ("quantize_rows_fp8", "silu_product_fp8", "rms_norm_fp8"):
     torch.library.register_fake(f"sharedllm::{_name}", _codes_fake)
     torch.library.register_autograd(f"sharedllm::{_name}", _no_derivative)
+torch.library.register_autograd("sharedllm::add_rms_norm_fp8", _no_derivative)
 
 # the CPU has no kernels of its own for these
 for _name in __all__:

@@ -5,6 +5,7 @@ from .context_tree import context_tree_layout, context_tree_select, context_tree
 from .decode_step import decode_append, decode_linear
 from .fused_layer import (
     add_rms_norm,
+    add_rms_norm_fp8,
     quantize_rows_fp8,
     rms_norm,
     rms_norm_fp8,
@@ -17,6 +18,7 @@ from .topk_nodes import topk_nodes
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_fp8",
     "chunk_compression",
     "chunk_compression_backward",
     "context_tree_layout",

@@ -66,3 +66,9 @@ def silu_product_fp8(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """:func:`quantize_rows_fp8` of :func:`rms_norm` without the rounding between."""
     return quantize_rows_fp8(_normed(x, weight, eps))
+
+
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum = x + residual``, rounded, and codes and scale of :func:`rms_norm_fp8` of it."""
+    total = x + residual
+    return total, *rms_norm_fp8(total, weight, eps)
