@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# compute-sanitizer over every CUDA operator: one line for each tool, exit code 1 on any finding.
+# compute-sanitizer over every CUDA operator: one line for each tool, under it one for each kernel and kind of finding;
+# exit code 1 on any finding that tests/sanitize_findings.py does not explain away.
 #   tests/sanitize.sh [TOOL ...]         default: memcheck racecheck initcheck synccheck
 # PYTHON: the interpreter; SANITIZE_LOGS: where the logs go; SANITIZE_SECONDS: limit for one tool;
 # SANITIZE_CALLS: calls whose name begins so, separated by ';' (python tests/sanitize.py --list).
@@ -36,17 +37,20 @@ for tool in "${TOOLS[@]}"; do
   log=$LOGS/$tool.log
   begin=$SECONDS
   # the tool gives up on a program that takes longer to start, which importing torch under it does
-  timeout "$LIMIT" "$SANITIZER" --tool "$tool" --launch-timeout 240 --error-exitcode 99 --print-limit 20 --report-api-errors no --target-processes application-only \
-    "$PYTHON" tests/sanitize.py "${CALLS[@]}" >"$log" 2>&1
+  timeout "$LIMIT" "$SANITIZER" --tool "$tool" --launch-timeout 240 --print-limit 2000 --show-backtrace no --report-api-errors no \
+    --target-processes application-only "$PYTHON" tests/sanitize.py "${CALLS[@]}" >"$log" 2>&1
   code=$?
-  summary=$(grep -hE '(ERROR|RACECHECK) SUMMARY' "$log" | tail -n 1 | sed 's/^=* *//')
+  summary=$(grep -hE '(ERROR|RACECHECK) SUMMARY' "$log" | head -n 1 | sed 's/^=* *//')
   made=$(grep -h '^calls made' "$log" | tail -n 1)
+  found=$("$PYTHON" tests/sanitize_findings.py "$tool" "$log")
+  explained=$?
   outcome=ok
-  # all three must hold: the exit code, a summary without findings, and a program that came to its end
-  if [[ $code != 0 || -z $made ]] || ! grep -qE 'SUMMARY: 0 (errors|hazards displayed \(0 errors, 0 warnings\))' <<<"$summary"; then
+  # all three must hold: the exit code (the program's), no finding without an explanation, a program that came to its end
+  if [[ $code != 0 || $explained != 0 || -z $made ]]; then
     outcome=FAILED failed=1
     [[ $code != 124 ]] || summary="stopped after $LIMIT s"
   fi
   printf '%-10s %-6s %4d s  %s; %s (%s)\n' "$tool" "$outcome" $((SECONDS - begin)) "${summary:-no summary, exit code $code}" "${made:-not finished}" "$log"
+  [[ -z $found ]] || printf '%s\n' "$found"
 done
 exit $failed
