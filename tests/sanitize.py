@@ -205,6 +205,23 @@ def decode_step(rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype
     return run
 
 
+def fused_layer(rows: int, width: int, dtype: torch.dtype) -> Callable[[], object]:
+    """Element-wise work around a layer's products, with and without 8-bit rows; inputs are halves of longer rows."""
+    x, y = noise(rows, 2 * width, dtype=dtype).split(width, 1)
+    weight = noise(width, dtype=dtype)
+
+    def run() -> None:
+        ops.silu_product(x, y)
+        ops.silu_product_fp8(x, y)
+        ops.quantize_rows_fp8(x)
+        for norm in (ops.rms_norm, ops.rms_norm_fp8):
+            norm(x, weight, 1e-5)
+        for sum_and_norm in (ops.add_rms_norm, ops.add_rms_norm_fp8):
+            sum_and_norm(x, y, weight, 1e-5)
+
+    return run
+
+
 # a ragged batch whose rows share slots; one row has no slots, one no queries
 RAGGED = ([70, 1, 0, 130, 5], [(0, 150), (20, 21), (3, 9), (100, 231), (40, 40)])
 FEW = ([1, 2, 0, 4], [(0, 3001), (7, 7), (0, 5), (2900, 3100)])
@@ -306,6 +323,12 @@ for _rows, _heads, _size, _dtype in (
     _name = f"decode_step {_rows} rows, {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
     _operators = ("decode_linear", "decode_append", "injected_attention")
     add(_name, _operators, partial(decode_step, _rows, _heads, _size, _dtype))
+_operators = (
+    *("silu_product", "silu_product_fp8", "quantize_rows_fp8", "rms_norm", "rms_norm_fp8", "add_rms_norm"),
+    "add_rms_norm_fp8",
+)
+for _rows, _width, _dtype in ((37, 64, BF16), (5, 1032, FP16), (3, 14336, BF16), (9, 33, FP32), (2, 20000, BF16)):
+    add(f"fused_layer {_rows} x {_width}, {str(_dtype)[6:]}", _operators, partial(fused_layer, _rows, _width, _dtype))
 
 
 def main(argv: list[str] | None = None) -> int:
