@@ -775,5 +775,76 @@ def retrieval_cases() -> Iterator[Case]:
         yield Case("retrieval", "Whole retrieval", shape, flops, moved, ("levels", "eager"), build, True)
 
 
+# --- element-wise work of a layer ------------------------------------------------------------------------------------
+
+
+def fused_arguments(operator: str, rows: int, width: int) -> list[Any]:
+    x, y = (random(rows, width, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    if "silu" in operator:
+        return [x, y]
+    if "quantize" in operator:
+        return [x]
+    return [x, *([y] if "add" in operator else []), random(width, dtype=torch.bfloat16, seed=3), 1e-5]
+
+
+def fused_eager(operator: str, values: list[Any]) -> Any:
+    """What a model without these operators runs, in the dtype of its arguments."""
+    if operator == "quantize_rows_fp8":
+        return reference.quantize_rows_fp8(*values)
+    if operator.endswith("_fp8"):
+        *total, normed = as_tuple(fused_eager(operator.removesuffix("_fp8"), values))
+        return *total, *reference.quantize_rows_fp8(normed)
+    if operator == "silu_product":
+        return torch.nn.functional.silu(values[0]) * values[1]
+    *terms, weight, eps = values
+    total = terms[0] + terms[1] if operator == "add_rms_norm" else terms[0]
+    normed = torch.nn.functional.rms_norm(total, weight.shape, weight, eps)
+    return (total, normed) if operator == "add_rms_norm" else normed
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def build_fused(operator: str, rows: int, width: int) -> Built:
+    values = fused_arguments(operator, rows, width)
+
+    def ours() -> Any:
+        return getattr(ops, operator)(*values)
+
+    def check() -> str | None:
+        first = [x[:SAMPLES] if isinstance(x, Tensor) and x.dim() == 2 else x for x in values]
+        results = [as_tuple(getattr(ops, operator)(*first)), as_tuple(fused_eager(operator, first))]
+        if operator.endswith("_fp8"):
+            results = [(*total, codes.double() * scale.double()) for *total, codes, scale in results]
+        plain = operator.removesuffix("_fp8")
+        exact = as_tuple(first[0].double() if plain == "quantize_rows" else fused_eager(plain, widened(first)))
+        if plain == "add_rms_norm":
+            # the norm is that of the rounded sum
+            total = (first[0] + first[1]).double()
+            exact = exact[0], fused_eager("rms_norm", [total, *widened(first[2:])])
+        names = [f"result {i}" for i in range(len(exact))]
+        return first_wrong(*map(too_far, names, *results, exact))
+
+    return Built({"ours": lambda: ours, "eager": lambda: lambda: fused_eager(operator, values)}, check)
+
+
+def fused_cases() -> Iterator[Case]:
+    # operator, bytes of an element that are read and written
+    for operator, rows, width, moved in (
+        ("silu_product", 32768, 14336, 6),
+        ("silu_product_fp8", 32768, 14336, 5),
+        ("rms_norm", 131072, 4096, 4),
+        ("rms_norm_fp8", 131072, 4096, 3),
+        ("add_rms_norm", 131072, 4096, 8),
+        ("add_rms_norm_fp8", 131072, 4096, 7),
+        ("quantize_rows_fp8", 131072, 4096, 3),
+    ):
+        build = partial(build_fused, operator, rows, width)
+        yield Case(
+            operator, "Around the products", f"{operator}, {rows} x {width}", 0, moved * rows * width, ("eager",), build
+        )
+
+
 #: In the order of the tables; what matters most comes first, so that it is measured before the time is over.
-CASES = (*attention_cases(), *compression_cases(), *retrieval_cases())
+CASES = (*attention_cases(), *compression_cases(), *retrieval_cases(), *fused_cases())

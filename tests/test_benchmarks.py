@@ -112,6 +112,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cases, name, value)
 
 
+FUSED = (
+    "silu_product",
+    "silu_product_fp8",
+    "rms_norm",
+    "rms_norm_fp8",
+    "add_rms_norm",
+    "add_rms_norm_fp8",
+    "quantize_rows_fp8",
+)
+
+
 def built() -> dict[str, Any]:
     """One case of each kind, at the size of the fixture."""
     ragged = cases.Attention((5, 1, 300), (70, 513, 40), 4, 2, 16)
@@ -128,6 +139,7 @@ def built() -> dict[str, Any]:
         "topk": cases.build_topk(1, 400, 32, 64),
         "siblings": cases.build_topk(30, 2, 2, 64),
         "retrieval": cases.build_retrieval(9),
+        **{name: cases.build_fused(name, 5, 64) for name in FUSED},
         **{step: cases.build_tree(9, step) for step in ("split", "select", "layout", "all")},
     }
 
@@ -158,9 +170,17 @@ def test_checks_refuse_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("split", "select", "layout"):
         monkeypatch.setattr(cases.OURS, name, spoiled(getattr(cases.OURS, name)))
     monkeypatch.setattr(cases.ops, "topk_nodes", spoiled(cases.ops.topk_nodes))
+    for name in ("silu_product", "rms_norm", "add_rms_norm"):
+        monkeypatch.setattr(cases.ops, name, spoiled(getattr(cases.ops, name)))
     for name, case in built().items():
         # what the spoiling does not reach, or what fails before the check can see it
-        if name not in ("memory_alone", "attention_backward", "attention_grad_q", "retrieval", "all"):
+        if name not in (
+            "memory_alone",
+            "attention_backward",
+            "attention_grad_q",
+            "retrieval",
+            "all",
+        ) and not name.endswith("_fp8"):
             assert case.check(), name
 
 
