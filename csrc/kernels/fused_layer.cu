@@ -23,6 +23,7 @@ constexpr int kWarpRows = 8;                         // short rows, one to a war
 constexpr int kGeneralThreads = 256;                 // of the kernels that take any row
 constexpr int kProductThreads = 256;
 constexpr int kProductVectors = 2;  // of a thread
+constexpr int64_t kPiece = kProductThreads * kProductVectors * kUnit;
 constexpr int kMaxVectors = 4;
 constexpr int kMaxThreads = 512;
 
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(kGeneralThreads) any_row(const FusedLayerParam
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kProductThreads) silu_product(const FusedLayerParams p, int64_t pieces) {
   const int64_t row = pieces == gridDim.x ? 0 : blockIdx.x / pieces, piece = blockIdx.x - row * pieces;
-  const int64_t begin = piece * (kProductThreads * kProductVectors * kUnit);
+  const int64_t begin = piece * kPiece;
   const T* const x_row = static_cast<const T*>(p.x) + row * p.x_stride + begin;
   const T* const y_row = static_cast<const T*>(p.y) + row * p.y_stride + begin;
   T* const out_row = static_cast<T*>(p.out) + row * p.width + begin;
@@ -296,10 +297,10 @@ __global__ void __launch_bounds__(kProductThreads) silu_product(const FusedLayer
         for (int i = 0; i < kUnit; ++i) result[i] = silu<T>(x[v][i]) * y[v][i];
         x[v].set(result);
         x[v].store(out_row + column);
-      } else {
-        for (int64_t i = column; i < left; ++i) one(i);
       }
     }
+    // what is no whole vector, at the end of the last piece
+    if (left < kPiece && threadIdx.x < left % kUnit) one(left / kUnit * kUnit + threadIdx.x);
   } else {
 #pragma unroll
     for (int i = 0; i < kProductVectors * kUnit; ++i) {
@@ -322,7 +323,6 @@ cudaError_t launch_product(FusedLayerParams p, cudaStream_t stream) {
     p.width *= p.rows;
     p.rows = 1;
   }
-  constexpr int64_t kPiece = kProductThreads * kProductVectors * kUnit;
   const int64_t pieces = (p.width + kPiece - 1) / kPiece, blocks = pieces * p.rows;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (aligned<T>(p.x, p.x_stride, p.rows) && aligned<T>(p.y, p.y_stride, p.rows) &&
