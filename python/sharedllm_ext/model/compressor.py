@@ -429,7 +429,8 @@ class _Nodes:
         longest: int,
         tables: Tables,
     ) -> None:
-        self._tree, self._tables, self._longest = tree, tables, longest
+        # with a single query of each node FlashAttention would fold heads into rows, which it can't for packed nodes
+        self._tree, self._tables, self._longest = tree, tables, max(longest, 2)
         self._cu_nodes = cu_nodes.to(torch.int32)
         last = positions.index_select(0, keep_index)
         # a kept token sees its node from the start to itself
