@@ -67,7 +67,7 @@ struct Vector {
   }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) reinterpret_cast<uint4*>(to)[i] = units[i];
+    for (int i = 0; i < kUnits; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, units[i]);
   }
 };
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ RowFactors row_factors(const FusedLayerParams& p, con
     if (!(largest < __builtin_inff())) {
       factors.scale = largest;
     } else if (largest >= kSmallest) {
-      factors.code = __fdiv_rn(kLargestCode, largest);
+      factors.code = __frcp_rn(largest) * kLargestCode;
       factors.scale = largest * (1.0f / kLargestCode);
     }
   }

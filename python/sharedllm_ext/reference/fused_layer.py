@@ -53,7 +53,7 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.to(torch.float8_e4m3fn), x.new_ones((x.shape[0], 1))
     largest = x.abs().amax(-1, keepdim=True)  # NaN if there is one
     finite, some = largest.isfinite(), largest >= SMALLEST
-    codes = torch.where(finite & some, x * (LARGEST_CODE / largest), 0).clamp(-LARGEST_CODE, LARGEST_CODE)
+    codes = torch.where(finite & some, x * (largest.reciprocal() * LARGEST_CODE), 0).clamp(-LARGEST_CODE, LARGEST_CODE)
     scale = torch.where(finite, torch.where(some, largest * (1 / LARGEST_CODE), 1), largest)
     return codes.to(torch.float8_e4m3fn), scale
 
