@@ -167,7 +167,7 @@ def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables
         ``[B, d]``.
     """
     sizes = torch.tensor(lengths, dtype=torch.int64)
-    spans = torch.stack((sizes.cumsum(0) - sizes, sizes), -1).to(ids.device)
+    spans = upload(torch.stack((sizes.cumsum(0) - sizes, sizes), -1), ids.device)
     return last_token_vectors(model, embed(model, ids), spans, tables)
 
 
@@ -210,7 +210,7 @@ def compress_chunks(
     tree = grow_tree(model, embedded, chunks, shape, tables, query, has_query, generator)
     if watch is not None:
         watch.lap("retrieve")
-    chunk_index = _upload(torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64), device)
+    chunk_index = upload(torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64), device)
     kept = _kept_tokens(chunks, shape, tree)
     num_slots = sum(kept)
     positions, cu_nodes, keep_index, keep_position, _ = context_tree_layout(
@@ -317,14 +317,14 @@ def grow_tree(
 
     if query is None:
         nodes = grow(roots, None)
-        return ContextTree(_upload(nodes, device), None)
+        return ContextTree(upload(nodes, device), None)
 
-    spans = _upload(roots, device)
-    document = _upload(torch.tensor([chunk.document for chunk in chunks], dtype=torch.int64), device)
+    spans = upload(roots, device)
+    document = upload(torch.tensor([chunk.document for chunk in chunks], dtype=torch.int64), device)
     siblings = torch.arange(count + 1, device=device) * 2
     counts = None
     if has_query is not None and not all(has_query):
-        counts = _upload(torch.tensor([has_query[chunk.document] for chunk in chunks]), device)
+        counts = upload(torch.tensor([has_query[chunk.document] for chunk in chunks]), device)
     candidates = None
     if _reads_once(model, chunks, shape, tables, device):
         with torch.no_grad():
@@ -347,9 +347,11 @@ def grow_tree(
     return ContextTree(nodes, levels)
 
 
-def _upload(values: Tensor, device: torch.device) -> Tensor:
+def upload(values: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor's copy on the device; from page-locked memory, so that the host does not wait for earlier work."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _reads_once(

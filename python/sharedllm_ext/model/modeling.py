@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -25,6 +26,7 @@ from .compressor import (
     grow_tree,
     micro_batch,
     query_vectors,
+    upload,
 )
 from .configuration import SharedLLMConfig
 from .decoding import PreallocatedCache, offer_call, supports, take_call
@@ -33,6 +35,8 @@ from .layer_math import Fp8Products, Products, install_fused, refuse_fp8
 from .memory import ContextMemory, describe_difference
 from .stopwatch import Stopwatch
 
+# Tensors of token ids whose values have been looked at: their version then, and the vocabulary.
+_CHECKED_IDS: Any = WeakTensorKeyDictionary()
 # Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model.
 _MICRO_BATCH_TOKENS = {"cpu": 16384, "cuda": 32768}
 
@@ -82,6 +86,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         install_fused(self)
         self._watch: Stopwatch | None = None
         self._fp8_products: Fp8Products | None = None
+        self._trusts_ids = False
         self._tables: tuple[Tensor, Tensor] | None = None
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
         self.post_init()
@@ -491,8 +496,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             keys=memory.keys,
             values=memory.values,
             cu_q=torch.arange(batch + 1, device=device) * length,
-            slot_range=torch.tensor(memory.slot_ranges(), dtype=torch.int64, device=device).view(batch, 2),
-            q_position=torch.tensor(positions, dtype=torch.int64, device=device),
+            slot_range=upload(torch.tensor(memory.slot_ranges(), dtype=torch.int64).view(batch, 2), device),
+            q_position=upload(torch.tensor(positions, dtype=torch.int64), device),
             cos=cos,
             sin=sin,
         )
@@ -675,7 +680,11 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if memory is not None:
             kwargs["memory"] = memory
         parent: Any = super()
-        result = parent.generate(input_ids, generation_config, *args, **kwargs)
+        self._trusts_ids = input_ids is not None
+        try:
+            result = parent.generate(input_ids, generation_config, *args, **kwargs)
+        finally:
+            self._trusts_ids = False
         if prefix is None:
             return result
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -757,13 +766,22 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         device = self.model.embed_tokens.weight.device
         if ids.device != device:
             raise ValueError(f"{name}: expected device {device} as the model, got {ids.device}")
-        if range_too and ids.numel():
+        # looking at values waits for the device: once for a tensor is enough
+        if range_too and ids.numel() and not self._trusts_ids and not self._has_checked(ids):
             low, high = (int(bound) for bound in torch.stack(torch.aminmax(ids)).tolist())
             vocabulary = self.model.embed_tokens.num_embeddings
             if low < 0 or high >= vocabulary:
                 raise ValueError(
                     f"{name}: expected token ids from 0 to {vocabulary - 1}, got {low if low < 0 else high}"
                 )
+            # tensors made in inference mode do not count their changes
+            if not ids.is_inference():
+                _CHECKED_IDS[ids] = (ids._version, vocabulary)
+
+    def _has_checked(self, ids: Tensor) -> bool:
+        if ids.is_inference():
+            return False
+        return _CHECKED_IDS.get(ids) == (ids._version, self.model.embed_tokens.num_embeddings)
 
     def _check_mask(self, name: str, mask: Tensor | None, ids_name: str, ids: Tensor) -> Tensor | None:
         """The mask as booleans, ``None`` if nothing is masked."""
