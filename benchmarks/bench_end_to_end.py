@@ -3,6 +3,7 @@
 python benchmarks/bench_end_to_end.py                                   # both shapes, 8K to 1M tokens, M = 4 and 16
 python benchmarks/bench_end_to_end.py --shapes llama-3.1-8b --layers 4 --contexts 131072 10485760
 python benchmarks/bench_end_to_end.py --write                           # tables into RESULTS.md, plots into plots/
+python benchmarks/bench_end_to_end.py --merge a.json b.json --write     # the same from stored runs of one machine
 
 Random weights (times and memory do not depend on their values) in bfloat16, batch 1, a running text of 4096 tokens.
 Every figure is the median of wall-clock times with the device synchronised; see docs/benchmarks.md.
@@ -59,6 +60,7 @@ class Row:
     compress: float = math.nan
     prefill: float = math.nan
     per_token: float = math.nan
+    graph: float = math.nan
     weights: int = 0
     state: int = 0
     peak: int = 0
@@ -67,13 +69,34 @@ class Row:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    if not torch.cuda.is_available():
+    if arguments.merge:
+        documents = [json.loads(path.read_text()) for path in arguments.merge]
+        about, rows = documents[0]["header"], [Row(**row) for document in documents for row in document["rows"]]
+        different = [name for document in documents for name in about if document["header"][name] != about[name]]
+        if set(different) - {"date"}:
+            print(f"bench_end_to_end: expected runs of one machine and commit, got other {different}", file=sys.stderr)
+            return 2
+    elif not torch.cuda.is_available():
         print("bench_end_to_end: expected a CUDA device, got none that torch sees", file=sys.stderr)
         return 2
-    about = header()
-    print(
-        f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, commit {about['commit']}, {about['date']}"
-    )
+    else:
+        about = header()
+        print(", ".join(about.values()))
+        rows = measure(arguments)
+    report = tables(rows, about, arguments.running)
+    print(report)
+    if arguments.json:
+        document = {"header": about, "rows": [dataclasses.asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    if arguments.write:
+        results = ROOT / "benchmarks" / "RESULTS.md"
+        write_section(results, f"bench_end_to_end.py: {about['gpu']}", report, "Whole models")
+        plots(rows, about)
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """All systems at all context lengths."""
     deadline = time.monotonic() + arguments.seconds
     rows: list[Row] = []
     for shape in arguments.shapes:
@@ -82,18 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows += measure_shared(model, shape, layers, arguments, deadline)
                 if layers == arguments.layers[-1] and not arguments.no_peers:
                     rows += measure_peers(model, shape, arguments, deadline)
-    report = tables(rows, about, arguments)
-    print(report)
-    if arguments.json:
-        document = {"header": about, "rows": [dataclasses.asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
-    if arguments.write:
-        write_section(
-            ROOT / "benchmarks" / "RESULTS.md", f"bench_end_to_end.py: {about['gpu']}", report, "Whole models"
-        )
-        for shape in arguments.shapes:
-            plots(rows, shape, about)
-    return 0
+    return rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -112,6 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-peers", action="store_true", help="this package alone")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="kernel tables of one 131072-token run go there")
     parser.add_argument("--write", action="store_true", help="put tables and plots into benchmarks/")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing, take stored numbers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     return parser.parse_args(argv)
 
@@ -186,9 +199,11 @@ def measure_shared(
         warm = random_ids(8192, model.config.vocab_size, 2)
         for _ in range(2):
             model.generate(text, context_ids=warm, max_new_tokens=4, do_sample=False)
+        # half precision alone at the lengths that show the scaling
+        most = arguments.full_most if precision == "fp8" else math.inf
         for context in arguments.contexts:
-            if time.monotonic() > deadline:
-                break
+            if context > most or time.monotonic() > deadline:
+                continue
             row = Row(shape, system, context, weights=weight_bytes(model))
             rows.append(row)
             try:
@@ -198,7 +213,7 @@ def measure_shared(
             gc.collect()
             torch.cuda.empty_cache()
             print(json.dumps(dataclasses.asdict(row)), flush=True)
-        if arguments.profile and layers:
+        if arguments.profile:
             profile(model, text, arguments.profile / f"{shape}_{system.replace(' ', '')}.txt")
     return rows
 
@@ -231,14 +246,13 @@ def measure_row(model: SharedLLMForCausalLM, row: Row, text: Tensor, arguments: 
     row.first_token, row.retrieve, row.compress, row.prefill = map(
         statistics.median, (whole, retrieve, compress, prefill)
     )
-    times = {}
+    times: dict[int, list[float]] = {}
     for tokens in (1, 1 + arguments.tokens):
-        # once for the graph, once for the time
-        for _ in range(2):
-            times[tokens] = seconds(
-                lambda tokens=tokens: model.generate(text, memory=memory, max_new_tokens=tokens, do_sample=False)
-            )
-    row.per_token = (times[1 + arguments.tokens] - times[1]) / arguments.tokens
+        generate = partial(model.generate, text, memory=memory, max_new_tokens=tokens, do_sample=False)
+        times[tokens] = [seconds(generate) for _ in range(3)]
+    # the first call over a memory makes the graph of a step, which the others use again
+    row.per_token = (min(times[1 + arguments.tokens]) - min(times[1])) / arguments.tokens
+    row.graph = max(times[1 + arguments.tokens][0] - min(times[1 + arguments.tokens]), 0.0)
     row.peak = torch.cuda.max_memory_allocated()
 
 
@@ -250,17 +264,18 @@ def measure_peers(model: SharedLLMForCausalLM, shape: str, arguments: argparse.N
     full.load_state_dict(model.state_dict(keep_vars=True), strict=False, assign=True)
     full.eval()
     cudnn = partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True)
-    peers: list[tuple[str, int, Callable[[Row], None]]] = [
-        (FULL, arguments.full_most, partial(measure_full, full, arguments.running, contextlib.nullcontext)),
-        (FULL_CUDNN, arguments.full_most, partial(measure_full, full, arguments.running, cudnn)),
-        (EAGER, min(arguments.contexts), partial(measure_eager, model, arguments.running)),
+    lengths = [context for context in arguments.contexts if context <= arguments.full_most]
+    peers: list[tuple[str, list[int], Callable[[Row], None]]] = [
+        (FULL, lengths, partial(measure_full, full, arguments.running, contextlib.nullcontext)),
+        (FULL_CUDNN, lengths[-1:], partial(measure_full, full, arguments.running, cudnn)),
+        (EAGER, lengths[:1], partial(measure_eager, model, arguments.running)),
     ]
     rows = []
     for context in arguments.contexts:
-        for system, most, measure in peers:
-            if context > most or time.monotonic() > deadline:
+        for system, chosen, measure in peers:
+            if context not in chosen or time.monotonic() > deadline:
                 continue
-            name = f"{system}, M = {model.config.injection_layers}" if system == EAGER else system
+            name = f"M = {model.config.injection_layers}, {system}" if system == EAGER else system
             row = Row(shape, name, context, weights=weight_bytes(full))
             rows.append(row)
             torch.cuda.reset_peak_memory_stats()
@@ -366,24 +381,25 @@ def kind(kernel: str) -> str:
     return "others"
 
 
-def tables(rows: list[Row], about: dict[str, str], arguments: argparse.Namespace) -> str:
+def tables(rows: list[Row], about: dict[str, str], running: int) -> str:
     """Markdown tables, one for each shape."""
     text = [
         f"{about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}, torch {about['torch']}, commit "
-        f"{about['commit']}, {about['date']}. Context + {arguments.running} running tokens, bfloat16, batch 1, random "
-        "weights. Compress includes everything of the compressor but the choice of nodes (retrieve). State: context "
-        "memory, or key/value cache. Rest: peak without weights and state."
+        f"{about['commit']}, {about['date']}. Context + {running} running tokens, bfloat16, batch 1, random "
+        "weights. Compress includes everything of the compressor but the choice of nodes (retrieve). Graph: what "
+        "the first decoding over a memory costs once. State: context memory, or key/value cache. Rest: peak without "
+        "weights and state."
     ]
-    for shape in arguments.shapes:
+    for shape in dict.fromkeys(row.shape for row in rows):
         text += ["", f"### {shape}", ""]
         names = (
             "first token, s | retrieve, ms | compress, s | prefill, s | per token, ms | state, GB | peak, GB | rest, GB"
         )
         text += [f"| context | system | {names} |"]
-        text += ["| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        text += ["| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
         for row in sorted((row for row in rows if row.shape == shape), key=lambda row: (row.context, row.system)):
             if row.note:
-                text.append(f"| {row.context} | {row.system} | {row.note} | | | | | | | |")
+                text.append(f"| {row.context} | {row.system} | {row.note} | | | | | | | | |")
                 continue
             cells = (
                 digits(row.first_token, 3),
@@ -391,6 +407,7 @@ def tables(rows: list[Row], about: dict[str, str], arguments: argparse.Namespace
                 digits(row.compress, 3),
                 digits(row.prefill, 3),
                 digits(row.per_token * 1e3, 2),
+                digits(row.graph * 1e3, 0),
                 digits(row.state / GB, 2),
                 digits(row.peak / GB, 1),
                 digits((row.peak - row.weights - row.state) / GB, 2),
@@ -403,18 +420,19 @@ def digits(value: float, places: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{places}f}"
 
 
-def plots(rows: list[Row], shape: str, about: dict[str, str]) -> None:
+def plots(rows: list[Row], about: dict[str, str]) -> None:
     """Time to the first token and peak memory against the context, both axes logarithmic."""
     folder = ROOT / "benchmarks" / "plots"
     folder.mkdir(exist_ok=True)
-    for field, label, scale in (("first_token", "time to first token, s", 1.0), ("peak", "peak memory, GB", GB)):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            value = getattr(row, field) / scale
-            if row.shape == shape and not row.note and value > 0:
-                lines.setdefault(row.system, []).append((row.context, value))
+    for shape in dict.fromkeys(row.shape for row in rows):
         title = f"{shape}, {about['gpu']}, {about['commit']}, {about['date'][:10]}"
-        (folder / f"{shape}_{field}.svg").write_text(line_plot(lines, title, "context, tokens", label))
+        for field, label, scale in (("first_token", "time to first token, s", 1.0), ("peak", "peak memory, GB", GB)):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                value = getattr(row, field) / scale
+                if row.shape == shape and not row.note and value > 0:
+                    lines.setdefault(row.system, []).append((row.context, value))
+            (folder / f"{shape}_{field}.svg").write_text(line_plot(lines, title, "context, tokens", label))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The GPU benchmarks' own logic, without a GPU: comparison with a baseline, checks, tables."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -12,7 +13,9 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-baseline, cases, run_gpu = (importlib.import_module(name) for name in ("baseline", "cases", "run_gpu"))
+baseline, cases, run_gpu, bench_end_to_end = (
+    importlib.import_module(name) for name in ("baseline", "cases", "run_gpu", "bench_end_to_end")
+)
 sys.path.remove(str(FOLDER))
 
 
@@ -277,3 +280,30 @@ def test_a_slowdown_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "slower: gone: expected a case of this name" in printed
     assert "the machine differs from the baseline's: gemm" in printed
     assert session.compare({"microseconds": {names[0]: 19.9}}) == 0
+
+
+def test_end_to_end_tables_and_plots_from_stored_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    header = {"gpu": "G", "driver": "1", "cuda": "2", "torch": "3", "commit": "abc", "date": "2026-01-02 03:04 UTC"}
+    rows = [
+        bench_end_to_end.Row("llama-2-7b", "M = 4", 8192, 0.1, 0.01, 0.05, 0.02, 0.005, 0.1, 13, 10**9, 16 * 10**9),
+        bench_end_to_end.Row("llama-2-7b", "M = 4", 16384, 0.2, peak=17 * 10**9),
+        bench_end_to_end.Row("llama-2-7b", "full attention", 8192, note="out of memory"),
+    ]
+    files = []
+    for index, row in enumerate(rows):
+        files.append(tmp_path / f"{index}.json")
+        files[-1].write_text(json.dumps({"header": header, "rows": [dataclasses.asdict(row)]}))
+    (tmp_path / "benchmarks").mkdir()
+    results = tmp_path / "benchmarks" / "RESULTS.md"
+    results.write_text("# Results\n")
+    monkeypatch.setattr(bench_end_to_end, "ROOT", tmp_path)
+    for _ in range(2):
+        assert bench_end_to_end.main(["--write", "--merge", *map(str, files)]) == 0
+    table = results.read_text()
+    assert table.count("### llama-2-7b") == 1 and "| 8192 | full attention | out of memory |" in table
+    assert "| 8192 | M = 4 | 0.100 | 10.0 | 0.050 | 0.020 | 5.00 |" in table
+    plot = (tmp_path / "benchmarks" / "plots" / "llama-2-7b_first_token.svg").read_text()
+    assert "M = 4" in plot and "16K" in plot and "full attention" not in plot
+    files[0].write_text(json.dumps({"header": {**header, "gpu": "H"}, "rows": []}))
+    assert bench_end_to_end.main(["--merge", *map(str, files)]) == 2
+    assert "expected runs of one machine and commit, got other ['gpu'" in capsys.readouterr().err
