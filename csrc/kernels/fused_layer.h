@@ -34,7 +34,7 @@ struct FusedLayerParams {
 // Everything in float32 and rounded once; the norm is that of the rounded sum. codes = value * (1 / largest
 // magnitude * 448) and scale = largest / 448. A largest magnitude below 2^-100 counts as 0: codes 0, scale 1. One that
 // is not finite becomes the scale, with codes of 0, so that the row reads back as NaN. Any strides and addresses; rows
-// of whole 16-byte units (and of at most 16384 elements, but for the product without codes) are several times faster.
+// of whole 16-byte units (and of at most 16384 elements, but for the product without codes) are fastest.
 cudaError_t launch_fused_layer(RowFunction function, const FusedLayerParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm

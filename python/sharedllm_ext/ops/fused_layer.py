@@ -48,7 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: ``[T, d]`` float32, bfloat16, float16 or float64. On CUDA rows of whole 16-byte units and at most 16384
-            elements are read once; others are several times slower.
+            elements are read once; others are slower.
         weight: ``[d]``.
         eps: added to the mean square.
 
