@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
   m.def(
       "decode_append(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor first, Tensor cos,"
       " Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, int window, bool overlap, Tensor? prefetch,"
-      " int prefetch_bytes, Tensor? prefetch2, int prefetch2_bytes) -> (Tensor q, Tensor slot_range)");
+      " int prefetch_bytes) -> (Tensor q, Tensor slot_range)");
   m.def("silu_product(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_product_fp8(Tensor gate, Tensor up) -> (Tensor codes, Tensor scale)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

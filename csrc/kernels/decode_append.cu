@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kThreads) append(const __grid_constant__ Decod
       for (int i = 2 * half + lane; i < p.head_size; i += 32) to[i] = from_float<T>(read(i));
     }
   }
-  prefetch_share(p.prefetch[0], p.prefetch_bytes[0]);
-  prefetch_share(p.prefetch[1], p.prefetch_bytes[1]);
+  prefetch_share(p.prefetch, p.prefetch_bytes);
 }
 
 template <class T>

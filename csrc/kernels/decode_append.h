@@ -10,19 +10,19 @@
 namespace sharedllm {
 
 struct DecodeAppendParams {
-  const void* qkv;          // [B, (Hq + 2 Hkv) D]: all query heads, all key heads, all value heads
-  const void* q_norm;       // [D], or null
-  const void* k_norm;       // [D], or null
-  const int64_t* length;    // [B], tokens that the cache holds of each row
-  const int64_t* first;     // [B], of which this many are padding, in front
-  const float* cos;         // [P, R/2]
-  const float* sin;         // [P, R/2]
-  void* keys;               // [B, capacity, Hkv, D]
-  void* values;             // [B, capacity, Hkv, D]
-  void* q;                  // [B, Hq, D], contiguous
-  int64_t* slot_range;      // [B, 2], contiguous: the row's slots of the cache seen as [B * capacity, Hkv, D]
-  const void* prefetch[2];  // what the next kernels read, or null
-  int64_t prefetch_bytes[2];
+  const void* qkv;        // [B, (Hq + 2 Hkv) D]: all query heads, all key heads, all value heads
+  const void* q_norm;     // [D], or null
+  const void* k_norm;     // [D], or null
+  const int64_t* length;  // [B], tokens that the cache holds of each row
+  const int64_t* first;   // [B], of which this many are padding, in front
+  const float* cos;       // [P, R/2]
+  const float* sin;       // [P, R/2]
+  void* keys;             // [B, capacity, Hkv, D]
+  void* values;           // [B, capacity, Hkv, D]
+  void* q;                // [B, Hq, D], contiguous
+  int64_t* slot_range;    // [B, 2], contiguous: the row's slots of the cache seen as [B * capacity, Hkv, D]
+  const void* prefetch;   // what the next kernels read, or null
+  int64_t prefetch_bytes;
   int64_t qkv_stride;       // elements between rows; the last stride is 1
   int64_t key_stride[3];    // between rows, tokens, heads; the last stride is 1
   int64_t value_stride[3];  // likewise

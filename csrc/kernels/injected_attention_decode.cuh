@@ -11,7 +11,6 @@
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/mma.cuh"
-#include "kernels/common/overlap.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_decode.h"
@@ -880,9 +879,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
            const __grid_constant__ std::conditional_t<C::kEightBit, Scales, Nothing> scales, uint64_t hint) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr bool kCompiled = true;
-  // the merging kernel may settle beside this one and wait; this one does the same behind the kernel in front of it
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+  // the merging kernel may settle beside this one and wait
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #else
   constexpr bool kCompiled = !C::kBulk;
 #endif
@@ -1112,10 +1110,10 @@ __global__ void __launch_bounds__(kMergeThreads)
     token_and_head =
         static_cast<int64_t>(place.span.q_begin + query) * p.q_heads + (head * group + (packed - query * group));
   }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // also by blocks without work: whatever comes after this kernel must not overtake the one before it
-  wait_for_previous_kernel();
-  // the projection behind may load its first weights meanwhile
-  let_next_kernel_start();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   if (parts <= 1) return;
   const auto workspace_row = [&](int part) {
     return (static_cast<int64_t>(2 * (first_worker + part) + (part == 0 ? 1 : 0)) * p.kv_heads + head) * kRows + r;
@@ -1279,17 +1277,8 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
   constexpr int64_t kLarge = int64_t{128} << 20;
   constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
   const uint64_t hint = 2 * p.num_slots * p.kv_heads * C::kRowBytes > kLarge ? kEvictNormal : kEvictFirst;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(C::kThreads);
-  config.dynamicSmemBytes = C::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = C::kBulk ? 1 : 0;
-  status = cudaLaunchKernelEx(&config, attend<C>, p, maps, kernel_scales, hint);
+  attend<C><<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps, kernel_scales, hint);
+  status = cudaGetLastError();
   if (status != cudaSuccess || p.splits == 1) return status;
   return launch_merge<C>(p, stream);
 }

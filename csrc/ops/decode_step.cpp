@@ -101,8 +101,7 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
 std::tuple<Tensor, Tensor> decode_append(Tensor qkv, Tensor keys, Tensor values, Tensor length, Tensor first,
                                          Tensor cos, Tensor sin, std::optional<Tensor> q_norm,
                                          std::optional<Tensor> k_norm, double eps, int64_t window, bool overlap,
-                                         std::optional<Tensor> prefetch, int64_t prefetch_bytes,
-                                         std::optional<Tensor> prefetch2, int64_t prefetch2_bytes) {
+                                         std::optional<Tensor> prefetch, int64_t prefetch_bytes) {
   check(qkv.is_cuda(), "qkv: expected a tensor on cuda, got one on another kind of device");
   const int32_t device = qkv.get_device_index();
   const ScalarType dtype = qkv.scalar_type();
@@ -163,8 +162,7 @@ std::tuple<Tensor, Tensor> decode_append(Tensor qkv, Tensor keys, Tensor values,
   p.rotary_half = static_cast<int32_t>(cos.size(1));
   p.eps = static_cast<float>(eps);
   p.overlap = overlap;
-  describe_prefetch(prefetch, prefetch_bytes, &p.prefetch[0], &p.prefetch_bytes[0]);
-  describe_prefetch(prefetch2, prefetch2_bytes, &p.prefetch[1], &p.prefetch_bytes[1]);
+  describe_prefetch(prefetch, prefetch_bytes, &p.prefetch, &p.prefetch_bytes);
   check_launch("decode_append", launch_decode_append(p, current_stream(device)));
   return {q, slot_range};
 }

@@ -133,6 +133,7 @@ def test_turns(counted: list[int]) -> None:
 def test_growing_beyond_the_capacity(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     reserve = decoding.PreallocatedLayer.reserve
+    monkeypatch.setattr(decoding, "CAPACITY_STEP", 1)
 
     def little(self: Any, tokens: int) -> None:
         self._limit = tokens + 2 if tokens > self.capacity else self._limit
@@ -182,7 +183,6 @@ def test_other_memory_counts(counted: list[int]) -> None:
 
 def test_graph_dies_with_its_cache(counted: list[int]) -> None:
     model, text = builders.model(), builders.ids(1, 9)
-    model.generate(text, do_sample=False, **STEPS)
     gc.collect()
     before = len(decoding._RUNNERS)
     out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
@@ -191,6 +191,50 @@ def test_graph_dies_with_its_cache(counted: list[int]) -> None:
     del out
     gc.collect()
     assert len(decoding._RUNNERS) == before and runner() is None
+
+
+def test_the_next_generate_goes_on_in_the_same_storage(counted: list[int]) -> None:
+    model = builders.model()
+    memory = model.compress(builders.ids(2, 70))
+    settings = {"memory": memory, "do_sample": False, **STEPS}
+    texts = [builders.ids(2, 9), builders.ids(2, 14), builders.ids(1, 9), builders.ids(2, 9)]
+    expected = [_ordinary(model, text, **settings) for text in texts[:2]]
+    decoding.release(model)
+    made = []
+    for text, tokens in zip(texts[:2], expected, strict=True):
+        assert torch.equal(model.generate(text, **settings), tokens)
+        made.append(decoding._SPARES[model])
+    assert made[0][1] is made[1][1] and made[0][0][0][0] is made[1][0][0][0]
+    assert made[1][1]._memory is None and not made[1][1]._parameters
+    # another memory, other parameters, another batch: right, by another graph
+    other = {**settings, "memory": model.compress(builders.ids(2, 90))}
+    for text, given in ((texts[3], other), (texts[2], {**other, "memory": None}), (texts[3], settings)):
+        assert torch.equal(model.generate(text, **given), _ordinary(model, text, **given))
+    model.load_state_dict({name: x.clone().roll(1) for name, x in model.state_dict().items()}, assign=True)
+    plain = {**settings, "memory": None}
+    assert torch.equal(model.generate(texts[0], **plain), _ordinary(model, texts[0], **plain))
+    decoding.release(model)
+    assert model not in decoding._SPARES
+
+
+def test_a_cache_that_others_hold_is_left_to_them(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = builders.model(), builders.ids(1, 9)
+    out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
+    assert model not in decoding._SPARES
+    keys = out.past_key_values.layers[0].keys.clone()
+    model.generate(builders.ids(1, 9), do_sample=False, **STEPS)
+    assert torch.equal(out.past_key_values.layers[0].keys, keys)
+    monkeypatch.setattr(decoding, "KEPT_BYTES", 10)
+    model.generate(text, do_sample=False, **STEPS)
+    assert model not in decoding._SPARES
+    monkeypatch.undo()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(text, do_sample=False, stopping_criteria=[fail], **STEPS)
+    assert decoding._pending.cache is None and model not in decoding._SPARES
 
 
 @pytest.mark.parametrize(
@@ -349,11 +393,11 @@ def test_cache_is_a_dynamic_cache() -> None:
 
 
 def test_cache_limit_bounds_the_memory() -> None:
-    cache = PreallocatedCache(builders.base().config, limit=20)
+    cache = PreallocatedCache(builders.base().config, limit=300)
     cache.update(_states(5), _states(5), 0)
-    assert cache.layers[0].capacity == 20
-    cache.update(_states(40), _states(40), 0)
-    assert cache.layers[0].capacity >= 45 and cache.get_seq_length() == 45
+    assert cache.layers[0].capacity == 512
+    cache.update(_states(600), _states(600), 0)
+    assert cache.layers[0].capacity >= 605 and cache.get_seq_length() == 605
 
 
 def test_cache_takes_assigned_tensors() -> None:
@@ -409,11 +453,16 @@ def test_graph_and_operators_agree(family: str, with_memory: bool) -> None:
 def test_generate_on_cuda_uses_a_graph() -> None:
     base = builders.base("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
     model = builders.SharedLLMForCausalLM.from_base(base.to("cuda", torch.bfloat16), **builders.TREE)
+    memory = model.compress(builders.ids(2, 90).cuda())
     text = builders.ids(2, 9).cuda()
-    out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
-    assert decoding._RUNNERS[out.past_key_values]._graph is not None
-    torch.manual_seed(0)
+    settings = {"memory": memory, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, **STEPS}
+    out = model.generate(text, **settings)
+    cache = out.past_key_values
+    assert decoding._RUNNERS[cache]._graph is not None
     turn = torch.cat((out.sequences, text), 1)
-    settings = {"do_sample": False, **STEPS}
-    more = model.generate(turn, past_key_values=out.past_key_values, **settings)
-    assert torch.equal(more, model.generate(turn, **settings))
+    more = model.generate(turn, past_key_values=cache, **settings)
+    for result, begin in ((out, 9), (more, turn.shape[1])):
+        with torch.no_grad():
+            expected = model(result.sequences[:, :-1], memory=memory).logits[:, begin - 1 :].float()
+        got = torch.stack(result.logits, 1)
+        assert (got - expected).norm() / expected.norm() < 0.03

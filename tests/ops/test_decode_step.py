@@ -297,7 +297,7 @@ def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
             torch.ops.sharedllm.decode_linear, (case["x"], *matrices, *biases, *rest), test_utils=tests
         )
     data = _append_case(generator, device, torch.float32, 2, (4, 2), 64, 32)
-    arguments = (*data.values(), None, None, 0.0, 3, False, None, 0, None, 0)
+    arguments = (*data.values(), None, None, 0.0, 3, False, None, 0)
     torch.library.opcheck(torch.ops.sharedllm.decode_append, arguments, test_utils=tests)
 
 

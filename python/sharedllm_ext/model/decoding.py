@@ -33,13 +33,13 @@ MAX_BATCH = 8
 HEAD_SIZES = (64, 96, 128, 256)
 #: Rope types whose frequencies do not follow the sequence length.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-#: Bytes that a kernel asks for in L2 when it ends, of what the next one reads: about 3 us pass until that one has its
-#: input and goes on loading.
-NEXT_BYTES = 12 << 20
-#: Likewise of the cached keys and of the values, by the kernels in front of the attention.
-CACHE_BYTES = 10 << 20
-#: Likewise of the output projection's weights, which come while the attention reads what is in L2 already.
-OUTPUT_BYTES = 8 << 20
+#: Bytes of the output projection's weights that are asked for in L2 in front of an attention. More delays the
+#: attention's own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
+PREFETCH_BYTES = 6 << 20
+#: A cache has room for a multiple of this many tokens, so that the next generate's mostly fits into the same storage.
+CAPACITY_STEP = 256
+#: Bytes of a cache that are kept, with its graph, for the next generate of the same model.
+KEPT_BYTES = 1 << 30
 #: For tests: run the step, without a graph, on the CPU too.
 RUN_ON_CPU = False
 
@@ -58,9 +58,11 @@ class PreallocatedLayer(DynamicLayer):
 
     Args:
         limit: tokens that will never be exceeded, as far as is known; the room kept free ends there. ``None``: unknown.
+        spare: storage of keys and of values that nobody else uses, taken if the first states fit into it.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, spare: tuple[Tensor, Tensor] | None = None) -> None:
+        self._spare = spare
         self._key_storage: Tensor | None = None
         self._value_storage: Tensor | None = None
         self._length = 0
@@ -111,12 +113,22 @@ class PreallocatedLayer(DynamicLayer):
         """Take over batch, heads, dtype and device of the first states ``[B, Hkv, tokens, D]``."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._length = 0
+        self.is_initialized = True
+        spare, self._spare = self._spare, None
+        batch, heads, _, size = key_states.shape
+        if spare is not None and all(
+            (storage.shape[0], *storage.shape[2:]) == (batch, heads, size)
+            and storage.dtype == states.dtype
+            and storage.device == states.device
+            for storage, states in zip(spare, (key_states, value_states), strict=True)
+        ):
+            self._key_storage, self._value_storage = spare
+            return
         self._key_storage = key_states.transpose(1, 2)[:, :0].contiguous()
         self._value_storage = value_states.transpose(1, 2)[:, :0].contiguous()
-        self.is_initialized = True
 
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` in all, with a quarter more (at least 1024) where the limit allows it."""
+        """Make room for ``tokens`` in all, with a quarter more (at least 1024) if the limit allows it, rounded up."""
         if self._key_storage is None or self._value_storage is None:
             return
         # what inference mode made cannot be written outside of it
@@ -126,6 +138,7 @@ class PreallocatedLayer(DynamicLayer):
         room = tokens + max(tokens // 4, 1024)
         if self._limit is not None and self._limit >= tokens:
             room = min(room, self._limit)
+        room = -(-room // CAPACITY_STEP) * CAPACITY_STEP
         self._key_storage = self._moved(self._key_storage, room)
         self._value_storage = self._moved(self._value_storage, room)
 
@@ -197,12 +210,17 @@ class PreallocatedCache(Cache):
     Args:
         config: of the decoder (``num_hidden_layers``).
         limit: tokens that will never be exceeded, as far as is known; saves memory.
+        spares: for each layer a storage that nobody else uses.
     """
 
     layers: Any
 
-    def __init__(self, config: Any, limit: int | None = None) -> None:
-        super().__init__(layers=[PreallocatedLayer(limit) for _ in range(config.num_hidden_layers)])
+    def __init__(
+        self, config: Any, limit: int | None = None, spares: list[tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        count = config.num_hidden_layers
+        own: list[Any] = [None] * count if spares is None else spares
+        super().__init__(layers=[PreallocatedLayer(limit, spare) for spare in own])
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in all; where that moves the storage, a graph of the decoding step is made anew."""
@@ -239,9 +257,8 @@ class DecodeRunner:
         self.batch = batch
         self.length_on_host = -1
         self._model = weakref.ref(model)
-        # what the graph reads must live as long as it does
-        self._parameters = [parameter.detach() for parameter in model.parameters()]
-        self._memory = memory
+        self._parameters: list[Tensor] = []
+        self._memory: ContextMemory | None = None
         self._storages = [layer.storage for layer in cache.layers]
         self._context = None if memory is None else model._injected_context(memory, batch, 1, device)
         self._tables = model._rope_tables(cache.layers[0].capacity, device)
@@ -254,10 +271,10 @@ class DecodeRunner:
         self._first = torch.zeros(batch, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._use_graph = graph
-        self._cached = 0
         self._warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
+        self.hold(model, memory)
 
     def fits(self, cache: PreallocatedCache, state: tuple[Any, ...], batch: int) -> bool:
         """Whether this runner's graph is one of these parameters, this memory and the cache's present storage."""
@@ -270,6 +287,19 @@ class DecodeRunner:
                 for layer, (keys, values) in zip(cache.layers, self._storages, strict=True)
             )
         )
+
+    def hold(self, model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> None:
+        """Keep alive what the graph reads: parameters and memory of :attr:`state`."""
+        self._parameters = [parameter.detach() for parameter in model.parameters()]
+        self._memory = memory
+        if self._context is not None and memory is not None:
+            self._context.keys, self._context.values = memory.keys, memory.values
+
+    def release(self) -> None:
+        """Let go of parameters and memory; :meth:`hold` comes before the next run."""
+        self._parameters, self._memory, self.length_on_host = [], None, -1
+        if self._context is not None:
+            self._context.keys, self._context.values = [], []
 
     def set_padding(self, first: Tensor) -> None:
         """Padding tokens in front of each row, ``[B]`` int64."""
@@ -292,7 +322,6 @@ class DecodeRunner:
         if self._graph is not None:
             self._graph.replay()
         elif self._use_graph and self._warm:
-            self._cached = length
             self._capture()
             assert self._graph is not None
             self._graph.replay()
@@ -322,35 +351,21 @@ class DecodeRunner:
 
     def _step(self) -> Tensor:
         model: Any = self._model()
-        layers = model.model.layers
         x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
-        for i, (layer, storage) in enumerate(zip(layers, self._storages, strict=True)):
-            injection = getattr(layer, "injection", None) if self._context is not None else None
+        for layer, storage in zip(model.model.layers, self._storages, strict=True):
+            x = self._attend(x, layer.self_attn, layer.input_layernorm, *storage)
+            injection = getattr(layer, "injection", None)
+            if injection is not None and self._context is not None:
+                x = self._inject(x, injection)
             norm, mlp = layer.post_attention_layernorm, layer.mlp
-            following = layers[i + 1].self_attn.q_proj if i + 1 < len(layers) else model.lm_head
-            behind = mlp.gate_proj if injection is None else injection.q_proj
-            x = self._attend(x, layer.self_attn, layer.input_layernorm, storage, behind.weight)
-            if injection is not None:
-                x = self._inject(x, injection, mlp.gate_proj.weight)
-            hidden = _product(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True, following=mlp.down_proj.weight)
-            x = _product(hidden, (mlp.down_proj,), residual=x, following=following.weight)
+            hidden = _product(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True)
+            x = _product(hidden, (mlp.down_proj,), residual=x)
         logits = _product(x, (model.lm_head,), model.model.norm)
         self._length.add_(1)
         return logits
 
-    def _attend(self, x: Tensor, attention: Any, norm: Any, storage: tuple[Tensor, ...], following: Tensor) -> Tensor:
-        keys, values = storage
-        window = _window(attention)
-        # what every step reads: the tokens that were cached when the graph was made
-        cached = 0 if 0 < window <= self._cached else self._cached * keys.stride(1) * keys.element_size()
-        cached = min(cached, CACHE_BYTES)
-        qkv = _product(
-            x,
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            norm,
-            following=keys,
-            following_bytes=cached,
-        )
+    def _attend(self, x: Tensor, attention: Any, norm: Any, keys: Tensor, values: Tensor) -> Tensor:
+        qkv = _product(x, (attention.q_proj, attention.k_proj, attention.v_proj), norm)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         q, slot_range = decode_append(
             qkv,
@@ -362,12 +377,10 @@ class DecodeRunner:
             q_norm=None if q_norm is None else q_norm.weight,
             k_norm=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.variance_epsilon,
-            window=window,
+            window=_window(attention),
             overlap=True,
-            prefetch=values,
-            prefetch_bytes=cached,
-            prefetch2=attention.o_proj.weight,
-            prefetch2_bytes=OUTPUT_BYTES,
+            prefetch=attention.o_proj.weight,
+            prefetch_bytes=PREFETCH_BYTES,
         )
         out, _ = injected_attention(
             q,
@@ -379,19 +392,18 @@ class DecodeRunner:
             *self._no_rotation,
             attention.scaling,
         )
-        return _product(out.flatten(1), (attention.o_proj,), residual=x, following=following)
+        return _product(out.flatten(1), (attention.o_proj,), residual=x)
 
-    def _inject(self, x: Tensor, injection: Any, following: Tensor) -> Tensor:
+    def _inject(self, x: Tensor, injection: Any) -> Tensor:
         context: Any = self._context
-        keys, values = context.keys[injection.layer_index], context.values[injection.layer_index]
-        query = _product(x, (injection.q_proj,), injection.norm, following=keys)
+        query = _product(x, (injection.q_proj,), injection.norm, prefetch=injection.o_proj.weight)
         query = query.view(self.batch, -1, injection.head_dim)
         if injection.q_norm is not None:
             query = injection.q_norm(query)
         out, _ = injected_attention(
             query,
-            keys,
-            values,
+            context.keys[injection.layer_index],
+            context.values[injection.layer_index],
             context.cu_q,
             context.slot_range,
             context.q_position,
@@ -399,7 +411,7 @@ class DecodeRunner:
             context.sin,
             injection.scaling,
         )
-        return _product(out.flatten(1), (injection.o_proj,), residual=x, following=following)
+        return _product(out.flatten(1), (injection.o_proj,), residual=x)
 
 
 def _product(
@@ -409,10 +421,9 @@ def _product(
     *,
     residual: Tensor | None = None,
     gated: bool = False,
-    following: Tensor | None = None,
-    following_bytes: int | None = None,
+    prefetch: Tensor | None = None,
 ) -> Tensor:
-    """Norm, linear modules and residual in one kernel, which asks for what the following one reads."""
+    """Norm, linear modules and residual in one kernel."""
     return decode_linear(
         x,
         [module.weight for module in modules],
@@ -423,8 +434,8 @@ def _product(
         gated=gated,
         # nothing writes parameters between the kernels of a step, and its first kernel does not overlap
         overlap=True,
-        prefetch=following,
-        prefetch_bytes=NEXT_BYTES if following_bytes is None else following_bytes,
+        prefetch=prefetch,
+        prefetch_bytes=PREFETCH_BYTES if prefetch is not None else 0,
     )
 
 
@@ -583,6 +594,7 @@ class DecodeCall:
             runner = DecodeRunner(self.model, cache, self.memory, batch, cache.layers[0].storage[0].is_cuda)
             fresh = True
         if fresh:
+            runner.hold(self.model, self.memory)
             runner.set_padding(torch.zeros_like(runner._first) if self.first is None else self.first)
             _RUNNERS[cache] = runner
             self.runner = runner
@@ -591,12 +603,52 @@ class DecodeCall:
 
 # a graph lives as long as the cache that it writes to
 _RUNNERS: "weakref.WeakKeyDictionary[Cache, DecodeRunner]" = weakref.WeakKeyDictionary()
+# of the last generate that kept its cache to itself: storage of every layer, and the graph over it
+_SPARES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[Tensor, Tensor]], DecodeRunner | None]]"
+_SPARES = weakref.WeakKeyDictionary()
+
+
+def new_cache(model: "SharedLLMForCausalLM", limit: int | None) -> PreallocatedCache:
+    """A cache for one ``generate``, in the storage of the last one where that fits; see :func:`keep_for_next`."""
+    storages, runner = _SPARES.pop(model, (None, None))
+    cache = PreallocatedCache(model.config.text_config, limit, storages)
+    if runner is not None:
+        # looked at before it is used, as every runner is
+        _RUNNERS[cache] = runner
+    _pending.cache = cache
+    return cache
+
+
+def keep_for_next(model: "SharedLLMForCausalLM", seen: bool) -> None:
+    """At the end of a ``generate``: keep the cache that :func:`new_cache` made, unless others may have ``seen`` it.
+
+    What is kept is the cache's storage, up to ``KEPT_BYTES``, and the graph, without holding on to parameters or
+    memory. The graph is used again if all it reads lies where it lay.
+    """
+    cache, _pending.cache = _pending.cache, None
+    if cache is None or seen or any(layer._key_storage is None for layer in cache.layers):
+        return
+    storages = [layer.storage for layer in cache.layers]
+    if sum(x.numel() * x.element_size() for pair in storages for x in pair) > KEPT_BYTES:
+        return
+    if any(x.is_inference() for pair in storages for x in pair):
+        return
+    runner = _RUNNERS.pop(cache, None)
+    if runner is not None:
+        runner.release()
+    _SPARES[model] = (storages, runner)
+
+
+def release(model: "SharedLLMForCausalLM") -> None:
+    """Give the memory back that is kept for the model's next ``generate``."""
+    _SPARES.pop(model, None)
 
 
 class _Pending(threading.local):
     """Between the two questions that generate asks: whether there is another forward pass, and for it."""
 
     call: DecodeCall | None = None
+    cache: PreallocatedCache | None = None
 
 
 _pending = _Pending()

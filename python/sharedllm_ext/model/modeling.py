@@ -29,7 +29,7 @@ from .compressor import (
     upload,
 )
 from .configuration import SharedLLMConfig
-from .decoding import PreallocatedCache, offer_call, supports, take_call
+from .decoding import keep_for_next, new_cache, offer_call, supports, take_call
 from .injection import InjectedAttention, InjectedContext, install_injection
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8
 from .memory import ContextMemory, describe_difference
@@ -681,10 +681,13 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["memory"] = memory
         parent: Any = super()
         self._trusts_ids = input_ids is not None
+        seen = True  # whether somebody else may hold the cache
         try:
             result = parent.generate(input_ids, generation_config, *args, **kwargs)
+            seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:
             self._trusts_ids = False
+            keep_for_next(self, seen)
         if prefix is None:
             return result
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -727,7 +730,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         single = str(getattr(generation_mode, "value", generation_mode)) in ("greedy_search", "sample")
         if plain and single and model_kwargs.get("past_key_values") is None and supports(self):
             limit = kwargs.get("max_cache_length", args[1] if len(args) > 1 else None)
-            model_kwargs["past_key_values"] = PreallocatedCache(self.config.text_config, limit)
+            model_kwargs["past_key_values"] = new_cache(self, limit)
             return None
         parent: Any = super()
         return parent._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)

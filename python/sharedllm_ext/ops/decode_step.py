@@ -106,8 +106,6 @@ def decode_append(
     overlap: bool = False,
     prefetch: Tensor | None = None,
     prefetch_bytes: int = 0,
-    prefetch2: Tensor | None = None,
-    prefetch2_bytes: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Between the projections and the attention of one new token a row: head norms, rotation, the cache's new entry.
 
@@ -125,7 +123,7 @@ def decode_append(
         eps: of those norms.
         window: tokens that a query sees, itself among them; 0: all.
         overlap: begin while the kernel in front still runs (9.0); its results are waited for, so this is always safe.
-        prefetch, prefetch_bytes, prefetch2, prefetch2_bytes: as for :func:`decode_linear`, one behind the other.
+        prefetch, prefetch_bytes: as for :func:`decode_linear`.
 
     Returns:
         q: ``[B, Hq, D]``, rotated.
@@ -160,9 +158,8 @@ def decode_append(
         return _reference.decode_append(
             qkv, keys, values, length, first, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, window=window
         )
-    hints = (prefetch, prefetch_bytes, prefetch2, prefetch2_bytes)
     return torch.ops.sharedllm.decode_append(
-        qkv, keys, values, length, first, cos, sin, q_norm, k_norm, eps, window, overlap, *hints
+        qkv, keys, values, length, first, cos, sin, q_norm, k_norm, eps, window, overlap, prefetch, prefetch_bytes
     )
 
 
@@ -204,8 +201,6 @@ def _plain_append(
     overlap: bool,
     prefetch: Tensor | None,
     prefetch_bytes: int,
-    prefetch2: Tensor | None,
-    prefetch2_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     return _reference.decode_append(
         qkv, keys, values, length, first, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, window=window
