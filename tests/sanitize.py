@@ -1,6 +1,6 @@
 """Every CUDA operator and path once, at small hostile shapes: what compute-sanitizer runs (see ``sanitize.sh``).
 
-python tests/sanitize.py [--list] [NAME ...]
+python tests/sanitize.py [--list] [--part I/N] [NAME ...]
 
 Inputs are made on the CPU, so that the tools see little else than this package's kernels. Prints the number of calls
 last; an operator without a CUDA kernel is left out and named.
@@ -128,9 +128,11 @@ def compression(size: int, rotary: int, dtype: torch.dtype, with_q: bool, backwa
     return run
 
 
-def node_vectors(heads: tuple[int, int], size: int, dtype: torch.dtype, backward: bool) -> Callable[[], object]:
-    """Nodes of many lengths, overlapping, one of them empty; tokens in no node; several tiles to a worker."""
-    spans = [(0, 512), (512, 129), (100, 64), (3, 1), (640, 0), (1, 257), (600, 41), *((i, 512) for i in range(100))]
+def node_vectors(
+    heads: tuple[int, int], size: int, dtype: torch.dtype, backward: bool, more: int
+) -> Callable[[], object]:
+    """Nodes of many lengths, overlapping, one of them empty; tokens in no node."""
+    spans = [(0, 512), (512, 129), (100, 64), (3, 1), (640, 0), (1, 257), (600, 41), *((i, 512) for i in range(more))]
     q, k, v = (noise(len(spans), heads[0], size, dtype=dtype), *(noise(700, heads[1], size, dtype=dtype) for _ in "kv"))
     arguments = (q, k, v, integers(spans), *tables(512, size // 2), size**-0.5)
     if backward:
@@ -139,8 +141,8 @@ def node_vectors(heads: tuple[int, int], size: int, dtype: torch.dtype, backward
 
 
 def tree_node_vectors(heads: tuple[int, int], size: int, levels: int, dtype: torch.dtype) -> Callable[[], object]:
-    """Roots of many lengths, some too short for their levels, one of them empty; several tiles to a worker."""
-    spans = [(0, 512), (512, 129), (100, 3), (3, 1), (640, 0), (600, 41), *((i, 512) for i in range(100))]
+    """Roots of many lengths, some too short for their levels, one of them empty."""
+    spans = [(0, 512), (512, 129), (100, 3), (3, 1), (640, 0), (600, 41)]
     q = noise(len(spans), 2**levels, heads[0], size, dtype=dtype)
     k, v = (noise(641, heads[1], size, dtype=dtype) for _ in "kv")
     return partial(
@@ -225,9 +227,9 @@ def fused_layer(rows: int, width: int, dtype: torch.dtype) -> Callable[[], objec
 # a ragged batch whose rows share slots; one row has no slots, one no queries
 RAGGED = ([70, 1, 0, 130, 5], [(0, 150), (20, 21), (3, 9), (100, 231), (40, 40)])
 FEW = ([1, 2, 0, 4], [(0, 3001), (7, 7), (0, 5), (2900, 3100)])
-# so long that every buffer in shared memory is filled again and again: more tiles than blocks, many steps to a tile
-LONG = ([600, 1, 33], [(3, 900), (0, 800), (5, 5)])
-MANY = ([1, 2] * 8, [(row, 6000 + row) for row in range(16)])
+# so long that the buffers in shared memory are filled again and again: many steps to a tile, many blocks to a worker
+LONG = ([70, 1, 33], [(3, 700), (0, 500), (5, 5)])
+MANY = ([1, 2] * 8, [(row, 4000 + row) for row in range(16)])
 TREE = ("context_tree_split", "context_tree_select", "context_tree_layout")
 
 CALLS: dict[str, Call] = {}
@@ -252,10 +254,11 @@ add_attention("one row", ([257], [(1, 386)]), (2, 2), 128, BF16, None, True)
 for _size in (64, 128, 256):
     add_attention("sm90", RAGGED, (4, 1), _size, BF16, "sm90")
 for _size in (64, 96, 128, 256):
-    add_attention("long, both backwards", LONG, (32, 4), _size, BF16, None, True, False)
-    add_attention("portable, long", ([70, 33], [(0, 700), (20, 600)]), (4, 1), _size, FP16, "portable", True, False)
+    add_attention("long", LONG, (8, 1), _size, BF16, None, True, False)
+    add_attention("portable, long", ([40, 7], [(0, 330), (20, 300)]), (4, 1), _size, FP16, "portable", _size % 128 > 0)
     add_attention("decode, long", MANY, (8, 2), _size, FP16, "decode")
-add_attention("one row, long", ([600], [(1, 1500)]), (32, 4), 128, BF16, None, True, False)
+# more tiles than multiprocessors
+add_attention("many tiles", ([600, 1, 33], [(3, 300), (0, 400), (5, 5)]), (32, 4), 128, BF16, None, False)
 for _size in (64, 96, 128, 256):
     add_attention("portable", RAGGED, (4, 1), _size, BF16, "portable", True, False)
     add_attention("decode, slots in parts", FEW, (8, 2), _size, BF16, "decode")
@@ -277,10 +280,10 @@ for _size, _rows, _queries, _slots, _dtype in (
     (128, 2, 40, 200, BF16),
     (256, 2, 3, 200, BF16),
     (80, 2, 2, 200, FP16),
-    (64, 16, 2, 6000, BF16),
-    (96, 16, 1, 6000, FP16),
-    (128, 16, 4, 6000, BF16),
-    (256, 16, 1, 6000, BF16),
+    (64, 16, 2, 4000, BF16),
+    (96, 16, 1, 4000, FP16),
+    (128, 16, 4, 4000, BF16),
+    (256, 16, 1, 4000, BF16),
 ):
     _name = f"injected_attention_8bit {_rows} x {_queries}, {_slots} slots, {str(_dtype)[6:]}, heads of {_size}"
     _call = partial(attention_8bit, _rows, _queries, _slots, _size, _dtype)
@@ -291,19 +294,20 @@ for _backward in (False, True):
         for _with_q in (True, False):
             _name = f"{_operator} {str(_dtype)[6:]}, heads of {_size}, {'all' if _with_q else 'memory alone'}"
             add(_name, (_operator,), partial(compression, _size, _rotary, _dtype, _with_q, _backward))
-for _heads, _size, _dtype in (
-    ((8, 2), 128, BF16),
-    ((4, 2), 64, FP16),
-    ((7, 1), 24, FP32),
-    ((4, 4), 256, BF16),
-    ((14, 2), 96, BF16),
+for _heads, _size, _dtype, _all_levels in (
+    ((8, 2), 128, BF16, (1, 2, 4)),
+    ((4, 2), 64, FP16, (2,)),
+    ((7, 1), 24, FP32, (4,)),
+    ((4, 4), 256, BF16, (2,)),
+    ((14, 2), 96, BF16, (4,)),
 ):
     for _operator in ("node_vectors", "node_vectors_backward"):
         _name = f"{_operator} {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
-        add(_name, (_operator,), partial(node_vectors, _heads, _size, _dtype, _operator == "node_vectors_backward"))
-    for _levels in (1, 2, 4):
+        add(_name, (_operator,), partial(node_vectors, _heads, _size, _dtype, _operator == "node_vectors_backward", 0))
+    for _levels in _all_levels:
         _name = f"tree_node_vectors {_levels} levels, {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
         add(_name, ("tree_node_vectors",), partial(tree_node_vectors, _heads, _size, _levels, _dtype))
+add("node_vectors many tiles", ("node_vectors",), partial(node_vectors, (8, 2), 128, BF16, False, 66))
 for _sizes, _d, _k, _dtype, _masked in (
     ([2] * 33, 256, 2, BF16, True),
     ([3000, 0, 5], 64, 32, FP16, False),
@@ -335,8 +339,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="calls whose name begins so; default: all")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="of these every N-th call, from the I-th on")
     arguments = parser.parse_args(argv)
+    first, parts = map(int, arguments.part.split("/"))
     names = [name for name in CALLS if not arguments.names or name.startswith(tuple(arguments.names))]
+    names = names[first::parts]
     if arguments.list:
         print("\n".join(names))
         return 0

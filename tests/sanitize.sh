@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # compute-sanitizer over every CUDA operator: one line for each tool, under it one for each kernel and kind of finding;
-# exit code 1 on any finding that tests/sanitize_findings.py does not explain away.
+# exit code 1 on any finding that tests/sanitize_findings.py does not name as a known mistake of the tool.
 #   tests/sanitize.sh [TOOL ...]         default: memcheck racecheck initcheck synccheck
 # PYTHON: the interpreter; SANITIZE_LOGS: where the logs go; SANITIZE_SECONDS: limit for one tool;
+# SANITIZE_JOBS: processes that share the calls of a tool (default: 2, of racecheck, the slow one, 6);
 # SANITIZE_CALLS: calls whose name begins so, separated by ';' (python tests/sanitize.py --list).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -31,26 +32,36 @@ if [[ $code != 0 ]]; then
   grep -h '^failed' "$LOGS/plain.log"
   exit $code
 fi
+calls=$(grep -c '^call: ' "$LOGS/plain.log")
 
 failed=0
 for tool in "${TOOLS[@]}"; do
-  log=$LOGS/$tool.log
   begin=$SECONDS
-  # the tool gives up on a program that takes longer to start, which importing torch under it does
-  timeout "$LIMIT" "$SANITIZER" --tool "$tool" --launch-timeout 240 --print-limit 2000 --show-backtrace no --report-api-errors no \
-    --target-processes application-only "$PYTHON" tests/sanitize.py "${CALLS[@]}" >"$log" 2>&1
-  code=$?
-  summary=$(grep -hE '(ERROR|RACECHECK) SUMMARY' "$log" | head -n 1 | sed 's/^=* *//')
-  made=$(grep -h '^calls made' "$log" | tail -n 1)
-  found=$("$PYTHON" tests/sanitize_findings.py "$tool" "$log")
-  explained=$?
-  outcome=ok
-  # all three must hold: the exit code (the program's), no finding without an explanation, a program that came to its end
-  if [[ $code != 0 || $explained != 0 || -z $made ]]; then
-    outcome=FAILED failed=1
-    [[ $code != 124 ]] || summary="stopped after $LIMIT s"
-  fi
-  printf '%-10s %-6s %4d s  %s; %s (%s)\n' "$tool" "$outcome" $((SECONDS - begin)) "${summary:-no summary, exit code $code}" "${made:-not finished}" "$log"
+  parts=${SANITIZE_JOBS:-2}
+  [[ -n ${SANITIZE_JOBS:-} || $tool != racecheck ]] || parts=6
+  ((parts <= calls)) || parts=$calls
+  logs=() jobs=()
+  for ((part = 0; part < parts; ++part)); do
+    logs+=("$LOGS/$tool.$part.log")
+    # the tool gives up on a program that takes longer to start, which importing torch under it does
+    timeout "$LIMIT" "$SANITIZER" --tool "$tool" --launch-timeout 240 --print-limit 2000 --show-backtrace no \
+      --report-api-errors no --target-processes application-only \
+      "$PYTHON" tests/sanitize.py --part "$part/$parts" "${CALLS[@]}" >"${logs[part]}" 2>&1 &
+    jobs+=($!)
+  done
+  # three things must hold: every program came to its end and was content, the tool too, and no finding is left
+  outcome=ok note=
+  for ((part = 0; part < parts; ++part)); do
+    wait "${jobs[part]}"
+    code=$?
+    ((code == 0)) || outcome=FAILED note="; part $part/$parts ended with code $code"
+    ((code != 124)) || note="; stopped after $LIMIT s"
+    grep -q '^calls made' "${logs[part]}" || outcome=FAILED
+  done
+  found=$("$PYTHON" tests/sanitize_findings.py "$tool" "${logs[@]}") || outcome=FAILED
+  [[ $outcome == ok ]] || failed=1
+  made=$(cat "${logs[@]}" | awk '/^calls made: / { n += $3 } END { print n + 0 }')
+  printf '%-10s %-6s %4d s  %d of %d calls%s (%s)\n' "$tool" "$outcome" $((SECONDS - begin)) "$made" "$calls" "$note" "$LOGS/$tool.*.log"
   [[ -z $found ]] || printf '%s\n' "$found"
 done
 exit $failed

@@ -1,9 +1,9 @@
-"""What compute-sanitizer found, by kernel: reads a log of ``sanitize.sh``.
+"""What compute-sanitizer found, by kernel: reads the logs of one tool of ``sanitize.sh``.
 
-python tests/sanitize_findings.py TOOL LOG
+python tests/sanitize_findings.py TOOL LOG [LOG ...]
 
 One line for each kernel and kind of finding. Exits with 1 if there is one that no entry of :data:`SUPPRESSIONS` covers,
-if the tool counted more than its log shows, or if it did not come to its end.
+if the tool counted more than a log shows, or if it did not come to its end.
 """
 
 import argparse
@@ -31,7 +31,18 @@ class Suppression:
     reason: str
 
 
-SUPPRESSIONS: tuple[Suppression, ...] = ()
+# The tool (2025.3) follows an mbarrier only from the lane that arrives. Where a warp's lanes read a stage, meet in
+# __syncwarp or in a vote that needs what they read, and lane 0 arrives for all of them, it takes the other lanes' reads
+# for unordered against what the producer writes into the stage next: in a ring of twenty lines for all bytes but those
+# of lane 0, and for none where every lane arrives. The first kernel has no finding either where every lane arrives. The
+# release notes list false positives with mbarriers that are mended in later versions (2025.4, 2026.1).
+_ACCESSES = r"Race reported between (Read access and Write|Write access and Read) access$"
+_LANE_ZERO = "one lane arrives at the mbarrier for its warp, which the tool does not follow"
+SUPPRESSIONS: tuple[Suppression, ...] = (
+    Suppression("racecheck", r"injected_attention_backward_kernel<", _ACCESSES, _LANE_ZERO),
+    # with bulk copies (the last argument), where the scales of 8-bit keys and values go by ordinary copies
+    Suppression("racecheck", r"decode::attend<decode::Config<\w+, signed char, .*, 1>>$", _ACCESSES, _LANE_ZERO),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +100,22 @@ def names(values: Iterable[str], most: int = 2) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("tool", help="memcheck, racecheck, initcheck or synccheck")
-    parser.add_argument("log", type=Path)
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG")
     arguments = parser.parse_args(argv)
-    lines = arguments.log.read_text(errors="replace").splitlines()
     groups: dict[tuple[str, str], list[Finding]] = {}
-    for found in findings(lines):
-        groups.setdefault((found.kernel, found.kind), []).append(found)
+    complaints = []
+    for log in arguments.logs:
+        lines = log.read_text(errors="replace").splitlines()
+        shown = list(findings(lines))
+        for found in shown:
+            groups.setdefault((found.kernel, found.kind), []).append(found)
+        counts = [int(match["count"]) for match in map(SUMMARY.search, lines) if match]
+        if not counts:
+            complaints.append(f"  {log}: no summary, the tool did not come to its end")
+        elif max(counts) > len(shown):
+            complaints.append(f"  {log}: {max(counts) - len(shown)} more that the log does not show")
 
-    wrong = 0
+    wrong = len(complaints)
     for (kernel, kind), group in groups.items():
         known = next(
             (
@@ -113,13 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             wrong += len(group)
 
-    counts = [int(match["count"]) for match in map(SUMMARY.search, lines) if match]
-    shown = sum(map(len, groups.values()))
-    if not counts:
-        print("  no summary: the tool did not come to its end")
-    elif max(counts) > shown:
-        print(f"  {max(counts) - shown} more that the log does not show")
-    return 1 if wrong or not counts or max(counts) > shown else 0
+    for complaint in complaints:
+        print(complaint)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

