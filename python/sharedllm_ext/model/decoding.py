@@ -625,7 +625,7 @@ def keep_for_next(model: "SharedLLMForCausalLM", seen: bool) -> None:
     What is kept is the cache's storage, up to ``KEPT_BYTES``, and the graph, without holding on to parameters or
     memory. The graph is used again if all it reads lies where it lay.
     """
-    cache, _pending.cache = _pending.cache, None
+    cache, _pending.cache, _pending.call = _pending.cache, None, None
     if cache is None or seen or any(layer._key_storage is None for layer in cache.layers):
         return
     storages = [layer.storage for layer in cache.layers]
