@@ -214,7 +214,7 @@ def measure_shared(
             torch.cuda.empty_cache()
             print(json.dumps(dataclasses.asdict(row)), flush=True)
         if arguments.profile:
-            profile(model, text, arguments.profile / f"{shape}_{system.replace(' ', '')}.txt")
+            profile(model, text, arguments.profile / f"{shape}_{layers}_{precision}.txt")
     return rows
 
 
