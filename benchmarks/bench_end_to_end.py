@@ -374,10 +374,11 @@ def kind(kernel: str) -> str:
     name = kernel.lower()
     if "sharedllm" in name:
         return "this package's kernels"
-    if any(word in name for word in ("gemm", "nvjet", "cutlass", "gemv", "cublas", "splitk")) and "fmha" not in name:
-        return "matrix products"
+    # before the products: attention kernels have their libraries' names in theirs
     if any(word in name for word in ("flash", "fmha", "attention", "sdpa")):
         return "attention of PyTorch"
+    if any(word in name for word in ("gemm", "nvjet", "cutlass", "gemv", "cublas", "splitk")):
+        return "matrix products"
     return "others"
 
 

@@ -307,3 +307,13 @@ def test_end_to_end_tables_and_plots_from_stored_runs(tmp_path: Path, monkeypatc
     files[0].write_text(json.dumps({"header": {**header, "gpu": "H"}, "rows": []}))
     assert bench_end_to_end.main(["--merge", *map(str, files)]) == 2
     assert "expected runs of one machine and commit, got other ['gpu'" in capsys.readouterr().err
+
+
+def test_kernels_are_sorted_by_what_they_are_for() -> None:
+    kind = bench_end_to_end.kind
+    assert kind("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>") == kind(
+        "fmha"
+    )
+    assert kind("nvjet_sm90_tst_192x192_64x4_1x2_h_bz_coopB_TNN") == "matrix products"
+    assert kind("void sharedllm::sm90::injected_attention<__nv_bfloat16, 128>") == "this package's kernels"
+    assert kind("Memcpy DtoD (Device -> Device)") == "others"
