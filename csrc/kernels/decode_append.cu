@@ -7,6 +7,7 @@
 #include "kernels/common/scalar.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
+#include "kernels/common/with_float_type.h"
 #include "kernels/decode_append.h"
 
 namespace sharedllm {
@@ -93,15 +94,7 @@ cudaError_t launch(const DecodeAppendParams& p, cudaStream_t stream) {
 
 cudaError_t launch_decode_append(const DecodeAppendParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  switch (p.type) {
-    case FloatType::kFloat32:
-      return launch<float>(p, stream);
-    case FloatType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    case FloatType::kFloat16:
-      return launch<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_float_type(p.type, [&](auto number) { return launch<decltype(number)>(p, stream); });
 }
 
 }  // namespace sharedllm

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "kernels/common/with_float_type.h"
 #include "kernels/decode_linear.h"
 
 namespace sharedllm {
@@ -14,15 +15,8 @@ template <>
 cudaError_t launch_decode_linear_of<__half>(const DecodeLinearParams& params, cudaStream_t stream);
 
 cudaError_t launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream) {
-  switch (params.type) {
-    case FloatType::kFloat32:
-      return launch_decode_linear_of<float>(params, stream);
-    case FloatType::kBFloat16:
-      return launch_decode_linear_of<__nv_bfloat16>(params, stream);
-    case FloatType::kFloat16:
-      return launch_decode_linear_of<__half>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_float_type(params.type,
+                         [&](auto number) { return launch_decode_linear_of<decltype(number)>(params, stream); });
 }
 
 }  // namespace sharedllm

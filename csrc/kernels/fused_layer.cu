@@ -11,6 +11,7 @@
 #include "kernels/common/scalar.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
+#include "kernels/common/with_float_type.h"
 #include "kernels/fused_layer.h"
 
 namespace sharedllm {
@@ -387,15 +388,7 @@ cudaError_t launch(RowFunction function, const FusedLayerParams& p, cudaStream_t
 }  // namespace
 
 cudaError_t launch_fused_layer(RowFunction function, const FusedLayerParams& params, cudaStream_t stream) {
-  switch (params.type) {
-    case FloatType::kFloat32:
-      return launch<float>(function, params, stream);
-    case FloatType::kBFloat16:
-      return launch<__nv_bfloat16>(function, params, stream);
-    case FloatType::kFloat16:
-      return launch<__half>(function, params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_float_type(params.type, [&](auto number) { return launch<decltype(number)>(function, params, stream); });
 }
 
 }  // namespace sharedllm

@@ -2,6 +2,7 @@
 // slots for grad_k and grad_v, each with the weights computed anew.
 #include "kernels/common/float_attention.cuh"
 #include "kernels/common/warp.cuh"
+#include "kernels/common/with_float_type.h"
 #include "kernels/injected_attention_backward_generic.h"
 #include "kernels/injected_attention_generic.h"
 
@@ -316,15 +317,8 @@ cudaError_t launch_any(const InjectedAttentionBackwardParams& p, cudaStream_t st
 cudaError_t launch_injected_attention_backward_generic(const InjectedAttentionBackwardParams& params,
                                                        cudaStream_t stream) {
   static_assert(kGenericMaxHeadSize == 4 * kPart);
-  switch (params.forward.type) {
-    case FloatType::kFloat32:
-      return launch_any<float>(params, stream);
-    case FloatType::kBFloat16:
-      return launch_any<__nv_bfloat16>(params, stream);
-    case FloatType::kFloat16:
-      return launch_any<__half>(params, stream);
-  }
-  return cudaErrorNotSupported;
+  return with_float_type(params.forward.type,
+                         [&](auto number) { return launch_any<decltype(number)>(params, stream); });
 }
 
 }  // namespace sharedllm

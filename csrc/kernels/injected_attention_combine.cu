@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/warp.cuh"
+#include "kernels/common/with_float_type.h"
 #include "kernels/injected_attention_combine.h"
 
 namespace sharedllm {
@@ -126,15 +127,7 @@ cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
 cudaError_t launch_injected_attention_combine(const InjectedAttentionParams& p, cudaStream_t stream) {
   if (p.num_queries == 0 || p.q_heads == 0) return cudaSuccess;
   if (p.splits < 1 || p.head_size % 4 != 0) return cudaErrorInvalidValue;
-  switch (p.type) {
-    case FloatType::kFloat32:
-      return launch<float>(p, stream);
-    case FloatType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    case FloatType::kFloat16:
-      return launch<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_float_type(p.type, [&](auto number) { return launch<decltype(number)>(p, stream); });
 }
 
 }  // namespace sharedllm

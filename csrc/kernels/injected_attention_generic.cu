@@ -1,6 +1,7 @@
 // Injected attention in float32 arithmetic, for what the tensor-core kernels do not take.
 #include "kernels/common/float_attention.cuh"
 #include "kernels/common/warp.cuh"
+#include "kernels/common/with_float_type.h"
 #include "kernels/injected_attention_generic.h"
 
 namespace sharedllm {
@@ -150,15 +151,7 @@ cudaError_t launch_any(const InjectedAttentionParams& p, cudaStream_t stream) {
 
 cudaError_t launch_injected_attention_generic(const InjectedAttentionParams& params, cudaStream_t stream) {
   static_assert(kGenericMaxHeadSize == 4 * kPart);
-  switch (params.type) {
-    case FloatType::kFloat32:
-      return launch_any<float>(params, stream);
-    case FloatType::kBFloat16:
-      return launch_any<__nv_bfloat16>(params, stream);
-    case FloatType::kFloat16:
-      return launch_any<__half>(params, stream);
-  }
-  return cudaErrorNotSupported;
+  return with_float_type(params.type, [&](auto number) { return launch_any<decltype(number)>(params, stream); });
 }
 
 }  // namespace sharedllm

@@ -4,6 +4,7 @@
 
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
+#include "kernels/common/with_float_type.h"
 #include "kernels/memory_quantization.h"
 
 namespace sharedllm {
@@ -126,15 +127,7 @@ cudaError_t launch(const Params& p, cudaStream_t stream) {
 
 template <class Params>
 cudaError_t launch_type(const Params& p, cudaStream_t stream) {
-  switch (p.type) {
-    case FloatType::kFloat32:
-      return launch<float>(p, stream);
-    case FloatType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    case FloatType::kFloat16:
-      return launch<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_float_type(p.type, [&](auto number) { return launch<decltype(number)>(p, stream); });
 }
 
 }  // namespace

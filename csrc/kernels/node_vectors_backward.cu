@@ -4,6 +4,7 @@
 // values: equal input gives equal output to the last bit, however the spans overlap.
 #include <algorithm>
 
+#include "kernels/common/with_float_type.h"
 #include "kernels/node_vectors.cuh"
 
 namespace sharedllm {
@@ -322,14 +323,8 @@ cudaError_t launch(const NodeVectorsBackwardParams& b, cudaStream_t stream) {
 }  // namespace node_vectors
 
 cudaError_t launch_node_vectors_backward(const NodeVectorsBackwardParams& b, cudaStream_t stream) {
-  switch (b.forward.type) {
-    case FloatType::kFloat32:
-      return node_vectors::launch<float>(b, stream);
-    case FloatType::kBFloat16:
-      return node_vectors::launch<__nv_bfloat16>(b, stream);
-    default:
-      return node_vectors::launch<__half>(b, stream);
-  }
+  return with_float_type(b.forward.type,
+                         [&](auto number) { return node_vectors::launch<decltype(number)>(b, stream); });
 }
 
 }  // namespace sharedllm
