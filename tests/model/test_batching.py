@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.model import modeling
 from sharedllm_ext.model.compressor import activation_bytes
 
@@ -219,3 +220,27 @@ def test_activation_bytes_bound_the_widest_place(model) -> None:
     per_token = activation_bytes(model.lower_model)
     layer = model.lower_model.layers[0]
     assert per_token >= 4 * (2 * layer.self_attn.q_proj.in_features + 3 * layer.mlp.gate_proj.out_features)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@torch.no_grad()
+def test_memory_that_really_runs_out() -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tree = {**builders.TREE, "chunk_size": 256, "slots_per_node": 16}
+    model = SharedLLMForCausalLM.from_base(builders.base(**sizes), **tree).to("cuda", torch.bfloat16)
+    context, text = builders.ids(1, 65536).cuda(), builders.ids(1, 9).cuda()
+    expected = model.compress(context, query_ids=text)
+    torch.cuda.empty_cache()
+    # room for about 16000 tokens' activations
+    room = torch.cuda.memory_reserved() + expected.nbytes + 16384 * activation_bytes(model.lower_model)
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        model.config.micro_batch_tokens = 65536
+        with pytest.raises(torch.OutOfMemoryError, match=r"expected about .* micro_batch_tokens below 65536"):
+            model.compress(context, query_ids=text)
+        model.config.micro_batch_tokens = None
+        memory = model.compress(context, query_ids=text)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for got, want in zip((*memory.keys, *memory.values), (*expected.keys, *expected.values), strict=True):
+        assert ((got.double() - want.double()).norm() / want.double().norm()).item() < 0.02
