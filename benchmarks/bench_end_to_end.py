@@ -46,6 +46,17 @@ SHAPES = {
 CONTEXTS = [8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
 FULL, FULL_CUDNN, EAGER = "full attention", "full attention, cuDNN", "eager reference"
 GB = 1e9
+COLUMNS = (
+    "first token, s",
+    "retrieve, ms",
+    "compress, s",
+    "prefill, s",
+    "per token, ms",
+    "graph, ms",
+    "state, GB",
+    "peak, GB",
+    "rest, GB",
+)
 
 
 @dataclasses.dataclass
@@ -295,7 +306,7 @@ def measure_full(full: LlamaForCausalLM, running: int, backend: Callable[[], Any
     """Transformers' own model over context and running text."""
     ids = random_ids(row.context + running, full.config.vocab_size, row.context)
     with backend():
-        for _ in range(2 if row.context < 65536 else 1):
+        for _ in range(2):
             cache = None
             begin = time.perf_counter()
             output = full(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -393,14 +404,10 @@ def tables(rows: list[Row], about: dict[str, str], running: int) -> str:
     ]
     for shape in dict.fromkeys(row.shape for row in rows):
         text += ["", f"### {shape}", ""]
-        names = (
-            "first token, s | retrieve, ms | compress, s | prefill, s | per token, ms | state, GB | peak, GB | rest, GB"
-        )
-        text += [f"| context | system | {names} |"]
-        text += ["| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        text += [f"| context | system | {' | '.join(COLUMNS)} |", f"| ---: | --- |{' ---: |' * len(COLUMNS)}"]
         for row in sorted((row for row in rows if row.shape == shape), key=lambda row: (row.context, row.system)):
             if row.note:
-                text.append(f"| {row.context} | {row.system} | {row.note} | | | | | | | | |")
+                text.append(f"| {row.context} | {row.system} | {row.note} |{' |' * (len(COLUMNS) - 1)}")
                 continue
             cells = (
                 digits(row.first_token, 3),
@@ -409,7 +416,7 @@ def tables(rows: list[Row], about: dict[str, str], running: int) -> str:
                 digits(row.prefill, 3),
                 digits(row.per_token * 1e3, 2),
                 digits(row.graph * 1e3, 0),
-                digits(row.state / GB, 2),
+                digits(row.state / GB if row.state else math.nan, 2),
                 digits(row.peak / GB, 1),
                 digits((row.peak - row.weights - row.state) / GB, 2),
             )

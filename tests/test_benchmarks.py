@@ -300,6 +300,8 @@ def test_end_to_end_tables_and_plots_from_stored_runs(tmp_path: Path, monkeypatc
     for _ in range(2):
         assert bench_end_to_end.main(["--write", "--merge", *map(str, files)]) == 0
     table = results.read_text()
+    cells = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert len(cells) == 1, "header, rule and rows of one width"
     assert table.count("### llama-2-7b") == 1 and "| 8192 | full attention | out of memory |" in table
     assert "| 8192 | M = 4 | 0.100 | 10.0 | 0.050 | 0.020 | 5.00 |" in table
     plot = (tmp_path / "benchmarks" / "plots" / "llama-2-7b_first_token.svg").read_text()

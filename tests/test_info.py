@@ -39,8 +39,17 @@ def test_report_of_a_whole_installation() -> None:
     assert report["packages"]["torch"] and report["packages"]["transformers"]
     assert report["libraries"]["libsharedllm_cpu.so"] > 0
     assert list(report["operators"]) == list(OPERATORS)
+    for name in (
+        "injected_attention",
+        "injected_attention_backward",
+        "chunk_compression",
+        "node_vectors",
+        "topk_nodes",
+    ):
+        assert report["operators"][name]["cpu"] == "C++ kernel"
+    assert report["operators"]["rms_norm"]["cpu"] == "plain PyTorch"
     for paths in report["operators"].values():
-        assert paths["cpu"] == "C++ kernel" and paths["cuda"] in ("CUDA kernel", "plain PyTorch")
+        assert paths["cpu"] in ("C++ kernel", "plain PyTorch") and paths["cuda"] in ("CUDA kernel", "plain PyTorch")
 
 
 def test_text_of_a_whole_installation() -> None:

@@ -18,7 +18,13 @@ OLDEST_TORCH = (2, 10)
 IN_CHECKOUT = (PACKAGE.parent.parent / "setup.py").is_file()
 REBUILD = "python setup.py build_ext --inplace" if IN_CHECKOUT else "pip install --force-reinstall --no-deps ."
 
+_cpu_operators: frozenset[str] = frozenset()
 _cuda_operators: frozenset[str] = frozenset()
+
+
+def cpu_kernels() -> frozenset[str]:
+    """Operators with a C++ kernel for the CPU; the others run as plain PyTorch there."""
+    return _cpu_operators
 
 
 def cuda_kernels() -> frozenset[str]:
@@ -175,12 +181,13 @@ def _load_library(path: Path, info: dict[str, Any]) -> None:
 
 
 def _load() -> None:
-    global _cuda_operators
+    global _cpu_operators, _cuda_operators
     info = build_info()
     reason = broken(info)
     if reason:
         raise ImportError(f"sharedllm_ext: {reason}")
     _load_library(CPU_LIBRARY, info)
+    _cpu_operators = frozenset(registered("CPU"))
     # neither this nor asking for the capabilities creates a CUDA context
     if torch.version.cuda is None or not info["architectures"] or not torch.cuda.is_available():
         return

@@ -148,10 +148,10 @@ def _devices() -> list[str]:
 
 def _operators(library: Any) -> dict[str, dict[str, str]]:
     importlib.import_module(".ops", __package__)
-    cpu, cuda = library.registered("CPU"), library.cuda_kernels()
+    cpu, cuda = library.cpu_kernels(), library.cuda_kernels()
     return {
         name: {
-            "cpu": "C++ kernel" if name in cpu else "missing",
+            "cpu": "C++ kernel" if name in cpu else "plain PyTorch",
             "cuda": "CUDA kernel" if name in cuda else "plain PyTorch",
         }
         for name in OPERATORS

@@ -23,7 +23,7 @@ from ..ops import (
     topk_nodes,
     tree_node_vectors,
 )
-from .layer_math import Products
+from .layer_math import Products, is_untouched
 from .stopwatch import Stopwatch
 
 Tables = tuple[Tensor, Tensor]
@@ -126,6 +126,9 @@ def embed(model: LowerModel, ids: Tensor) -> Embedded:
     """Embed tokens ``[T]`` and project layer 0's keys and values."""
     layer = model.layers[0]
     embeddings = model.embed_tokens(ids)
+    if not is_untouched(model.embed_tokens):
+        # a hook may have kept what the layers' sums will overwrite
+        embeddings = embeddings.clone()
     normed = layer.input_layernorm(embeddings)
     return Embedded(embeddings, normed, project(layer, normed, "k"), project(layer, normed, "v"))
 
@@ -555,4 +558,7 @@ def _finish(layer: Layer, hidden: Tensor, attended: Tensor, products: Products) 
     """Output projection and MLP with their residual sums; ``hidden`` may be overwritten."""
     hidden = products.add_linear(hidden, layer.self_attn.o_proj, products.rows(attended))
     rows = products.norm(layer.post_attention_layernorm, hidden)
+    if not is_untouched(layer.post_attention_layernorm):
+        # a hook may have kept what the sum would overwrite
+        hidden = hidden.clone()
     return products.add_mlp(hidden, layer.mlp, rows)

@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 
 from .._library import cuda_kernels
 from ..ops import decode_append, decode_linear, injected_attention
+from .layer_math import version_of
 from .memory import ContextMemory
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class PreallocatedLayer(DynamicLayer):
     """A cache layer that behaves as Transformers' ``DynamicLayer`` but keeps its tensors in place.
 
     Storage is ``[B, capacity, Hkv, D]``, allocated with room to grow; ``keys`` and ``values`` are views
-    ``[B, Hkv, length, D]`` of the part in use. A new token is written, not concatenated.
+    ``[B, Hkv, length, D]`` of the part in use. A new token is written, not concatenated. Views taken before a crop see
+    what is written after it: clone what is to be kept.
 
     Args:
         limit: tokens that will never be exceeded, as far as is known; the room kept free ends there. ``None``: unknown.
@@ -94,9 +96,14 @@ class PreallocatedLayer(DynamicLayer):
             return None
         seen = value.transpose(1, 2)
         self._length = seen.shape[1]
-        if storage is not None and seen.data_ptr() == storage.data_ptr() and seen.stride() == storage.stride():
+        if (
+            storage is not None
+            and seen.data_ptr() == storage.data_ptr()
+            and seen.stride() == storage.stride()
+            and (seen.shape[0], *seen.shape[2:]) == (storage.shape[0], *storage.shape[2:])
+        ):
             return storage
-        return seen.contiguous()
+        return seen.clone(memory_format=torch.contiguous_format)
 
     @property
     def capacity(self) -> int:
@@ -159,10 +166,17 @@ class PreallocatedLayer(DynamicLayer):
         if not self.is_initialized or self._key_storage is None:
             self.lazy_initialization(key_states, value_states)
         begin, end = self._length, self._length + key_states.shape[-2]
-        self.reserve(end)
-        key_storage, value_storage = self.storage
-        key_storage[:, begin:end] = key_states.transpose(1, 2)
-        value_storage[:, begin:end] = value_states.transpose(1, 2)
+        if any(x.requires_grad for x in (key_states, value_states, *self.storage)):
+            # written in place they would be missing in the gradient, or spoil it
+            pairs = zip(self.storage, (key_states, value_states), strict=True)
+            self._key_storage, self._value_storage = (
+                torch.cat((storage[:, :begin], states.transpose(1, 2)), 1) for storage, states in pairs
+            )
+        else:
+            self.reserve(end)
+            key_storage, value_storage = self.storage
+            key_storage[:, begin:end] = key_states.transpose(1, 2)
+            value_storage[:, begin:end] = value_states.transpose(1, 2)
         self._length = end
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
@@ -204,8 +218,8 @@ class PreallocatedLayer(DynamicLayer):
 class PreallocatedCache(Cache):
     """A cache with the meaning of Transformers' ``DynamicCache`` whose tensors stay in place while it grows.
 
-    For inference: no gradient passes through it. Sliding-window layers keep all tokens; masks and decoding steps look
-    at the window alone.
+    Made for inference; tensors with gradients are concatenated, as Transformers' caches do. Sliding-window layers keep
+    all tokens; masks and decoding steps look at the window alone.
 
     Args:
         config: of the decoder (``num_hidden_layers``).
@@ -318,6 +332,8 @@ class DecodeRunner:
         length = cache.get_seq_length()
         if length != self.length_on_host:
             self._length.fill_(length)
+        # until the step is over: an interrupted one must not leave two lengths
+        self.length_on_host = -1
         self._tokens.copy_(tokens.reshape(-1))
         if self._graph is not None:
             self._graph.replay()
@@ -448,15 +464,25 @@ def _window(attention: Any) -> int:
 
 
 def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple[Any, ...]:
-    """What a graph has baked in: where parameters and memory lie, and which rows read what."""
+    """What a graph has baked in: where parameters and memory lie, which rows read what, the layers' constants."""
     parameters = tuple(
         (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()) for parameter in model.parameters()
     )
+    numbers = []
+    for layer in model.model.layers:
+        attention, injection = layer.self_attn, getattr(layer, "injection", None)
+        norms = [layer.input_layernorm, layer.post_attention_layernorm, getattr(attention, "q_norm", None)]
+        norms += [] if injection is None else [injection.norm]
+        numbers += [attention.scaling, _window(attention), None if injection is None else injection.scaling]
+        numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
+    rotary = model.model.rotary_emb
+    numbers += [model.model.norm.variance_epsilon, rotary.inv_freq.data_ptr(), rotary.attention_scaling]
+    numbers.append(version_of(rotary.inv_freq))
     if memory is None:
-        return (id(model), parameters)
+        return (id(model), parameters, tuple(numbers))
     tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
     rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
-    return (id(model), parameters, tensors, rows, model.config.query_position_offset)
+    return (id(model), parameters, tuple(numbers), tensors, rows, model.config.query_position_offset)
 
 
 def supports(model: "SharedLLMForCausalLM") -> bool:

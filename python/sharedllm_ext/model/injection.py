@@ -11,7 +11,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from ..ops import injected_attention
-from .layer_math import add_linear, add_mlp
+from .layer_math import add_linear, add_mlp, is_untouched
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class InjectedAttention(nn.Module):
         """Read the memory.
 
         Args:
-            hidden_states: ``[B, L, d]``; overwritten where no gradient is needed.
+            hidden_states: ``[B, L, d]``; may be overwritten where no gradient is needed.
             context: the memory and its tables.
 
         Returns:
@@ -82,6 +82,8 @@ class InjectedAttention(nn.Module):
             context.sin,
             self.scaling,
         )
+        # a hook of this block may have kept its input
+        hidden_states = hidden_states if is_untouched(self) else hidden_states.clone()
         return add_linear(hidden_states, self.o_proj, out.view(batch, length, -1).to(hidden_states.dtype))
 
 
@@ -99,9 +101,14 @@ class _InjectedLayer:
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)  # type: ignore[attr-defined]
         hidden_states = hidden_states + attended
         if injected_context is not None:
-            hidden_states = self.injection(hidden_states, injected_context)  # type: ignore[attr-defined]
+            injection = self.injection  # type: ignore[attr-defined]
+            hidden_states = self._own(injection(hidden_states, injected_context), injection)
         normed = self.post_attention_layernorm(hidden_states)  # type: ignore[attr-defined]
-        return add_mlp(hidden_states, self.mlp, normed)  # type: ignore[attr-defined]
+        return add_mlp(self._own(hidden_states, self.post_attention_layernorm), self.mlp, normed)  # type: ignore[attr-defined]
+
+    def _own(self, hidden_states: Tensor, module: nn.Module) -> Tensor:
+        """The tensor, or a copy if a hook of the module that saw it may have kept it: sums are made in place."""
+        return hidden_states if is_untouched(module) else hidden_states.clone()
 
 
 class InjectedLlamaDecoderLayer(_InjectedLayer, LlamaDecoderLayer):  # type: ignore[misc]

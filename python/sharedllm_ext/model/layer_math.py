@@ -20,6 +20,11 @@ def inference_only(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in _FUSED_DTYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled()
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; -1 for one made in inference mode, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def is_plain_linear(module: Any, x: Tensor) -> bool:
     """Whether a module is nothing but ``x @ weight.T``: no adapter, quantisation, bias or hook."""
     return (
@@ -27,9 +32,7 @@ def is_plain_linear(module: Any, x: Tensor) -> bool:
         and module.bias is None
         and module.weight.dtype == x.dtype
         and module.weight.device == x.device
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
+        and is_untouched(module)
     )
 
 
@@ -47,9 +50,20 @@ def add_linear(hidden: Tensor, module: Any, x: Tensor) -> Tensor:
     return hidden + module(x)
 
 
+def is_untouched(module: Any) -> bool:
+    """Whether a call of a module is its class's forward and nothing else: no hooks, no forward of its own."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks) and "forward" not in module.__dict__
+
+
 def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
     """``hidden + mlp(x)``, as :func:`add_linear`."""
-    if isinstance(mlp, _FusedMLP) and not mlp._forward_hooks and not mlp._forward_pre_hooks:  # type: ignore[attr-defined]
+    if isinstance(mlp, _FusedMLP) and type(mlp).forward is _FusedMLP.forward and is_untouched(mlp):
         return add_linear(hidden, mlp.down_proj, mlp.activated(x))  # type: ignore[attr-defined]
     return hidden + mlp(x)
 
@@ -132,6 +146,7 @@ class _FusedAttention:
             and self.config._attn_implementation == "sdpa"  # type: ignore[attr-defined]
             and "is_causal" not in options
             and not torch.compiler.is_compiling()
+            and not (self.training and self.attention_dropout > 0)  # type: ignore[attr-defined]
         )
 
     def _project(self, x: Tensor, name: str) -> Tensor:
@@ -195,7 +210,8 @@ class Products:
 class Fp8Products(Products):
     """The same with 8-bit floating-point operands (e4m3), one scale for each row of activations and of weights.
 
-    Weights are quantised at their first use and kept, half the bytes of bfloat16, until they change.
+    Weights are quantised at their first use and kept, half the bytes of bfloat16, until they are changed in place or
+    replaced (a change through ``weight.data`` counts for neither).
     """
 
     def __init__(self) -> None:
@@ -233,7 +249,7 @@ class Fp8Products(Products):
 
     def _quantized(self, module: Any) -> tuple[Tensor, Tensor]:
         weight = module.weight
-        state = (weight.data_ptr(), weight._version)
+        state = (weight.data_ptr(), version_of(weight))
         kept = self._weights.get(id(module))
         if kept is None or kept[0] != state:
             kept = (state, *ops.quantize_rows_fp8(weight.detach()))
@@ -253,14 +269,24 @@ def refuse_fp8(layers: Any) -> None:
             "compressor_precision='fp8': expected a CUDA device of compute capability 8.9 or newer, got "
             + (f"{torch.cuda.get_device_capability(weight.device)}" if weight.is_cuda else str(weight.device))
         )
+    if torch.is_autocast_enabled(weight.device.type):
+        raise ValueError("compressor_precision='fp8': expected no autocast, got one")
     for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
+        norms = {"input_layernorm": layer.input_layernorm, "post_attention_layernorm": layer.post_attention_layernorm}
+        for name, module in {**norms, "mlp": mlp}.items():
+            dtypes = {parameter.dtype for parameter in module.parameters()}
+            if not is_untouched(module) or dtypes != {torch.bfloat16}:
+                got = ", ".join(sorted(map(str, dtypes))) + ("" if is_untouched(module) else ", hooks or own forward")
+                raise ValueError(
+                    f"compressor_precision='fp8': expected a plain bfloat16 module as layer {index}'s {name}, got {got}"
+                )
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
             module = getattr(attention if hasattr(attention, name) else mlp, name)
-            if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16:
+            if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not is_untouched(module):
                 got = f"{type(module).__name__}, {getattr(getattr(module, 'weight', None), 'dtype', None)}"
                 raise ValueError(
-                    f"compressor_precision='fp8': expected a bfloat16 Linear as layer {index}'s {name}, got {got}"
+                    f"compressor_precision='fp8': expected a plain bfloat16 Linear as layer {index}'s {name}, got {got}"
                 )
             if module.in_features % 16 or module.out_features % 16:
                 raise ValueError(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import os
+import threading
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ from .compressor import (
 from .configuration import SharedLLMConfig
 from .decoding import keep_for_next, new_cache, offer_call, supports, take_call
 from .injection import InjectedAttention, InjectedContext, install_injection
-from .layer_math import Fp8Products, Products, install_fused, refuse_fp8
+from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
 from .memory import ContextMemory, describe_difference
 from .stopwatch import Stopwatch
 
 # Tensors of token ids whose values have been looked at: their version then, and the vocabulary.
 _CHECKED_IDS: Any = WeakTensorKeyDictionary()
+# The model whose generate runs in this thread.
+_TRUSTED = threading.local()
 # Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model.
 _MICRO_BATCH_TOKENS = {"cpu": 16384, "cuda": 32768}
 
@@ -86,8 +89,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         install_fused(self)
         self._watch: Stopwatch | None = None
         self._fp8_products: Fp8Products | None = None
-        self._trusts_ids = False
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables_of: tuple[Any, ...] | None = None
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
         self.post_init()
         # the nested model's own initialisation does not know these
@@ -420,15 +423,21 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
-        if self._tables is None or self._tables[0].shape[0] < rows or self._tables[0].device != device:
-            rotary = self.model.rotary_emb
-            # rope types that follow the sequence length start from the original frequencies
-            frequencies = getattr(rotary, "original_inv_freq", rotary.inv_freq).to(device=device, dtype=torch.float32)
-            size = 1 << (rows - 1).bit_length()
-            angles = torch.outer(torch.arange(size, device=device, dtype=torch.float32), frequencies)
-            scaling = rotary.attention_scaling
-            self._tables = (angles.cos() * scaling, angles.sin() * scaling)
-        return self._tables
+        rotary = self.model.rotary_emb
+        # rope types that follow the sequence length start from the original frequencies
+        source = getattr(rotary, "original_inv_freq", rotary.inv_freq)
+        origin = (source.data_ptr(), version_of(source), rotary.attention_scaling)
+        tables = self._tables if self._tables_of == origin else None
+        if tables is None or tables[0].shape[0] < rows or tables[0].device != device:
+            # for training too, though inference mode may be the first to ask
+            with torch.inference_mode(False), torch.no_grad():
+                frequencies = source.to(device=device, dtype=torch.float32)
+                size = 1 << (rows - 1).bit_length()
+                angles = torch.outer(torch.arange(size, device=device, dtype=torch.float32), frequencies)
+                scaling = rotary.attention_scaling
+                self._tables = tables = (angles.cos() * scaling, angles.sin() * scaling)
+            self._tables_of = origin
+        return tables
 
     # -- memories and models ------------------------------------------------------------------------------------------
 
@@ -455,7 +464,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in lower.layers:
             # the injected block is the decoder's, not the compressor's
             parameters += [p for name, p in layer.named_parameters() if not name.startswith("injection.")]
-        state = tuple(number for p in parameters for number in (p.data_ptr(), p._version))
+        state = tuple(number for p in parameters for number in (p.data_ptr(), version_of(p)))
         if self._fingerprint is None or self._fingerprint[0] != state:
             picks = []
             for parameter in parameters:
@@ -662,10 +671,13 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                     if attention_mask is not None:
                         kwargs["attention_mask"] = attention_mask
         if context_ids is not None:
-            mode = self.training
+            modes = [(module, module.training) for module in self.modules()]
             query_ids, query_mask = self._query_of(input_ids, attention_mask, None)
-            memory = self.eval().compress(context_ids, context_mask, query_ids, query_mask)
-            self.train(mode)
+            try:
+                memory = self.eval().compress(context_ids, context_mask, query_ids, query_mask)
+            finally:
+                for module, mode in modes:
+                    module.training = mode
         elif memory is not None:
             self.check_memory(memory)
             rows = (
@@ -680,13 +692,13 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if memory is not None:
             kwargs["memory"] = memory
         parent: Any = super()
-        self._trusts_ids = input_ids is not None
+        outer, _TRUSTED.model = getattr(_TRUSTED, "model", None), self if input_ids is not None else None
         seen = True  # whether somebody else may hold the cache
         try:
             result = parent.generate(input_ids, generation_config, *args, **kwargs)
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:
-            self._trusts_ids = False
+            _TRUSTED.model = outer
             keep_for_next(self, seen)
         if prefix is None:
             return result
@@ -770,7 +782,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if ids.device != device:
             raise ValueError(f"{name}: expected device {device} as the model, got {ids.device}")
         # looking at values waits for the device: once for a tensor is enough
-        if range_too and ids.numel() and not self._trusts_ids and not self._has_checked(ids):
+        if range_too and ids.numel() and not self._has_checked(ids):
             low, high = (int(bound) for bound in torch.stack(torch.aminmax(ids)).tolist())
             vocabulary = self.model.embed_tokens.num_embeddings
             if low < 0 or high >= vocabulary:
@@ -782,6 +794,9 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 _CHECKED_IDS[ids] = (ids._version, vocabulary)
 
     def _has_checked(self, ids: Tensor) -> bool:
+        # generate has checked the running text, and what it generates is right
+        if getattr(_TRUSTED, "model", None) is self:
+            return True
         if ids.is_inference():
             return False
         return _CHECKED_IDS.get(ids) == (ids._version, self.model.embed_tokens.num_embeddings)
