@@ -458,7 +458,10 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def _weights_fingerprint(self) -> str:
-        """Digest of evenly spaced elements of the compressor's parameters, rounded to bfloat16."""
+        """Digest of evenly spaced elements of the compressor's parameters, rounded to bfloat16.
+
+        Taken again when a parameter is replaced or changed in place; a change through ``parameter.data`` is not seen.
+        """
         lower = self.lower_model
         parameters = [lower.embed_tokens.weight, lower.norm.weight]
         for layer in lower.layers:
