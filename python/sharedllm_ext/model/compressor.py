@@ -23,7 +23,7 @@ from ..ops import (
     topk_nodes,
     tree_node_vectors,
 )
-from .layer_math import Products, is_untouched
+from .layer_math import Products, is_untouched, split_heads
 from .stopwatch import Stopwatch
 
 Tables = tuple[Tensor, Tensor]
@@ -92,12 +92,9 @@ def activation_bytes(model: LowerModel) -> int:
 
 def project(layer: Layer, normed: Any, name: str, products: Products | None = None) -> Tensor:
     """One of the layer's query, key or value projections, with the family's norm on it: ``[T, heads, D]``."""
-    attention = layer.self_attn
-    projection = getattr(attention, f"{name}_proj")
+    projection = getattr(layer.self_attn, f"{name}_proj")
     out = projection(normed) if products is None else products.linear(projection, normed)
-    out = out.unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{name}_norm", None)
-    return out if norm is None else norm(out)
+    return split_heads(layer.self_attn, out, name)
 
 
 def sliding_window(layer: Layer) -> int | None:

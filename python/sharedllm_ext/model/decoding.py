@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import (
-    MistralAttention,
-    MistralDecoderLayer,
-    MistralMLP,
-    MistralRMSNorm,
-)
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .._library import cuda_kernels
 from ..ops import decode_append, decode_linear, injected_attention
-from .layer_math import version_of
+from .compressor import sliding_window
+from .layer_math import ATTENTIONS, MLPS, NORMS, version_of
 from .memory import ContextMemory
 
 if TYPE_CHECKING:
@@ -45,9 +41,6 @@ KEPT_BYTES = 1 << 30
 RUN_ON_CPU = False
 
 _LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-_ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
-_MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
-_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -253,6 +246,7 @@ class DecodeRunner:
         memory: what the injected layers read, or ``None``.
         batch: rows.
         graph: whether to use a CUDA graph; without it the same operators run one by one.
+        state: what :func:`_state` gives for model and memory, if it is at hand.
     """
 
     # its buffers are written in later calls, which may be outside of inference mode
@@ -265,9 +259,10 @@ class DecodeRunner:
         memory: ContextMemory | None,
         batch: int,
         graph: bool,
+        state: tuple[Any, ...] | None = None,
     ) -> None:
         device = model.device
-        self.state = _state(model, memory)
+        self.state = _state(model, memory) if state is None else state
         self.batch = batch
         self.length_on_host = -1
         self._model = weakref.ref(model)
@@ -293,7 +288,7 @@ class DecodeRunner:
     def fits(self, cache: PreallocatedCache, state: tuple[Any, ...], batch: int) -> bool:
         """Whether this runner's graph is one of these parameters, this memory and the cache's present storage."""
         return (
-            self.state == state
+            (self.state is state or self.state == state)
             and self.batch == batch
             and len(cache.layers) == len(self._storages)
             and all(
@@ -369,7 +364,7 @@ class DecodeRunner:
         model: Any = self._model()
         x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
         for layer, storage in zip(model.model.layers, self._storages, strict=True):
-            x = self._attend(x, layer.self_attn, layer.input_layernorm, *storage)
+            x = self._attend(x, layer, *storage)
             injection = getattr(layer, "injection", None)
             if injection is not None and self._context is not None:
                 x = self._inject(x, injection)
@@ -380,8 +375,9 @@ class DecodeRunner:
         self._length.add_(1)
         return logits
 
-    def _attend(self, x: Tensor, attention: Any, norm: Any, keys: Tensor, values: Tensor) -> Tensor:
-        qkv = _product(x, (attention.q_proj, attention.k_proj, attention.v_proj), norm)
+    def _attend(self, x: Tensor, layer: Any, keys: Tensor, values: Tensor) -> Tensor:
+        attention = layer.self_attn
+        qkv = _product(x, (attention.q_proj, attention.k_proj, attention.v_proj), layer.input_layernorm)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         q, slot_range = decode_append(
             qkv,
@@ -393,7 +389,7 @@ class DecodeRunner:
             q_norm=None if q_norm is None else q_norm.weight,
             k_norm=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.variance_epsilon,
-            window=_window(attention),
+            window=sliding_window(layer) or 0,
             overlap=True,
             prefetch=attention.o_proj.weight,
             prefetch_bytes=PREFETCH_BYTES,
@@ -455,14 +451,6 @@ def _product(
     )
 
 
-def _window(attention: Any) -> int:
-    """Tokens that a query of this layer sees, 0 for all."""
-    window = getattr(attention, "sliding_window", None)
-    if window is None and isinstance(attention, MistralAttention):
-        window = getattr(attention.config, "sliding_window", None)
-    return int(window or 0)
-
-
 def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple[Any, ...]:
     """What a graph has baked in: where parameters and memory lie, which rows read what, the layers' constants."""
     parameters = tuple(
@@ -473,7 +461,7 @@ def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple
         attention, injection = layer.self_attn, getattr(layer, "injection", None)
         norms = [layer.input_layernorm, layer.post_attention_layernorm, getattr(attention, "q_norm", None)]
         norms += [] if injection is None else [injection.norm]
-        numbers += [attention.scaling, _window(attention), None if injection is None else injection.scaling]
+        numbers += [attention.scaling, sliding_window(layer), None if injection is None else injection.scaling]
         numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
     rotary = model.model.rotary_emb
     numbers += [model.model.norm.variance_epsilon, rotary.inv_freq.data_ptr(), rotary.attention_scaling]
@@ -521,7 +509,7 @@ def supports(model: "SharedLLMForCausalLM") -> bool:
     linear, norms = [model.lm_head], [model.model.norm]
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        if not (isinstance(layer, _LAYERS) and isinstance(attention, _ATTENTIONS) and isinstance(mlp, _MLPS)):
+        if not (isinstance(layer, _LAYERS) and isinstance(attention, ATTENTIONS) and isinstance(mlp, MLPS)):
             return False
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
         linear += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
@@ -530,7 +518,7 @@ def supports(model: "SharedLLMForCausalLM") -> bool:
         if injection is not None:
             linear += [injection.q_proj, injection.o_proj]
             norms.append(injection.norm)
-    if any(type(module) is not nn.Linear for module in linear) or any(not isinstance(n, _NORMS) for n in norms):
+    if any(type(module) is not nn.Linear for module in linear) or any(not isinstance(n, NORMS) for n in norms):
         return False
     return all(
         type(parameter) is nn.Parameter and parameter.device == device and parameter.dtype == dtype
@@ -617,10 +605,14 @@ class DecodeCall:
             # the old graph goes before the new one comes
             self.runner = runner = None
             _RUNNERS.pop(cache, None)
-            runner = DecodeRunner(self.model, cache, self.memory, batch, cache.layers[0].storage[0].is_cuda)
+            on_cuda = cache.layers[0].storage[0].is_cuda
+            runner = DecodeRunner(self.model, cache, self.memory, batch, on_cuda, self.state)
             fresh = True
-        if fresh:
+        elif fresh:
+            # the same object: every token compares them
+            runner.state = self.state
             runner.hold(self.model, self.memory)
+        if fresh:
             runner.set_padding(torch.zeros_like(runner._first) if self.first is None else self.first)
             _RUNNERS[cache] = runner
             self.runner = runner

@@ -12,6 +12,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Q
 
 from .. import ops
 
+NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -59,6 +62,13 @@ def is_untouched(module: Any) -> bool:
         module._backward_pre_hooks,
     )
     return not any(hooks) and "forward" not in module.__dict__
+
+
+def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
+    """A query, key or value projection ``[..., heads * D]`` as ``[..., heads, D]``, with the family's norm on it."""
+    out = projected.unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)
+    return out if norm is None else norm(out)
 
 
 def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
@@ -115,7 +125,9 @@ class _FusedAttention:
                 **kwargs,
             )
         batch, length, _ = hidden_states.shape
-        query, key, value = (self._project(hidden_states, name) for name in "qkv")
+        query, key, value = (
+            split_heads(self, getattr(self, f"{name}_proj")(hidden_states), name).flatten(0, 1) for name in "qkv"
+        )
         half = self.head_dim // 2  # type: ignore[attr-defined]
         tables = (table[..., :half].expand(batch, -1, -1).flatten(0, 1) for table in position_embeddings)  # type: ignore[union-attr]
         cos, sin = (table.float().contiguous() for table in tables)
@@ -149,12 +161,6 @@ class _FusedAttention:
             and not (self.training and self.attention_dropout > 0)  # type: ignore[attr-defined]
         )
 
-    def _project(self, x: Tensor, name: str) -> Tensor:
-        out = getattr(self, f"{name}_proj")(x)
-        out = out.view(-1, out.shape[-1] // self.head_dim, self.head_dim)  # type: ignore[attr-defined]
-        norm = getattr(self, f"{name}_norm", None)
-        return out if norm is None else norm(out)
-
 
 def _fused_class(mixin: type, family_class: type) -> type:
     return type(
@@ -165,9 +171,9 @@ def _fused_class(mixin: type, family_class: type) -> type:
 _FUSED_CLASS: dict[type, type] = {
     family_class: _fused_class(mixin, family_class)
     for mixin, family_classes in (
-        (_FusedRMSNorm, (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)),
-        (_FusedAttention, (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)),
-        (_FusedMLP, (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)),
+        (_FusedRMSNorm, NORMS),
+        (_FusedAttention, ATTENTIONS),
+        (_FusedMLP, MLPS),
     )
     for family_class in family_classes
 }

@@ -288,7 +288,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         store: list[Tensor] | None = None
         slots_by_chunk: list[int] = []
         room = sum(min(chunk.length, (config.tree_depth + 1) * config.slots_per_node) for chunk in chunks)
-        if chunks and not torch.is_grad_enabled():
+        if not chunks or not torch.is_grad_enabled():
             # the whole memory at once: appending would copy it again and again
             store = self._memory_store(lower, room, ids.device)
         products = self._products(lower)
@@ -331,15 +331,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             for target, tensor in zip(store, (*keys, *values), strict=True):
                 target[written : written + tensor.shape[0]] = tensor
         total = sum(slots_by_chunk)
-        if store is not None:
-            tensors = [target[:total] for target in store]
-        elif chunks:
-            tensors = [torch.cat(piece) for piece in pieces]
-        else:
-            attention = lower.layers[0].self_attn
-            heads = attention.k_proj.out_features // attention.head_dim
-            empty = torch.empty((0, heads, attention.head_dim), dtype=self.dtype, device=ids.device)
-            tensors = [empty] * len(pieces)
+        tensors = [torch.cat(piece) for piece in pieces] if store is None else [target[:total] for target in store]
         by_document = [0] * len(lengths)
         for chunk, slots_of_chunk in zip(chunks, slots_by_chunk, strict=True):
             by_document[chunk.document] += slots_of_chunk
