@@ -234,7 +234,7 @@ struct Indices {
 
 // Uninitialised rows in `like`'s dtype.
 Tensor output(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor tensor = torch::stable::new_empty(like, sizes);
+  Tensor tensor = allocate(like, sizes);
   prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }

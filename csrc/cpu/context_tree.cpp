@@ -25,7 +25,7 @@ constexpr int64_t kGrain = 32768;
 constexpr double kLargestOffset = 9007199254740992.0;
 
 Tensor empty_int64(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Long);
+  return allocate(like, sizes, ScalarType::Long);
 }
 
 void check_spans(const char* name, const int64_t* spans, int64_t count) {

@@ -112,7 +112,7 @@ struct Arguments {
     check_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float);
     check(2 * cos.size(1) <= q.size(2), "cos: expected at most D/2 = ", q.size(2) / 2.0, " columns, got ", cos.size(1));
     for (Tensor* x : {&q, &k, &v}) *x = dense_heads(*x);
-    for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = torch::stable::contiguous(*x);
+    for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = sharedllm::contiguous(*x);
 
     Problem p;
     p.q = view(q);
@@ -147,8 +147,8 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
                                               Tensor q_position, Tensor cos, Tensor sin, double scale) {
   Arguments arguments{q, k, v, cu_q, slot_range, q_position, cos, sin};
   Forward p{arguments.check_and_describe(scale), nullptr, nullptr};
-  Tensor out = torch::stable::new_empty(q, {p.queries, p.q_heads, p.size});
-  Tensor lse = torch::stable::new_empty(q, {p.queries, p.q_heads}, ScalarType::Float);
+  Tensor out = allocate(q, {p.queries, p.q_heads, p.size});
+  Tensor lse = allocate(q, {p.queries, p.q_heads}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   if (q.scalar_type() == ScalarType::Float) {
@@ -172,26 +172,26 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   check_tensor("lse", lse, {p.queries, p.q_heads}, ScalarType::Float);
   grad_out = dense_heads(grad_out);
   out = dense_heads(out);
-  lse = torch::stable::contiguous(lse);
+  lse = sharedllm::contiguous(lse);
   p.grad_out = view(grad_out);
   p.out = view(out);
   p.lse = lse.const_data_ptr<float>();
   if (grad_lse) {
     check_tensor("grad_lse", *grad_lse, {p.queries, p.q_heads}, ScalarType::Float);
-    grad_lse = torch::stable::contiguous(*grad_lse);
+    grad_lse = sharedllm::contiguous(*grad_lse);
     p.grad_lse = grad_lse->const_data_ptr<float>();
   }
-  Tensor grad_q = torch::stable::new_empty(q, {p.queries, p.q_heads, p.size});
+  Tensor grad_q = allocate(q, {p.queries, p.q_heads, p.size});
   p.grad_q = grad_q.mutable_data_ptr();
   Tensor grad_k, grad_v;
   if (need_grad_kv) {
-    grad_k = torch::stable::new_empty(k, {p.slots, p.kv_heads, p.size});
-    grad_v = torch::stable::new_empty(k, {p.slots, p.kv_heads, p.size});
+    grad_k = allocate(k, {p.slots, p.kv_heads, p.size});
+    grad_v = allocate(k, {p.slots, p.kv_heads, p.size});
     p.grad_k = grad_k.mutable_data_ptr();
     p.grad_v = grad_v.mutable_data_ptr();
   } else {
-    grad_k = torch::stable::new_empty(k, {0});
-    grad_v = torch::stable::new_empty(k, {0});
+    grad_k = allocate(k, {0});
+    grad_v = allocate(k, {0});
   }
   if (dtype == ScalarType::Float) {
     run<float>(p);

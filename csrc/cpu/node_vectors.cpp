@@ -94,7 +94,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spa
   check_tensor("cos", *cos, {-1, -1}, ScalarType::Float);
   check_tensor("sin", *sin, {cos->size(0), cos->size(1)}, ScalarType::Float);
   check(2 * cos->size(1) <= size, "cos: expected at most D/2 = ", size / 2.0, " columns, got ", cos->size(1));
-  for (Tensor* x : {spans, cos, sin}) *x = torch::stable::contiguous(*x);
+  for (Tensor* x : {spans, cos, sin}) *x = sharedllm::contiguous(*x);
   const int64_t *span = spans->const_data_ptr<int64_t>(), tokens = k.size(0);
   for (int64_t i = 0; i < q.size(0); ++i) {
     const int64_t start = span[2 * i], length = span[2 * i + 1];
@@ -107,7 +107,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spa
 // Inputs are checked, and the elements of a head lie side by side.
 Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const int64_t* spans, const Tensor& cos,
                   const Tensor& sin, double scale) {
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor out = allocate(q, {q.size(0), q.size(1), q.size(2)});
   const Problem p{q.const_data_ptr(),
                   k.const_data_ptr(),
                   v.const_data_ptr(),
@@ -151,10 +151,10 @@ Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos,
   check_shape("q", q, {-1, int64_t{1} << levels, -1, -1});
   // the halves of a root must fit into the tables
   check_inputs(q, k, v, &spans, &cos, &sin, 2 * cos.size(0));
-  q = torch::stable::contiguous(q);
+  q = sharedllm::contiguous(q);
   const int64_t n = q.size(0), leaves = q.size(1), rows = 2 * leaves - 2,
                 bytes = q.size(2) * q.size(3) * q.element_size();
-  Tensor queries = torch::stable::new_empty(q, {n * rows, q.size(2), q.size(3)});
+  Tensor queries = allocate(q, {n * rows, q.size(2), q.size(3)});
   const auto* from = static_cast<const char*>(q.const_data_ptr());
   auto* to = static_cast<char*>(queries.mutable_data_ptr());
   std::vector<int64_t> nodes(2 * n * rows);

@@ -171,8 +171,8 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   p.query_norms = norms.data();
   p.score = scores.data();
 
-  Tensor indices = torch::stable::new_empty(nodes, {groups, k}, ScalarType::Long);
-  Tensor similarity = torch::stable::new_empty(nodes, {groups, k}, ScalarType::Float);
+  Tensor indices = allocate(nodes, {groups, k}, ScalarType::Long);
+  Tensor similarity = allocate(nodes, {groups, k}, ScalarType::Float);
   int64_t* index_out = indices.mutable_data_ptr<int64_t>();
   float* score_out = similarity.mutable_data_ptr<float>();
   const bool narrow = nodes.scalar_type() == ScalarType::BFloat16;

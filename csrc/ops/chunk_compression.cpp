@@ -97,11 +97,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::optional<Tensor> q, Tens
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   indices.fill(at);
-  Tensor q_rotated = torch::stable::new_empty(k, {0}), k_rotated = torch::stable::new_empty(k, {0});
-  if (q) q_rotated = torch::stable::new_empty(k, {at.num_queries, at.q_heads, at.head_size});
-  if (positions) k_rotated = torch::stable::new_empty(k, {at.num_tokens, at.kv_heads, at.head_size});
-  Tensor memory_k = torch::stable::new_empty(k, {at.num_slots, at.kv_heads, at.head_size});
-  Tensor memory_v = torch::stable::new_empty(k, {at.num_slots, at.kv_heads, at.head_size});
+  Tensor q_rotated = allocate(k, {0}), k_rotated = allocate(k, {0});
+  if (q) q_rotated = allocate(k, {at.num_queries, at.q_heads, at.head_size});
+  if (positions) k_rotated = allocate(k, {at.num_tokens, at.kv_heads, at.head_size});
+  Tensor memory_k = allocate(k, {at.num_slots, at.kv_heads, at.head_size});
+  Tensor memory_v = allocate(k, {at.num_slots, at.kv_heads, at.head_size});
   if (q) p.q = rows_of(*q, p.q_stride);
   p.k = rows_of(k, p.k_stride);
   p.v = rows_of(v, p.v_stride);
@@ -149,10 +149,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_q_rotated
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   indices.fill(at);
-  Tensor grad_q = torch::stable::new_empty(grad_memory_k, {0});
-  if (grad_q_rotated) grad_q = torch::stable::new_empty(grad_memory_k, {at.num_queries, at.q_heads, size});
-  Tensor grad_k = torch::stable::new_empty(grad_memory_k, {num_tokens, heads, size});
-  Tensor grad_v = torch::stable::new_empty(grad_memory_k, {num_tokens, heads, size});
+  Tensor grad_q = allocate(grad_memory_k, {0});
+  if (grad_q_rotated) grad_q = allocate(grad_memory_k, {at.num_queries, at.q_heads, size});
+  Tensor grad_k = allocate(grad_memory_k, {num_tokens, heads, size});
+  Tensor grad_v = allocate(grad_memory_k, {num_tokens, heads, size});
   if (grad_q_rotated) p.grad_q_rotated = rows_of(*grad_q_rotated, p.q_stride);
   if (grad_k_rotated) p.grad_k_rotated = rows_of(*grad_k_rotated, p.k_stride);
   p.grad_memory_k = rows_of(grad_memory_k, p.memory_k_stride);
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_q_rotated
   p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr();
   // freed when this returns: torch hands it only to work queued later on the same stream
-  const Tensor slot_of_token = torch::stable::new_empty(grad_memory_k, {num_tokens}, ScalarType::Long);
+  const Tensor slot_of_token = allocate(grad_memory_k, {num_tokens}, ScalarType::Long);
   p.slot_of_token = slot_of_token.mutable_data_ptr<int64_t>();
   check_launch("chunk_compression_backward", launch_chunk_compression_backward(p, current_stream(device)));
   return {grad_q, grad_k, grad_v};

@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor empty_int64(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Long);
+  return allocate(like, sizes, ScalarType::Long);
 }
 
 OffsetType offset_type(const Tensor& offset) {

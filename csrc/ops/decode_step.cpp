@@ -84,7 +84,7 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
     p.residual = residual->const_data_ptr();
     p.residual_stride = p.rows > 1 ? residual->stride(0) : p.num_outputs;
   }
-  Tensor out = torch::stable::new_empty(x, {p.rows, p.num_outputs});
+  Tensor out = allocate(x, {p.rows, p.num_outputs});
   p.x = x.const_data_ptr();
   p.x_stride = p.rows > 1 ? x.stride(0) : p.inner;
   p.out = out.mutable_data_ptr();
@@ -138,8 +138,8 @@ std::tuple<Tensor, Tensor> decode_append(Tensor qkv, Tensor keys, Tensor values,
     p.k_norm = k_norm->const_data_ptr();
   }
   const int64_t q_heads = qkv.size(1) / size - 2 * kv_heads;
-  Tensor q = torch::stable::new_empty(qkv, {p.rows, q_heads, size});
-  Tensor slot_range = torch::stable::new_empty(length, {p.rows, 2});
+  Tensor q = allocate(qkv, {p.rows, q_heads, size});
+  Tensor slot_range = allocate(length, {p.rows, 2});
   p.qkv = qkv.const_data_ptr();
   p.qkv_stride = p.rows > 1 ? qkv.stride(0) : qkv.size(1);
   p.length = length.const_data_ptr<int64_t>();

@@ -55,16 +55,15 @@ Results run(const Names& names, RowFunction function, bool codes, Tensor x, std:
     weight = dense(*weight);
     p.weight = weight->const_data_ptr();
   }
-  Results results{std::nullopt,
-                  torch::stable::new_empty(x, {p.rows, p.width}, codes ? ScalarType::Float8_e4m3fn : x.scalar_type()),
+  Results results{std::nullopt, allocate(x, {p.rows, p.width}, codes ? ScalarType::Float8_e4m3fn : x.scalar_type()),
                   std::nullopt};
   p.out = results.out.mutable_data_ptr();
   if (function == RowFunction::kRmsNorm && y) {
-    results.sum = torch::stable::new_empty(x, {p.rows, p.width});
+    results.sum = allocate(x, {p.rows, p.width});
     p.sum = results.sum->mutable_data_ptr();
   }
   if (codes) {
-    results.scale = torch::stable::new_empty(x, {p.rows, 1}, ScalarType::Float);
+    results.scale = allocate(x, {p.rows, 1}, ScalarType::Float);
     p.scale = results.scale->mutable_data_ptr<float>();
   }
   p.eps = static_cast<float>(eps);

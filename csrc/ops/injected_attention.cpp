@@ -119,8 +119,8 @@ struct Arguments {
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t rows, InjectedAttentionParams* p)
-      : out_(torch::stable::new_empty(like, {rows * p->head_size}, ScalarType::Float)),
-        lse_(torch::stable::new_empty(like, {rows}, ScalarType::Float)) {
+      : out_(allocate(like, {rows * p->head_size}, ScalarType::Float)),
+        lse_(allocate(like, {rows}, ScalarType::Float)) {
     p->partial_out = out_.mutable_data_ptr<float>();
     p->partial_lse = lse_.mutable_data_ptr<float>();
   }
@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
   InjectedAttentionParams p = arguments.check_and_describe(scale);
   const int32_t device = arguments.q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor out = torch::stable::new_empty(arguments.q, {p.num_queries, p.q_heads, p.head_size});
-  Tensor lse = torch::stable::new_empty(arguments.q, {p.num_queries, p.q_heads}, ScalarType::Float);
+  Tensor out = allocate(arguments.q, {p.num_queries, p.q_heads, p.head_size});
+  Tensor lse = allocate(arguments.q, {p.num_queries, p.q_heads}, ScalarType::Float);
   if (p.num_queries == 0 || p.q_heads == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
@@ -207,12 +207,13 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   lse = dense(lse);
 
   const Tensor& like = arguments.q;
-  Tensor grad_q = torch::stable::new_empty(like, {f.num_queries, f.q_heads, f.head_size});
+  Tensor grad_q = allocate(like, {f.num_queries, f.q_heads, f.head_size});
   const bool nothing = f.num_queries == 0 || f.q_heads == 0 || f.num_rows == 0;
   const auto new_grad_kv = [&] {
-    if (!need_grad_kv) return torch::stable::new_empty(like, {0});
-    return nothing ? torch::stable::new_zeros(like, {f.num_slots, f.kv_heads, f.head_size})
-                   : torch::stable::new_empty(like, {f.num_slots, f.kv_heads, f.head_size});
+    if (!need_grad_kv) return allocate(like, {0});
+    Tensor grad = allocate(like, {f.num_slots, f.kv_heads, f.head_size});
+    if (nothing) torch::stable::zero_(grad);
+    return grad;
   };
   Tensor grad_k = new_grad_kv(), grad_v = new_grad_kv();
   if (nothing) return {grad_q, grad_k, grad_v};
@@ -245,18 +246,18 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   const int64_t rows = f.num_queries * f.q_heads;
   Tensor q_rotated, per_row, grad_q_float, partial_grad_kv;
   const auto prepare = [&] {
-    q_rotated = torch::stable::new_empty(like, {rows * f.head_size});
-    per_row = torch::stable::new_empty(like, {2 * rows}, ScalarType::Float);
+    q_rotated = allocate(like, {rows * f.head_size});
+    per_row = allocate(like, {2 * rows}, ScalarType::Float);
     p.q_rotated = q_rotated.mutable_data_ptr();
     p.delta = per_row.mutable_data_ptr<float>();
     p.lse_log2 = p.delta + rows;
     if (slots_wanted) {
-      grad_q_float = torch::stable::new_empty(like, {rows * f.head_size}, ScalarType::Float);
+      grad_q_float = allocate(like, {rows * f.head_size}, ScalarType::Float);
       p.grad_q_float = grad_q_float.mutable_data_ptr<float>();
     }
     if (slots_wanted && p.kv_splits > 1) {
       const int64_t partial = p.kv_splits * f.num_slots * f.kv_heads * f.head_size;
-      partial_grad_kv = torch::stable::new_empty(like, {2 * partial}, ScalarType::Float);
+      partial_grad_kv = allocate(like, {2 * partial}, ScalarType::Float);
       p.partial_grad_k = partial_grad_kv.mutable_data_ptr<float>();
       p.partial_grad_v = p.partial_grad_k + partial;
     }
@@ -308,8 +309,8 @@ std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v,
 
   const bool direct = choose_path(a, device, false) == Path::kDecode;
   if (a.num_queries > 0 && a.q_heads > 0 && direct) {
-    Tensor out = torch::stable::new_empty(arguments.q, {a.num_queries, a.q_heads, a.head_size});
-    Tensor lse = torch::stable::new_empty(arguments.q, {a.num_queries, a.q_heads}, ScalarType::Float);
+    Tensor out = allocate(arguments.q, {a.num_queries, a.q_heads, a.head_size});
+    Tensor lse = allocate(arguments.q, {a.num_queries, a.q_heads}, ScalarType::Float);
     a.out = out.mutable_data_ptr();
     a.lse = lse.mutable_data_ptr<float>();
     p.k_scale = k_scale.const_data_ptr<float>();
@@ -323,7 +324,7 @@ std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v,
   }
 
   const auto restored = [&](const Tensor& codes, const Tensor& scales, const int64_t (&strides)[2]) {
-    Tensor x = torch::stable::new_empty(arguments.q, {a.num_slots, a.kv_heads, a.head_size});
+    Tensor x = allocate(arguments.q, {a.num_slots, a.kv_heads, a.head_size});
     MemoryDequantizationParams d{};
     d.codes = codes.const_data_ptr<int8_t>();
     d.scale = scales.const_data_ptr<float>();
@@ -354,8 +355,8 @@ std::tuple<Tensor, Tensor> quantize_memory(Tensor x) {
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   x = with_aligned_rows(x);
-  Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor codes = allocate(x, {x.size(0), x.size(1), x.size(2)}, ScalarType::Char);
+  Tensor scale = allocate(x, {x.size(0), x.size(1)}, ScalarType::Float);
   p.input = x.const_data_ptr();
   p.codes = codes.mutable_data_ptr<int8_t>();
   p.scale = scale.mutable_data_ptr<float>();

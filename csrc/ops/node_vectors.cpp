@@ -25,7 +25,7 @@ Tensor rows(const Tensor& x) {
 // q: [leaves, Hq, D]. The tensors must outlive the launch, so those that had to be copied are put in their place.
 NodeVectorsParams params_of(Tensor* q, Tensor* k, Tensor* v, Tensor* spans, Tensor* cos, Tensor* sin, double scale) {
   for (Tensor* x : {q, k, v}) *x = rows(*x);
-  for (Tensor* x : {spans, cos, sin}) *x = torch::stable::contiguous(*x);
+  for (Tensor* x : {spans, cos, sin}) *x = sharedllm::contiguous(*x);
   NodeVectorsParams p{};
   p.type = float_type("q", *q);
   p.q = q->const_data_ptr();
@@ -64,7 +64,7 @@ void run(const char* name, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor co
   p.last_level = static_cast<int32_t>(last_level);
   check_launch(name, plan_node_vectors(&p));
   // freed when this returns: torch hands it only to work queued later on the same stream
-  const Tensor workspace = torch::stable::new_empty(k, {p.workspace_size}, ScalarType::Byte);
+  const Tensor workspace = allocate(k, {p.workspace_size}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   check_launch(name, launch_node_vectors(p, current_stream(device)));
 }
@@ -91,7 +91,7 @@ Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tens
   check_shape("q", q, {-1, -1, -1});
   check_inputs(q, k, v, spans, cos, sin);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor out = allocate(q, {q.size(0), q.size(1), q.size(2)});
   if (out.numel() > 0) run("node_vectors", q, k, v, spans, cos, sin, 0, 0, scale, &out);
   return out;
 }
@@ -104,7 +104,7 @@ Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos,
   check_inputs(q, k, v, spans, cos, sin);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int64_t n = q.size(0), leaves = q.size(1), heads = q.size(2), size = q.size(3);
-  Tensor out = torch::stable::new_empty(q, {n, 2 * leaves - 2, heads, size});
+  Tensor out = allocate(q, {n, 2 * leaves - 2, heads, size});
   if (out.numel() > 0) {
     run("tree_node_vectors", torch::stable::reshape(q, {n * leaves, heads, size}), k, v, spans, cos, sin, 1, levels,
         scale, &out);
@@ -119,21 +119,21 @@ std::tuple<Tensor, Tensor, Tensor> node_vectors_backward(Tensor grad_out, Tensor
   const int32_t device = q.get_device_index();
   check_cuda_tensor("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), device);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
-  Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  Tensor grad_q = allocate(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor grad_k = allocate(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor grad_v = allocate(v, {v.size(0), v.size(1), v.size(2)});
   if (q.size(1) == 0 || q.size(2) == 0 || cos.size(0) == 0) {
     return {torch::stable::zero_(grad_q), torch::stable::zero_(grad_k), torch::stable::zero_(grad_v)};
   }
-  grad_out = torch::stable::contiguous(grad_out);
+  grad_out = sharedllm::contiguous(grad_out);
   NodeVectorsBackwardParams b{};
   b.forward = params_of(&q, &k, &v, &spans, &cos, &sin, scale);
   b.grad_out = grad_out.const_data_ptr();
   b.grad_q = grad_q.mutable_data_ptr();
   b.grad_k = grad_k.mutable_data_ptr();
   b.grad_v = grad_v.mutable_data_ptr();
-  const Tensor query = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  const Tensor stats = torch::stable::new_empty(q, {q.size(0), q.size(1), 2}, ScalarType::Float);
+  const Tensor query = allocate(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  const Tensor stats = allocate(q, {q.size(0), q.size(1), 2}, ScalarType::Float);
   b.query = static_cast<float*>(query.mutable_data_ptr());
   b.stats = static_cast<float2*>(stats.mutable_data_ptr());
   check_launch("node_vectors_backward", launch_node_vectors_backward(b, current_stream(device)));

@@ -40,15 +40,15 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   check(p.num_queries > 0 || p.num_groups == 0 || p.num_nodes == 0, "queries: expected at least 1 row, got 0");
 
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor indices = torch::stable::new_empty(nodes, {p.num_groups, k}, ScalarType::Long);
-  Tensor similarity = torch::stable::new_empty(nodes, {p.num_groups, k}, ScalarType::Float);
+  Tensor indices = allocate(nodes, {p.num_groups, k}, ScalarType::Long);
+  Tensor similarity = allocate(nodes, {p.num_groups, k}, ScalarType::Float);
   if (p.num_groups == 0 || k == 0) return {indices, similarity};
 
   queries = with_dense_rows(queries);
   nodes = with_dense_rows(nodes);
-  cu_groups = torch::stable::contiguous(cu_groups);
-  group_query = torch::stable::contiguous(group_query);
-  if (valid) valid = torch::stable::contiguous(*valid);
+  cu_groups = sharedllm::contiguous(cu_groups);
+  group_query = sharedllm::contiguous(group_query);
+  if (valid) valid = sharedllm::contiguous(*valid);
   p.queries = queries.const_data_ptr();
   p.nodes = nodes.const_data_ptr();
   p.query_stride = queries.stride(0);
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   p.eps = static_cast<float>(eps);
   check_launch("topk_nodes", plan_topk_nodes(&p));
   // freed when this returns: torch hands it only to work queued later on the same stream
-  const Tensor workspace = torch::stable::new_empty(nodes, {p.workspace_size}, ScalarType::Long);
+  const Tensor workspace = allocate(nodes, {p.workspace_size}, ScalarType::Long);
   p.workspace = static_cast<uint64_t*>(workspace.mutable_data_ptr());
   check_launch("topk_nodes", launch_topk_nodes(p, current_stream(device)));
   return {indices, similarity};

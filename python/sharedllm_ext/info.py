@@ -45,6 +45,9 @@ def collect() -> dict[str, Any]:
     report["source_revision"] = _source_revision()
     report["libraries"] = _attempt(report, "libraries", _libraries) or {}
     compiled = _attempt(report, "compiled module", lambda: importlib.import_module("._C", __package__))
+    if "torch" in sys.modules:
+        # its own word names the CUDA version too
+        report["packages"]["torch"] = sys.modules["torch"].__version__
     report["build"] = dict(compiled.build_info()) if compiled else None
     report["cpu_capability"] = compiled.cpu_capability() if compiled else None
     library = _attempt(report, "operators", lambda: importlib.import_module("._library", __package__))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from sharedllm_ext.model import decoding
@@ -25,15 +26,34 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Turns the steps on for the CPU; lengths of the cache at which a step ran."""
     lengths: list[int] = []
-    run = DecodeRunner.run
+    end = DecodeRunner._end
 
-    def counting(self: DecodeRunner, tokens: Tensor, cache: PreallocatedCache) -> Tensor:
+    def counting(self: DecodeRunner, cache: PreallocatedCache) -> Tensor:
         lengths.append(cache.get_seq_length())
-        return run(self, tokens, cache)
+        return end(self, cache)
 
     monkeypatch.setattr(decoding, "RUN_ON_CPU", True)
-    monkeypatch.setattr(DecodeRunner, "run", counting)
+    monkeypatch.setattr(DecodeRunner, "_end", counting)
     yield lengths
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What became of steps: "run" in their place, "started" ahead, "taken", or "dropped"."""
+    calls: list[str] = []
+    run, start, take, join = DecodeRunner.run, DecodeRunner.run_ahead, DecodeRunner.take, DecodeRunner._join
+
+    def note(word: str, function: Any) -> Any:
+        def noting(self: DecodeRunner, *args: Any) -> Any:
+            calls.append(word)
+            return function(self, *args)
+
+        return noting
+
+    for name, function, word in (("run", run, "run"), ("run_ahead", start, "started"), ("take", take, "taken")):
+        monkeypatch.setattr(DecodeRunner, name, note(word, function))
+    monkeypatch.setattr(DecodeRunner, "_join", note("joined", join))
+    return calls
 
 
 def _ordinary(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +148,113 @@ def test_turns(counted: list[int]) -> None:
         other.update(target.keys.clone(), target.values.clone(), layer)
     got = model.generate(turn, past_key_values=cache, **plain)
     assert torch.equal(got, _ordinary(model, turn, past_key_values=other, **plain))
+
+
+class _Stop(StoppingCriteria):
+    """Does something with the tokens at a length; ends nothing."""
+
+    def __init__(self, length: int, action: Any) -> None:
+        self.length, self.action = length, action
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if input_ids.shape[1] == self.length:
+            self.action(input_ids)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def test_steps_start_ahead(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(2, 10)
+    expected = _ordinary(model, text, do_sample=False, **STEPS)
+    assert torch.equal(model.generate(text, do_sample=False, **STEPS), expected)
+    # all of them, and none follows the last token
+    assert ahead == ["started", "taken", "joined"] * 19
+    assert decoding._pending.ahead is None
+
+
+def test_a_step_that_nobody_wants_is_dropped(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(1, 10)
+
+    def sampled(generate: Any, **settings: Any) -> Any:
+        torch.manual_seed(5)
+        return generate(text, do_sample=True, return_dict_in_generate=True, **{**STEPS, **settings})
+
+    free = sampled(lambda *a, **k: _ordinary(model, *a, **k)).sequences[0, 10:].tolist()
+    last = next(i for i in range(4, 20) if free[i] not in free[:i])
+    got = sampled(model.generate, eos_token_id=free[last])
+    assert got.sequences[0, 10:].tolist() == free[: last + 1]
+    assert ahead[-2:] == ["started", "joined"]
+    # the cache goes on where it stood
+    assert got.past_key_values.get_seq_length() == got.sequences.shape[1] - 1
+    longer = torch.cat((got.sequences, builders.ids(1, 3)), 1)
+    again = model.generate(longer, past_key_values=got.past_key_values, do_sample=False, **STEPS)
+    assert torch.equal(again, _ordinary(model, longer, do_sample=False, **STEPS))
+
+
+def test_criteria_that_change_tokens_come_first(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(1, 10)
+    outs = []
+    for generate in (lambda *a, **k: _ordinary(model, *a, **k), model.generate):
+        change = StoppingCriteriaList([_Stop(15, lambda tokens: tokens[:, -1].fill_(7))])
+        outs.append(generate(text, do_sample=False, stopping_criteria=change, **STEPS))
+    assert torch.equal(*outs) and outs[0][0, 14] == 7
+    assert ahead.count("started") == ahead.count("taken") == 19
+
+
+def test_interrupted_with_a_step_on_its_way(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(1, 10)
+    expected = _ordinary(model, text, do_sample=False, **STEPS)
+    cache = PreallocatedCache(model.config.text_config)
+
+    class Streamer(BaseStreamer):
+        count = 0
+
+        def put(self, value: Tensor) -> None:
+            self.count += 1
+            if self.count == 6:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(text, past_key_values=cache, do_sample=False, streamer=Streamer(), **STEPS)
+    assert ahead[-2:] == ["started", "joined"] and decoding._pending.ahead is None
+    length = cache.get_seq_length()
+    again = model.generate(expected[:, : length + 1], past_key_values=cache, do_sample=False, **STEPS)
+    assert torch.equal(again[:, :30], expected)
+
+
+def test_generate_inside_generate(counted: list[int], ahead: list[str]) -> None:
+    model, text, other = builders.model(), builders.ids(1, 10), builders.ids(1, 8)
+    expected = [_ordinary(model, x, do_sample=False, **STEPS) for x in (text, other)]
+    inner: list[Tensor] = []
+    ask = StoppingCriteriaList([_Stop(16, lambda _: inner.append(model.generate(other, do_sample=False, **STEPS)))])
+    got = model.generate(text, do_sample=False, stopping_criteria=ask, **STEPS)
+    assert torch.equal(got, expected[0]) and torch.equal(inner[0], expected[1])
+    assert ahead.count("started") == ahead.count("taken") == 38 and decoding._pending.ahead is None
+
+
+def test_a_cache_cropped_on_the_way(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(1, 10)
+    outs = []
+    for generate in (lambda *a, **k: _ordinary(model, *a, **k), model.generate):
+        cache = PreallocatedCache(model.config.text_config)
+
+        class Streamer(BaseStreamer):
+            count = 0
+
+            def put(self, value: Tensor) -> None:
+                self.count += 1
+                if self.count == 6:
+                    cache.crop(-2)  # noqa: B023 of this round
+
+            def end(self) -> None:
+                pass
+
+        settings: dict[str, Any] = {"past_key_values": cache, "streamer": Streamer(), "do_sample": False}
+        outs.append(generate(text, **settings, **STEPS))
+        outs.append(torch.tensor(cache.get_seq_length()))
+    assert torch.equal(outs[0], outs[2]) and outs[1] == outs[3]
 
 
 def test_growing_beyond_the_capacity(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

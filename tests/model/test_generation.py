@@ -109,7 +109,7 @@ def test_streamer(model, capsys: pytest.CaptureFixture[str]) -> None:
 def test_text_generation_pipeline(model) -> None:
     tokenizer = _tokenizer()
     prompt = " ".join(f"w{i}" for i in builders.ids(80).tolist())
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     [result] = generator(prompt, do_sample=False, return_full_text=False, **STEPS)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     expected = model.generate(ids, do_sample=False, **STEPS)

@@ -459,6 +459,15 @@ def test_value_mistakes_on_the_cpu(
         injected_attention(**arguments)
 
 
+def test_memory_that_does_not_suffice(device: torch.device, generator: torch.Generator) -> None:
+    # views of one element each that the operator would have to copy
+    arguments = build(CASES["one element"], torch.float32, device, generator)
+    arguments[0] = torch.zeros(1, 1, 1, device=device).expand(2**46, 1, 1)
+    arguments[3] = torch.tensor([0, 2**46], device=device)
+    with pytest.raises(RuntimeError, match=r"out of memory: expected room for a tensor of shape \[\d+"):
+        injected_attention(*arguments)
+
+
 def test_table_with_more_columns_than_half_the_head(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, cu_q, slot_range, position, cos, sin, scale = problem("ragged batch", torch.float32, device, generator)
     with pytest.raises(ValueError, match="cos: expected at most D/2 = 32 columns, got 48"):

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -46,16 +48,40 @@ inline std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
+inline const char* dtype_text(torch::headeronly::ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+// What `make` returns, a new tensor. PyTorch's own calls only say "API call failed" where memory runs out.
+template <class Sizes, class Make>
+inline torch::stable::Tensor make_tensor(const Sizes& shape, torch::headeronly::ScalarType dtype, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    std::ostringstream text;
+    text << "out of memory: expected room for a tensor of shape " << shape_text(shape) << " and dtype "
+         << dtype_text(dtype) << ", got none (" << error.what() << ")";
+    throw std::runtime_error(text.str());
+  }
+}
+
+// Uninitialised, on like's device.
+inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<int64_t> shape,
+                                      std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  return make_tensor(shape, dtype ? *dtype : like.scalar_type(),
+                     [&] { return torch::stable::new_empty(like, shape, dtype); });
+}
+
+inline torch::stable::Tensor contiguous(const torch::stable::Tensor& tensor) {
+  return make_tensor(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor); });
+}
+
 // Asking first spares contiguous tensors a call through the dispatcher.
 inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : sharedllm::contiguous(tensor);
 }
 
 inline torch::stable::Tensor dense_as(const torch::stable::Tensor& tensor, torch::headeronly::ScalarType dtype) {
   return dense(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
 }
-
-inline const char* dtype_text(torch::headeronly::ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
 // A size of -1 accepts any number.
 inline void check_shape(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> shape) {

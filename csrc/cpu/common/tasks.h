@@ -8,6 +8,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "checks.h"
+
 namespace sharedllm {
 
 // Starts at most one worker for each thread; each takes task after task from the counter, so uneven tasks balance.
@@ -25,7 +27,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows and heads may lie anywhere; the elements of a head must be neighbours.
 inline torch::stable::Tensor dense_heads(const torch::stable::Tensor& x) {
-  return x.stride(2) == 1 || x.size(2) <= 1 ? x : torch::stable::contiguous(x);
+  return x.stride(2) == 1 || x.size(2) <= 1 ? x : sharedllm::contiguous(x);
 }
 
 }  // namespace sharedllm

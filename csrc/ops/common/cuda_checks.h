@@ -30,7 +30,7 @@ inline void check_cuda_tensor(const char* name, const torch::stable::Tensor& ten
 // The tensor itself if the elements of a row are neighbours in memory, else a copy.
 inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) > 1 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
+  return tensor.size(last) > 1 && tensor.stride(last) != 1 ? sharedllm::contiguous(tensor) : tensor;
 }
 
 // The tensor itself if its rows are dense and 16-byte aligned at every index, else a copy (rows of whole 16-byte
@@ -46,9 +46,10 @@ inline torch::stable::Tensor with_aligned_rows(const torch::stable::Tensor& tens
     aligned = aligned && (tensor.size(i) <= 1 || (tensor.stride(i) > 0 && tensor.stride(i) % unit == 0));
   }
   if (aligned) return tensor;
-  const torch::stable::Tensor dense = torch::stable::contiguous(tensor);
+  const torch::stable::Tensor dense = sharedllm::contiguous(tensor);
   // which may still be the tensor itself, at an odd address
-  return aligned_base(dense) ? dense : torch::stable::clone(dense);
+  if (aligned_base(dense)) return dense;
+  return make_tensor(dense.sizes(), dense.scalar_type(), [&] { return torch::stable::clone(dense); });
 }
 
 inline FloatType float_type(const char* name, const torch::stable::Tensor& tensor) {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -283,6 +284,8 @@ class DecodeRunner:
         self._warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
+        self._stream = torch.cuda.Stream(device) if graph else None
+        self.ahead_of: int | None = None
         self.hold(model, memory)
 
     def fits(self, cache: PreallocatedCache, state: tuple[Any, ...], batch: int) -> bool:
@@ -306,6 +309,7 @@ class DecodeRunner:
 
     def release(self) -> None:
         """Let go of parameters and memory; :meth:`hold` comes before the next run."""
+        self.drop()
         self._parameters, self._memory, self.length_on_host = [], None, -1
         if self._context is not None:
             self._context.keys, self._context.values = [], []
@@ -324,12 +328,8 @@ class DecodeRunner:
         Returns:
             Logits ``[B, vocabulary]`` of the next token, overwritten by the next call.
         """
-        length = cache.get_seq_length()
-        if length != self.length_on_host:
-            self._length.fill_(length)
-        # until the step is over: an interrupted one must not leave two lengths
-        self.length_on_host = -1
-        self._tokens.copy_(tokens.reshape(-1))
+        self.drop()
+        self._put(tokens, cache.get_seq_length())
         if self._graph is not None:
             self._graph.replay()
         elif self._use_graph and self._warm:
@@ -340,9 +340,55 @@ class DecodeRunner:
             # the first time also loads the kernels, which a capture must not
             self._logits = self._step()
             self._warm = True
+        return self._end(cache)
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether :meth:`run_ahead` can be called: not before there is a graph, where there will be one."""
+        return self._graph is not None or not self._use_graph
+
+    def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
+        """Start the step that :meth:`run` would make beside what the current stream does next.
+
+        :meth:`take` ends it, :meth:`drop` forgets it. Arguments as for :meth:`run`.
+        """
+        self.drop()
+        self._put(tokens, cache.get_seq_length())
+        self.ahead_of = cache.get_seq_length()
+        if self._stream is None or self._graph is None:
+            self._logits = self._step()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            self._graph.replay()
+
+    def take(self, cache: PreallocatedCache) -> Tensor:
+        """The logits of the step that :meth:`run_ahead` has started, as :meth:`run` returns them."""
+        self._join()
+        return self._end(cache)
+
+    def drop(self) -> None:
+        """Forget the step that :meth:`run_ahead` has started, if any; the cache has the same tokens as before it."""
+        if self.ahead_of is not None:
+            self._join()
+
+    def _join(self) -> None:
+        self.ahead_of = None
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def _put(self, tokens: Tensor, length: int) -> None:
+        if length != self.length_on_host:
+            self._length.fill_(length)
+        # until the step is over: an interrupted one must not leave two lengths
+        self.length_on_host = -1
+        self._tokens.copy_(tokens.reshape(-1))
+
+    def _end(self, cache: PreallocatedCache) -> Tensor:
+        length = cache.get_seq_length() + 1
         for layer in cache.layers:
-            layer._length = length + 1
-        self.length_on_host = length + 1
+            layer._length = length
+        self.length_on_host = length
         assert self._logits is not None
         return self._logits
 
@@ -541,6 +587,7 @@ class DecodeCall:
         model: the model.
         memory: what its injected layers read, or ``None``.
         first: padding tokens in front of each row, ``[B]`` int64, or ``None``.
+        cache: over which the next call is probably a step, or ``None``.
     """
 
     model: "SharedLLMForCausalLM"
@@ -549,19 +596,45 @@ class DecodeCall:
     runner: DecodeRunner | None = None
     state: tuple[Any, ...] | None = None
     usual_positions: bool | None = None
+    cache: PreallocatedCache | None = None
+    next_length: int = -1
 
     def __call__(self, **inputs: Any) -> Any:
         """As the model's own call, with keyword arguments alone."""
         tokens, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         if not self._is_step(tokens, cache, inputs):
+            self.drop()
+            self.cache = None
             return self.model(**inputs)
-        assert tokens is not None and cache is not None
+        assert tokens is not None and isinstance(cache, PreallocatedCache)
         cache.reserve(cache.get_seq_length() + 1)
+        before = self.runner
         runner = self._runner(cache, tokens.shape[0])
-        logits = runner.run(tokens, cache)
+        if before is not None and before is not runner:
+            before.drop()
+        if cache is self.cache and runner.ahead_of == cache.get_seq_length():
+            logits = runner.take(cache)
+        else:
+            logits = runner.run(tokens, cache)
+        self.cache, self.next_length = cache, cache.get_seq_length()
         from .modeling import SharedLLMOutput
 
         return SharedLLMOutput(logits=logits.unsqueeze(1), past_key_values=cache, memory=self.memory)
+
+    def run_ahead(self, tokens: Tensor) -> None:
+        """Start the next step with these tokens ``[B]``, if a step over :attr:`cache` is what comes next."""
+        cache, batch = self.cache, tokens.shape[0]
+        if cache is None or not self._is_held(cache, batch):
+            return
+        cache.reserve(cache.get_seq_length() + 1)
+        runner = self._runner(cache, batch)
+        if runner.can_run_ahead:
+            runner.run_ahead(tokens, cache)
+
+    def drop(self) -> None:
+        """Forget a step that has been started ahead."""
+        if self.runner is not None:
+            self.runner.drop()
 
     def _is_step(self, tokens: Tensor | None, cache: Any, inputs: dict[str, Any]) -> bool:
         if tokens is None or type(cache) is not PreallocatedCache or inputs.get("inputs_embeds") is not None:
@@ -580,18 +653,29 @@ class DecodeCall:
             return False
         if not self._has_usual_positions(inputs.get("position_ids"), length):
             return False
-        weight = self.model.lm_head.weight
-        return tokens.device == weight.device and all(
-            layer.get_seq_length() == length
-            and layer.storage[0].dtype == weight.dtype
-            and layer.storage[0].device == weight.device
-            and layer.storage[0].shape[0] == tokens.shape[0]
-            for layer in cache.layers
+        return tokens.device == self.model.lm_head.weight.device and self._is_held(cache, tokens.shape[0])
+
+    def _is_held(self, cache: PreallocatedCache, batch: int) -> bool:
+        """Whether the layers of the cache hold equally many tokens of so many rows as a step expects them."""
+        length, weight = cache.get_seq_length(), self.model.lm_head.weight
+        return (
+            0 < length
+            and batch <= MAX_BATCH
+            and all(
+                layer.get_seq_length() == length
+                and layer.storage[0].dtype == weight.dtype
+                and layer.storage[0].device == weight.device
+                and layer.storage[0].shape[0] == batch
+                for layer in cache.layers
+            )
         )
 
     def _has_usual_positions(self, positions: Tensor | None, length: int) -> bool:
-        """Whether positions count the tokens without padding; looked at once, since generate continues them by ones."""
-        if self.usual_positions is None:
+        """Whether positions count the tokens without padding.
+
+        Looked at once, since generate continues them by ones, and again where the cache has another length than that.
+        """
+        if self.usual_positions is None or length != self.next_length:
             expected = length if self.first is None else length - self.first
             self.usual_positions = positions is None or bool((positions.reshape(-1) == expected).all())
         return self.usual_positions
@@ -626,8 +710,13 @@ _SPARES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[Tensor, Tensor]]
 _SPARES = weakref.WeakKeyDictionary()
 
 
+def expect_steps(cache: PreallocatedCache) -> None:
+    """A ``generate`` begins that chooses its tokens one after another over this cache."""
+    _pending.stepped = cache
+
+
 def new_cache(model: "SharedLLMForCausalLM", limit: int | None) -> PreallocatedCache:
-    """A cache for one ``generate``, in the storage of the last one where that fits; see :func:`keep_for_next`."""
+    """A cache for one ``generate``, in the storage of the last one where that fits; see :func:`end_generate`."""
     storages, runner = _SPARES.pop(model, (None, None))
     cache = PreallocatedCache(model.config.text_config, limit, storages)
     if runner is not None:
@@ -637,13 +726,58 @@ def new_cache(model: "SharedLLMForCausalLM", limit: int | None) -> PreallocatedC
     return cache
 
 
-def keep_for_next(model: "SharedLLMForCausalLM", seen: bool) -> None:
+class RunAhead(StoppingCriteria):
+    """Starts the next decoding step as soon as its tokens are chosen, and stops nothing.
+
+    Otherwise the device would stand still while the host asks whether to stop and prepares the next call. A sequence
+    that ends before its longest length costs one step that nobody looks at.
+
+    Args:
+        max_length: of the sequences; no step follows one of this length.
+        cache: over which the steps go.
+    """
+
+    def __init__(self, max_length: int | None, cache: PreallocatedCache) -> None:
+        self.max_length = max_length
+        self.cache = cache
+        self.call: DecodeCall | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Zeros ``[B]``, given all tokens ``[B, T]``."""
+        if self.call is not None and (self.max_length is None or input_ids.shape[1] < self.max_length):
+            self.call.run_ahead(input_ids[:, -1])
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def add_run_ahead(criteria: StoppingCriteriaList) -> None:
+    """Add :class:`RunAhead` to the criteria of a ``generate`` whose decoding may go through a :class:`DecodeCall`."""
+    cache, _pending.stepped = _pending.stepped, None
+    if cache is None:
+        return
+    ahead = _pending.ahead = RunAhead(criteria.max_length, cache)
+    # criteria of others come first: they might change the tokens
+    foreign = any(type(other).__module__ != StoppingCriteria.__module__ for other in criteria)
+    criteria.insert(len(criteria) if foreign else 0, ahead)
+
+
+def begin_generate() -> dict[str, Any]:
+    """At the beginning of a ``generate``; what :func:`end_generate` takes, since one can run inside another."""
+    outer = dict(vars(_pending))
+    vars(_pending).clear()
+    return outer
+
+
+def end_generate(model: "SharedLLMForCausalLM", seen: bool, outer: dict[str, Any]) -> None:
     """At the end of a ``generate``: keep the cache that :func:`new_cache` made, unless others may have ``seen`` it.
 
     What is kept is the cache's storage, up to ``KEPT_BYTES``, and the graph, without holding on to parameters or
     memory. The graph is used again if all it reads lies where it lay.
     """
-    cache, _pending.cache, _pending.call = _pending.cache, None, None
+    cache, ahead = _pending.cache, _pending.ahead
+    vars(_pending).clear()
+    vars(_pending).update(outer)
+    if ahead is not None and ahead.call is not None:
+        ahead.call.drop()
     if cache is None or seen or any(layer._key_storage is None for layer in cache.layers):
         return
     storages = [layer.storage for layer in cache.layers]
@@ -663,10 +797,12 @@ def release(model: "SharedLLMForCausalLM") -> None:
 
 
 class _Pending(threading.local):
-    """Between the two questions that generate asks: whether there is another forward pass, and for it."""
+    """What the questions that one generate asks have to know of each other."""
 
     call: DecodeCall | None = None
     cache: PreallocatedCache | None = None
+    stepped: PreallocatedCache | None = None
+    ahead: RunAhead | None = None
 
 
 _pending = _Pending()
@@ -701,4 +837,6 @@ def offer_call(model: "SharedLLMForCausalLM", model_kwargs: dict[str, Any], gene
 def take_call() -> DecodeCall | None:
     """What :func:`offer_call` prepared on this thread, once."""
     call, _pending.call = _pending.call, None
+    if call is not None and _pending.ahead is not None:
+        _pending.ahead.call, call.cache = call, _pending.ahead.cache
     return call

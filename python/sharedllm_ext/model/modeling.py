@@ -30,7 +30,17 @@ from .compressor import (
     upload,
 )
 from .configuration import SharedLLMConfig
-from .decoding import keep_for_next, new_cache, offer_call, supports, take_call
+from .decoding import (
+    PreallocatedCache,
+    add_run_ahead,
+    begin_generate,
+    end_generate,
+    expect_steps,
+    new_cache,
+    offer_call,
+    supports,
+    take_call,
+)
 from .injection import InjectedAttention, InjectedContext, install_injection
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
 from .memory import ContextMemory, describe_difference
@@ -312,7 +322,9 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                     watch,
                     products,
                 )
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
                 failure = str(error).split("\n", maxsplit=1)[0]
             if failure is not None:
                 # outside of the handler, which would keep the failed call's tensors alive
@@ -689,12 +701,13 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         parent: Any = super()
         outer, _TRUSTED.model = getattr(_TRUSTED, "model", None), self if input_ids is not None else None
         seen = True  # whether somebody else may hold the cache
+        pending = begin_generate()
         try:
             result = parent.generate(input_ids, generation_config, *args, **kwargs)
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:
             _TRUSTED.model = outer
-            keep_for_next(self, seen)
+            end_generate(self, seen, pending)
         if prefix is None:
             return result
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -735,12 +748,22 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         """A cache that stays in place, where decoding steps can use it."""
         plain = generation_config.use_cache is not False and generation_config.cache_implementation is None
         single = str(getattr(generation_mode, "value", generation_mode)) in ("greedy_search", "sample")
-        if plain and single and model_kwargs.get("past_key_values") is None and supports(self):
+        cache = model_kwargs.get("past_key_values")
+        if plain and single and cache is None and supports(self):
             limit = kwargs.get("max_cache_length", args[1] if len(args) > 1 else None)
-            model_kwargs["past_key_values"] = new_cache(self, limit)
+            cache = model_kwargs["past_key_values"] = new_cache(self, limit)
+            expect_steps(cache)
             return None
+        if single and type(cache) is PreallocatedCache:
+            expect_steps(cache)
         parent: Any = super()
         return parent._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        parent: Any = super()
+        criteria = parent._get_stopping_criteria(*args, **kwargs)
+        add_run_ahead(criteria)
+        return criteria
 
     def _valid_auto_compile_criteria(  # type: ignore[override]
         self, model_kwargs: dict[str, Any], generation_config: Any
@@ -826,6 +849,11 @@ def _free_bytes(device: torch.device) -> int:
         return 0
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether device memory ran out: PyTorch has a class for it, but what an extension's operator raises has not."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
