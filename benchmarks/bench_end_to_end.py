@@ -125,7 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 16], metavar="M", help="injection layers")
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, metavar="TOKENS")
     parser.add_argument("--running", type=int, default=4096, help="tokens of the running text (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens that are timed (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="decoded tokens that are timed (default %(default)s)")
     parser.add_argument("--micro-batch", type=int, metavar="TOKENS", help="context tokens compressed at a time")
     parser.add_argument("--precision", choices=["model", "fp8"], nargs="+", default=["model"])
     parser.add_argument(

@@ -281,7 +281,7 @@ class DecodeRunner:
         self._first = torch.zeros(batch, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._use_graph = graph
-        self._warm = False
+        self._kernels = _kernels_of(self.state, batch, device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._stream = torch.cuda.Stream(device) if graph else None
@@ -332,20 +332,18 @@ class DecodeRunner:
         self._put(tokens, cache.get_seq_length())
         if self._graph is not None:
             self._graph.replay()
-        elif self._use_graph and self._warm:
-            self._capture()
-            assert self._graph is not None
-            self._graph.replay()
+        elif self._use_graph and self._kernels in _LOADED:
+            self._capture().replay()
         else:
             # the first time also loads the kernels, which a capture must not
             self._logits = self._step()
-            self._warm = True
+            _LOADED.add(self._kernels)
         return self._end(cache)
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether :meth:`run_ahead` can be called: not before there is a graph, where there will be one."""
-        return self._graph is not None or not self._use_graph
+        """Whether :meth:`run_ahead` can be called: not before there can be a graph, where there will be one."""
+        return self._graph is not None or not self._use_graph or self._kernels in _LOADED
 
     def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
         """Start the step that :meth:`run` would make beside what the current stream does next.
@@ -355,12 +353,14 @@ class DecodeRunner:
         self.drop()
         self._put(tokens, cache.get_seq_length())
         self.ahead_of = cache.get_seq_length()
-        if self._stream is None or self._graph is None:
+        if self._stream is None:
             self._logits = self._step()
             return
+        # made here it costs nothing where the device still reads the prompt
+        graph = self._graph or self._capture()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            self._graph.replay()
+            graph.replay()
 
     def take(self, cache: PreallocatedCache) -> Tensor:
         """The logits of the step that :meth:`run_ahead` has started, as :meth:`run` returns them."""
@@ -392,7 +392,7 @@ class DecodeRunner:
         assert self._logits is not None
         return self._logits
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         device = self._length.device
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
@@ -405,6 +405,7 @@ class DecodeRunner:
                 graph.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = graph
+        return graph
 
     def _step(self) -> Tensor:
         model: Any = self._model()
@@ -517,6 +518,14 @@ def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple
     tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
     rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
     return (id(model), parameters, tuple(numbers), tensors, rows, model.config.query_position_offset)
+
+
+def _kernels_of(state: tuple[Any, ...], batch: int, device: torch.device) -> tuple[Any, ...]:
+    """Which kernels a step of this :func:`_state` runs, as far as shapes, dtypes, strides and alignment choose them."""
+    _, parameters, _, *memory = state
+    weights = tuple((pointer % 16, *rest) for pointer, *rest in parameters)
+    slots = tuple((pointer % 16, shape[1:], stride) for pointer, shape, stride in memory[0]) if memory else None
+    return (device, batch, weights, slots)
 
 
 def supports(model: "SharedLLMForCausalLM") -> bool:
@@ -703,6 +712,8 @@ class DecodeCall:
         return runner
 
 
+# kernels (see _kernels_of) that a step has run outside of a capture in this process
+_LOADED: set[tuple[Any, ...]] = set()
 # a graph lives as long as the cache that it writes to
 _RUNNERS: "weakref.WeakKeyDictionary[Cache, DecodeRunner]" = weakref.WeakKeyDictionary()
 # of the last generate that kept its cache to itself: storage of every layer, and the graph over it
