@@ -668,7 +668,7 @@ class DecodeCall:
         """Whether the layers of the cache hold equally many tokens of so many rows as a step expects them."""
         length, weight = cache.get_seq_length(), self.model.lm_head.weight
         return (
-            0 < length
+            length > 0
             and batch <= MAX_BATCH
             and all(
                 layer.get_seq_length() == length
