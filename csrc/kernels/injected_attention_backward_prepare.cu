@@ -4,6 +4,7 @@
 
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/query_rotation.cuh"
+#include "kernels/common/query_sums.h"
 #include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_backward.h"
 
@@ -108,6 +109,78 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const InjectedAttentio
   *reinterpret_cast<uint4*>(static_cast<T*>(p.grad_q) + vector * f.head_size + first) = pack8(T{}, x);
 }
 
+// The same from the layout of QuerySums: a thread takes two quads of a vector, where it can the two that turn with each
+// other.
+template <class T>
+__global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedAttentionBackwardParams p) {
+  const InjectedAttentionParams& f = p.forward;
+  const int threads = f.head_size / 8;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t vectors = f.num_queries * f.q_heads;
+  const bool inside = index / threads < vectors;
+  const int64_t vector = inside ? index / threads : vectors - 1;
+  const int thread = static_cast<int>(index % threads);
+  const QuerySums layout(f);
+  const int group = f.q_heads / f.kv_heads, head = static_cast<int>(vector % f.q_heads);
+  const int64_t query = vector / f.q_heads, row = query * group + head % group;
+  const int columns = QuerySums::columns(f.head_size);
+  const auto find = [&](int quad) {
+    const int part = quad / (columns / 4);
+    return p.grad_q_float + layout.offset(part, head / group, row) +
+           QuerySums::quad(row, quad % (columns / 4) / 4, quad % 4) * 4;
+  };
+  // column of an element of a quad
+  const auto column = [](int quad, int e) { return quad / 4 * 16 + quad % 4 * 2 + e / 2 * 8 + e % 2; };
+  const RotaryRow rotary = find_rotary_row(f, query);
+  const int half = rotary.half;
+  const bool whole = half % 16 == 0, turns = whole && thread < half / 4;
+  // neighbouring threads have neighbouring quads
+  const int turning = whole ? half / 4 : 0;
+  const int quads[2] = {turns ? thread : thread + turning, turns ? thread + turning : thread + threads};
+  float x[2][4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 sums = __ldcs(reinterpret_cast<const float4*>(find(quads[i])));
+    x[i][0] = sums.x, x[i][1] = sums.y, x[i][2] = sums.z, x[i][3] = sums.w;
+  }
+  if (turns) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float cos = __ldg(rotary.cos + column(thread, e)), sin = __ldg(rotary.sin + column(thread, e));
+      const float low = x[0][e], high = x[1][e];
+      x[0][e] = low * cos + high * sin;
+      x[1][e] = high * cos - low * sin;
+    }
+  } else if (!whole) {
+    const auto at = [&](int c) { return find(c / 16 * 4 + c % 8 / 2)[c / 8 % 2 * 2 + c % 2]; };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int c = column(quads[i], e);
+        if (c < half) {
+          x[i][e] = x[i][e] * rotary.cos[c] + at(c + half) * rotary.sin[c];
+        } else if (c < 2 * half) {
+          x[i][e] = x[i][e] * rotary.cos[c - half] - at(c - half) * rotary.sin[c - half];
+        }
+      }
+    }
+  }
+  T* const to = static_cast<T*>(p.grad_q) + vector * f.head_size;
+  const bool odd = threadIdx.x & 1;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t first = pack_pair(T{}, x[i][0] * f.scale, x[i][1] * f.scale);
+    const uint32_t second = pack_pair(T{}, x[i][2] * f.scale, x[i][3] * f.scale);
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+    // four columns in a row
+    if (inside) {
+      *reinterpret_cast<uint2*>(to + column(quads[i] & ~1, odd ? 2 : 0)) =
+          odd ? make_uint2(got, second) : make_uint2(first, got);
+    }
+  }
+}
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 bool is_supported(const InjectedAttentionParams& p) {
@@ -128,14 +201,17 @@ cudaError_t launch_prepare(const InjectedAttentionBackwardParams& p, cudaStream_
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, bool packed, cudaStream_t stream) {
   const InjectedAttentionParams& f = p.forward;
+  if (!is_supported(f) || !is_aligned(p.grad_q_float) || !is_aligned(p.grad_q)) return cudaErrorNotSupported;
   const int64_t threads = f.num_queries * f.q_heads * (f.head_size / kElements);
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  finish_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
+  auto* const kernel = f.type == FloatType::kBFloat16
+                           ? (packed ? finish_packed_kernel<__nv_bfloat16> : finish_kernel<__nv_bfloat16>)
+                           : (packed ? finish_packed_kernel<__half> : finish_kernel<__half>);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -182,11 +258,12 @@ cudaError_t launch_injected_attention_backward_prepare(const InjectedAttentionBa
 
 cudaError_t launch_injected_attention_backward_finish(const InjectedAttentionBackwardParams& params,
                                                       cudaStream_t stream) {
-  if (!is_supported(params.forward) || !is_aligned(params.grad_q_float) || !is_aligned(params.grad_q)) {
-    return cudaErrorNotSupported;
-  }
-  return params.forward.type == FloatType::kBFloat16 ? launch_finish<__nv_bfloat16>(params, stream)
-                                                     : launch_finish<__half>(params, stream);
+  return launch_finish(params, false, stream);
+}
+
+cudaError_t launch_injected_attention_backward_finish_packed(const InjectedAttentionBackwardParams& params,
+                                                             cudaStream_t stream) {
+  return launch_finish(params, true, stream);
 }
 
 cudaError_t launch_injected_attention_backward_sum_parts(const InjectedAttentionBackwardParams& params,

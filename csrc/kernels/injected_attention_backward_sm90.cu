@@ -22,9 +22,11 @@ cudaError_t launch_all(const InjectedAttentionBackwardParams& params, cudaStream
     return cudaErrorNotSupported;
   } else {
     if (params.forward.num_slots == 0) return cudaSuccess;
-    const cudaError_t status = launch_backward<T, kHeadSize>(params, stream);
-    if (status != cudaSuccess || params.kv_splits == 1) return status;
-    return launch_injected_attention_backward_sum_parts(params, stream);
+    cudaError_t status = launch_backward<T, kHeadSize>(params, stream);
+    if (status == cudaSuccess && params.kv_splits > 1) {
+      status = launch_injected_attention_backward_sum_parts(params, stream);
+    }
+    return status != cudaSuccess ? status : launch_injected_attention_backward_finish_packed(params, stream);
   }
 }
 

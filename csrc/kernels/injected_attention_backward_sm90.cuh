@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/hopper_backward.cuh"
+#include "kernels/common/query_sums.h"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
@@ -23,14 +24,13 @@ struct KeyValueGradientTile {
   // 64 slots to a warpgroup: dK and dV (2 x 64 registers a thread for 128 columns) leave room for S and dP of 64 rows.
   static constexpr int kWarpgroups = 2, kSlots = 64 * kWarpgroups;
   // The warpgroups are half a step apart: one begins with the next tile before the other is through with the last.
-  static constexpr int kQueryStages = 3, kGradOutStages = 3, kScoreBuffers = 3;
+  static constexpr int kQueryStages = 3, kGradOutStages = 3, kScoreBuffers = 2;
   static constexpr int kSlotPanelBytes = kSlots * 128, kSlotBytes = kPanels * kSlotPanelBytes;
   static constexpr int kQueryPanelBytes = kTileRows * 128, kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kScoreBytes = kSlots * 128;
-  // columns of dQ for each warpgroup; one of them at a time has its sums in shared memory, on their way to global
-  // memory
-  static constexpr int kColumns = kPanels * 64 / kWarpgroups, kSumPanelBytes = kTileRows * 128;
-  static constexpr int kSumBytes = kColumns / 32 * kSumPanelBytes;
+  // columns of dQ for each warpgroup, and their sums in shared memory on their way to global memory
+  static constexpr int kColumns = kPanels * 64 / kWarpgroups, kSumBytes = kTileRows * kColumns * 4;
+  static_assert(kColumns == QuerySums::columns(kHeadSize), "the layout in global memory");
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // Together the 504 that a block of 384 threads starts with. With 128 columns the copying warps spill a little, which
   // costs them some of the time they wait anyway.
@@ -38,7 +38,7 @@ struct KeyValueGradientTile {
                        kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr int kBarriers = 2 * kQueryStages + 2 * kGradOutStages + 3;
   static constexpr int kSharedBytes = 2 * kSlotBytes + (kQueryStages + kGradOutStages) * kQueryBytes +
-                                      kScoreBuffers * kScoreBytes + kSumBytes +
+                                      kScoreBuffers * kScoreBytes + kWarpgroups * kSumBytes +
                                       kQueryStages * (2 * kTileRows * 4 + sizeof(QueryStep)) + 8 * kBarriers;
 };
 
@@ -170,8 +170,7 @@ template <class T, int kHeadSize>
 __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void injected_attention_backward_kernel(
     const __grid_constant__ InjectedAttentionBackwardParams p, const __grid_constant__ QueryTiling tiling,
     const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap grad_out_map,
-    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map,
-    const __grid_constant__ CUtensorMap query_sum_map) {
+    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
   using Tile = KeyValueGradientTile<kHeadSize>;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* const keys = shared;
@@ -179,8 +178,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
   uint8_t* const query_tiles = values + Tile::kSlotBytes;
   uint8_t* const grad_out_tiles = query_tiles + Tile::kQueryStages * Tile::kQueryBytes;
   uint8_t* const score_tiles = grad_out_tiles + Tile::kGradOutStages * Tile::kQueryBytes;
-  uint8_t* const query_sum_tile = score_tiles + Tile::kScoreBuffers * Tile::kScoreBytes;
-  float* const row_values = reinterpret_cast<float*>(query_sum_tile + Tile::kSumBytes);
+  uint8_t* const query_sum_tiles = score_tiles + Tile::kScoreBuffers * Tile::kScoreBytes;
+  float* const row_values = reinterpret_cast<float*>(query_sum_tiles + Tile::kWarpgroups * Tile::kSumBytes);
   QueryStep* const query_steps = reinterpret_cast<QueryStep*>(row_values + Tile::kQueryStages * 2 * kTileRows);
   uint64_t* const query_full = reinterpret_cast<uint64_t*>(query_steps + Tile::kQueryStages);
   uint64_t* const query_empty = query_full + Tile::kQueryStages;
@@ -212,7 +211,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     barrier_init_fence();
   }
   // A box may leave the last rows of the tiles unwritten, and the products contract over them; dQ of step -1 is 0.
-  for (uint8_t* x = query_tiles + threadIdx.x * 16; x < query_sum_tile; x += Tile::kThreads * 16) {
+  for (uint8_t* x = query_tiles + threadIdx.x * 16; x < query_sum_tiles; x += Tile::kThreads * 16) {
     *reinterpret_cast<uint4*>(x) = uint4{};
   }
   async_proxy_fence();
@@ -423,30 +422,33 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         }
         async_proxy_fence();
       };
-      // the step whose dQ is summed next
-      int sum_query = 0, sum_rows = 0;
-      const auto add_query_sums = [&]() {
+      // Adds dQ of a step to that of other blocks. Each warp sends its 16 rows, and waits only for what it sent a step
+      // before. Rows behind the batch row's end stay here: they may be NaN.
+      const QuerySums layout(p.forward);
+      const auto add_query_sums = [&](int first_query, int rows) {
         fence_registers(query_sums);
-        // The box also covers the first queries of the next batch row, where this one's are at their end. Their dS is
-        // 0, or NaN beside keys or values that are not finite.
-        const int r = warp * 16 + lane / 4;
-        const bool valid[2] = {r < sum_rows, r + 8 < sum_rows};
+        const int width = layout.width(w);
+        const int first = first_query * tiling.heads + warp * 16;
+        float* const sums = reinterpret_cast<float*>(query_sum_tiles + w * Tile::kSumBytes) + warp * 16 * width;
+        if (lane == 0) bulk_wait_read();
+        __syncwarp();
 #pragma unroll
-        for (int i = 0; i < Tile::kColumns / 2; i += 2) {
-          const int panel = i / 16, chunk = i / 4 % 4 * 2 + lane % 4 / 2, half = i / 2 % 2;
-          uint8_t* const to = query_sum_tile + panel * Tile::kSumPanelBytes + (r + half * 8) * 128 +
-                              (chunk ^ (lane / 4)) * 16 + lane % 2 * 8;
-          *reinterpret_cast<float2*>(to) =
-              valid[half] ? make_float2(query_sums[i], query_sums[i + 1]) : make_float2(0.f, 0.f);
+        for (int half = 0; half < 2; ++half) {
+          const int r = lane / 4 + 8 * half;
+#pragma unroll
+          for (int i = 0; i < Tile::kColumns / 16; ++i) {
+            // 16 columns; a second warpgroup may have fewer
+            if (kHeadSize % 64 != 0 && 16 * i >= width) break;
+            const int j = 8 * i + 2 * half;
+            *reinterpret_cast<float4*>(sums + r * width + QuerySums::quad(first + r, i, lane % 4) * 4) =
+                make_float4(query_sums[j], query_sums[j + 1], query_sums[j + 4], query_sums[j + 5]);
+          }
         }
         async_proxy_fence();
-        named_barrier_sync(4 + w, 128);
-        if (thread == 0 && sum_rows > 0) {
-#pragma unroll
-          for (int panel = 0; panel < Tile::kColumns / 32; ++panel) {
-            tensor_add_4d(&query_sum_map, query_sum_tile + panel * Tile::kSumPanelBytes,
-                          w * Tile::kColumns + 32 * panel, 0, kv_head, sum_query);
-          }
+        __syncwarp();
+        const int valid = min(rows - warp * 16, 16);
+        if (lane == 0 && valid > 0) {
+          bulk_add(p.grad_q_float + layout.offset(w, kv_head, first), sums, valid * width * 4);
           bulk_commit();
         }
       };
@@ -454,11 +456,6 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       // The products of one warpgroup run while the other takes its exponentials.
       const auto take_turn = [&]() { named_barrier_sync(2 + w, 256); };
       const auto give_turn = [&]() { named_barrier_arrive(3 - w, 256); };
-      // with the turn goes the shared memory of dQ's sums
-      const auto give_sums = [&]() {
-        if (thread == 0) bulk_wait_read();
-        give_turn();
-      };
       if (w == 1) give_turn();
 
       take_turn();
@@ -471,29 +468,50 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       wgmma_wait<0>();
       differentiate();
       store_scores(0);
-      int buffer = 0, last_buffer = Tile::kScoreBuffers - 1;
+      // The first warpgroup sums dQ a step later than the second one, which comes after it in every step and finds both
+      // halves of dS.
+      int buffer = 0, last_query = 0, last_rows = 0;
       while (true) {
         const int done_stage = stage;
-        const int next_query = query_steps[stage].first_query, next_rows = query_steps[stage].queries * tiling.heads;
+        const int done_query = query_steps[stage].first_query, done_rows = query_steps[stage].queries * tiling.heads;
         if (++stage == Tile::kQueryStages) stage = 0, phase ^= 1;
         barrier_wait(query_full + stage, phase);
-        if (query_steps[stage].high == 0) break;
+        if (query_steps[stage].high == 0) {
+          take_turn();
+          multiply_keys(w == 0 ? buffer ^ 1 : buffer);
+          accumulate(weights, grad_out_tile(done_stage), value_sums);
+          accumulate(packed, query_tile(done_stage), key_sums);
+          wgmma_wait<2>();
+          add_query_sums(w == 0 ? last_query : done_query, w == 0 ? last_rows : done_rows);
+          wgmma_wait<0>();
+          give_turn();
+          if (w == 0) {
+            take_turn();
+            multiply_keys(buffer);
+            wgmma_wait<0>();
+            add_query_sums(done_query, done_rows);
+          }
+          if (lane == 0) bulk_wait_read();
+          break;
+        }
 
         barrier_wait(grad_out_full + stage, phase);
-        // With the turn comes the other warpgroup's dS of the last step.
+        // With the turn comes the other warpgroup's dS.
         take_turn();
-        multiply_keys(last_buffer);
         accumulate(weights, grad_out_tile(done_stage), value_sums);
+        multiply_keys(w == 0 ? buffer ^ 1 : buffer);
         accumulate(packed, query_tile(done_stage), key_sums);
+        // dV is there, and the registers of its operand are free for the next scores.
         wgmma_wait<2>();
-        add_query_sums();
-        sum_query = next_query, sum_rows = next_rows;
-        // one product in flight behind each wait, and the registers of the finished one's operand free
-        wgmma_wait<1>();
         multiply_rows(keys, query_tile(stage), scores);
+        // dQ is there; its sums go while dK and the scores are in flight.
+        wgmma_wait<2>();
+        add_query_sums(w == 0 ? last_query : done_query, w == 0 ? last_rows : done_rows);
+        last_query = done_query, last_rows = done_rows;
+        // the tiles of the last step are free
         wgmma_wait<1>();
         multiply_rows(values, grad_out_tile(stage), products);
-        give_sums();
+        give_turn();
         __syncwarp();
         if (lane == 0) {
           barrier_arrive(query_empty + done_stage);
@@ -503,27 +521,10 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         weigh();
         wgmma_wait<0>();
         differentiate();
-        last_buffer = buffer;
-        if (++buffer == Tile::kScoreBuffers) buffer = 0;
+        // Both have read what is there, the other one in its last turn.
+        buffer ^= 1;
         store_scores(buffer);
       }
-
-      const int done_stage = stage == 0 ? Tile::kQueryStages - 1 : stage - 1;
-      take_turn();
-      multiply_keys(last_buffer);
-      accumulate(weights, grad_out_tile(done_stage), value_sums);
-      accumulate(packed, query_tile(done_stage), key_sums);
-      wgmma_wait<2>();
-      add_query_sums();
-      wgmma_wait<0>();
-      give_sums();
-      sum_query = query_steps[done_stage].first_query, sum_rows = query_steps[done_stage].queries * tiling.heads;
-      take_turn();
-      multiply_keys(buffer);
-      wgmma_wait<0>();
-      add_query_sums();
-      if (thread == 0) bulk_wait_read();
-      if (w == 0) give_turn();
       fence_registers(key_sums);
       fence_registers(value_sums);
     }
@@ -550,7 +551,7 @@ cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaS
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (status != cudaSuccess) return status;
   kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(
-      params, tiling, maps.query, maps.grad_out, maps.key, maps.value, maps.query_sum);
+      params, tiling, maps.query, maps.grad_out, maps.key, maps.value);
   return cudaGetLastError();
 }
 

@@ -14,7 +14,7 @@ cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParam
 // null; cudaErrorNotSupported for anything else.
 //
 // grad_k null: writes grad_q, with the same bits in every run; grad_q_float is not used.
-// grad_k wanted: adds to grad_q_float in any order, launch_injected_attention_backward_finish makes grad_q of it.
+// grad_k wanted: writes all three, grad_q from sums in grad_q_float (in an order of its own), added in any order.
 // grad_k and grad_v have the same bits in every run. Not supported: D of 256, more than 64 query heads to a key/value
 // head. kv_splits > 1 needs partial_grad_k and partial_grad_v.
 cudaError_t launch_injected_attention_backward_sm90(const InjectedAttentionBackwardParams& params, cudaStream_t stream);

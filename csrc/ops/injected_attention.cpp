@@ -276,9 +276,9 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     // the queries' gradient alone needs nothing prepared there
     if (slots_wanted && path != Path::kSm90) prepare();
     status = launch_injected_attention_backward_portable(p, stream);
+    if (slots_wanted && status == cudaSuccess) status = launch_injected_attention_backward_finish(p, stream);
   }
   check_launch(name, status);
-  if (slots_wanted) check_launch(name, launch_injected_attention_backward_finish(p, stream));
   return {grad_q, grad_k, grad_v};
 }
 

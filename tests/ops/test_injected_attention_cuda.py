@@ -133,6 +133,28 @@ def test_many_tiles(queries: int, slots: int, heads: tuple[int, int], size: int,
     compare(build(spec, torch.bfloat16, CUDA, generator), generator)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("slots", [0, 1, 2, 63, 127, 128, 129, 255, 256, 257, 511, 513, 640, 1000, 1024, 1091, 2049])
+def test_tiles_in_a_chain(dtype: torch.dtype, slots: int, generator: torch.Generator) -> None:
+    """Several tiles for each multiprocessor and a memory of 8 to 32 blocks, of which the row owns some slots."""
+    turn = slots % 7 + HALVES.index(dtype)
+    q_heads, kv_heads = ((32, 8), (28, 4), (7, 1), (8, 8))[turn % 4]
+    # over four rounds of tiles of 128 packed rows, the last tile not full
+    multiprocessors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    queries = 4 * multiprocessors * 128 // q_heads + 37
+    total = max(slots + 9, 1100)
+    owned = torch.zeros(total, dtype=torch.bool)
+    owned[5 : 5 + slots] = True
+    spec: Spec = ([queries], [(5, 5 + slots)], total, q_heads, kv_heads, 128, (128, 64, 20, 0)[slots % 4])
+    arguments = build(spec, dtype, CUDA, generator, scale=-0.3 if turn == 3 else None)
+    poison_outside(arguments, owned)
+    got = forward_op(*arguments)
+    same, exact = _plain(*arguments), reference.injected_attention(*oracle(arguments))
+    for name, *values in zip(("out", "lse"), got, same, exact, strict=True):
+        check_error(name, *values)
+    assert all(map(torch.equal, forward_op(*arguments), got))
+
+
 @pytest.mark.parametrize("path", ["auto", "portable", "generic"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
@@ -512,3 +534,23 @@ def test_last_device(generator: torch.Generator) -> None:
     assert out.device == device and all(
         torch.equal(x.cpu(), y.cpu()) for x, y in zip((out, lse), injected_attention(*here), strict=True)
     )
+
+
+@needs_kernel
+@pytest.mark.parametrize("heads", [(7, 1), (6, 2), (10, 2)], ids=str)
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_queries_gradient_beside_those_of_the_slots(
+    size: int, heads: tuple[int, int], generator: torch.Generator
+) -> None:
+    # Both kernels find the same dq. The one for all three sums it in memory in an order of its own, which depends on
+    # the row of a query's head: odd groups and lengths, and rotations that end inside of its quads.
+    for rotary in (size, 32, 34, 8, 2, 0):
+        spec, owned = ragged([67, 1, 130, 33], [150, 31, 300, 129], heads, size, rotary)
+        arguments = build(spec, torch.bfloat16, CUDA, generator)
+        poison_outside(arguments, owned)
+        out, lse = forward_op(*arguments)
+        grad_out = torch.randn(out.shape, generator=generator).to(out)
+        all_three, alone = (
+            backward_op(grad_out, None, *arguments[:3], out, lse, *arguments[3:], need)[0] for need in (True, False)
+        )
+        check_same_gradient(f"dq, rotary {rotary}", all_three, alone)

@@ -33,7 +33,6 @@ __host__ __device__ __forceinline__ QueryTiling make_query_tiling(int group) {
 struct BackwardTensorMaps {
   CUtensorMap query, grad_out;  // boxes of a query tile
   CUtensorMap key, value;       // boxes of `slots` slots
-  CUtensorMap query_sum;        // boxes of a query tile of grad_q_float, 32 columns
 };
 
 inline cudaError_t encode_backward_maps(BackwardTensorMaps* maps, const InjectedAttentionBackwardParams& params,
@@ -54,11 +53,7 @@ inline cudaError_t encode_backward_maps(BackwardTensorMaps* maps, const Injected
   if (status != cudaSuccess) return status;
   status = encode_tensor_map_3d(&maps->key, p.type, p.k, slot_sizes, key_strides, slot_box);
   if (status != cudaSuccess) return status;
-  status = encode_tensor_map_3d(&maps->value, p.type, p.v, slot_sizes, value_strides, slot_box);
-  if (status != cudaSuccess || params.grad_q_float == nullptr) return status;
-  const int32_t sum_box[4] = {32, tiling.heads, 1, tiling.queries};
-  return encode_tensor_map_4d(&maps->query_sum, FloatType::kFloat32, params.grad_q_float, query_sizes, query_strides,
-                              sum_box);
+  return encode_tensor_map_3d(&maps->value, p.type, p.v, slot_sizes, value_strides, slot_box);
 }
 
 // A box of a four-dimensional tensor, innermost coordinate first.
@@ -71,14 +66,11 @@ __device__ __forceinline__ void tensor_load_4d(void* to, const CUtensorMap* map,
       : "memory");
 }
 
-// Adds a box of float32 to a four-dimensional tensor; what lies outside of it is dropped. The order of additions by
-// several blocks is open.
-__device__ __forceinline__ void tensor_add_4d(const CUtensorMap* map, const void* from, int32_t x, int32_t y, int32_t z,
-                                              int32_t w) {
+// Adds contiguous float32, a multiple of 16 bytes, to global memory. The order of additions by several blocks is open.
+__device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t bytes) {
   asm volatile(
-      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-          reinterpret_cast<uint64_t>(map)),
-      "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes)
       : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
