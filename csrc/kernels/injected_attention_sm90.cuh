@@ -685,29 +685,36 @@ __global__ void __launch_bounds__(256) injected_attention_tail(const __grid_cons
   if (lane == 0) p.lse[at] = sum == 0.0f ? -kInfinity : best + logf(sum);
 }
 
-}  // namespace sm90
-
-template <class T, int kHeadSize>
-cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
-  using S = sm90::Shape<kHeadSize>;
-  const auto kernel = sm90::injected_attention<T, kHeadSize>;
+// Queues the persistent blocks of a plan.
+template <int kHeadSize, class Kernel>
+cudaError_t launch_tiles(Kernel kernel, int shared_bytes, const InjectedAttentionSm90Params& p, cudaStream_t stream) {
+  using S = Shape<kHeadSize>;
   CUtensorMap maps[2];
   const int64_t sizes[3] = {kHeadSize, p.kv_heads, p.num_slots};
-  const int32_t box[3] = {sm90::kPanel, 1, S::kSlots};
+  const int32_t box[3] = {kPanel, 1, S::kSlots};
   for (int i = 0; i < 2; ++i) {
     const int64_t* const strides = i ? p.v_stride : p.k_stride;
     const int64_t map_strides[2] = {strides[1], strides[0]};
     const cudaError_t status = encode_tensor_map_3d(&maps[i], p.type, i ? p.v : p.k, sizes, map_strides, box);
     if (status != cudaSuccess) return status;
   }
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(p.grid));
   config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  status = cudaLaunchKernelEx(&config, kernel, p, maps[0], maps[1]);
+  return cudaLaunchKernelEx(&config, kernel, p, maps[0], maps[1]);
+}
+
+}  // namespace sm90
+
+template <class T, int kHeadSize>
+cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
+  using S = sm90::Shape<kHeadSize>;
+  const cudaError_t status =
+      sm90::launch_tiles<kHeadSize>(sm90::injected_attention<T, kHeadSize>, S::kSharedBytes, p, stream);
   if (status != cudaSuccess || p.tail_items == 0) return status;
   cudaLaunchConfig_t merge{};
   merge.gridDim = dim3(static_cast<unsigned>((static_cast<int64_t>(p.tail_items) * S::kRows + 7) / 8));

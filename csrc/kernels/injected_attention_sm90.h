@@ -40,4 +40,9 @@ cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& pa
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& params, cudaStream_t stream);
 
+// The same with chained tiles, for plans without partial results; there are instances of D 128.
+template <class T, int kHeadSize>
+cudaError_t launch_injected_attention_chained_sm90_instance(const InjectedAttentionSm90Params& params,
+                                                            cudaStream_t stream);
+
 }  // namespace sharedllm
