@@ -13,9 +13,11 @@ constexpr int64_t kMostItems = 0x7fff0000;
 constexpr int64_t kBlocksOfMerging = 12;
 // A part of fewer blocks spends more in its beginning and end than in between.
 constexpr int64_t kFewestBlocks = 4;
-// Chained tiles (D 128, 8 rounds of tiles) take 0.92, 0.93 and 0.96 of the time at 8, 16 and 32 blocks of slots,
-// but 1.10 at 4, where the loading warps are the limit. Few rounds leave little to chain.
-constexpr int64_t kFewestChainedBlocks = 8, kMostChainedBlocks = 32, kFewestChainedRounds = 4;
+// Chained tiles (D 128, 8 rounds of tiles) take 0.92, 0.93, 0.96 and 0.97 of the time at 8, 16, 32 and 128 blocks of
+// slots, but 1.10 at 4, where the loading warps are the limit. Few rounds leave little to chain.
+constexpr int64_t kFewestChainedBlocks = 8, kFewestChainedRounds = 4;
+// They do not share the last round out: what it idles may be this part of everything (8 rounds of 7.76 were timed).
+constexpr int64_t kMostIdleParts = 25;
 
 struct TileSize {
   int64_t rows, slots;
@@ -26,13 +28,13 @@ TileSize tile_size() {
   return {64 * Sm90Tile<kHeadSize>::kWarpgroups, Sm90Tile<kHeadSize>::kSlots};
 }
 
-// Whether chained tiles gain. The rows of a batch may have far fewer slots than there are in all.
-template <int kHeadSize>
-bool chains(const InjectedAttentionSm90Params& p) {
-  constexpr int64_t kSlots = Sm90Tile<kHeadSize>::kSlots;
+// Whether chained tiles gain over as many rounds of tiles. The rows of a batch may have far fewer slots than there are
+// in all.
+bool chains(const InjectedAttentionSm90Params& p, int64_t items, int64_t multiprocessors) {
+  constexpr int64_t kSlots = Sm90Tile<128>::kSlots;
   const int64_t blocks = (p.num_slots + kSlots - 1) / kSlots;
-  return p.num_rows == 1 && p.tail_items == 0 && blocks >= kFewestChainedBlocks && blocks <= kMostChainedBlocks &&
-         p.whole_items >= kFewestChainedRounds * p.grid;
+  return p.head_size == 128 && p.num_rows == 1 && blocks >= kFewestChainedBlocks &&
+         items >= kFewestChainedRounds * multiprocessors;
 }
 
 }  // namespace
@@ -61,7 +63,8 @@ cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params) {
     if (items > kMostItems) return cudaErrorNotSupported;
     p.tiles = static_cast<int32_t>(tiles);
     // the last round is shared out if what it would idle is worth more than writing and merging parts
-    if (rest > 0 && idle * blocks > kBlocksOfMerging * multiprocessors) {
+    const bool chained = chains(p, items, multiprocessors) && idle * kMostIdleParts <= items;
+    if (rest > 0 && idle * blocks > kBlocksOfMerging * multiprocessors && !chained) {
       p.tail_items = static_cast<int32_t>(rest);
       p.tail_shares =
           static_cast<int32_t>(std::max(rest, std::min<int64_t>(multiprocessors, rest * blocks / kFewestBlocks)));
@@ -88,7 +91,7 @@ cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params) {
 cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
   return with_instance(p.type, p.head_size, [&](auto number, auto size) {
     if constexpr (size() == 128) {
-      if (chains<size()>(p)) {
+      if (p.tail_items == 0 && chains(p, p.whole_items, p.grid)) {
         return launch_injected_attention_chained_sm90_instance<decltype(number), size()>(p, stream);
       }
     }

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sharedllm_ext.model import decoding
+from sharedllm_ext.model import decoding, modeling
 from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache
 
 from . import builders
@@ -168,7 +168,7 @@ def test_steps_start_ahead(counted: list[int], ahead: list[str]) -> None:
     assert torch.equal(model.generate(text, do_sample=False, **STEPS), expected)
     # all of them, and none follows the last token
     assert ahead == ["started", "taken", "joined"] * 19
-    assert decoding._pending.ahead is None
+    assert decoding._generating() is None
 
 
 def test_a_step_that_nobody_wants_is_dropped(counted: list[int], ahead: list[str]) -> None:
@@ -218,7 +218,7 @@ def test_interrupted_with_a_step_on_its_way(counted: list[int], ahead: list[str]
 
     with pytest.raises(KeyboardInterrupt):
         model.generate(text, past_key_values=cache, do_sample=False, streamer=Streamer(), **STEPS)
-    assert ahead[-2:] == ["started", "joined"] and decoding._pending.ahead is None
+    assert ahead[-2:] == ["started", "joined"] and decoding._generating() is None
     length = cache.get_seq_length()
     again = model.generate(expected[:, : length + 1], past_key_values=cache, do_sample=False, **STEPS)
     assert torch.equal(again[:, :30], expected)
@@ -231,7 +231,107 @@ def test_generate_inside_generate(counted: list[int], ahead: list[str]) -> None:
     ask = StoppingCriteriaList([_Stop(16, lambda _: inner.append(model.generate(other, do_sample=False, **STEPS)))])
     got = model.generate(text, do_sample=False, stopping_criteria=ask, **STEPS)
     assert torch.equal(got, expected[0]) and torch.equal(inner[0], expected[1])
-    assert ahead.count("started") == ahead.count("taken") == 38 and decoding._pending.ahead is None
+    assert ahead.count("started") == ahead.count("taken") == 38 and decoding._generating() is None
+
+
+@pytest.mark.parametrize("what", ["reads ahead", "asks", "weights"])
+def test_what_a_step_ahead_read_changes(counted: list[int], ahead: list[str], what: str) -> None:
+    base, text, probe = builders.model(), builders.ids(1, 10), builders.ids(1, 4)
+    outs = []
+    for ordinary in (True, False):
+        model = copy.deepcopy(base)
+        cache = PreallocatedCache(model.config.text_config)
+
+        class Streamer(BaseStreamer):
+            count = 0
+
+            def put(self, value: Tensor) -> None:
+                self.count += 1
+                if self.count != 6:
+                    return
+                length = cache.get_seq_length()  # noqa: B023 of this round
+                if what == "reads ahead":
+                    model(probe, past_key_values=cache, use_cache=True)  # noqa: B023
+                elif what == "asks":
+                    turn = torch.cat((builders.ids(1, length), probe), 1)
+                    model.generate(turn, past_key_values=cache, max_new_tokens=1, pad_token_id=0)  # noqa: B023
+                else:
+                    model.lm_head.weight.copy_(model.lm_head.weight.flip(0))  # noqa: B023
+                cache.crop(length)  # noqa: B023
+
+            def end(self) -> None:
+                pass
+
+        settings: dict[str, Any] = {"past_key_values": cache, "streamer": Streamer(), "do_sample": False}
+        outs.append(model.generate(text, **settings, **STEPS, disable_compile=ordinary))
+    assert torch.equal(*outs)
+    assert ahead.count("taken") == 18 and ahead.count("run") == 1
+
+
+def test_other_loops_start_nothing_ahead(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(1, 10)
+
+    def loop(self: Any, input_ids: Tensor, stopping_criteria: Any, generation_config: Any, **inputs: Any) -> Tensor:
+        inputs = {name: inputs[name] for name in ("past_key_values", "attention_mask", "use_cache")}
+        steps = self._valid_auto_compile_criteria(inputs, generation_config)
+        call = self.get_compiled_call(generation_config.compile_config) if steps else self
+        seen = 0
+        while True:
+            fed = input_ids[:, seen:]
+            mask = torch.ones_like(input_ids)
+            out = (call if seen else self)(input_ids=fed, **{**inputs, "attention_mask": mask})
+            seen = input_ids.shape[1]
+            input_ids = torch.cat((input_ids, out.logits[:, -1:].argmax(-1)), 1)
+            done = stopping_criteria(input_ids, None)
+            if input_ids.shape[1] % 4 == 0:
+                input_ids[:, -1] = 7  # this loop does not keep what it showed
+            if done.all():
+                return input_ids
+
+    settings: dict[str, Any] = {"custom_generate": loop, "do_sample": False, **STEPS}
+    expected = _ordinary(model, text, **settings)
+    assert not counted
+    assert torch.equal(model.generate(text, **settings), expected)
+    assert len(counted) == 19 and set(ahead) == {"run"}
+
+
+def test_prompt_in_pieces_and_steps_ahead(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(1, 14)
+    expected = _ordinary(model, text, do_sample=False, **STEPS)
+    got = model.generate(text, do_sample=False, prefill_chunk_size=4, **STEPS)
+    assert torch.equal(got, expected) and ahead.count("taken") == 19
+
+
+def test_padding_outside_of_the_vocabulary(counted: list[int], ahead: list[str]) -> None:
+    model, text = builders.model(), builders.ids(1, 10)
+
+    def mark(tokens: Tensor) -> None:
+        tokens[:, -1] = -1
+
+    class Marks(_Stop):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+            return super().__call__(input_ids, scores) | (input_ids.shape[1] >= self.length)
+
+    outs = [
+        model.generate(
+            text,
+            do_sample=False,
+            disable_compile=ordinary,
+            stopping_criteria=StoppingCriteriaList([Marks(15, mark)]),
+            **STEPS,
+        )
+        for ordinary in (True, False)
+    ]
+    assert torch.equal(*outs) and outs[0][0, -1] == -1 and outs[0].shape[1] == 15
+
+
+def test_an_interrupted_generate_holds_nothing(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = builders.model(), builders.ids(1, 10)
+    monkeypatch.setattr(modeling, "end_generate", lambda *_: None)  # as if interrupted in front of it
+    model.generate(text, do_sample=False, **STEPS)
+    monkeypatch.undo()
+    gc.collect()
+    assert decoding._generating() is None
 
 
 def test_a_cache_cropped_on_the_way(counted: list[int], ahead: list[str]) -> None:
@@ -361,7 +461,7 @@ def test_a_cache_that_others_hold_is_left_to_them(counted: list[int], monkeypatc
 
     with pytest.raises(RuntimeError, match="stop"):
         model.generate(text, do_sample=False, stopping_criteria=[fail], **STEPS)
-    assert decoding._pending.cache is None and model not in decoding._SPARES
+    assert decoding._generating() is None and model not in decoding._SPARES
 
 
 @pytest.mark.parametrize(

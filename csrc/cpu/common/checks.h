@@ -50,12 +50,17 @@ inline std::string shape_text(const Sizes& sizes) {
 
 inline const char* dtype_text(torch::headeronly::ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
-// What `make` returns, a new tensor. PyTorch's own calls only say "API call failed" where memory runs out.
+// What `make` returns, a new tensor. PyTorch's own calls only say "API call failed", mostly because memory ran out.
 template <class Sizes, class Make>
 inline torch::stable::Tensor make_tensor(const Sizes& shape, torch::headeronly::ScalarType dtype, const Make& make) {
   try {
     return make();
   } catch (const std::exception& error) {
+#ifdef CUDART_VERSION
+    // a kernel that failed before, or a capture that must not allocate
+    const cudaError_t status = cudaPeekAtLastError();
+    if (status != cudaSuccess && status != cudaErrorMemoryAllocation) throw;
+#endif
     std::ostringstream text;
     text << "out of memory: expected room for a tensor of shape " << shape_text(shape) << " and dtype "
          << dtype_text(dtype) << ", got none (" << error.what() << ")";

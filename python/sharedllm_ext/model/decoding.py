@@ -230,6 +230,14 @@ class PreallocatedCache(Cache):
         own: list[Any] = [None] * count if spares is None else spares
         super().__init__(layers=[PreallocatedLayer(limit, spare) for spare in own])
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Append states to a layer; a step that has been started ahead is forgotten, as it stands where they go."""
+        runner = _RUNNERS.get(self)
+        if runner is not None:
+            runner.drop()
+        parent: Any = super()
+        return parent.update(*args, **kwargs)
+
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in all; where that moves the storage, a graph of the decoding step is made anew."""
         for layer in self.layers:
@@ -280,12 +288,14 @@ class DecodeRunner:
         self._length = torch.zeros(batch, dtype=torch.int64, device=device)
         self._first = torch.zeros(batch, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._vocabulary = model.model.embed_tokens.num_embeddings
         self._use_graph = graph
-        self._kernels = _kernels_of(self.state, batch, device)
+        self._kernels = _kernels_of(self.state, batch, device, self._storages[0][0], self._tables[0])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._stream = torch.cuda.Stream(device) if graph else None
-        self.ahead_of: int | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._watched: list[Tensor] = []
+        self._ahead_of: tuple[int, int] | None = None
         self.hold(model, memory)
 
     def fits(self, cache: PreallocatedCache, state: tuple[Any, ...], batch: int) -> bool:
@@ -306,11 +316,14 @@ class DecodeRunner:
         self._memory = memory
         if self._context is not None and memory is not None:
             self._context.keys, self._context.values = memory.keys, memory.values
+        read = [*self._parameters, *(x for pair in self._storages for x in pair)]
+        read += [] if memory is None else [*memory.keys, *memory.values]
+        self._watched = [tensor for tensor in read if not tensor.is_inference()]
 
     def release(self) -> None:
         """Let go of parameters and memory; :meth:`hold` comes before the next run."""
         self.drop()
-        self._parameters, self._memory, self.length_on_host = [], None, -1
+        self._parameters, self._watched, self._memory, self.length_on_host = [], [], None, -1
         if self._context is not None:
             self._context.keys, self._context.values = [], []
 
@@ -348,41 +361,67 @@ class DecodeRunner:
     def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
         """Start the step that :meth:`run` would make beside what the current stream does next.
 
-        :meth:`take` ends it, :meth:`drop` forgets it. Arguments as for :meth:`run`.
+        :meth:`take` ends it, :meth:`drop` forgets it. Arguments as for :meth:`run`; a token that is none (padding of
+        rows that have ended) counts as the nearest one.
         """
         self.drop()
-        self._put(tokens, cache.get_seq_length())
-        self.ahead_of = cache.get_seq_length()
-        if self._stream is None:
+        self._put(tokens, cache.get_seq_length(), among=self._vocabulary)
+        # nothing to take before it is started, but something to wait for
+        self._ahead_of = (-1, -1)
+        if not self._use_graph:
             self._logits = self._step()
-            return
-        # made here it costs nothing where the device still reads the prompt
-        graph = self._graph or self._capture()
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            graph.replay()
+        else:
+            # made here it costs nothing where the device still reads the prompt
+            graph = self._graph or self._capture()
+            device = self._length.device
+            self._stream = _side_stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                graph.replay()
+        self._ahead_of = (cache.get_seq_length(), self._version())
+
+    def is_ahead(self, cache: PreallocatedCache) -> bool:
+        """Whether :meth:`run_ahead` has started the step that comes next, and what it reads has not changed since."""
+        return self._ahead_of == (cache.get_seq_length(), self._version())
 
     def take(self, cache: PreallocatedCache) -> Tensor:
         """The logits of the step that :meth:`run_ahead` has started, as :meth:`run` returns them."""
         self._join()
         return self._end(cache)
 
-    def drop(self) -> None:
-        """Forget the step that :meth:`run_ahead` has started, if any; the cache has the same tokens as before it."""
-        if self.ahead_of is not None:
-            self._join()
+    def drop(self) -> bool:
+        """Forget the step that :meth:`run_ahead` has started; whether there was one. The cache has the same tokens."""
+        if self._ahead_of is None:
+            return False
+        self._join()
+        return True
 
-    def _join(self) -> None:
-        self.ahead_of = None
-        if self._stream is not None:
+    def wait(self, *, on_host: bool = False) -> None:
+        """Let the current stream, or the host, wait for steps that were started on another one."""
+        if self._stream is None:
+            return
+        if on_host:
+            self._stream.synchronize()
+        else:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
-    def _put(self, tokens: Tensor, length: int) -> None:
+    def _join(self) -> None:
+        self.wait()
+        self._ahead_of = None
+
+    def _version(self) -> int:
+        # counts only grow, so that their sum tells any change
+        return sum(tensor._version for tensor in self._watched)
+
+    def _put(self, tokens: Tensor, length: int, among: int | None = None) -> None:
         if length != self.length_on_host:
             self._length.fill_(length)
         # until the step is over: an interrupted one must not leave two lengths
         self.length_on_host = -1
-        self._tokens.copy_(tokens.reshape(-1))
+        if among is None:
+            self._tokens.copy_(tokens.reshape(-1))
+        else:
+            torch.clamp(tokens.reshape(-1).long(), 0, among - 1, out=self._tokens)
 
     def _end(self, cache: PreallocatedCache) -> Tensor:
         length = cache.get_seq_length() + 1
@@ -395,7 +434,7 @@ class DecodeRunner:
     def _capture(self) -> torch.cuda.CUDAGraph:
         device = self._length.device
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
+        stream = _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
@@ -520,12 +559,14 @@ def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple
     return (id(model), parameters, tuple(numbers), tensors, rows, model.config.query_position_offset)
 
 
-def _kernels_of(state: tuple[Any, ...], batch: int, device: torch.device) -> tuple[Any, ...]:
+def _kernels_of(
+    state: tuple[Any, ...], batch: int, device: torch.device, storage: Tensor, table: Tensor
+) -> tuple[Any, ...]:
     """Which kernels a step of this :func:`_state` runs, as far as shapes, dtypes, strides and alignment choose them."""
     _, parameters, _, *memory = state
     weights = tuple((pointer % 16, *rest) for pointer, *rest in parameters)
     slots = tuple((pointer % 16, shape[1:], stride) for pointer, shape, stride in memory[0]) if memory else None
-    return (device, batch, weights, slots)
+    return (device, batch, weights, slots, storage.shape[2:], table.shape[1])
 
 
 def supports(model: "SharedLLMForCausalLM") -> bool:
@@ -617,14 +658,9 @@ class DecodeCall:
             return self.model(**inputs)
         assert tokens is not None and isinstance(cache, PreallocatedCache)
         cache.reserve(cache.get_seq_length() + 1)
-        before = self.runner
         runner = self._runner(cache, tokens.shape[0])
-        if before is not None and before is not runner:
-            before.drop()
-        if cache is self.cache and runner.ahead_of == cache.get_seq_length():
-            logits = runner.take(cache)
-        else:
-            logits = runner.run(tokens, cache)
+        taken = cache is self.cache and runner.is_ahead(cache)
+        logits = runner.take(cache) if taken else runner.run(tokens, cache)
         self.cache, self.next_length = cache, cache.get_seq_length()
         from .modeling import SharedLLMOutput
 
@@ -640,10 +676,9 @@ class DecodeCall:
         if runner.can_run_ahead:
             runner.run_ahead(tokens, cache)
 
-    def drop(self) -> None:
-        """Forget a step that has been started ahead."""
-        if self.runner is not None:
-            self.runner.drop()
+    def drop(self) -> bool:
+        """Forget a step that has been started ahead; whether there was one."""
+        return self.runner is not None and self.runner.drop()
 
     def _is_step(self, tokens: Tensor | None, cache: Any, inputs: dict[str, Any]) -> bool:
         if tokens is None or type(cache) is not PreallocatedCache or inputs.get("inputs_embeds") is not None:
@@ -695,6 +730,8 @@ class DecodeCall:
         fresh = self.runner is None
         runner = self.runner or _RUNNERS.get(cache)
         if runner is None or not runner.fits(cache, self.state, batch):
+            if runner is not None:
+                runner.drop()
             # the old graph goes before the new one comes
             self.runner = runner = None
             _RUNNERS.pop(cache, None)
@@ -721,9 +758,63 @@ _SPARES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[Tensor, Tensor]]
 _SPARES = weakref.WeakKeyDictionary()
 
 
+@dataclasses.dataclass(eq=False)
+class Generating:
+    """What the questions that one ``generate`` asks have to know of each other; its caller holds it.
+
+    Attributes:
+        may_run_ahead: whether steps may start before they are called.
+        outer: of the ``generate`` that this one runs inside of.
+        cache: made by :func:`new_cache`.
+        stepped: over which tokens will be chosen one after another.
+        ahead: the criterion that starts steps.
+        call: made by :func:`offer_call`, until it is taken.
+    """
+
+    may_run_ahead: bool
+    outer: "Generating | None"
+    cache: PreallocatedCache | None = None
+    stepped: PreallocatedCache | None = None
+    ahead: "RunAhead | None" = None
+    call: DecodeCall | None = None
+
+
+class _Thread(threading.local):
+    generating: "weakref.ref[Generating] | None" = None
+
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_thread = _Thread()
+
+
+def _generating() -> Generating | None:
+    return None if _thread.generating is None else _thread.generating()
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The thread's stream for captures and for steps that start ahead; CUDA has only few."""
+    if device not in _thread.streams:
+        _thread.streams[device] = torch.cuda.Stream(device)
+    return _thread.streams[device]
+
+
+def begin_generate(may_run_ahead: bool) -> Generating:
+    """At the beginning of a ``generate``, for :func:`end_generate`."""
+    own = Generating(may_run_ahead, _generating())
+    _thread.generating = weakref.ref(own)
+    return own
+
+
 def expect_steps(cache: PreallocatedCache) -> None:
-    """A ``generate`` begins that chooses its tokens one after another over this cache."""
-    _pending.stepped = cache
+    """A ``generate`` will choose its tokens one after another over this cache."""
+    generating, runner = _generating(), _RUNNERS.get(cache)
+    if runner is not None:
+        # it may come from a generate on another stream
+        runner.wait()
+    if generating is not None and generating.may_run_ahead:
+        generating.stepped = cache
 
 
 def new_cache(model: "SharedLLMForCausalLM", limit: int | None) -> PreallocatedCache:
@@ -733,7 +824,9 @@ def new_cache(model: "SharedLLMForCausalLM", limit: int | None) -> PreallocatedC
     if runner is not None:
         # looked at before it is used, as every runner is
         _RUNNERS[cache] = runner
-    _pending.cache = cache
+    generating = _generating()
+    if generating is not None:
+        generating.cache = cache
     return cache
 
 
@@ -762,33 +855,32 @@ class RunAhead(StoppingCriteria):
 
 def add_run_ahead(criteria: StoppingCriteriaList) -> None:
     """Add :class:`RunAhead` to the criteria of a ``generate`` whose decoding may go through a :class:`DecodeCall`."""
-    cache, _pending.stepped = _pending.stepped, None
-    if cache is None:
+    generating = _generating()
+    if generating is None or generating.stepped is None:
         return
-    ahead = _pending.ahead = RunAhead(criteria.max_length, cache)
+    ahead = generating.ahead = RunAhead(criteria.max_length, generating.stepped)
+    generating.stepped = None
     # criteria of others come first: they might change the tokens
     foreign = any(type(other).__module__ != StoppingCriteria.__module__ for other in criteria)
     criteria.insert(len(criteria) if foreign else 0, ahead)
 
 
-def begin_generate() -> dict[str, Any]:
-    """At the beginning of a ``generate``; what :func:`end_generate` takes, since one can run inside another."""
-    outer = dict(vars(_pending))
-    vars(_pending).clear()
-    return outer
-
-
-def end_generate(model: "SharedLLMForCausalLM", seen: bool, outer: dict[str, Any]) -> None:
+def end_generate(model: "SharedLLMForCausalLM", seen: bool, own: Generating | None) -> None:
     """At the end of a ``generate``: keep the cache that :func:`new_cache` made, unless others may have ``seen`` it.
 
     What is kept is the cache's storage, up to ``KEPT_BYTES``, and the graph, without holding on to parameters or
     memory. The graph is used again if all it reads lies where it lay.
     """
-    cache, ahead = _pending.cache, _pending.ahead
-    vars(_pending).clear()
-    vars(_pending).update(outer)
-    if ahead is not None and ahead.call is not None:
-        ahead.call.drop()
+    if own is None:
+        return
+    cache = own.cache
+    _thread.generating = None if own.outer is None else weakref.ref(own.outer)
+    call = None if own.ahead is None else own.ahead.call
+    if call is not None and call.drop() and call.runner is not None:
+        device = model.device
+        if torch.cuda.is_available() and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+            # the storage may be of another stream, which would not wait
+            call.runner.wait(on_host=True)
     if cache is None or seen or any(layer._key_storage is None for layer in cache.layers):
         return
     storages = [layer.storage for layer in cache.layers]
@@ -807,21 +899,12 @@ def release(model: "SharedLLMForCausalLM") -> None:
     _SPARES.pop(model, None)
 
 
-class _Pending(threading.local):
-    """What the questions that one generate asks have to know of each other."""
-
-    call: DecodeCall | None = None
-    cache: PreallocatedCache | None = None
-    stepped: PreallocatedCache | None = None
-    ahead: RunAhead | None = None
-
-
-_pending = _Pending()
-
-
 def offer_call(model: "SharedLLMForCausalLM", model_kwargs: dict[str, Any], generation_config: Any) -> bool:
     """Prepare the :class:`DecodeCall` of a ``generate``, to be taken by :func:`take_call`; whether there is one."""
-    _pending.call = None
+    generating = _generating()
+    if generating is None:
+        return False
+    generating.call = None
     cache = model_kwargs.get("past_key_values")
     wanted = not any(
         getattr(generation_config, name, None)
@@ -841,13 +924,18 @@ def offer_call(model: "SharedLLMForCausalLM", model_kwargs: dict[str, Any], gene
         is_left_padded = (mask.bool() == (torch.arange(total, device=mask.device) >= first[:, None])).all()
         if not bool(is_left_padded):
             return False
-    _pending.call = DecodeCall(model, memory, first)
+    generating.call = DecodeCall(model, memory, first)
     return True
 
 
 def take_call() -> DecodeCall | None:
     """What :func:`offer_call` prepared on this thread, once."""
-    call, _pending.call = _pending.call, None
-    if call is not None and _pending.ahead is not None:
-        _pending.ahead.call, call.cache = call, _pending.ahead.cache
+    generating = _generating()
+    if generating is None:
+        return None
+    call, generating.call = generating.call, None
+    ahead = generating.ahead
+    # the first one is the loop's; a prompt in pieces takes another
+    if call is not None and ahead is not None and ahead.call is None:
+        ahead.call, call.cache = call, ahead.cache
     return call

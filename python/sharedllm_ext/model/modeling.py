@@ -323,7 +323,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                     products,
                 )
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not _is_out_of_memory(error, self.device):
                     raise
                 failure = str(error).split("\n", maxsplit=1)[0]
             if failure is not None:
@@ -701,13 +701,15 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         parent: Any = super()
         outer, _TRUSTED.model = getattr(_TRUSTED, "model", None), self if input_ids is not None else None
         seen = True  # whether somebody else may hold the cache
-        pending = begin_generate()
+        generating = None
         try:
+            # other loops may ask the criteria about tokens that they do not keep
+            generating = begin_generate(may_run_ahead=kwargs.get("custom_generate") is None)
             result = parent.generate(input_ids, generation_config, *args, **kwargs)
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:
             _TRUSTED.model = outer
-            end_generate(self, seen, pending)
+            end_generate(self, seen, generating)
         if prefix is None:
             return result
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -754,7 +756,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             cache = model_kwargs["past_key_values"] = new_cache(self, limit)
             expect_steps(cache)
             return None
-        if single and type(cache) is PreallocatedCache:
+        # drafts are short, and mostly other tokens come next
+        if single and type(cache) is PreallocatedCache and not getattr(generation_config, "is_assistant", False):
             expect_steps(cache)
         parent: Any = super()
         return parent._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
@@ -851,9 +854,11 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: RuntimeError, device: torch.device) -> bool:
     """Whether device memory ran out: PyTorch has a class for it, but what an extension's operator raises has not."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return device.type == "cuda" and str(error).startswith("out of memory: ")
 
 
 def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
