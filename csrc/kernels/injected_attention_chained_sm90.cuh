@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 #pragma unroll
     for (int stage = 0; stage < kQueryStages; ++stage) {
       barrier_init(query_full + stage, kLoaders);
-      barrier_init(results_full + stage, 4 * kWarpgroups);
+      // one for each consumer warpgroup, whose warps meet before
+      barrier_init(results_full + stage, kWarpgroups);
     }
     barrier_init_fence();
   }
@@ -321,8 +322,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
             pack_pair(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
       }
     }
-    __syncwarp();
-    release(results_full + stage);
+    named_barrier_sync(own, 128);
+    if (threadIdx.x % 128 == 0) barrier_arrive(results_full + stage);
   };
 
   barrier_wait(query_full, 0);

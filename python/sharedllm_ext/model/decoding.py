@@ -878,7 +878,7 @@ def end_generate(model: "SharedLLMForCausalLM", seen: bool, own: Generating | No
     call = None if own.ahead is None else own.ahead.call
     if call is not None and call.drop() and call.runner is not None:
         device = model.device
-        if torch.cuda.is_available() and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        if device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
             # the storage may be of another stream, which would not wait
             call.runner.wait(on_host=True)
     if cache is None or seen or any(layer._key_storage is None for layer in cache.layers):
