@@ -104,6 +104,12 @@ set(SHAREDLLM_SM90_SOURCES
     csrc/kernels/instances/injected_attention_backward_sm90_fp16_256.cu
     csrc/kernels/instances/injected_attention_backward_sm90_fp16_64.cu
     csrc/kernels/instances/injected_attention_backward_sm90_fp16_96.cu
+    csrc/kernels/instances/injected_attention_bulk_sm90_bf16_128.cu
+    csrc/kernels/instances/injected_attention_bulk_sm90_bf16_64.cu
+    csrc/kernels/instances/injected_attention_bulk_sm90_bf16_96.cu
+    csrc/kernels/instances/injected_attention_bulk_sm90_fp16_128.cu
+    csrc/kernels/instances/injected_attention_bulk_sm90_fp16_64.cu
+    csrc/kernels/instances/injected_attention_bulk_sm90_fp16_96.cu
     csrc/kernels/instances/injected_attention_chained_sm90_bf16_128.cu
     csrc/kernels/instances/injected_attention_chained_sm90_fp16_128.cu
     csrc/kernels/instances/injected_attention_sm90_bf16_128.cu

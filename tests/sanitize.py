@@ -259,8 +259,10 @@ for _size in (64, 96, 128, 256):
     add_attention("decode, long", MANY, (8, 2), _size, FP16, "decode")
 # more tiles than multiprocessors
 add_attention("many tiles", ([600, 1, 33], [(3, 300), (0, 400), (5, 5)]), (32, 4), 128, BF16, None, False)
-# four rounds of tiles and as many blocks of slots as chained tiles take (on 132 multiprocessors)
-add_attention("tiles in a chain", ([2107], [(1, 1100)]), (32, 8), 128, BF16, None)
+# four rounds of tiles and as many slots as chained tiles take (on 132 multiprocessors), whoever loads their queries
+add_attention("tiles in a chain", ([2107], [(1, 4300)]), (32, 8), 128, BF16, None)
+add_attention("tiles in a chain, short", ([2107], [(1, 200)]), (32, 8), 128, BF16, None)
+add_attention("tiles in a chain, short", ([1700], [(1, 140)]), (28, 4), 64, FP16, None)
 for _size in (64, 96, 128, 256):
     add_attention("portable", RAGGED, (4, 1), _size, BF16, "portable", True, False)
     add_attention("decode, slots in parts", FEW, (8, 2), _size, BF16, "decode")

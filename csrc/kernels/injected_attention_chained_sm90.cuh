@@ -1,9 +1,13 @@
 // Injected attention on Hopper with chained tiles: the consumers of a persistent block never stop between them. The
 // first scores of the next tile and the last product of this one are issued together, and the loading warps find the
-// tiles, load their queries and store their results, so that a consumer knows blocks of slots only.
+// tiles, load their queries and store their results, so that a consumer knows blocks of slots only. For short memories,
+// where turning queries would be the limit, the keys are turned back by a kernel before, and the copy engine moves
+// queries and results.
 // docs/kernels/injected_attention_prefill.md has the derivation.
 #pragma once
 
+#include "kernels/common/overlap.cuh"
+#include "kernels/common/query_rotation.cuh"
 #include "kernels/injected_attention_sm90.cuh"
 
 namespace sharedllm {
@@ -16,12 +20,18 @@ struct ChainedTile {
   int valid;         // slots of the last block
   int used;          // packed rows
   int first_member;  // the first row's place among the heads that share a key/value head
-  int64_t row;       // of the results, [T, Hq], where member 0 of the first query stands
+  int query, head;   // of member 0 of the first query
 };
 
-template <int kHeadSize>
-struct ChainedShape : Shape<kHeadSize> {
-  using S = Shape<kHeadSize>;
+struct ChainedMaps {
+  CUtensorMap keys, values;  // boxes of a block of slots
+  CUtensorMap queries, out;  // boxes of a tile; for the copy engine only
+};
+
+// Two stages of queries are one in truth for a tile of few blocks: results leave a stage when the next tile has begun.
+template <int kHeadSize, bool kBulk>
+struct ChainedShape : Shape<kHeadSize, kBulk ? 3 : Sm90Tile<kHeadSize>::kQueryStages> {
+  using S = Shape<kHeadSize, kBulk ? 3 : Sm90Tile<kHeadSize>::kQueryStages>;
   static_assert(S::kQueryStages > 1, "results leave through a stage while the next tile is computed");
   static constexpr int kTileOffset = S::kSharedBytes;
   static constexpr int kLogSumExpOffset = kTileOffset + S::kQueryStages * static_cast<int>(sizeof(ChainedTile));
@@ -29,21 +39,38 @@ struct ChainedShape : Shape<kHeadSize> {
   static_assert(S::kSharedBytes % 8 == 0 && kSharedBytes <= 227 * 1024);
 };
 
-// Whole rows out of a query stage, or zeros and log-sum-exp of -inf for a tile without slots.
-template <class T, int kHeadSize, bool kZeros>
+// Where the results of a tile's rows stand, [T, Hq].
+class ResultRows {
+ public:
+  __device__ __forceinline__ ResultRows(const InjectedAttentionSm90Params& p, const ChainedTile& tile,
+                                        const Divisor& group)
+      : group_(group),
+        first_member_(tile.first_member),
+        heads_(p.q_heads),
+        first_(static_cast<int64_t>(tile.query) * p.q_heads + tile.head) {}
+  __device__ __forceinline__ int64_t at(uint32_t r) const {
+    const uint32_t member = first_member_ + r, query = group_.divide(member);
+    return first_ + (query * heads_ + (member - query * group_.by()));
+  }
+
+ private:
+  const Divisor& group_;
+  const uint32_t first_member_, heads_;
+  const int64_t first_;
+};
+
+// Whole rows out of a query stage, or zeros for a tile without slots, by kThreads threads; with `lse` log-sum-exp of
+// the same, or -inf.
+template <class T, int kHeadSize, int kThreads, bool kZeros>
 __device__ __forceinline__ void store_results(const InjectedAttentionSm90Params& p, const ChainedTile& tile,
                                               const uint8_t* from, const float* lse, const Divisor& group, int thread) {
   using S = Shape<kHeadSize>;
-  constexpr int kChunks = kHeadSize / 8, kRowsAtOnce = kLoaders / kChunks, kUnroll = kZeros ? 1 : 4;
+  constexpr int kChunks = kHeadSize / 8, kRowsAtOnce = kThreads / kChunks, kUnroll = kZeros ? 1 : 4;
   const int used = tile.used;
-  const uint32_t first_member = tile.first_member;
-  const auto offset = [&](uint32_t r) {
-    const uint32_t member = first_member + r, query = group.divide(member);
-    return query * p.q_heads + (member - query * group.by());
-  };
+  const ResultRows rows(p, tile, group);
   const int chunk = thread % kChunks;
   const uint8_t* const place = from + chunk / 8 * (S::kRows * 128);
-  T* const to = static_cast<T*>(p.out) + tile.row * kHeadSize + 8 * chunk;
+  T* const to = static_cast<T*>(p.out) + 8 * chunk;
 #pragma unroll 1
   for (int first = thread / kChunks; first < used; first += kUnroll * kRowsAtOnce) {
     uint4 values[kUnroll];
@@ -58,19 +85,75 @@ __device__ __forceinline__ void store_results(const InjectedAttentionSm90Params&
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int r = first + i * kRowsAtOnce;
-      if (r < used) *reinterpret_cast<uint4*>(to + static_cast<int64_t>(offset(r)) * kHeadSize) = values[i];
+      if (r < used) *reinterpret_cast<uint4*>(to + rows.at(r) * kHeadSize) = values[i];
     }
   }
-  for (int r = thread; r < used; r += kLoaders) p.lse[tile.row + offset(r)] = kZeros ? -kInfinity : lse[r];
+  if (!kZeros && lse == nullptr) return;
+  for (int r = thread; r < used; r += kThreads) p.lse[rows.at(r)] = kZeros ? -kInfinity : lse[r];
 }
 
+// Keys turned back by the position of the only batch row: (R q) k = q (R^T k). What a negative scale or one of 0 does
+// to queries goes here, too. Few blocks do it, so that those of the next kernel start on the other multiprocessors; a
+// thread has the same chunk of all its vectors.
+constexpr int kTurnThreads = 768, kTurnVectors = 3;
 template <class T, int kHeadSize>
+__global__ void __launch_bounds__(kTurnThreads) turn_keys(const __grid_constant__ InjectedAttentionSm90Params p) {
+  let_next_kernel_start();
+  constexpr uint32_t kChunks = kHeadSize / 8, kStep = kTurnThreads / kChunks;
+  static_assert(kTurnThreads % kChunks == 0);
+  const uint32_t vectors = static_cast<uint32_t>(p.turned_rows), chunk = threadIdx.x % kChunks;
+  const uint32_t first = blockIdx.x * kTurnVectors * kStep + threadIdx.x / kChunks;
+  const int half = p.rotary_half, at = 8 * static_cast<int>(chunk);
+  const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
+  const auto source = [&](uint32_t vector) {
+    const uint32_t slot = vector / p.kv_heads, head = vector - slot * p.kv_heads;
+    return static_cast<const T*>(p.k) + slot * p.k_stride[0] + head * p.k_stride[1];
+  };
+  const auto target = [&](uint32_t vector) {
+    return static_cast<uint4*>(p.turned_keys) + static_cast<uint64_t>(vector) * kChunks + chunk;
+  };
+  const int64_t row = half > 0 ? clamp_index(__ldg(p.q_position), 0, p.num_positions - 1) * half : 0;
+  if (half % 8 != 0) {
+    for (uint32_t vector = first; vector < vectors && vector < first + kTurnVectors * kStep; vector += kStep) {
+      *target(vector) = rotated_chunk<T, true>(source(vector), chunk, {p.cos + row, p.sin + row, half}, factor);
+    }
+    return;
+  }
+  // all loads before the first use
+  const bool low = at < half, turns = at < 2 * half;
+  const int partner = !turns ? at : low ? at + half : at - half;
+  uint4 x[kTurnVectors] = {}, y[kTurnVectors] = {};
+#pragma unroll
+  for (int i = 0; i < kTurnVectors; ++i) {
+    if (first + i * kStep >= vectors) continue;
+    const T* const from = source(first + i * kStep);
+    x[i] = load_cached(reinterpret_cast<const uint4*>(from + at));
+    y[i] = load_cached(reinterpret_cast<const uint4*>(from + partner));
+  }
+  float cos[8], sin[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    cos[i] = turns ? __ldg(p.cos + row + at % half + i) * factor : factor;
+    sin[i] = turns ? __ldg(p.sin + row + at % half + i) * (low ? factor : -factor) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kTurnVectors; ++i) {
+    if (first + i * kStep >= vectors) continue;
+    float own[8], other[8];
+    unpack8(T{}, x[i], own);
+    unpack8(T{}, y[i], other);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) own[j] = own[j] * cos[j] + (turns ? other[j] * sin[j] : 0.0f);
+    *target(first + i * kStep) = pack8(T{}, own);
+  }
+}
+
+template <class T, int kHeadSize, bool kBulk>
 __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     injected_attention_chained(const __grid_constant__ InjectedAttentionSm90Params p,
-                               const __grid_constant__ CUtensorMap key_map,
-                               const __grid_constant__ CUtensorMap value_map) {
+                               const __grid_constant__ ChainedMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = ChainedShape<kHeadSize>;
+  using S = ChainedShape<kHeadSize, kBulk>;
   constexpr int kSlots = S::kSlots, kWarpgroups = S::kWarpgroups, kQueryStages = S::kQueryStages;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* const queries = shared;
@@ -86,8 +169,12 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&key_map);
-    prefetch_tensor_map(&value_map);
+    prefetch_tensor_map(&maps.keys);
+    prefetch_tensor_map(&maps.values);
+    if constexpr (kBulk) {
+      prefetch_tensor_map(&maps.queries);
+      prefetch_tensor_map(&maps.out);
+    }
 #pragma unroll
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(full + stage, 1);
@@ -96,9 +183,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     }
 #pragma unroll
     for (int stage = 0; stage < kQueryStages; ++stage) {
-      barrier_init(query_full + stage, kLoaders);
-      // one for each consumer warpgroup, whose warps meet before
-      barrier_init(results_full + stage, kWarpgroups);
+      barrier_init(query_full + stage, kBulk ? 1 : kLoaders);
+      barrier_init(results_full + stage, 128 * kWarpgroups);
     }
     barrier_init_fence();
   }
@@ -108,34 +194,93 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
   // 0
   const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
+  const Divisor group(p.q_heads / p.kv_heads);
+  const auto describe = [&](const Work& work, ChainedTile* tile) {
+    const uint32_t first_query = work.first_packed / group.by();
+    tile->blocks = work.end;
+    tile->valid = work.slot_count - (work.end - 1) * kSlots;
+    tile->used = min(work.packed_count - work.first_packed, p.tile_rows);
+    tile->first_member = work.first_packed - first_query * group.by();
+    tile->query = work.q_begin + first_query;
+    tile->head = work.head * group.by();
+  };
 
   if (warpgroup == 0) {
     lower_registers<S::kLoaderRegisters>();
-    Walk walk(p, *only, S::kRows, kSlots);
+    Walk walk(p, *only, p.tile_rows, kSlots);
     Work work;
-    if (warp > 0) {
-      const int thread = threadIdx.x - 32;
-      const Divisor group(p.q_heads / p.kv_heads);
-      const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
+    if (kBulk && warp > 1) return;
+    if (kBulk && warp == 1) {
+      const uint32_t bytes = S::kPanels * p.tile_rows * 128;
       Cursor<kQueryStages> query;
       int handed = 0;  // tiles given to the consumers, up to the number of stages
       const auto store = [&] {
-        store_results<T, kHeadSize, false>(p, tiles[query.stage], queries + query.stage * S::kQueryBytes,
-                                           lse_rows + query.stage * S::kRows, group, thread);
-      };
-      const auto describe = [&](const Work& work, ChainedTile* tile) {
-        const uint32_t first_query = work.first_packed / group.by();
-        tile->blocks = work.end;
-        tile->valid = work.slot_count - (work.end - 1) * kSlots;
-        tile->used = min(work.packed_count - work.first_packed, S::kRows);
-        tile->first_member = work.first_packed - first_query * group.by();
-        tile->row = static_cast<int64_t>(work.q_begin + first_query) * p.q_heads + work.head * group.by();
+        const ChainedTile& tile = tiles[query.stage];
+        const uint8_t* const from = queries + query.stage * S::kQueryBytes;
+        if (tile.used < p.tile_rows) {
+          // the copy engine would write queries behind the end of the batch row
+          store_results<T, kHeadSize, 32, false>(p, tile, from, nullptr, group, lane);
+        } else if (lane == 0) {
+#pragma unroll
+          for (int panel = 0; panel < S::kPanels; ++panel) {
+            tensor_store_3d(from + panel * (S::kRows * 128), &maps.out, panel * kPanel, tile.head, tile.query);
+          }
+          bulk_commit();
+          bulk_wait_read();
+        }
+        __syncwarp();
       };
       while (walk.next(&work)) {
         if (work.end == 0) {
           ChainedTile tile;
           describe(work, &tile);
-          store_results<T, kHeadSize, true>(p, tile, nullptr, nullptr, group, thread);
+          store_results<T, kHeadSize, 32, true>(p, tile, nullptr, nullptr, group, lane);
+          continue;
+        }
+        barrier_wait(results_full + query.stage, query.phase ^ 1);
+        if (handed == kQueryStages) {
+          store();
+        } else {
+          ++handed;
+        }
+        if (lane == 0) {
+          describe(work, tiles + query.stage);
+          barrier_arrive_expect(query_full + query.stage, bytes);
+#pragma unroll
+          for (int panel = 0; panel < S::kPanels; ++panel) {
+            tensor_load_3d(queries + query.stage * S::kQueryBytes + panel * (S::kRows * 128), &maps.queries,
+                           query_full + query.stage, panel * kPanel, tiles[query.stage].head, tiles[query.stage].query,
+                           kEvictFirst);
+          }
+        }
+        query.advance();
+      }
+#pragma unroll 1
+      for (int i = 0; i < kQueryStages; ++i) {
+        barrier_wait(results_full + query.stage, query.phase ^ 1);
+        if (handed >= kQueryStages - i) store();
+        if (i == 0 && lane == 0) {
+          tiles[query.stage].blocks = 0;
+          barrier_arrive(query_full + query.stage);
+        }
+        query.advance();
+      }
+      return;
+    }
+    if (!kBulk && warp > 0) {
+      const int thread = threadIdx.x - 32;
+      const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
+      Cursor<kQueryStages> query;
+      int handed = 0;  // tiles given to the consumers, up to the number of stages
+      const auto store = [&] {
+        store_results<T, kHeadSize, kLoaders, false>(p, tiles[query.stage], queries + query.stage * S::kQueryBytes,
+                                                     lse_rows + query.stage * S::kRows, group, thread);
+      };
+      while (walk.next(&work)) {
+        if (work.end == 0) {
+          ChainedTile tile;
+          describe(work, &tile);
+          store_results<T, kHeadSize, kLoaders, true>(p, tile, nullptr, nullptr, group, thread);
           continue;
         }
         barrier_wait(results_full + query.stage, query.phase ^ 1);
@@ -164,6 +309,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       }
       return;
     }
+    if (kBulk) wait_for_previous_kernel();
     Cursor<S::kStages> cursor;
     const auto load = [&](const CUtensorMap& map, int head, int slot) {
       barrier_wait(empty + cursor.stage, cursor.phase ^ 1);
@@ -182,8 +328,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         // the last block first: it is the one with a ragged end
         for (int block = work.end - 1; block >= 0; --block) {
           const int next = work.slot_begin + block * kSlots;
-          load(key_map, work.head, next);
-          if (head >= 0) load(value_map, head, slot);
+          load(maps.keys, work.head, next);
+          if (head >= 0) load(maps.values, head, slot);
           head = work.head;
           slot = next;
         }
@@ -195,7 +341,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       barrier_wait(empty + cursor.stage, cursor.phase ^ 1);
       barrier_arrive(full + cursor.stage);
       cursor.advance();
-      load(value_map, head, slot);
+      load(maps.values, head, slot);
     }
     return;
   }
@@ -244,8 +390,9 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   const auto release = [&](uint64_t* barrier) {
     if (lane == 0) barrier_arrive(barrier);
   };
-  // Scores of the next block and output of the last one; the scores are there when it returns.
-  const auto issue = [&] {
+  // Scores of the next block and output of the last one; the scores are there when it returns. What does not need
+  // them goes into `meanwhile`.
+  const auto issue = [&](const auto& meanwhile) {
     barrier_wait(full + cursor.stage, cursor.phase);
     named_barrier_sync(turn, 128 * kWarpgroups);
     fence_registers(s);
@@ -261,6 +408,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     multiply_values();
     wgmma_commit();
     give_turn();
+    meanwhile();
     wgmma_wait<1>();
     fence_registers(s);
     release(keys_used);
@@ -299,10 +447,10 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     }
     async_proxy_fence();
   };
-  // Results into the place of their queries, which the warpgroup has finished with: its warps have met since.
-  const auto hand_back = [&](int stage, const float (&maximum)[2], float (&sum)[2]) {
-    float inverse[2];
-    const int row = consumer * 64 + warp % 4 * 16 + lane / 4;
+  const int row = consumer * 64 + warp % 4 * 16 + lane / 4;  // the first of a thread's two
+  // Log-sum-exp of a tile, and what its results have to be multiplied by.
+  const auto finish_sums = [&](int stage, float (&inverse)[2]) {
+    const ChainedTile& tile = tiles[stage];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
@@ -310,20 +458,31 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       // scores of -inf alone: zeros
       const bool nothing = sum[i] == 0.0f;
       inverse[i] = nothing ? 0.0f : 1.0f / sum[i];
+      if (lane % 4 != 0) continue;
       const float lse = nothing ? -kInfinity : (maximum[i] * scale_log2 + log2f(sum[i])) * kLn2;
-      if (lane % 4 == 0) lse_rows[stage * S::kRows + row + 8 * i] = lse;
-    }
-    uint8_t* const to = queries + stage * S::kQueryBytes;
-#pragma unroll
-    for (int j = 0; j < kHeadSize / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        *reinterpret_cast<uint32_t*>(to + swizzled<S::kRows>(row + 8 * i, 8 * j) + lane % 4 * 4) =
-            pack_pair(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+      if constexpr (kBulk) {
+        if (row + 8 * i < tile.used) p.lse[ResultRows(p, tile, group).at(row + 8 * i)] = lse;
+      } else {
+        lse_rows[stage * S::kRows + row + 8 * i] = lse;
       }
     }
-    named_barrier_sync(own, 128);
-    if (threadIdx.x % 128 == 0) barrier_arrive(results_full + stage);
+  };
+  // Results into the place of their queries, which the warpgroup has finished with: its warps have met since. Every
+  // thread arrives, not one for all: the copy engine needs each one's fence.
+  const auto hand_back = [&](int stage, const float (&inverse)[2]) {
+    const int place = consumer * 64 + warp % 4 * 16 + lane % 16;
+    uint8_t* const to = queries + stage * S::kQueryBytes + place * 128;
+    const int swizzle = (lane / 16 ^ place) & 7;
+#pragma unroll
+    for (int j = 0; j < kHeadSize / 8; j += 2) {
+      const uint32_t x[4] = {pack_pair(T{}, o[4 * j] * inverse[0], o[4 * j + 1] * inverse[0]),
+                             pack_pair(T{}, o[4 * j + 2] * inverse[1], o[4 * j + 3] * inverse[1]),
+                             pack_pair(T{}, o[4 * j + 4] * inverse[0], o[4 * j + 5] * inverse[0]),
+                             pack_pair(T{}, o[4 * j + 6] * inverse[1], o[4 * j + 7] * inverse[1])};
+      store_matrices(to + j / 8 * (S::kRows * 128) + (swizzle ^ j % 8) * 16, x);
+    }
+    if constexpr (kBulk) async_proxy_fence();
+    barrier_arrive(results_full + stage);
   };
 
   barrier_wait(query_full, 0);
@@ -350,7 +509,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 
   while (true) {
     for (; left > 1; --left) {
-      issue();
+      issue([] {});
       const bool rescale = weigh(s, maximum, sum, factor, scale_log2);
       finish_values();
       pack_weights();
@@ -371,15 +530,14 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     left = tiles[query.stage].blocks;
     valid = tiles[query.stage].valid;
     if (left == 0) break;
-    issue();
+    float inverse[2];
+    issue([&] { finish_sums(stage, inverse); });
     mask_scores(valid);
-    const float last_maximum[2] = {maximum[0], maximum[1]};
-    float last_sum[2] = {sum[0], sum[1]};
     maximum[0] = maximum[1] = -kInfinity;
     sum[0] = sum[1] = 0;
     weigh(s, maximum, sum, factor, scale_log2);
     finish_values();
-    hand_back(stage, last_maximum, last_sum);
+    hand_back(stage, inverse);
     pack_weights();
     silence_values(valid);
 #pragma unroll
@@ -396,8 +554,11 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   wgmma_fence();
   multiply_values();
   wgmma_commit();
+  const int stage = (query.stage + kQueryStages - 1) % kQueryStages;
+  float inverse[2];
+  finish_sums(stage, inverse);
   finish_values();
-  hand_back((query.stage + kQueryStages - 1) % kQueryStages, maximum, sum);
+  hand_back(stage, inverse);
 #endif
 }
 
@@ -405,8 +566,42 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_chained_sm90_instance(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
-  using S = sm90::ChainedShape<kHeadSize>;
-  return sm90::launch_tiles<kHeadSize>(sm90::injected_attention_chained<T, kHeadSize>, S::kSharedBytes, p, stream);
+  using S = sm90::ChainedShape<kHeadSize, false>;
+  sm90::ChainedMaps maps{};
+  cudaError_t status = sm90::encode_slot_map<kHeadSize>(&maps.keys, p, p.k, p.k_stride);
+  if (status == cudaSuccess) status = sm90::encode_slot_map<kHeadSize>(&maps.values, p, p.v, p.v_stride);
+  if (status != cudaSuccess) return status;
+  return sm90::launch_tiles<kHeadSize>(sm90::injected_attention_chained<T, kHeadSize, false>, S::kSharedBytes, false,
+                                       stream, p, maps);
+}
+
+template <class T, int kHeadSize>
+cudaError_t launch_injected_attention_bulk_sm90_instance(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
+  using S = sm90::ChainedShape<kHeadSize, true>;
+  const bool turned = p.turned_keys != nullptr;
+  const int64_t turned_stride[2] = {static_cast<int64_t>(p.kv_heads) * kHeadSize, kHeadSize};
+  const int64_t sizes[3] = {kHeadSize, p.q_heads, p.num_queries};
+  const int32_t group = p.q_heads / p.kv_heads;
+  const int32_t box[3] = {sm90::kPanel, group, p.tile_rows / group};
+  const int64_t out_stride[2] = {kHeadSize, static_cast<int64_t>(p.q_heads) * kHeadSize};
+  sm90::ChainedMaps maps{};
+  cudaError_t status = sm90::encode_slot_map<kHeadSize>(&maps.keys, p, turned ? p.turned_keys : p.k,
+                                                        turned ? turned_stride : p.k_stride);
+  if (status == cudaSuccess) status = sm90::encode_slot_map<kHeadSize>(&maps.values, p, p.v, p.v_stride);
+  if (status == cudaSuccess) {
+    status = encode_tensor_map_3d(&maps.queries, p.type, p.q, sizes, {p.q_stride[1], p.q_stride[0]}, box);
+  }
+  if (status == cudaSuccess) status = encode_tensor_map_3d(&maps.out, p.type, p.out, sizes, out_stride, box);
+  if (status != cudaSuccess) return status;
+  if (turned) {
+    constexpr int64_t kVectors = sm90::kTurnVectors * (sm90::kTurnThreads / (kHeadSize / 8));
+    const auto blocks = static_cast<unsigned>((p.turned_rows + kVectors - 1) / kVectors);
+    sm90::turn_keys<T, kHeadSize><<<blocks, sm90::kTurnThreads, 0, stream>>>(p);
+    status = cudaGetLastError();
+    if (status != cudaSuccess) return status;
+  }
+  return sm90::launch_tiles<kHeadSize>(sm90::injected_attention_chained<T, kHeadSize, true>, S::kSharedBytes, turned,
+                                       stream, p, maps);
 }
 
 }  // namespace sharedllm

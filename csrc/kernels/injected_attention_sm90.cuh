@@ -26,10 +26,10 @@ constexpr float kGrowth = 8.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
 
-template <int kHeadSize>
+template <int kHeadSize, int kStagesOfQueries = Sm90Tile<kHeadSize>::kQueryStages>
 struct Shape {
   using Tile = Sm90Tile<kHeadSize>;
-  static constexpr int kSlots = Tile::kSlots, kWarpgroups = Tile::kWarpgroups, kQueryStages = Tile::kQueryStages;
+  static constexpr int kSlots = Tile::kSlots, kWarpgroups = Tile::kWarpgroups, kQueryStages = kStagesOfQueries;
   static constexpr int kPanels = (kHeadSize + kPanel - 1) / kPanel;
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kQueryBytes = kRows * kPanels * 128;
@@ -685,27 +685,32 @@ __global__ void __launch_bounds__(256) injected_attention_tail(const __grid_cons
   if (lane == 0) p.lse[at] = sum == 0.0f ? -kInfinity : best + logf(sum);
 }
 
-// Queues the persistent blocks of a plan.
-template <int kHeadSize, class Kernel>
-cudaError_t launch_tiles(Kernel kernel, int shared_bytes, const InjectedAttentionSm90Params& p, cudaStream_t stream) {
-  using S = Shape<kHeadSize>;
-  CUtensorMap maps[2];
+// Boxes of a block of slots of one head.
+template <int kHeadSize>
+cudaError_t encode_slot_map(CUtensorMap* map, const InjectedAttentionSm90Params& p, const void* slots,
+                            const int64_t (&strides)[2]) {
   const int64_t sizes[3] = {kHeadSize, p.kv_heads, p.num_slots};
-  const int32_t box[3] = {kPanel, 1, S::kSlots};
-  for (int i = 0; i < 2; ++i) {
-    const int64_t* const strides = i ? p.v_stride : p.k_stride;
-    const int64_t map_strides[2] = {strides[1], strides[0]};
-    const cudaError_t status = encode_tensor_map_3d(&maps[i], p.type, i ? p.v : p.k, sizes, map_strides, box);
-    if (status != cudaSuccess) return status;
-  }
+  const int32_t box[3] = {kPanel, 1, Shape<kHeadSize>::kSlots};
+  return encode_tensor_map_3d(map, p.type, slots, sizes, {strides[1], strides[0]}, box);
+}
+
+// Queues the persistent blocks of a plan; with `after` they may start while the kernel before them ends.
+template <int kHeadSize, class Kernel, class... Maps>
+cudaError_t launch_tiles(Kernel kernel, int shared_bytes, bool after, cudaStream_t stream,
+                         const InjectedAttentionSm90Params& p, const Maps&... maps) {
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(p.grid));
-  config.blockDim = dim3(S::kThreads);
+  config.blockDim = dim3(Shape<kHeadSize>::kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, p, maps[0], maps[1]);
+  config.attrs = &attribute;
+  config.numAttrs = after ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, maps...);
 }
 
 }  // namespace sm90
@@ -713,8 +718,12 @@ cudaError_t launch_tiles(Kernel kernel, int shared_bytes, const InjectedAttentio
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
   using S = sm90::Shape<kHeadSize>;
-  const cudaError_t status =
-      sm90::launch_tiles<kHeadSize>(sm90::injected_attention<T, kHeadSize>, S::kSharedBytes, p, stream);
+  CUtensorMap keys, values;
+  cudaError_t status = sm90::encode_slot_map<kHeadSize>(&keys, p, p.k, p.k_stride);
+  if (status == cudaSuccess) status = sm90::encode_slot_map<kHeadSize>(&values, p, p.v, p.v_stride);
+  if (status != cudaSuccess) return status;
+  status = sm90::launch_tiles<kHeadSize>(sm90::injected_attention<T, kHeadSize>, S::kSharedBytes, false, stream, p,
+                                         keys, values);
   if (status != cudaSuccess || p.tail_items == 0) return status;
   cudaLaunchConfig_t merge{};
   merge.gridDim = dim3(static_cast<unsigned>((static_cast<int64_t>(p.tail_items) * S::kRows + 7) / 8));

@@ -21,11 +21,22 @@ struct Sm90Tile<256> {
   static constexpr int kSlots = 80, kWarpgroups = 2, kQueryStages = 1;
 };
 
+// Which kernel takes a plan's tiles.
+enum class Sm90Kernel : int32_t {
+  kSingle,   // tiles one after another
+  kChained,  // chained tiles, whose queries the loading warps turn
+  kBulk,     // chained tiles, whose queries and results the copy engine moves, over keys that are turned instead
+};
+
 // Persistent blocks take whole_items tiles, head by head; tail_items more (of a batch of one row) are cut into
 // tail_shares equal shares of slots, whose partial results are [2 * tail_shares, packed rows of a tile, D].
 struct InjectedAttentionSm90Params : InjectedAttentionParams {
   int64_t partial_rows;  // vectors of D elements that partial_out has to hold, and elements of partial_lse
   int32_t grid, tiles, whole_items, tail_items, tail_shares;
+  Sm90Kernel kernel;
+  int32_t tile_rows;    // packed rows of a tile
+  int64_t turned_rows;  // vectors of D elements that turned_keys has to hold
+  void* turned_keys;    // [S, Hkv, D] in the keys' type
 };
 
 // Cuts the work for the current device, from what the host knows (T, B, S): everything but the pointers to partial
@@ -40,9 +51,12 @@ cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& pa
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& params, cudaStream_t stream);
 
-// The same with chained tiles, for plans without partial results; there are instances of D 128.
+// The same for plans of chained tiles (instances of D 128) and of those that the copy engine moves (D 64, 96, 128).
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_chained_sm90_instance(const InjectedAttentionSm90Params& params,
                                                             cudaStream_t stream);
+template <class T, int kHeadSize>
+cudaError_t launch_injected_attention_bulk_sm90_instance(const InjectedAttentionSm90Params& params,
+                                                         cudaStream_t stream);
 
 }  // namespace sharedllm

@@ -164,6 +164,11 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
     if (status != cudaErrorNotSupported) {
       check_launch(name, status);
       const Workspace workspace(arguments.q, planned.partial_rows, &planned);
+      Tensor turned;
+      if (planned.turned_rows > 0) {
+        turned = allocate(arguments.q, {planned.turned_rows * p.head_size});
+        planned.turned_keys = turned.mutable_data_ptr();
+      }
       check_launch(name, launch_injected_attention_sm90(planned, stream));
       if (planned.splits > 1) check_launch(name, launch_injected_attention_combine(planned, stream));
       return {out, lse};

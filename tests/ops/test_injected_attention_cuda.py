@@ -134,21 +134,23 @@ def test_many_tiles(queries: int, slots: int, heads: tuple[int, int], size: int,
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("size", "memory"), [(64, 1100), (96, 1100), (128, 1100), (128, 4200)])
 @pytest.mark.parametrize(
     "slots", [0, 1, 2, 63, 127, 128, 129, 255, 256, 257, 511, 513, 640, 1000, 1024, 1091, 2049, 4500]
 )
-def test_tiles_in_a_chain(dtype: torch.dtype, slots: int, generator: torch.Generator) -> None:
-    """Several tiles for each multiprocessor and a memory of at least 8 blocks, of which the row owns some slots."""
+def test_tiles_in_a_chain(dtype: torch.dtype, size: int, memory: int, slots: int, generator: torch.Generator) -> None:
+    """Several tiles for each multiprocessor, a short memory or a long one, of which the row owns some slots."""
     turn = slots % 7 + HALVES.index(dtype)
     q_heads, kv_heads = ((32, 8), (28, 4), (7, 1), (8, 8))[turn % 4]
-    # over four rounds of tiles of 128 packed rows, the last tile not full; long memories chain full rounds only
+    # over four rounds of tiles, the last tile not full; long memories chain full rounds only
     multiprocessors = torch.cuda.get_device_properties(CUDA).multi_processor_count
-    queries = 4 * multiprocessors * 128 // q_heads + (37 if slots < 4096 else -5)
-    total = max(slots + 9, 1100)
+    total = max(slots + 9, memory)
+    queries = 4 * multiprocessors * (192 if size == 64 else 128) // q_heads + (37 if total < 4096 else -5)
     owned = torch.zeros(total, dtype=torch.bool)
     owned[5 : 5 + slots] = True
-    spec: Spec = ([queries], [(5, 5 + slots)], total, q_heads, kv_heads, 128, (128, 64, 20, 0)[slots % 4])
-    arguments = build(spec, dtype, CUDA, generator, scale=-0.3 if turn == 3 else None)
+    rotary = (size, size // 2, 20, 0)[slots % 4]
+    spec: Spec = ([queries], [(5, 5 + slots)], total, q_heads, kv_heads, size, rotary)
+    arguments = build(spec, dtype, CUDA, generator, scale=(None, 0.0, -0.3)[max(turn - 1, 0) % 3])
     poison_outside(arguments, owned)
     got = forward_op(*arguments)
     same, exact = _plain(*arguments), reference.injected_attention(*oracle(arguments))
@@ -339,9 +341,9 @@ def expanded(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     "layout", [fused_projection, heads_first, size_first, shifted, odd_rows, every_second, expanded]
 )
-@pytest.mark.parametrize("lengths", [[2, 1], [150, 20]], ids=["few", "many"])
+@pytest.mark.parametrize("lengths", [[2, 1], [150, 20], [4400]], ids=["few", "many", "one row"])
 def test_layouts(layout: Callable[..., list[Tensor]], lengths: list[int], generator: torch.Generator) -> None:
-    spec, _ = ragged(lengths, [200, 67], (8, 2), 128)
+    spec, _ = ragged(lengths, [200, 67][: len(lengths)], (8, 2), 128)
     arguments = build(spec, torch.bfloat16, CUDA, generator)
     compare([*layout(*arguments[:3]), *arguments[3:]], generator)
 
@@ -440,18 +442,19 @@ def changed(arguments: list[Any], generator: torch.Generator) -> list[Any]:
     q, k, v, _, _, position, cos, sin, scale = arguments
     other_q, other_k, other_v = (torch.randn(x.shape, generator=generator).to(x) for x in (q, k, v))
     total, slots = q.shape[0], k.shape[0]
-    bounds = torch.tensor([0, 1, total // 2, total], device=CUDA)
-    ranges = torch.tensor([[slots // 3, slots], [5, 5], [0, slots // 2]], device=CUDA)
+    one = position.numel() == 1
+    bounds = torch.tensor([0, total] if one else [0, 1, total // 2, total], device=CUDA)
+    ranges = torch.tensor([[slots // 3, slots], [5, 5], [0, slots // 2]][: position.numel()], device=CUDA)
     return [other_q, other_k, other_v, bounds, ranges, (position + 1) % 8, cos, sin, scale]
 
 
 @needs_kernel
-@pytest.mark.parametrize("lengths", [[1, 2, 1], [130, 70, 1]], ids=["few", "many"])
+@pytest.mark.parametrize("lengths", [[1, 2, 1], [130, 70, 1], [6500]], ids=["few", "many", "one row"])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 48)], ids=str)
 def test_graph_replay_with_other_inputs(
     lengths: list[int], dtype: torch.dtype, size: int, generator: torch.Generator
 ) -> None:
-    spec, _ = ragged(lengths, [300, 17, 2000], (8, 2), size)
+    spec, _ = ragged(lengths, [300, 17, 2000][: len(lengths)], (8, 2), size)
     arguments = build(spec, dtype, CUDA, generator)
     static = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
     grad_out = torch.randn(static[0].shape, generator=generator).to(static[0])

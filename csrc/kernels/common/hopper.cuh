@@ -56,6 +56,13 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // Ordinary stores to shared memory become visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Four matrices of 8 x 8 two-byte elements: lane l gives the address of 16 bytes, row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(void* to, const uint32_t* x) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 // ---- bulk tensor copies ----
 
 // Hints of what the L2 cache should keep, as the copy engine encodes them.
@@ -74,6 +81,18 @@ __device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map,
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "l"(hint)
       : "memory");
 }
+
+// A box on its way back: shared memory has to be visible to the copy engine (async_proxy_fence).
+__device__ __forceinline__ void tensor_store_3d(const void* from, const CUtensorMap* map, int32_t x, int32_t y,
+                                                int32_t z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// The calling thread's bulk copies have read shared memory.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // ---- warpgroup matrix products ----
 

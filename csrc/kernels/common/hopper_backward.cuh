@@ -73,9 +73,6 @@ __device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t 
       "r"(shared_address(from)), "r"(bytes)
       : "memory");
 }
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// The calling thread's bulk copies have read shared memory.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // Low word of the descriptor of an operand in 128-byte swizzle (swizzled_operand); the high word is the same for all.
 // Kernels short of registers keep these and hide them from the compiler, which otherwise computes the descriptor of
@@ -113,13 +110,6 @@ template <class T, int kColumns>
 __device__ __forceinline__ void multiply_transposed(uint64_t a, uint64_t b, float (&c)[kColumns / 2], bool accumulate) {
   product_shared<typename TransposedAtom<T, kColumns>::Type>(a, b, c, accumulate ? ScaleOut::One : ScaleOut::Zero,
                                                              std::make_index_sequence<kColumns / 2>{});
-}
-
-// Four matrices of 8 x 8 two-byte elements: lane l gives the address of 16 bytes, row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices(void* to, const uint32_t* x) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(x[0]),
-               "r"(x[1]), "r"(x[2]), "r"(x[3])
-               : "memory");
 }
 
 // One float from global to shared memory, 0 unless valid.

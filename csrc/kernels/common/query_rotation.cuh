@@ -49,8 +49,9 @@ __device__ __forceinline__ uint4 pack8(__half, const float (&from)[8]) {
   return to;
 }
 
-// Elements 8 * chunk .. 8 * chunk + 7 of a head's vector (16-byte aligned), rotated, times a factor.
-template <class T>
+// Elements 8 * chunk .. 8 * chunk + 7 of a head's vector (16-byte aligned), rotated, times a factor; with kBack by the
+// transposed rotation.
+template <class T, bool kBack = false>
 __device__ __forceinline__ uint4 rotated_chunk(const T* vector, int chunk, const RotaryRow& rotary, float factor) {
   const int first = 8 * chunk, half = rotary.half;
   float x[8];
@@ -64,17 +65,18 @@ __device__ __forceinline__ uint4 rotated_chunk(const T* vector, int chunk, const
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float cos = __ldg(rotary.cos + at + i), sin = __ldg(rotary.sin + at + i);
-        x[i] = x[i] * cos + (low ? -partner[i] : partner[i]) * sin;
+        x[i] = x[i] * cos + (low != kBack ? -partner[i] : partner[i]) * sin;
       }
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int element = first + i;
+      const float sign = kBack ? -1.0f : 1.0f;
       if (element < half) {
-        x[i] = x[i] * rotary.cos[element] - to_float(vector[element + half]) * rotary.sin[element];
+        x[i] = x[i] * rotary.cos[element] - sign * to_float(vector[element + half]) * rotary.sin[element];
       } else if (element < 2 * half) {
-        x[i] = x[i] * rotary.cos[element - half] + to_float(vector[element - half]) * rotary.sin[element - half];
+        x[i] = x[i] * rotary.cos[element - half] + sign * to_float(vector[element - half]) * rotary.sin[element - half];
       }
     }
   }
