@@ -92,60 +92,25 @@ __device__ __forceinline__ void store_results(const InjectedAttentionSm90Params&
   for (int r = thread; r < used; r += kThreads) p.lse[rows.at(r)] = kZeros ? -kInfinity : lse[r];
 }
 
-// Keys turned back by the position of the only batch row: (R q) k = q (R^T k). What a negative scale or one of 0 does
-// to queries goes here, too. Few blocks do it, so that those of the next kernel start on the other multiprocessors; a
-// thread has the same chunk of all its vectors.
-constexpr int kTurnThreads = 768, kTurnVectors = 3;
+// Keys turned back by the position of the only batch row, 16 bytes by each thread: (R q) k = q (R^T k). What a negative
+// scale or one of 0 does to queries goes here, too.
+constexpr int kTurnThreads = 256;
 template <class T, int kHeadSize>
 __global__ void __launch_bounds__(kTurnThreads) turn_keys(const __grid_constant__ InjectedAttentionSm90Params p) {
   let_next_kernel_start();
-  constexpr uint32_t kChunks = kHeadSize / 8, kStep = kTurnThreads / kChunks;
-  static_assert(kTurnThreads % kChunks == 0);
-  const uint32_t vectors = static_cast<uint32_t>(p.turned_rows), chunk = threadIdx.x % kChunks;
-  const uint32_t first = blockIdx.x * kTurnVectors * kStep + threadIdx.x / kChunks;
-  const int half = p.rotary_half, at = 8 * static_cast<int>(chunk);
+  constexpr uint32_t kChunks = kHeadSize / 8;
+  const uint32_t at = blockIdx.x * kTurnThreads + threadIdx.x, vector = at / kChunks, heads = p.kv_heads;
+  if (vector >= static_cast<uint32_t>(p.turned_rows)) return;
+  const uint32_t slot = vector / heads, head = vector - slot * heads;
+  RotaryRow rotary{nullptr, nullptr, p.rotary_half};
+  if (rotary.half > 0) {
+    const int64_t row = clamp_index(__ldg(p.q_position), 0, p.num_positions - 1) * rotary.half;
+    rotary.cos = p.cos + row;
+    rotary.sin = p.sin + row;
+  }
   const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
-  const auto source = [&](uint32_t vector) {
-    const uint32_t slot = vector / p.kv_heads, head = vector - slot * p.kv_heads;
-    return static_cast<const T*>(p.k) + slot * p.k_stride[0] + head * p.k_stride[1];
-  };
-  const auto target = [&](uint32_t vector) {
-    return static_cast<uint4*>(p.turned_keys) + static_cast<uint64_t>(vector) * kChunks + chunk;
-  };
-  const int64_t row = half > 0 ? clamp_index(__ldg(p.q_position), 0, p.num_positions - 1) * half : 0;
-  if (half % 8 != 0) {
-    for (uint32_t vector = first; vector < vectors && vector < first + kTurnVectors * kStep; vector += kStep) {
-      *target(vector) = rotated_chunk<T, true>(source(vector), chunk, {p.cos + row, p.sin + row, half}, factor);
-    }
-    return;
-  }
-  // all loads before the first use
-  const bool low = at < half, turns = at < 2 * half;
-  const int partner = !turns ? at : low ? at + half : at - half;
-  uint4 x[kTurnVectors] = {}, y[kTurnVectors] = {};
-#pragma unroll
-  for (int i = 0; i < kTurnVectors; ++i) {
-    if (first + i * kStep >= vectors) continue;
-    const T* const from = source(first + i * kStep);
-    x[i] = load_cached(reinterpret_cast<const uint4*>(from + at));
-    y[i] = load_cached(reinterpret_cast<const uint4*>(from + partner));
-  }
-  float cos[8], sin[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    cos[i] = turns ? __ldg(p.cos + row + at % half + i) * factor : factor;
-    sin[i] = turns ? __ldg(p.sin + row + at % half + i) * (low ? factor : -factor) : 0.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < kTurnVectors; ++i) {
-    if (first + i * kStep >= vectors) continue;
-    float own[8], other[8];
-    unpack8(T{}, x[i], own);
-    unpack8(T{}, y[i], other);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) own[j] = own[j] * cos[j] + (turns ? other[j] * sin[j] : 0.0f);
-    *target(first + i * kStep) = pack8(T{}, own);
-  }
+  const T* const from = static_cast<const T*>(p.k) + slot * p.k_stride[0] + head * p.k_stride[1];
+  static_cast<uint4*>(p.turned_keys)[at] = rotated_chunk<T, true>(from, at - vector * kChunks, rotary, factor);
 }
 
 template <class T, int kHeadSize, bool kBulk>
@@ -594,8 +559,8 @@ cudaError_t launch_injected_attention_bulk_sm90_instance(const InjectedAttention
   if (status == cudaSuccess) status = encode_tensor_map_3d(&maps.out, p.type, p.out, sizes, out_stride, box);
   if (status != cudaSuccess) return status;
   if (turned) {
-    constexpr int64_t kVectors = sm90::kTurnVectors * (sm90::kTurnThreads / (kHeadSize / 8));
-    const auto blocks = static_cast<unsigned>((p.turned_rows + kVectors - 1) / kVectors);
+    const int64_t chunks = p.turned_rows * (kHeadSize / 8);
+    const auto blocks = static_cast<unsigned>((chunks + sm90::kTurnThreads - 1) / sm90::kTurnThreads);
     sm90::turn_keys<T, kHeadSize><<<blocks, sm90::kTurnThreads, 0, stream>>>(p);
     status = cudaGetLastError();
     if (status != cudaSuccess) return status;
