@@ -87,7 +87,7 @@ cudaError_t launch(const DecodeAppendParams& p, cudaStream_t stream) {
   const int64_t tasks = p.rows * (p.q_heads + int64_t{2} * p.kv_heads);
   const int64_t blocks = (tasks + kThreads / 32 - 1) / (kThreads / 32);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_after(append<T>, blocks, kThreads, 0, overlap && p.overlap, p, stream);
+  return launch_after(append<T>, blocks, kThreads, 0, overlap && p.overlap, stream, p);
 }
 
 }  // namespace

@@ -52,10 +52,12 @@ struct InjectedAttentionBackwardParams {
   void* grad_v;                     // [S, Hkv, D], contiguous, or null
 
   // workspace, written by launch_injected_attention_backward_prepare
-  void* q_rotated;      // [T, Hq, D], in q's dtype
+  void* q_rotated;      // [T, Hq, D], in q's dtype; null with turns_keys
   float* delta;         // [T, Hq]
   float* lse_log2;      // [T, Hq], lse * log2(e); +inf for a row without slots, so that its weights are 0
   float* grad_q_float;  // [T, Hq, D], zeroed; sum of dS k, not scaled, not rotated back. Null on paths without it
+  // Keys are turned back instead of queries, and sums of dS k are those of the queries as they came.
+  bool turns_keys;
 
   // The queries of a slot tile in how many parts; with more than one, each part sums into its own share.
   int32_t kv_splits;

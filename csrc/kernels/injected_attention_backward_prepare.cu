@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/attention_rows.cuh"
+#include "kernels/common/instances.h"
+#include "kernels/common/overlap.cuh"
 #include "kernels/common/query_rotation.cuh"
 #include "kernels/common/query_sums.h"
 #include "kernels/common/warp.cuh"
@@ -34,6 +36,7 @@ __device__ __forceinline__ RotaryRow find_rotary_row(const InjectedAttentionPara
 // kLanes threads, 8 elements each, share one head of one query.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const InjectedAttentionBackwardParams p) {
+  let_next_kernel_start();
   const InjectedAttentionParams& f = p.forward;
   const int chunk = threadIdx.x % kLanes;
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -47,10 +50,12 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const InjectedAttenti
     unpack8(T{}, load_streaming(reinterpret_cast<const uint4*>(static_cast<const T*>(p.grad_out) + at)), grad);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) sum += out[i] * grad[i];
-    const int64_t query = vector / f.q_heads, head = vector % f.q_heads;
-    const T* const from = static_cast<const T*>(f.q) + query * f.q_stride[0] + head * f.q_stride[1];
-    *reinterpret_cast<uint4*>(static_cast<T*>(p.q_rotated) + at) =
-        rotated_chunk(from, chunk, find_rotary_row(f, query), 1.0f);
+    if (p.q_rotated != nullptr) {
+      const int64_t query = vector / f.q_heads, head = vector % f.q_heads;
+      const T* const from = static_cast<const T*>(f.q) + query * f.q_stride[0] + head * f.q_stride[1];
+      *reinterpret_cast<uint4*>(static_cast<T*>(p.q_rotated) + at) =
+          rotated_chunk(from, chunk, find_rotary_row(f, query), 1.0f);
+    }
     if (p.grad_q_float != nullptr) {
       float4* const to = reinterpret_cast<float4*>(p.grad_q_float + at);
       to[0] = to[1] = make_float4(0, 0, 0, 0);
@@ -113,6 +118,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const InjectedAttentio
 // other.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedAttentionBackwardParams p) {
+  wait_for_previous_kernel();
   const InjectedAttentionParams& f = p.forward;
   const int threads = f.head_size / 8;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -131,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedA
   };
   // column of an element of a quad
   const auto column = [](int quad, int e) { return quad / 4 * 16 + quad % 4 * 2 + e / 2 * 8 + e % 2; };
-  const RotaryRow rotary = find_rotary_row(f, query);
+  const RotaryRow rotary = p.turns_keys ? RotaryRow{nullptr, nullptr, 0} : find_rotary_row(f, query);
   const int half = rotary.half;
   const bool whole = half % 16 == 0, turns = whole && thread < half / 4;
   // neighbouring threads have neighbouring quads
@@ -201,6 +207,14 @@ cudaError_t launch_prepare(const InjectedAttentionBackwardParams& p, cudaStream_
   return cudaGetLastError();
 }
 
+// Kernels that wait for the one before themselves.
+template <class Kernel, class... Params>
+cudaError_t launch_overlapped(Kernel kernel, int64_t blocks, cudaStream_t stream, const Params&... params) {
+  int major = 0;
+  const cudaError_t status = current_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  return status != cudaSuccess ? status : launch_after(kernel, blocks, kThreads, 0, major >= 9, stream, params...);
+}
+
 cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, bool packed, cudaStream_t stream) {
   const InjectedAttentionParams& f = p.forward;
   if (!is_supported(f) || !is_aligned(p.grad_q_float) || !is_aligned(p.grad_q)) return cudaErrorNotSupported;
@@ -208,9 +222,12 @@ cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, bool packed,
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  auto* const kernel = f.type == FloatType::kBFloat16
-                           ? (packed ? finish_packed_kernel<__nv_bfloat16> : finish_kernel<__nv_bfloat16>)
-                           : (packed ? finish_packed_kernel<__half> : finish_kernel<__half>);
+  const bool bfloat16 = f.type == FloatType::kBFloat16;
+  if (packed) {
+    auto* const kernel = bfloat16 ? finish_packed_kernel<__nv_bfloat16> : finish_packed_kernel<__half>;
+    return launch_overlapped(kernel, blocks, stream, p);
+  }
+  auto* const kernel = bfloat16 ? finish_kernel<__nv_bfloat16> : finish_kernel<__half>;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
@@ -218,6 +235,8 @@ cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, bool packed,
 // Four neighbouring elements of grad_k or grad_v from the parts' shares.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_partial_kernel(const InjectedAttentionBackwardParams p, int64_t quads) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= 2 * quads) return;
   const bool is_value = index >= quads;
@@ -238,8 +257,7 @@ cudaError_t launch_sum_partial(const InjectedAttentionBackwardParams& p, cudaStr
   const int64_t blocks = (2 * quads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  sum_partial_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, quads);
-  return cudaGetLastError();
+  return launch_overlapped(sum_partial_kernel<T>, blocks, stream, p, quads);
 }
 
 }  // namespace

@@ -36,10 +36,14 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParams* params) {
   params->kv_splits = 1;
+  const InjectedAttentionParams& forward = params->forward;
+  // One position for all queries: a block turns its tile of keys once instead. Pairs lie in one thread's accumulators
+  // if all columns turn.
+  params->turns_keys =
+      forward.num_rows == 1 && (forward.rotary_half == 0 || 2 * forward.rotary_half == forward.head_size);
   int processors = 0;
   const cudaError_t status = current_attribute(cudaDevAttrMultiProcessorCount, &processors);
   if (status != cudaSuccess) return status;
-  const InjectedAttentionParams& forward = params->forward;
   const int64_t blocks = (forward.num_slots + kSlotTile - 1) / kSlotTile * forward.kv_heads;
   if (blocks == 0) return cudaSuccess;
   // A part below 16 steps of 64 rows spends too much of its time on its start, and on its shares of grad_k and grad_v.
@@ -56,10 +60,12 @@ cudaError_t launch_injected_attention_backward_sm90(const InjectedAttentionBackw
   if (all != (params.grad_v != nullptr)) return cudaErrorNotSupported;
   for (int i = 0; i < 2; ++i) {
     if (forward.k_stride[i] % 8 != 0 || forward.v_stride[i] % 8 != 0) return cudaErrorNotSupported;
+    if (params.turns_keys && forward.q_stride[i] % 8 != 0) return cudaErrorNotSupported;
   }
-  for (const void* pointer : {forward.k, forward.v, params.grad_out, static_cast<const void*>(params.q_rotated),
-                              static_cast<const void*>(params.grad_q), static_cast<const void*>(params.grad_k),
-                              static_cast<const void*>(params.grad_v), static_cast<const void*>(params.grad_q_float)}) {
+  for (const void* pointer :
+       {forward.q, forward.k, forward.v, params.grad_out, static_cast<const void*>(params.q_rotated),
+        static_cast<const void*>(params.grad_q), static_cast<const void*>(params.grad_k),
+        static_cast<const void*>(params.grad_v), static_cast<const void*>(params.grad_q_float)}) {
     if (!is_aligned(pointer)) return cudaErrorNotSupported;
   }
   if (all && (params.grad_q_float == nullptr || params.kv_splits < 1)) return cudaErrorInvalidValue;

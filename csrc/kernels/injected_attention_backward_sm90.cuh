@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/hopper_backward.cuh"
+#include "kernels/common/overlap.cuh"
+#include "kernels/common/query_rotation.cuh"
 #include "kernels/common/query_sums.h"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
@@ -140,6 +142,56 @@ __device__ __forceinline__ void zero_non_finite_rows(uint8_t* tile, int thread) 
   }
 }
 
+// Keys turned back in place by the tables' row for the only batch row: (R q) k = q (R^T k). Each warp has the rows that
+// it has in zero_non_finite_rows.
+template <class T, int kHeadSize, int kSlots, int kThreads>
+__device__ __forceinline__ void turn_keys_back(uint8_t* tile, const RotaryRow& rotary, int thread) {
+  constexpr int kPairs = kHeadSize / 16;
+  const int chunk = thread % 8;
+  if (chunk >= kPairs) return;
+  float cos[8], sin[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    cos[i] = __ldg(rotary.cos + 8 * chunk + i);
+    sin[i] = __ldg(rotary.sin + 8 * chunk + i);
+  }
+  for (int r = thread / 8; r < kSlots; r += kThreads / 8) {
+    const auto place = [&](int c) {
+      return reinterpret_cast<uint4*>(tile + c / 8 * (kSlots * 128) + r * 128 + ((c ^ r) & 7) * 16);
+    };
+    float low[8], high[8], turned[2][8];
+    unpack8(T{}, *place(chunk), low);
+    unpack8(T{}, *place(chunk + kPairs), high);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      turned[0][i] = low[i] * cos[i] + high[i] * sin[i];
+      turned[1][i] = high[i] * cos[i] - low[i] * sin[i];
+    }
+    *place(chunk) = pack8(T{}, turned[0]);
+    *place(chunk + kPairs) = pack8(T{}, turned[1]);
+  }
+}
+
+// And their gradients forward again.
+template <int kHeadSize>
+__device__ __forceinline__ void turn_key_sums(float (&sums)[kHeadSize / 2], const RotaryRow& rotary) {
+#pragma unroll
+  for (int j = 0; j < kHeadSize / 16; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = 8 * j + threadIdx.x % 4 * 2 + e;
+      const float cos = __ldg(rotary.cos + column), sin = __ldg(rotary.sin + column);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float &low = sums[4 * j + 2 * half + e], &high = sums[4 * (j + kHeadSize / 16) + 2 * half + e];
+        const float x = low, y = high;
+        low = x * cos - y * sin;
+        high = y * cos + x * sin;
+      }
+    }
+  }
+}
+
 // dK or dV of a warpgroup's 64 slots: rounded, or float32 as the share of one part of the queries.
 template <class T, int kHeadSize>
 __device__ __forceinline__ void store_slot_gradient(const float (&sums)[kHeadSize / 2], float scale, int64_t slot,
@@ -172,6 +224,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap grad_out_map,
     const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
   using Tile = KeyValueGradientTile<kHeadSize>;
+  let_next_kernel_start();
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* const keys = shared;
   uint8_t* const values = keys + Tile::kSlotBytes;
@@ -240,6 +293,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
                          static_cast<int32_t>(slot), kEvictFirst);
         }
       }
+      wait_for_previous_kernel();
       const uint32_t bytes = Tile::kPanels * 128 * tiling.heads * tiling.queries;
       while (walk.next(&step)) {
         const bool full = step.queries == tiling.queries;
@@ -289,6 +343,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         barrier_arrive(query_full + stage);
       }
     } else {
+      // what it prepares, sums of dQ included, comes to the consumers behind this warp's arrivals
+      wait_for_previous_kernel();
       while (walk.next(&step)) {
         float* const to = row_values + stage * 2 * kTileRows;
         barrier_wait(query_empty + stage, phase);
@@ -313,8 +369,17 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
 #pragma unroll
     for (int i = 0; i < kHeadSize / 2; ++i) key_sums[i] = 0.f, value_sums[i] = 0.f;
 
+    RotaryRow rotary{nullptr, nullptr, 0};
+    if (p.turns_keys && p.forward.rotary_half > 0) {
+      const int64_t position = clamp_index(__ldg(p.forward.q_position), 0, p.forward.num_positions - 1);
+      rotary = {p.forward.cos + position * (kHeadSize / 2), p.forward.sin + position * (kHeadSize / 2), kHeadSize / 2};
+    }
     barrier_wait(slots_full, 0);
     zero_non_finite_rows<T, Tile::kPanels, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, threadIdx.x - 128);
+    if (rotary.half > 0) {
+      __syncwarp();
+      turn_keys_back<T, kHeadSize, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, rotary, threadIdx.x - 128);
+    }
     async_proxy_fence();
     named_barrier_sync(1, 128 * Tile::kWarpgroups);
     barrier_wait(slots_full + 1, 0);
@@ -528,6 +593,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       fence_registers(key_sums);
       fence_registers(value_sums);
     }
+    if (rotary.half > 0) turn_key_sums<kHeadSize>(key_sums, rotary);
     const int64_t share = p.kv_splits > 1 ? split * p.forward.num_slots * p.forward.kv_heads * kHeadSize : 0;
     store_slot_gradient<T, kHeadSize>(key_sums, p.forward.scale, slot + w * 64, kv_head, p.forward, p.grad_k,
                                       p.kv_splits > 1 ? p.partial_grad_k + share : nullptr);
@@ -550,9 +616,8 @@ cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaS
   auto* const kernel = injected_attention_backward_kernel<T, kHeadSize>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(
-      params, tiling, maps.query, maps.grad_out, maps.key, maps.value);
-  return cudaGetLastError();
+  return launch_after(kernel, blocks, Tile::kThreads, Tile::kSharedBytes, true, stream, params, tiling, maps.query,
+                      maps.grad_out, maps.key, maps.value);
 }
 
 }  // namespace sharedllm

@@ -6,7 +6,7 @@
 namespace sharedllm {
 
 // Sets params->kv_splits for the current device from what the host knows (T, S, the heads): how many blocks share the
-// queries of one tile of slots. Only for wanted grad_k and grad_v.
+// queries of one tile of slots; and params->turns_keys. Only for wanted grad_k and grad_v.
 cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParams* params);
 
 // After launch_injected_attention_backward_prepare on the same stream. Needs bfloat16 or float16, D of 64, 96, 128 or

@@ -6,7 +6,6 @@
 // docs/kernels/injected_attention_prefill.md has the derivation.
 #pragma once
 
-#include "kernels/common/overlap.cuh"
 #include "kernels/common/query_rotation.cuh"
 #include "kernels/injected_attention_sm90.cuh"
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/common/attention_rows.cuh"
+#include "kernels/common/overlap.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warpgroup_product.cuh"
@@ -700,17 +701,7 @@ cudaError_t launch_tiles(Kernel kernel, int shared_bytes, bool after, cudaStream
                          const InjectedAttentionSm90Params& p, const Maps&... maps) {
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.grid));
-  config.blockDim = dim3(Shape<kHeadSize>::kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = after ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, maps...);
+  return launch_after(kernel, p.grid, Shape<kHeadSize>::kThreads, shared_bytes, after, stream, p, maps...);
 }
 
 }  // namespace sm90

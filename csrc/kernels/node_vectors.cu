@@ -397,7 +397,7 @@ cudaError_t launch_any(const NodeVectorsParams& p, cudaStream_t stream) {
                       : p.head_size <= 128 ? node_vectors_any<T, 16>
                                            : node_vectors_any<T, 32>;
   const int64_t blocks = (p.workers * p.units + kAnyWarps - 1) / kAnyWarps;
-  return launch_after(kernel, blocks, 32 * kAnyWarps, 0, p.overlap, p, stream);
+  return launch_after(kernel, blocks, 32 * kAnyWarps, 0, p.overlap, stream, p);
 }
 
 template <class T>
@@ -428,7 +428,7 @@ cudaError_t launch_merge(const NodeVectorsParams& p, cudaStream_t stream) {
                       : p.head_size <= 128 ? node_vectors_merge<T, 4, 1>
                                            : node_vectors_merge<T, 4, 2>;
   const int64_t blocks = (p.workers - 1) * num_levels(p) * p.kv_heads;
-  return launch_after(kernel, blocks, 32 * kMergeWarps, 0, p.overlap, p, stream);
+  return launch_after(kernel, blocks, 32 * kMergeWarps, 0, p.overlap, stream, p);
 }
 
 // Bytes of shared memory, 0 for a head size that the tensor cores' kernel does not take.

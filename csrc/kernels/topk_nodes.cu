@@ -339,7 +339,7 @@ cudaError_t launch_topk_nodes(const TopkNodesParams& p, cudaStream_t stream) {
                              : p.type == FloatType::kBFloat16 ? launch_tiles<__nv_bfloat16>(p, config)
                                                               : launch_tiles<__half>(p, config);
   if (status != cudaSuccess || p.merges == 0) return status;
-  return launch_after(topk_nodes_merge, p.merges, kMergeThreads, 0, p.overlap, p, stream);
+  return launch_after(topk_nodes_merge, p.merges, kMergeThreads, 0, p.overlap, stream, p);
 }
 
 }  // namespace sharedllm

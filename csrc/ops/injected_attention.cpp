@@ -251,9 +251,11 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   const int64_t rows = f.num_queries * f.q_heads;
   Tensor q_rotated, per_row, grad_q_float, partial_grad_kv;
   const auto prepare = [&] {
-    q_rotated = allocate(like, {rows * f.head_size});
+    if (!p.turns_keys) {
+      q_rotated = allocate(like, {rows * f.head_size});
+      p.q_rotated = q_rotated.mutable_data_ptr();
+    }
     per_row = allocate(like, {2 * rows}, ScalarType::Float);
-    p.q_rotated = q_rotated.mutable_data_ptr();
     p.delta = per_row.mutable_data_ptr<float>();
     p.lse_log2 = p.delta + rows;
     if (slots_wanted) {
@@ -279,7 +281,10 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
 #endif
   if (status == cudaErrorNotSupported) {
     // the queries' gradient alone needs nothing prepared there
-    if (slots_wanted && path != Path::kSm90) prepare();
+    if (slots_wanted && (path != Path::kSm90 || p.turns_keys)) {
+      p.turns_keys = false;
+      prepare();
+    }
     status = launch_injected_attention_backward_portable(p, stream);
     if (slots_wanted && status == cudaSuccess) status = launch_injected_attention_backward_finish(p, stream);
   }

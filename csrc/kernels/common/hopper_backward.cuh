@@ -46,8 +46,10 @@ inline cudaError_t encode_backward_maps(BackwardTensorMaps* maps, const Injected
   const int64_t slot_sizes[3] = {size, p.kv_heads, p.num_slots};
   const int64_t key_strides[2] = {p.k_stride[1], p.k_stride[0]}, value_strides[2] = {p.v_stride[1], p.v_stride[0]};
   const int32_t slot_box[3] = {64, 1, slots};
-  cudaError_t status =
-      encode_tensor_map_4d(&maps->query, p.type, params.q_rotated, query_sizes, query_strides, query_box);
+  const int64_t own_strides[3] = {p.q_stride[1], group * p.q_stride[1], p.q_stride[0]};
+  const bool own = params.turns_keys;
+  cudaError_t status = encode_tensor_map_4d(&maps->query, p.type, own ? p.q : params.q_rotated, query_sizes,
+                                            own ? own_strides : query_strides, query_box);
   if (status != cudaSuccess) return status;
   status = encode_tensor_map_4d(&maps->grad_out, p.type, params.grad_out, query_sizes, query_strides, query_box);
   if (status != cudaSuccess) return status;

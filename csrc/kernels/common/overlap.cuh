@@ -30,9 +30,9 @@ inline cudaError_t can_overlap(int device, bool* can) {
   return status;
 }
 
-template <class Kernel, class Params>
+template <class Kernel, class... Params>
 cudaError_t launch_after(Kernel kernel, int64_t blocks, int threads, int shared_bytes, bool overlap,
-                         const Params& params, cudaStream_t stream) {
+                         cudaStream_t stream, const Params&... params) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -43,7 +43,7 @@ cudaError_t launch_after(Kernel kernel, int64_t blocks, int threads, int shared_
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
 }  // namespace sharedllm
