@@ -96,6 +96,7 @@ set(SHAREDLLM_SM90_SOURCES
     csrc/kernels/common/tensor_map.cu
     csrc/kernels/injected_attention_backward_sm90.cu
     csrc/kernels/injected_attention_sm90.cu
+    csrc/kernels/injected_attention_turn_keys.cu
     csrc/kernels/instances/injected_attention_backward_sm90_bf16_128.cu
     csrc/kernels/instances/injected_attention_backward_sm90_bf16_256.cu
     csrc/kernels/instances/injected_attention_backward_sm90_bf16_64.cu

@@ -2,6 +2,7 @@
 #include "kernels/common/instances.h"
 #include "kernels/injected_attention_backward.h"
 #include "kernels/injected_attention_backward_sm90.h"
+#include "kernels/injected_attention_sm90.h"
 
 namespace sharedllm {
 
@@ -37,10 +38,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParams* params) {
   params->kv_splits = 1;
   const InjectedAttentionParams& forward = params->forward;
-  // One position for all queries: a block turns its tile of keys once instead. Pairs lie in one thread's accumulators
-  // if all columns turn.
-  params->turns_keys =
-      forward.num_rows == 1 && (forward.rotary_half == 0 || 2 * forward.rotary_half == forward.head_size);
+  params->turns_keys = forward.rotary_half == 0 || injected_attention_sm90_turns_keys(forward);
   int processors = 0;
   const cudaError_t status = current_attribute(cudaDevAttrMultiProcessorCount, &processors);
   if (status != cudaSuccess) return status;

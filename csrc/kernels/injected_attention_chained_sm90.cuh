@@ -6,7 +6,6 @@
 // docs/kernels/injected_attention_prefill.md has the derivation.
 #pragma once
 
-#include "kernels/common/query_rotation.cuh"
 #include "kernels/injected_attention_sm90.cuh"
 
 namespace sharedllm {
@@ -89,27 +88,6 @@ __device__ __forceinline__ void store_results(const InjectedAttentionSm90Params&
   }
   if (!kZeros && lse == nullptr) return;
   for (int r = thread; r < used; r += kThreads) p.lse[rows.at(r)] = kZeros ? -kInfinity : lse[r];
-}
-
-// Keys turned back by the position of the only batch row, 16 bytes by each thread: (R q) k = q (R^T k). What a negative
-// scale or one of 0 does to queries goes here, too.
-constexpr int kTurnThreads = 256;
-template <class T, int kHeadSize>
-__global__ void __launch_bounds__(kTurnThreads) turn_keys(const __grid_constant__ InjectedAttentionSm90Params p) {
-  let_next_kernel_start();
-  constexpr uint32_t kChunks = kHeadSize / 8;
-  const uint32_t at = blockIdx.x * kTurnThreads + threadIdx.x, vector = at / kChunks, heads = p.kv_heads;
-  if (vector >= static_cast<uint32_t>(p.turned_rows)) return;
-  const uint32_t slot = vector / heads, head = vector - slot * heads;
-  RotaryRow rotary{nullptr, nullptr, p.rotary_half};
-  if (rotary.half > 0) {
-    const int64_t row = clamp_index(__ldg(p.q_position), 0, p.num_positions - 1) * rotary.half;
-    rotary.cos = p.cos + row;
-    rotary.sin = p.sin + row;
-  }
-  const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
-  const T* const from = static_cast<const T*>(p.k) + slot * p.k_stride[0] + head * p.k_stride[1];
-  static_cast<uint4*>(p.turned_keys)[at] = rotated_chunk<T, true>(from, at - vector * kChunks, rotary, factor);
 }
 
 template <class T, int kHeadSize, bool kBulk>
@@ -557,13 +535,6 @@ cudaError_t launch_injected_attention_bulk_sm90_instance(const InjectedAttention
   }
   if (status == cudaSuccess) status = encode_tensor_map_3d(&maps.out, p.type, p.out, sizes, out_stride, box);
   if (status != cudaSuccess) return status;
-  if (turned) {
-    const int64_t chunks = p.turned_rows * (kHeadSize / 8);
-    const auto blocks = static_cast<unsigned>((chunks + sm90::kTurnThreads - 1) / sm90::kTurnThreads);
-    sm90::turn_keys<T, kHeadSize><<<blocks, sm90::kTurnThreads, 0, stream>>>(p);
-    status = cudaGetLastError();
-    if (status != cudaSuccess) return status;
-  }
   return sm90::launch_tiles<kHeadSize>(sm90::injected_attention_chained<T, kHeadSize, true>, S::kSharedBytes, turned,
                                        stream, p, maps);
 }

@@ -37,10 +37,7 @@ bool chains(const InjectedAttentionSm90Params& p, int64_t items, int64_t multipr
          items >= kFewestChainedRounds * multiprocessors;
 }
 
-// Chained tiles whose queries and results the copy engine moves gain up to this many slots (D 128: 0.78, 0.86, 0.97 and
-// 0.99 of the time of the other kernels at 512, 1024, 2048 and 4096); keys that are turned back cost memory and time
-// for each slot, and the third stage of queries one of keys and values.
-constexpr int64_t kMostBulkSlots = 4096, kFewestBulkRounds = 2;
+constexpr int64_t kFewestBulkRounds = 2;
 
 // Plans them if they gain. A tile is a box of whole queries, which may leave few rows unused.
 bool plan_bulk(InjectedAttentionSm90Params* params, int64_t packed, const TileSize& tile, int64_t multiprocessors) {
@@ -48,7 +45,10 @@ bool plan_bulk(InjectedAttentionSm90Params* params, int64_t packed, const TileSi
   const int64_t group = p.q_heads / p.kv_heads, rows = tile.rows / group * group;
   const bool fits = p.head_size <= 128 && p.num_rows == 1 && p.num_slots > 0 && p.num_slots <= kMostBulkSlots &&
                     (tile.rows - rows) * kMostIdleParts <= tile.rows;
-  if (!fits) return false;
+  // The gradients round the scores as they were rounded here, and their kernel turns keys back where all columns turn
+  // and a group has at most 64 heads.
+  const bool turns_back = p.rotary_half == 0 || 2 * p.rotary_half == p.head_size;
+  if (!fits || !turns_back || group > 64) return false;
   const int64_t tiles = (packed + rows - 1) / rows, items = tiles * p.kv_heads;
   const int64_t rest = items % multiprocessors, idle = multiprocessors - rest;
   if (items < kFewestBulkRounds * multiprocessors || items > kMostItems) return false;
@@ -122,6 +122,11 @@ cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params) {
   return cudaSuccess;
 }
 
+bool injected_attention_sm90_turns_keys(const InjectedAttentionParams& params) {
+  InjectedAttentionSm90Params planned{params};
+  return plan_injected_attention_sm90(&planned) == cudaSuccess && planned.kernel == Sm90Kernel::kBulk;
+}
+
 cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
   return with_instance(p.type, p.head_size, [&](auto number, auto size) {
     if constexpr (size() == 128) {
@@ -131,6 +136,12 @@ cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& p,
     }
     if constexpr (size() <= 128) {
       if (p.kernel == Sm90Kernel::kBulk) {
+        if (p.turned_rows > 0) {
+          // a negative scale turns the keys round, so that the largest score is always the best one
+          const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
+          const cudaError_t status = launch_injected_attention_turn_keys(p, factor, p.turned_keys, stream);
+          if (status != cudaSuccess) return status;
+        }
         return launch_injected_attention_bulk_sm90_instance<decltype(number), size()>(p, stream);
       }
     }

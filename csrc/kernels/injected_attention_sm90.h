@@ -21,6 +21,11 @@ struct Sm90Tile<256> {
   static constexpr int kSlots = 80, kWarpgroups = 2, kQueryStages = 1;
 };
 
+// Chained tiles whose queries and results the copy engine moves gain up to this many slots (D 128: 0.78, 0.87, 0.97 and
+// 0.99 of the time of the other kernels at 512, 1024, 2048 and 4096); keys that are turned back cost memory and time
+// for each slot, and the third stage of queries one of keys and values.
+constexpr int64_t kMostBulkSlots = 4096;
+
 // Which kernel takes a plan's tiles.
 enum class Sm90Kernel : int32_t {
   kSingle,   // tiles one after another
@@ -43,6 +48,15 @@ struct InjectedAttentionSm90Params : InjectedAttentionParams {
 // results. Needs compute capability 9.0, bfloat16 or float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and
 // strides to 8 elements, T > 0, fewer than 2^31 packed rows, slots and tiles; cudaErrorNotSupported for anything else.
 cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params);
+
+// Whether the plan turns keys back, as the gradients then have to: scores of turned queries and of turned keys differ
+// by their rounding, and weights are those scores' exponentials over the sum of these.
+bool injected_attention_sm90_turns_keys(const InjectedAttentionParams& params);
+
+// Writes R^T k times a factor, contiguous [S, Hkv, D] in the keys' type, for a batch of one row and at most
+// kMostBulkSlots slots. The next kernel on the stream may start before it ends, if launched so.
+cudaError_t launch_injected_attention_turn_keys(const InjectedAttentionParams& params, float factor, void* turned,
+                                                cudaStream_t stream);
 
 // Queues a planned problem; with params.splits > 1 launch_injected_attention_combine has to follow.
 cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& params, cudaStream_t stream);

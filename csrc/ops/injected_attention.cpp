@@ -249,6 +249,18 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
 
   // freed when this returns: torch hands it only to work queued later on the same stream
   const int64_t rows = f.num_queries * f.q_heads;
+  Tensor turned_keys;
+#if defined(SHAREDLLM_SM90A)
+  if (!slots_wanted && path == Path::kSm90 && injected_attention_sm90_turns_keys(f)) {
+    // the same problem without rotation
+    turned_keys = allocate(like, {f.num_slots, f.kv_heads, f.head_size});
+    check_launch(name, launch_injected_attention_turn_keys(f, 1.0f, turned_keys.mutable_data_ptr(), stream));
+    f.k = turned_keys.const_data_ptr();
+    Arguments::head_strides(turned_keys, f.k_stride);
+    f.rotary_half = 0;
+    p.turns_keys = true;
+  }
+#endif
   Tensor q_rotated, per_row, grad_q_float, partial_grad_kv;
   const auto prepare = [&] {
     if (!p.turns_keys) {

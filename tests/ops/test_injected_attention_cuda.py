@@ -169,6 +169,24 @@ def test_hostile_scales(path: str, dtype: torch.dtype, scale: float, queries: in
         compare(build(spec, dtype, CUDA, generator, scale), generator)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1.0, 2.5])
+@pytest.mark.parametrize(
+    ("size", "rotary", "slots"),
+    [(64, 64, 310), (96, 96, 310), (128, 128, 310), (128, 64, 310), (128, 0, 310), (128, 128, 4200)],
+)
+def test_gradients_round_scores_as_they_were_rounded_before(
+    dtype: torch.dtype, scale: float, size: int, rotary: int, slots: int, generator: torch.Generator
+) -> None:
+    """Weights are exponentials of scores over a sum of such, so that large scores show another rounding."""
+    # over two rounds of tiles of one row, enough to turn a short memory's keys instead of the queries
+    multiprocessors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    queries = 2 * multiprocessors * (192 if size == 64 else 128) // 8 + 37
+    compare(
+        build(([queries], [(5, 5 + slots)], slots + 9, 8, 2, size, rotary), dtype, CUDA, generator, scale), generator
+    )
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_scores_far_apart(path: str, dtype: torch.dtype, generator: torch.Generator) -> None:
