@@ -63,8 +63,10 @@ def attention(
     dtype: torch.dtype,
     path: str | None,
     backward: tuple[bool, ...] = (),
+    half: int | None = None,
 ) -> Callable[[], object]:
     """Forward, and backward with and without gradients of k and v, each with and without a gradient of lse."""
+    half = half if half is not None else size // 4 if size % 4 == 0 else 0
     slots = max([end for _, end in ranges], default=0) + 3
     q, k, v = (
         noise(rows, count, size, dtype=dtype)
@@ -74,7 +76,7 @@ def attention(
         cumulative(lengths),
         integers(ranges).view(-1, 2),
         integers([i % 8 + 1 for i in range(len(lengths))]),
-        *tables(9, size // 4 if size % 4 == 0 else 0),
+        *tables(9, half),
         size**-0.5,
     ]
     grad_out, grad_lse = noise(*q.shape, dtype=dtype), noise(*q.shape[:2], dtype=FP32)
@@ -240,10 +242,12 @@ def add(name: str, operators: tuple[str, ...], prepare: Callable[[], Callable[[]
     CALLS[name] = Call(operators, prepare)
 
 
-def add_attention(name: str, batch: Any, heads: Any, size: int, dtype: Any, path: str | None, *backward: bool) -> None:
+def add_attention(
+    name: str, batch: Any, heads: Any, size: int, dtype: Any, path: str | None, *backward: bool, half: int | None = None
+) -> None:
     operators = ("injected_attention", *(("injected_attention_backward",) if backward else ()))
     full = f"injected_attention {name}, {str(dtype)[6:]}, {heads[0]}/{heads[1]} heads of {size}"
-    add(full, operators, partial(attention, *batch, heads, size, dtype, path, backward))
+    add(full, operators, partial(attention, *batch, heads, size, dtype, path, backward, half))
 
 
 for _dtype in (BF16, FP16):
@@ -261,8 +265,9 @@ for _size in (64, 96, 128, 256):
 add_attention("many tiles", ([600, 1, 33], [(3, 300), (0, 400), (5, 5)]), (32, 4), 128, BF16, None, False)
 # four rounds of tiles and as many slots as chained tiles take (on 132 multiprocessors), whoever loads their queries
 add_attention("tiles in a chain", ([2107], [(1, 4300)]), (32, 8), 128, BF16, None)
-add_attention("tiles in a chain, short", ([2107], [(1, 200)]), (32, 8), 128, BF16, None)
-add_attention("tiles in a chain, short", ([1700], [(1, 140)]), (28, 4), 64, FP16, None)
+add_attention("tiles in a chain, short", ([2107], [(1, 200)]), (32, 8), 128, BF16, None, True, False, half=64)
+add_attention("tiles in a chain, short", ([3700], [(1, 140)]), (28, 4), 64, FP16, None, True, False, half=32)
+add_attention("many tiles, short", ([2107], [(1, 200)]), (32, 8), 128, BF16, None)
 for _size in (64, 96, 128, 256):
     add_attention("portable", RAGGED, (4, 1), _size, BF16, "portable", True, False)
     add_attention("decode, slots in parts", FEW, (8, 2), _size, BF16, "decode")

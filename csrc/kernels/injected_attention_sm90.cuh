@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 #pragma unroll
     for (int stage = 0; stage < kQueryStages; ++stage) {
       barrier_init(query_full + stage, kLoaders);
-      barrier_init(query_empty + stage, 4 * kWarpgroups);
+      barrier_init(query_empty + stage, 128 * kWarpgroups);
     }
     barrier_init_fence();
   }
@@ -536,7 +536,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         }
       }
     }
-    if constexpr (kQueryStages == 1) release(query_empty + query.stage);
+    if constexpr (kQueryStages == 1) barrier_arrive(query_empty + query.stage);
     barrier_wait(full + cursor.stage, cursor.phase);
     fence_registers(o);
     fence_registers(weights);
@@ -623,7 +623,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       }
       __syncwarp();
     }
-    if constexpr (kQueryStages > 1) release(query_empty + query.stage);
+    if constexpr (kQueryStages > 1) barrier_arrive(query_empty + query.stage);
     query.advance();
   }
 #endif
