@@ -66,7 +66,9 @@ def attention(
     half: int | None = None,
 ) -> Callable[[], object]:
     """Forward, and backward with and without gradients of k and v, each with and without a gradient of lse."""
-    half = half if half is not None else size // 4 if size % 4 == 0 else 0
+    by_copy_engine = half is not None  # what a short memory's kernel does where all columns turn
+    if half is None:
+        half = size // 4 if size % 4 == 0 else 0
     slots = max([end for _, end in ranges], default=0) + 3
     q, k, v = (
         noise(rows, count, size, dtype=dtype)
@@ -84,6 +86,11 @@ def attention(
     def run() -> None:
         with ops.injected_attention_path(path or "auto"):
             out, lse = torch.ops.sharedllm.injected_attention(q, k, v, *rest)
+        if by_copy_engine:
+            # initcheck does not count what it stores
+            with ops.injected_attention_path("portable"):
+                out, lse = torch.ops.sharedllm.injected_attention(q, k, v, *rest)
+        with ops.injected_attention_path(path or "auto"):
             for need_grad_kv in backward:
                 for grad in (None, grad_lse):
                     torch.ops.sharedllm.injected_attention_backward(

@@ -140,7 +140,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kWarpgroups * Tile::kQueryBuffers; ++i) {
       barrier_init(query_full + i, 1);
-      barrier_init(query_empty + i, 4);
+      barrier_init(query_empty + i, 128);
     }
     for (int i = 0; i < Tile::kKeyBuffers; ++i) {
       barrier_init(key_full + i, 1);
@@ -375,7 +375,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       }
 
       // all scores of this tile are done
-      if (lane == 0) barrier_arrive(query_empty + query_buffer * Tile::kWarpgroups + w);
+      barrier_arrive(query_empty + query_buffer * Tile::kWarpgroups + w);
       if (++query_buffer == Tile::kQueryBuffers) query_buffer = 0, query_phase ^= 1;
       const int done_index = ring_index;
       ring_index = (ring_index + 1) % kQueryGradientSteps;
