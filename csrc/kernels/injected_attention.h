@@ -61,8 +61,10 @@ struct InjectedAttentionBackwardParams {
 
   // The queries of a slot tile in how many parts; with more than one, each part sums into its own share.
   int32_t kv_splits;
-  float* partial_grad_k;  // [kv_splits, S, Hkv, D]
-  float* partial_grad_v;  // [kv_splits, S, Hkv, D]
+  // Or only the tiles of the last round of blocks, cut into this many shares of equal work (SlotTileTail); 0: not cut.
+  int32_t tail_shares;
+  float* partial_grad_k;  // [kv_splits, S, Hkv, D], or [pieces of the tail, slots of a tile, D]
+  float* partial_grad_v;
 };
 
 }  // namespace sharedllm

@@ -5,6 +5,52 @@
 
 namespace sharedllm {
 
+// Slots of a tile of the kernel for all three gradients.
+constexpr int kBackwardSlots = 128;
+// Of a tail; as a kernel's argument they have to stay below 4 KB together with the others.
+constexpr int kMostPieces = 320;
+
+// The tiles of slots of all key/value heads but the last `tiles` are taken by one block each. Those of the last round
+// of blocks would leave multiprocessors idle: laid end to end they are cut into as many equal shares as there are
+// multiprocessors, and at their own ends besides. A piece of a tile sums over its part of the queries.
+struct SlotTileTail {
+  int64_t whole = 0;
+  int32_t tiles = 0, shares = 0;
+  int32_t tile_units = 1, share_units = 1;  // tiles * tile_units == shares * share_units, without a common divisor
+
+  __host__ __device__ explicit SlotTileTail(const InjectedAttentionBackwardParams& p) {
+    const int64_t all =
+        (p.forward.num_slots + kBackwardSlots - 1) / kBackwardSlots * static_cast<int64_t>(p.forward.kv_heads);
+    whole = all;
+    if (p.tail_shares <= 0) return;
+    shares = p.tail_shares;
+    tiles = static_cast<int32_t>(all % shares);
+    whole -= tiles;
+    int32_t divisor = shares, rest = tiles;
+    while (rest != 0) {
+      const int32_t next = divisor % rest;
+      divisor = rest;
+      rest = next;
+    }
+    tile_units = shares / divisor;
+    share_units = tiles / divisor;
+  }
+  // Pieces of the tiles before one of them: each tile has one, and one more for every cut inside of it.
+  __host__ __device__ int32_t first_piece(int32_t tile) const {
+    if (tile == 0) return 0;
+    const int32_t cuts = (tile * tile_units + share_units - 1) / share_units - 1;  // before the tile's begin
+    return tile + cuts - (tile - 1) / share_units;                                 // but those at a tile's end
+  }
+  __host__ __device__ int32_t pieces() const { return tiles == 0 ? 0 : first_piece(tiles); }
+};
+
+// Elements of partial_grad_k, and of partial_grad_v, that a planned problem needs.
+inline int64_t injected_attention_backward_partial_elements(const InjectedAttentionBackwardParams& p) {
+  const InjectedAttentionParams& f = p.forward;
+  if (p.kv_splits > 1) return int64_t{p.kv_splits} * f.num_slots * f.kv_heads * f.head_size;
+  return static_cast<int64_t>(SlotTileTail(p).pieces()) * kBackwardSlots * f.head_size;
+}
+
 // Order of the launches, all on one stream: prepare, the path's kernels, and finish if the path summed into
 // grad_q_float and left it at that. Both take any float16 or bfloat16 problem with D a multiple of 8 up to 256,
 // pointers aligned to 16 bytes and q_stride a multiple of 8 elements; anything else is cudaErrorNotSupported.

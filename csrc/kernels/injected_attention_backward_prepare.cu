@@ -260,6 +260,47 @@ cudaError_t launch_sum_partial(const InjectedAttentionBackwardParams& p, cudaStr
   return launch_overlapped(sum_partial_kernel<T>, blocks, stream, p, quads);
 }
 
+// The same for the tiles of a tail, from the shares of their pieces.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_tail_kernel(const InjectedAttentionBackwardParams p, const SlotTileTail tail) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const InjectedAttentionParams& f = p.forward;
+  const int row_quads = f.head_size / 4, tile_quads = kBackwardSlots * row_quads;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t quads = static_cast<int64_t>(tail.tiles) * tile_quads;
+  if (index >= 2 * quads) return;
+  const bool is_value = index >= quads;
+  const int64_t vector = (is_value ? index - quads : index) / row_quads;
+  const int quad = static_cast<int>(index % row_quads), row = static_cast<int>(vector % kBackwardSlots);
+  const int tile = static_cast<int>(vector / kBackwardSlots);
+  const int64_t slot_tiles = (f.num_slots + kBackwardSlots - 1) / kBackwardSlots;
+  const int64_t slot = (tail.whole + tile) % slot_tiles * kBackwardSlots + row;
+  const int64_t kv_head = (tail.whole + tile) / slot_tiles;
+  if (slot >= f.num_slots) return;
+  const int pieces = tail.first_piece(tile + 1) - tail.first_piece(tile);
+  const float4* const from = reinterpret_cast<const float4*>(is_value ? p.partial_grad_v : p.partial_grad_k) +
+                             static_cast<int64_t>(tail.first_piece(tile)) * tile_quads + row * row_quads + quad;
+  float4 sum = __ldcs(from);
+  for (int piece = 1; piece < pieces; ++piece) {
+    const float4 x = __ldcs(from + static_cast<int64_t>(piece) * tile_quads);
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+  }
+  reinterpret_cast<uint2*>(is_value ? p.grad_v : p.grad_k)[(slot * f.kv_heads + kv_head) * row_quads + quad] =
+      make_uint2(pack_pair(T{}, sum.x, sum.y), pack_pair(T{}, sum.z, sum.w));
+}
+
+template <class T>
+cudaError_t launch_sum_tail(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
+  const SlotTileTail tail(p);
+  const int64_t quads = static_cast<int64_t>(tail.tiles) * kBackwardSlots * p.forward.head_size / 4;
+  const int64_t blocks = (2 * quads + kThreads - 1) / kThreads;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  return launch_overlapped(sum_tail_kernel<T>, blocks, stream, p, tail);
+}
+
 }  // namespace
 
 cudaError_t launch_injected_attention_backward_prepare(const InjectedAttentionBackwardParams& params,
@@ -287,8 +328,11 @@ cudaError_t launch_injected_attention_backward_finish_packed(const InjectedAtten
 cudaError_t launch_injected_attention_backward_sum_parts(const InjectedAttentionBackwardParams& params,
                                                          cudaStream_t stream) {
   if (!is_supported(params.forward)) return cudaErrorNotSupported;
-  return params.forward.type == FloatType::kBFloat16 ? launch_sum_partial<__nv_bfloat16>(params, stream)
-                                                     : launch_sum_partial<__half>(params, stream);
+  const bool bfloat16 = params.forward.type == FloatType::kBFloat16;
+  if (params.tail_shares > 0) {
+    return bfloat16 ? launch_sum_tail<__nv_bfloat16>(params, stream) : launch_sum_tail<__half>(params, stream);
+  }
+  return bfloat16 ? launch_sum_partial<__nv_bfloat16>(params, stream) : launch_sum_partial<__half>(params, stream);
 }
 
 }  // namespace sharedllm

@@ -14,7 +14,8 @@ cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaS
 
 namespace {
 
-constexpr int kSlotTile = 128;
+// Each piece of a tail starts anew and has its share summed up: below this part of all work the gain is lost.
+constexpr int64_t kFewestIdleParts = 64;
 
 // The fused kernel has no instance for D of 256.
 template <class T, int kHeadSize>
@@ -24,7 +25,7 @@ cudaError_t launch_all(const InjectedAttentionBackwardParams& params, cudaStream
   } else {
     if (params.forward.num_slots == 0) return cudaSuccess;
     cudaError_t status = launch_backward<T, kHeadSize>(params, stream);
-    if (status == cudaSuccess && params.kv_splits > 1) {
+    if (status == cudaSuccess && (params.kv_splits > 1 || params.tail_shares > 0)) {
       status = launch_injected_attention_backward_sum_parts(params, stream);
     }
     return status != cudaSuccess ? status : launch_injected_attention_backward_finish_packed(params, stream);
@@ -37,16 +38,24 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParams* params) {
   params->kv_splits = 1;
+  params->tail_shares = 0;
   const InjectedAttentionParams& forward = params->forward;
   params->turns_keys = forward.rotary_half == 0 || injected_attention_sm90_turns_keys(forward);
   int processors = 0;
   const cudaError_t status = current_attribute(cudaDevAttrMultiProcessorCount, &processors);
   if (status != cudaSuccess) return status;
-  const int64_t blocks = (forward.num_slots + kSlotTile - 1) / kSlotTile * forward.kv_heads;
+  const int64_t blocks = (forward.num_slots + kBackwardSlots - 1) / kBackwardSlots * forward.kv_heads;
   if (blocks == 0) return cudaSuccess;
   // A part below 16 steps of 64 rows spends too much of its time on its start, and on its shares of grad_k and grad_v.
   const int64_t steps = forward.num_queries * (forward.q_heads / forward.kv_heads) / 64;
   const int64_t most = std::min<int64_t>(32, steps / 16);
+  // With one batch row all blocks take equally long, and those of the last round can be cut to measure.
+  const int64_t rest = blocks % processors, idle = processors - rest;
+  if (forward.num_rows == 1 && blocks > processors && rest > 0 && idle * kFewestIdleParts >= blocks && most > 1 &&
+      rest + processors <= kMostPieces) {
+    params->tail_shares = processors;
+    return cudaSuccess;
+  }
   params->kv_splits = fewest_splits(blocks, processors, most, 0, 0.05);
   return cudaSuccess;
 }
@@ -67,6 +76,7 @@ cudaError_t launch_injected_attention_backward_sm90(const InjectedAttentionBackw
     if (!is_aligned(pointer)) return cudaErrorNotSupported;
   }
   if (all && (params.grad_q_float == nullptr || params.kv_splits < 1)) return cudaErrorInvalidValue;
+  if (params.tail_shares > 0 && params.kv_splits != 1) return cudaErrorInvalidValue;
   return with_instance(forward.type, forward.head_size, [&](auto number, auto size) {
     using T = decltype(number);
     if (all) return launch_all<T, size()>(params, stream);

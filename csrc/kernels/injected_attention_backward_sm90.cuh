@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "kernels/common/hopper_backward.cuh"
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/query_rotation.cuh"
@@ -44,34 +46,70 @@ struct KeyValueGradientTile {
                                       kQueryStages * (2 * kTileRows * 4 + sizeof(QueryStep)) + 8 * kBarriers;
 };
 
+// A piece of a tile of slots: which part of each batch row's query tiles it takes.
+struct SlotTilePiece {
+  uint16_t tile, share;  // of the tail; share of partial_grad_k and partial_grad_v
+  uint16_t begin, end;   // in the tail's units
+};
+struct SlotTilePieces {
+  uint32_t whole;
+  int32_t units;
+  SlotTilePiece piece[kMostPieces];  // the longest first, so that they fill the round evenly
+};
+
+// What a block takes. Of a tile in the tail there is a piece only, and no other split.
+struct BlockWork {
+  bool is_piece;
+  SlotTilePiece piece;
+  int split, kv_head;
+  int64_t slot_tile;
+
+  __device__ __forceinline__ BlockWork(const InjectedAttentionBackwardParams& p, const SlotTilePieces& pieces,
+                                       unsigned block)
+      : is_piece(p.tail_shares > 0 && block >= pieces.whole),
+        piece(is_piece ? pieces.piece[block - pieces.whole] : SlotTilePiece{0, 0, 0, 1}),
+        split(static_cast<int>(block % p.kv_splits)) {
+    const int64_t slot_tiles = (p.forward.num_slots + kBackwardSlots - 1) / kBackwardSlots;
+    const int64_t tile = is_piece ? pieces.whole + piece.tile : block / p.kv_splits;
+    slot_tile = tile % slot_tiles;
+    kv_head = static_cast<int>(tile / slot_tiles);
+  }
+};
+
 // Enumerates the query tiles that read a tile of slots, every `stride`-th of them. A warp walks together.
 class QueryWalk {
  public:
   __device__ __forceinline__ QueryWalk(const InjectedAttentionParams& p, int slot, int slots, int tile_queries,
-                                       int first, int stride, int rotation)
+                                       int first, int stride, int rotation, const SlotTilePiece& piece, int units)
       : p_(p),
         slot_(slot),
         slots_(slots),
         tile_queries_(tile_queries),
         stride_(stride),
         tile_(first),
-        rotation_(rotation) {}
+        rotation_(rotation),
+        begin_(piece.begin),
+        end_(piece.end),
+        units_(units) {}
 
   // False at the end.
   __device__ __forceinline__ bool next(QueryStep* step) {
-    while (tile_ >= tiles_) {
-      tile_ -= tiles_;
-      tiles_ = 0;
+    while (tile_ >= count_) {
+      tile_ -= count_;
+      count_ = 0;
       if (!next_row()) return false;
+      // Blocks of other slots add to other rows of dQ at the same time, instead of queueing for the same ones.
+      if (count_ > 0) at_ = (from_ + tile_ + rotation_) % tiles_;
     }
-    // Blocks of other slots add to other rows of dQ at the same time, instead of queueing for the same ones.
-    const int index = (tile_ + rotation_) % tiles_;
-    step->first_query = q_begin_ + index * tile_queries_;
+    step->first_query = q_begin_ + at_ * tile_queries_;
     const int left = q_end_ - step->first_query;
     step->queries = left < tile_queries_ ? left : tile_queries_;
     step->low = low_;
     step->high = high_;
     tile_ += stride_;
+    at_ += stride_;
+    // a tile behind the row's last one comes from the next row anyway, if the stride is longer than the row
+    if (at_ >= tiles_) at_ -= tiles_;
     return true;
   }
 
@@ -100,6 +138,8 @@ class QueryWalk {
     low_ = __shfl_sync(0xffffffffu, lane_low_, owner);
     high_ = __shfl_sync(0xffffffffu, lane_high_, owner);
     tiles_ = (q_end_ - q_begin_ + tile_queries_ - 1) / tile_queries_;
+    from_ = static_cast<int>(static_cast<int64_t>(tiles_) * begin_ / units_);
+    count_ = static_cast<int>(static_cast<int64_t>(tiles_) * end_ / units_) - from_;
     return true;
   }
 
@@ -107,6 +147,8 @@ class QueryWalk {
   const int slot_;
   const int slots_, tile_queries_, stride_;
   int tile_, tiles_ = 0, rotation_, q_begin_ = 0, q_end_ = 0;
+  const int begin_, end_, units_;
+  int from_ = 0, count_ = 0, at_ = 0;
   int64_t base_ = 0;
   int low_ = 0, high_ = 0;
   unsigned pending_ = 0;
@@ -192,26 +234,27 @@ __device__ __forceinline__ void turn_key_sums(float (&sums)[kHeadSize / 2], cons
   }
 }
 
-// dK or dV of a warpgroup's 64 slots: rounded, or float32 as the share of one part of the queries.
+// dK or dV of a warpgroup's 64 slots, `stride` elements from slot to slot: rounded, or float32 as the share of one part
+// of the queries.
 template <class T, int kHeadSize>
 __device__ __forceinline__ void store_slot_gradient(const float (&sums)[kHeadSize / 2], float scale, int64_t slot,
-                                                    int kv_head, const InjectedAttentionParams& p, void* gradient,
+                                                    int64_t stride, const InjectedAttentionParams& p, T* gradient,
                                                     float* partial) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t r = slot + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * half;
-    const int64_t at = (r * p.kv_heads + kv_head) * kHeadSize + lane % 2 * 8 + lane % 4 / 2 * 4;
+    const int r = threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * half;
+    const int64_t at = r * stride + lane % 2 * 8 + lane % 4 / 2 * 4;
 #pragma unroll
     for (int j = 0; j < kHeadSize / 8; j += 2) {
       const int i = 4 * j + 2 * half;
       float4 x = exchange_pairs(sums[i], sums[i + 1], sums[i + 4], sums[i + 5]);
       x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
-      if (r >= p.num_slots) continue;
+      if (slot + r >= p.num_slots) continue;
       if (partial != nullptr) {
         *reinterpret_cast<float4*>(partial + at + 8 * j) = x;
       } else {
-        *reinterpret_cast<uint2*>(static_cast<T*>(gradient) + at + 8 * j) =
+        *reinterpret_cast<uint2*>(gradient + at + 8 * j) =
             make_uint2(pack_pair(T{}, x.x, x.y), pack_pair(T{}, x.z, x.w));
       }
     }
@@ -222,9 +265,9 @@ template <class T, int kHeadSize>
 __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void injected_attention_backward_kernel(
     const __grid_constant__ InjectedAttentionBackwardParams p, const __grid_constant__ QueryTiling tiling,
     const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap grad_out_map,
-    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map) {
+    const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map,
+    const __grid_constant__ SlotTilePieces pieces) {
   using Tile = KeyValueGradientTile<kHeadSize>;
-  let_next_kernel_start();
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* const keys = shared;
   uint8_t* const values = keys + Tile::kSlotBytes;
@@ -241,11 +284,9 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
   uint64_t* const slots_full = grad_out_empty + Tile::kGradOutStages;
   uint64_t* const partial_tile = slots_full + 2;
 
-  const int split = static_cast<int>(blockIdx.x % p.kv_splits);
-  const int64_t slot_tiles = (p.forward.num_slots + Tile::kSlots - 1) / Tile::kSlots;
-  const int64_t slot_tile = blockIdx.x / p.kv_splits % slot_tiles;
-  const int kv_head = static_cast<int>(blockIdx.x / p.kv_splits / slot_tiles);
-  const int64_t slot = slot_tile * Tile::kSlots;
+  const BlockWork work(p, pieces, blockIdx.x);
+  const int kv_head = work.kv_head;
+  const int64_t slot = work.slot_tile * Tile::kSlots;
   // the same in all lanes, which the compiler cannot see
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
@@ -274,8 +315,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     lower_registers<Tile::kProducerRegisters>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp > 1) return;
-    QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, split, p.kv_splits,
-                   static_cast<int>(slot_tile));
+    QueryWalk walk(p.forward, static_cast<int>(slot), Tile::kSlots, tiling.queries, work.split, p.kv_splits,
+                   static_cast<int>(work.slot_tile), work.piece, work.is_piece ? pieces.units : 1);
     int stage = 0, grad_out_stage = 0;
     uint32_t phase = 1, grad_out_phase = 1, partial_phase = 0;
     QueryStep step{};
@@ -364,18 +405,23 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     }
   } else {
     raise_registers<Tile::kConsumerRegisters>();
-    const int w = warpgroup - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    // kept in a register: read from its special register once more, it would delay the turns
+    const int thread = static_cast<int>(hidden(threadIdx.x)) % 128;
+    const int w = warpgroup - 1, warp = thread / 32, lane = thread % 32;
     float key_sums[kHeadSize / 2], value_sums[kHeadSize / 2];
 #pragma unroll
     for (int i = 0; i < kHeadSize / 2; ++i) key_sums[i] = 0.f, value_sums[i] = 0.f;
 
-    RotaryRow rotary{nullptr, nullptr, 0};
-    if (p.turns_keys && p.forward.rotary_half > 0) {
-      const int64_t position = clamp_index(__ldg(p.forward.q_position), 0, p.forward.num_positions - 1);
-      rotary = {p.forward.cos + position * (kHeadSize / 2), p.forward.sin + position * (kHeadSize / 2), kHeadSize / 2};
-    }
+    // of keys that turn; found again in the end, instead of registers kept over the loop
+    const auto find_rotary = [&](uint32_t zero) {
+      if (!p.turns_keys || p.forward.rotary_half == 0) return RotaryRow{nullptr, nullptr, 0};
+      const int64_t position = clamp_index(__ldg(p.forward.q_position + zero), 0, p.forward.num_positions - 1);
+      return RotaryRow{p.forward.cos + position * (kHeadSize / 2), p.forward.sin + position * (kHeadSize / 2),
+                       kHeadSize / 2};
+    };
     barrier_wait(slots_full, 0);
     zero_non_finite_rows<T, Tile::kPanels, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, threadIdx.x - 128);
+    const RotaryRow rotary = find_rotary(0);
     if (rotary.half > 0) {
       __syncwarp();
       turn_keys_back<T, kHeadSize, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, rotary, threadIdx.x - 128);
@@ -593,13 +639,42 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       fence_registers(key_sums);
       fence_registers(value_sums);
     }
-    if (rotary.half > 0) turn_key_sums<kHeadSize>(key_sums, rotary);
-    const int64_t share = p.kv_splits > 1 ? split * p.forward.num_slots * p.forward.kv_heads * kHeadSize : 0;
-    store_slot_gradient<T, kHeadSize>(key_sums, p.forward.scale, slot + w * 64, kv_head, p.forward, p.grad_k,
-                                      p.kv_splits > 1 ? p.partial_grad_k + share : nullptr);
-    store_slot_gradient<T, kHeadSize>(value_sums, 1.f, slot + w * 64, kv_head, p.forward, p.grad_v,
-                                      p.kv_splits > 1 ? p.partial_grad_v + share : nullptr);
+    if (p.turns_keys && p.forward.rotary_half > 0) turn_key_sums<kHeadSize>(key_sums, find_rotary(hidden(0)));
+    const BlockWork done(p, pieces, hidden(blockIdx.x));
+    const bool partial = p.kv_splits > 1 || done.is_piece;
+    const int64_t stride = done.is_piece ? kHeadSize : static_cast<int64_t>(p.forward.kv_heads) * kHeadSize;
+    const int64_t first = done.slot_tile * Tile::kSlots + w * 64;
+    const int64_t at = first * stride + done.kv_head * kHeadSize;
+    const int64_t share = done.is_piece ? (static_cast<int64_t>(done.piece.share) * Tile::kSlots + w * 64) * stride
+                                        : done.split * p.forward.num_slots * stride + at;
+    store_slot_gradient<T, kHeadSize>(key_sums, p.forward.scale, first, stride, p.forward,
+                                      static_cast<T*>(p.grad_k) + at, partial ? p.partial_grad_k + share : nullptr);
+    store_slot_gradient<T, kHeadSize>(value_sums, 1.f, first, stride, p.forward, static_cast<T*>(p.grad_v) + at,
+                                      partial ? p.partial_grad_v + share : nullptr);
   }
+}
+
+// False if there are more than the argument holds.
+inline bool cut_tail(const InjectedAttentionBackwardParams& params, SlotTilePieces* pieces) {
+  const SlotTileTail tail(params);
+  if (tail.pieces() > kMostPieces || tail.tile_units > UINT16_MAX || tail.whole > INT32_MAX) return false;
+  pieces->whole = static_cast<uint32_t>(tail.whole);
+  pieces->units = tail.tile_units;
+  int count = 0;
+  for (int32_t tile = 0; tile < tail.tiles; ++tile) {
+    const int32_t origin = tile * tail.tile_units;
+    for (int32_t begin = 0; begin < tail.tile_units;) {
+      const int32_t cut = ((origin + begin) / tail.share_units + 1) * tail.share_units - origin;
+      const int32_t end = std::min(cut, tail.tile_units);
+      pieces->piece[count] = {static_cast<uint16_t>(tile), static_cast<uint16_t>(count), static_cast<uint16_t>(begin),
+                              static_cast<uint16_t>(end)};
+      ++count;
+      begin = end;
+    }
+  }
+  std::stable_sort(pieces->piece, pieces->piece + count,
+                   [](const SlotTilePiece& x, const SlotTilePiece& y) { return x.end - x.begin > y.end - y.begin; });
+  return true;
 }
 
 template <class T, int kHeadSize>
@@ -611,13 +686,17 @@ cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaS
   BackwardTensorMaps maps;
   cudaError_t status = encode_backward_maps(&maps, params, tiling, Tile::kSlots);
   if (status != cudaSuccess) return status;
-  const int64_t blocks = (forward.num_slots + Tile::kSlots - 1) / Tile::kSlots * forward.kv_heads * params.kv_splits;
+  static_assert(Tile::kSlots == kBackwardSlots, "the tail is cut in these");
+  SlotTilePieces pieces{};
+  if (!cut_tail(params, &pieces)) return cudaErrorInvalidValue;
+  const SlotTileTail tail(params);
+  const int64_t blocks = tail.whole * params.kv_splits + tail.pieces();
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   auto* const kernel = injected_attention_backward_kernel<T, kHeadSize>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (status != cudaSuccess) return status;
   return launch_after(kernel, blocks, Tile::kThreads, Tile::kSharedBytes, true, stream, params, tiling, maps.query,
-                      maps.grad_out, maps.key, maps.value);
+                      maps.grad_out, maps.key, maps.value, pieces);
 }
 
 }  // namespace sharedllm

@@ -1,12 +1,12 @@
 // Backward of the injected attention on Hopper GPUs. No torch header here or in what this includes.
 #pragma once
 
-#include "kernels/injected_attention.h"
+#include "kernels/injected_attention_backward.h"
 
 namespace sharedllm {
 
 // Sets params->kv_splits for the current device from what the host knows (T, S, the heads): how many blocks share the
-// queries of one tile of slots; and params->turns_keys. Only for wanted grad_k and grad_v.
+// queries of one tile of slots (kv_splits, tail_shares); and params->turns_keys. Only for wanted grad_k and grad_v.
 cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParams* params);
 
 // After launch_injected_attention_backward_prepare on the same stream. Needs bfloat16 or float16, D of 64, 96, 128 or
@@ -16,7 +16,7 @@ cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParam
 // grad_k null: writes grad_q, with the same bits in every run; grad_q_float is not used.
 // grad_k wanted: writes all three, grad_q from sums in grad_q_float (in an order of its own), added in any order.
 // grad_k and grad_v have the same bits in every run. Not supported: D of 256, more than 64 query heads to a key/value
-// head. kv_splits > 1 needs partial_grad_k and partial_grad_v.
+// head. kv_splits > 1 or tail_shares > 0 need partial_grad_k and partial_grad_v.
 cudaError_t launch_injected_attention_backward_sm90(const InjectedAttentionBackwardParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm

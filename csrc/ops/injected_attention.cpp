@@ -274,8 +274,8 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
       grad_q_float = allocate(like, {rows * f.head_size}, ScalarType::Float);
       p.grad_q_float = grad_q_float.mutable_data_ptr<float>();
     }
-    if (slots_wanted && p.kv_splits > 1) {
-      const int64_t partial = p.kv_splits * f.num_slots * f.kv_heads * f.head_size;
+    const int64_t partial = slots_wanted ? injected_attention_backward_partial_elements(p) : 0;
+    if (partial > 0) {
       partial_grad_kv = allocate(like, {2 * partial}, ScalarType::Float);
       p.partial_grad_k = partial_grad_kv.mutable_data_ptr<float>();
       p.partial_grad_v = p.partial_grad_k + partial;
@@ -295,6 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     // the queries' gradient alone needs nothing prepared there
     if (slots_wanted && (path != Path::kSm90 || p.turns_keys)) {
       p.turns_keys = false;
+      p.tail_shares = 0;
       prepare();
     }
     status = launch_injected_attention_backward_portable(p, stream);

@@ -134,6 +134,40 @@ def test_many_tiles(queries: int, slots: int, heads: tuple[int, int], size: int,
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "size", "rotary", "scale"),
+    [((32, 8), 128, 128, None), ((56, 8), 96, 96, 1.0), ((8, 8), 64, 20, None), ((16, 8), 128, 0, -0.3)],
+    ids=str,
+)
+@pytest.mark.parametrize("more", [1, 29, 100])
+def test_last_round_of_slot_tiles_is_shared(
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    size: int,
+    rotary: int,
+    scale: float | None,
+    more: int,
+    generator: torch.Generator,
+) -> None:
+    """One row and more tiles of slots than multiprocessors: the backward cuts the tiles of the last round of blocks."""
+    multiprocessors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    slots = -(-(multiprocessors + more) // heads[1]) * 128 - 5
+    queries = 2048 // (heads[0] // heads[1]) + 37
+    # the row's own slots begin and end inside of tiles, the last of which is not full either
+    owned = torch.zeros(slots, dtype=torch.bool)
+    owned[131 : slots - 200] = True
+    spec: Spec = ([queries], [(131, slots - 200)], slots, *heads, size, rotary)
+    arguments = build(spec, dtype, CUDA, generator, scale)
+    poison_outside(arguments, owned)
+    compare(arguments, generator)
+    q, k, v, *rest = arguments
+    out, lse = forward_op(*arguments)
+    gradients = [backward_op(out, None, q, k, v, out, lse, *rest, True)[1:] for _ in range(2)]
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second) and not first[~owned].any()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("size", "memory"), [(64, 1100), (96, 1100), (128, 1100), (128, 4200)])
 @pytest.mark.parametrize(
     "slots", [0, 1, 2, 63, 127, 128, 129, 255, 256, 257, 511, 513, 640, 1000, 1024, 1091, 2049, 4500]
