@@ -10,6 +10,7 @@
 
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/hopper.cuh"
+#include "kernels/common/instances.h"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/vector_load.cuh"
@@ -23,6 +24,8 @@ constexpr float kInfinity = __builtin_inff();
 // The maximum is only raised when it grows by a factor of 2^8 in the weights: until then float32 sums lose nothing, and
 // the exchange between lanes and the rescaling of the accumulators are skipped.
 constexpr float kGrowth = 8.0f;
+// What the workspace holds before a result is there. The arithmetic units make no such NaN.
+constexpr uint32_t kAbsent = 0xffffffffu;
 
 // ---- which slots a worker reads ----
 
@@ -289,6 +292,8 @@ struct Config {
   static constexpr int kRowScaleOffset = kStatisticsOffset + 2 * kSlotWarps * kRows * 4;
   static constexpr int kBarrierOffset = kRowScaleOffset + (kEightBit ? kRows * 4 : 0);
   static constexpr int kSharedBytes = kBarrierOffset + (4 * kStages + 1) * 8;
+  // The merging kernel can wait for each result instead of for the end of this kernel.
+  static constexpr bool kMayAwait = kBulk && kRows == 8;
   static_assert(kSlots % (16 * kSlotWarps) == 0 && kHeadSize % 32 == 0 && kTileBytes % 1024 == 0);
   static_assert(kSharedBytes + sizeof(PlaceScan) <= 227 * 1024);
   // Weights of 8-bit values carry the value's scale and are rounded to half: raised by 2^7, so that 2^kGrowth times
@@ -647,7 +652,7 @@ __device__ __forceinline__ void multiply_values(uint32_t values, int valid, cons
 template <class C>
 __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, const RowSpan& span, uint32_t tile,
                                              uint32_t group, int head, uint8_t* queries, float factor,
-                                             float* row_scales) {
+                                             float* row_scales, uint64_t* issued = nullptr) {
   using T = typename C::T;
   constexpr int kPairs = C::kHeadSize / 2, kItems = C::kRows * kPairs / C::kConsumers;
   constexpr int kTogether = kItems % 4 == 0 ? 4 : kItems % 3 == 0 ? 3 : 2;
@@ -655,23 +660,36 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
   const int64_t table_row = static_cast<int64_t>(span.position) * p.rotary_half;
   const float *const cos = p.cos + table_row, *const sin = p.sin + table_row;
   const uint32_t packed_rows = span.q_count * group;
-  const auto rotated = [&](int r, int pair, float (&x)[2]) {
+  struct Raw {
+    T low, high;
+    float c, s;
+  };
+  const auto fetch = [&](int r, int pair, Raw& raw) {
     // no branch around the loads, so that those of several items are in flight together
     const uint32_t packed = tile * C::kRows + r, safe = min(packed, packed_rows - 1), query = safe / group;
     const T* const from = static_cast<const T*>(p.q) + (span.q_begin + query) * p.q_stride[0] +
                           (head * group + (safe - query * group)) * p.q_stride[1];
     const bool turns = pair < p.rotary_half;
-    const float low = to_float(from[turns ? pair : 2 * pair]);
-    const float high = to_float(from[turns ? pair + p.rotary_half : 2 * pair + 1]);
-    float c = 1, s = 0;
+    raw.low = from[turns ? pair : 2 * pair];
+    raw.high = from[turns ? pair + p.rotary_half : 2 * pair + 1];
+    raw.c = 1, raw.s = 0;
     if (p.rotary_half > 0) {
       const int at = turns ? pair : 0;
-      c = __ldg(cos + at), s = __ldg(sin + at);
+      raw.c = cos[at], raw.s = sin[at];
     }
+  };
+  const auto turn = [&](int r, int pair, const Raw& raw, float (&x)[2]) {
+    const float low = to_float(raw.low), high = to_float(raw.high);
+    const bool turns = pair < p.rotary_half, inside = tile * C::kRows + r < packed_rows;
     // a pair that does not turn may be infinite, and 0 times that is NaN
-    const float first = turns ? low * c - high * s : low, second = turns ? high * c + low * s : high;
-    x[0] = packed < packed_rows ? first * factor : 0.0f;
-    x[1] = packed < packed_rows ? second * factor : 0.0f;
+    const float first = turns ? low * raw.c - high * raw.s : low, second = turns ? high * raw.c + low * raw.s : high;
+    x[0] = inside ? first * factor : 0.0f;
+    x[1] = inside ? second * factor : 0.0f;
+  };
+  const auto rotated = [&](int r, int pair, float (&x)[2]) {
+    Raw raw;
+    fetch(r, pair, raw);
+    turn(r, pair, raw, x);
   };
   if constexpr (C::kEightBit) {
     for (int r = threadIdx.x; r < C::kRows; r += C::kConsumers) row_scales[r] = 0;
@@ -690,10 +708,20 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
 #pragma unroll 1
   for (int first = 0; first < kItems; first += kTogether) {
     float x[kTogether][2];
+    Raw raw[kTogether];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       const int item = (first + j) * C::kConsumers + threadIdx.x;
-      rotated(item / kPairs, item % kPairs, x[j]);
+      fetch(item / kPairs, item % kPairs, raw[j]);
+    }
+    if (issued && first == 0) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(issued);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int item = (first + j) * C::kConsumers + threadIdx.x;
+      turn(item / kPairs, item % kPairs, raw[j], x[j]);
     }
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
@@ -824,6 +852,29 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
   }
 }
 
+// Marks what a worker may write to the workspace as absent, then lets the merging kernel start, which so never sees
+// what an earlier call left there. Lanes from `first_lane` of one warp take part.
+template <class C>
+__device__ __forceinline__ void mark_absent(const InjectedAttentionParams& p, uint32_t group, int head, int worker,
+                                            int first_lane) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t rows = min(static_cast<uint32_t>(C::kRows), static_cast<uint32_t>(p.num_queries) * group);
+  const float absent = __uint_as_float(kAbsent);
+  for (int part = 0; part < 2; ++part) {
+    const int64_t first_row = (static_cast<int64_t>(2 * worker + part) * p.kv_heads + head) * C::kRows;
+    float4* const out = reinterpret_cast<float4*>(p.partial_out + first_row * C::kHeadSize);
+    for (uint32_t i = lane - first_lane; i < rows * (C::kHeadSize / 4); i += 32 - first_lane) {
+      out[i] = make_float4(absent, absent, absent, absent);
+    }
+    if (lane - first_lane < rows) p.partial_lse[first_row + lane - first_lane] = absent;
+  }
+  __threadfence();
+  __syncwarp(0xffffffffu << first_lane);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (lane == first_lane) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Loads of the consumers themselves by cp.async; they run ahead of the products, across segments.
 template <class C>
 struct Loader {
@@ -876,11 +927,12 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     attend(const __grid_constant__ InjectedAttentionParams p,
            const __grid_constant__ std::conditional_t<C::kBulk, BulkMaps, Nothing> maps,
-           const __grid_constant__ std::conditional_t<C::kEightBit, Scales, Nothing> scales, uint64_t hint) {
+           const __grid_constant__ std::conditional_t<C::kEightBit, Scales, Nothing> scales, uint64_t hint,
+           bool awaited) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr bool kCompiled = true;
   // the merging kernel may settle beside this one and wait
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (!C::kMayAwait || !awaited) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #else
   constexpr bool kCompiled = !C::kBulk;
 #endif
@@ -893,10 +945,18 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     float* const row_scales = reinterpret_cast<float*>(shared + C::kRowScaleOffset);
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + C::kBarrierOffset);  // keys, values by turns
     uint64_t* const empty = full + 2 * C::kStages;
-    uint64_t* const queries_loaded = empty + 2 * C::kStages;
+    uint64_t* const queries_issued = empty + 2 * C::kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int head = blockIdx.x % p.kv_heads, worker = blockIdx.x / p.kv_heads;
     const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
+
+    // A single row mostly reads all slots: the first block is asked for before the row's slots are known.
+    int32_t guess = -1;
+    if (C::kMayAwait && !C::kEightBit && awaited) {
+      const uint32_t units = (static_cast<uint32_t>(p.num_slots) + C::kSlots - 1) / C::kSlots;
+      const uint32_t first = (units + p.splits - 1) / p.splits * worker;
+      if (first < units) guess = static_cast<int32_t>(first * C::kSlots);
+    }
 
     if constexpr (C::kBulk) {
       if (threadIdx.x == C::kConsumers) {
@@ -907,8 +967,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           barrier_init(full + i, C::kEightBit ? 33 : 1);
           barrier_init(empty + i, C::kWarps);
         }
-        barrier_init(queries_loaded, C::kWarps);
+        barrier_init(queries_issued, C::kWarps);
         barrier_init_fence();
+        if (guess >= 0) {
+#pragma unroll 1
+          for (int i = 0; i < 2; ++i) {
+            barrier_arrive_expect(full + i, C::kTileBytes);
+            load_box(shared + i * C::kTileBytes, i == 0 ? &maps.key : &maps.value, full + i, 0, 0, head, guess, hint);
+          }
+        }
       }
     }
     uint64_t begin = 0, count = 0;
@@ -920,6 +987,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     });
     Walk<C::kRows, C::kSlots> walk;
     walk.begin(place, group, begin, count);
+    // stage 0 holds a wrong guess
+    bool missed = guess >= 0 && (count == 0 || place.span.slot_count == 0 ||
+                                 place.span.slot_begin + static_cast<int32_t>(walk.first * C::kSlots) != guess);
     if constexpr (C::kBulk) {
       // the consumers see the producer's barriers
       if (warp == C::kWarps) {
@@ -931,8 +1001,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
     if constexpr (C::kBulk) {
       if (warp == C::kWarps) {
-        if (!C::kEightBit && lane != 0) return;
-        int stage = 0;
+        if (!C::kEightBit && lane != 0) {
+          if (C::kMayAwait && awaited && count > 0) mark_absent<C>(p, group, head, worker, 1);
+          return;
+        }
+        int stage = missed ? 1 : 0;
+        bool loaded = guess >= 0 && !missed;
         uint32_t phase = 1;
         bool first = true;
         while (walk.next(p, group)) {
@@ -944,7 +1018,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             for (int i = 0; i < 2; ++i) {
               uint64_t* const barrier = full + 2 * stage + i;
               barrier_wait(empty + 2 * stage + i, phase);
-              if (!C::kEightBit || lane == 0) {
+              if ((!C::kEightBit || lane == 0) && !loaded) {
                 barrier_arrive_expect(barrier, C::kTileBytes);
                 load_box(shared + (2 * stage + i) * C::kTileBytes, i == 0 ? &maps.key : &maps.value, barrier, 0, 0,
                          head, slot, hint);
@@ -966,8 +1040,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
               stage = 0;
               phase ^= 1;
             }
-            // behind a full ring of loads the queries would take as long as the ring
-            if (first) barrier_wait(queries_loaded, 0);
+            // the queries' loads go first: behind a full ring they would take as long as the ring
+            loaded = false;
+            if (C::kEightBit && C::kMayAwait && awaited && first) {
+              mark_absent<C>(p, group, head, worker, 0);
+            }
+            if (first) barrier_wait(queries_issued, 0);
             first = false;
           }
         }
@@ -985,6 +1063,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     int stage = 0;
     uint32_t phase = 0;
     bool first = true;
+    const auto skip_missed = [&] {
+      if (!missed) return;
+      barrier_wait(full, 0);
+      barrier_wait(full + 1, 0);
+      if (lane == 0) {
+        barrier_arrive(empty);
+        barrier_arrive(empty + 1);
+      }
+      missed = false;
+      stage = 1;
+    };
     Loader<C> loader{walk};
     const Scales* loader_scales = nullptr;
     if constexpr (C::kEightBit) loader_scales = &scales;
@@ -995,13 +1084,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 #pragma unroll 1
     while (walk.next(p, group)) {
-      load_queries<C>(p, walk.span, walk.tile, group, head, queries_shared, query_factor, row_scales);
+      load_queries<C>(p, walk.span, walk.tile, group, head, queries_shared, query_factor, row_scales,
+                      C::kBulk && first ? queries_issued : nullptr);
       if constexpr (C::kBulk) {
-        __syncwarp();
-        if (first && lane == 0) barrier_arrive(queries_loaded);
         first = false;
       }
       sync_consumers<C::kConsumers>();
+      if constexpr (C::kBulk) skip_missed();
       const Queries<C> queries(shared_address(queries_shared), row_warp * C::kWarpRows);
       float row_scale[C::kRowTiles][2];
       if constexpr (C::kEightBit) {
@@ -1067,6 +1156,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         if (blocks > 0 && lane == 0) barrier_arrive(empty + 2 * (stage > 0 ? stage : C::kStages) - 1);
       }
     }
+    // copies must not outlive the block
+    if constexpr (C::kBulk) skip_missed();
   }
 }
 
@@ -1074,13 +1165,35 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 constexpr int kMergeWarps = 4, kMergeThreads = 32 * kMergeWarps, kMergeLoads = 8;
 static_assert(kMergeWarps * kMergeLoads == 32);
+// As long as more parts than this are absent, only their statistics are asked for.
+constexpr int kFewParts = 4;
+
+__device__ __forceinline__ bool is_absent(float x) { return __float_as_uint(x) == kAbsent; }
+// What other blocks write at this time: never from the L1 cache.
+__device__ __forceinline__ float load_strong(const float* from) {
+  float x;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_strong(const float4* from) {
+  float4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void prefetch_line(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+}
 
 // One block merges one packed row of one tile that several workers shared; its warps take the parts by turns.
 // kByTile: block -> tile; else block -> worker that has the first part of a shared tile. `rows`: of a tile, those that
 // a batch of this size can fill.
-template <class T, int kHeadSize, int kRows, int kSlots, bool kByTile>
+template <class T, int kHeadSize, int kRows, int kSlots, bool kByTile, bool kMayAwait>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_parts(const __grid_constant__ InjectedAttentionParams p, int32_t rows) {
+    merge_parts(const __grid_constant__ InjectedAttentionParams p, int32_t rows, bool await_parts) {
+  const bool awaits = kMayAwait && await_parts;
   constexpr int kVectors = kHeadSize / 4, kColumns = (kVectors + 31) / 32;
   __shared__ PlaceScan scan;
   __shared__ float4 shared[kMergeWarps][kColumns * 32];
@@ -1110,81 +1223,135 @@ __global__ void __launch_bounds__(kMergeThreads)
     token_and_head =
         static_cast<int64_t>(place.span.q_begin + query) * p.q_heads + (head * group + (packed - query * group));
   }
+  // by all blocks, also those without work: whatever comes after this kernel must not overtake the one before it
+  const auto wait_for_kernel = [] {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  // also by blocks without work: whatever comes after this kernel must not overtake the one before it
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  if (parts <= 1) return;
+  };
+  if (parts <= 1) {
+    wait_for_kernel();
+    return;
+  }
   const auto workspace_row = [&](int part) {
     return (static_cast<int64_t>(2 * (first_worker + part) + (part == 0 ? 1 : 0)) * p.kv_heads + head) * kRows + r;
   };
 
-  float maximum = -kInfinity, total = 0;
-  float4 sum[kColumns]{};
-  // every warp sees the statistics of all parts, and reads the results of its own
+  // When waiting for parts, first without them: code and addresses are in the caches when they come.
 #pragma unroll 1
-  for (int base = 0; base < parts; base += 32) {
-    float4 x[kMergeLoads][kColumns];
+  for (int pass = awaits ? 0 : 1; pass < 2; ++pass) {
+    const bool rehearsal = pass == 0;
+    if (!awaits) wait_for_kernel();
+    float maximum = -kInfinity, total = 0;
+    float4 sum[kColumns]{};
+    // every warp sees the statistics of all parts, and reads the results of its own
+#pragma unroll 1
+    for (int base = 0; base < parts; base += 32) {
+      float lse = -kInfinity;
+      // only these while most are absent: reading all results again and again would slow the kernel before
+      if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
+      if (awaits && !rehearsal) {
+        while (__popc(__ballot_sync(0xffffffffu, is_absent(lse))) > kFewParts) {
+          if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
+        }
+      }
+      float4 x[kMergeLoads][kColumns];
 #pragma unroll
-    for (int j = 0; j < kMergeLoads; ++j) {
-      const int part = base + j * kMergeWarps + warp;
+      for (int j = 0; j < kMergeLoads; ++j) {
+        const int part = base + j * kMergeWarps + warp;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          x[j][c] = float4{};
+          if (part < parts && c * 32 + lane < kVectors) {
+            x[j][c] = load_strong(reinterpret_cast<const float4*>(p.partial_out + workspace_row(part) * kHeadSize) +
+                                  c * 32 + lane);
+          }
+        }
+      }
+      if (awaits && !rehearsal) {
+        bool absent = true;
+        while (__any_sync(0xffffffffu, absent)) {
+          absent = is_absent(lse);
+          if (absent) lse = load_strong(p.partial_lse + workspace_row(base + lane));
+#pragma unroll
+          for (int j = 0; j < kMergeLoads; ++j) {
+            const int part = base + j * kMergeWarps + warp;
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+              if (is_absent(x[j][c].x) || is_absent(x[j][c].y) || is_absent(x[j][c].z) || is_absent(x[j][c].w)) {
+                absent = true;
+                x[j][c] = load_strong(reinterpret_cast<const float4*>(p.partial_out + workspace_row(part) * kHeadSize) +
+                                      c * 32 + lane);
+              }
+            }
+          }
+        }
+      }
+      float highest = fmaxf(lse, maximum);
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
+      }
+      const float shift = highest == -kInfinity ? 0.0f : highest;
+      const float shrink = exp2f(maximum - shift), weight = exp2f(lse - shift);
+      float weights = weight;
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) weights += __shfl_xor_sync(0xffffffffu, weights, offset);
+      total = total * shrink + weights;
+      maximum = highest;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        x[j][c] = float4{};
-        if (part < parts && c * 32 + lane < kVectors) {
-          x[j][c] =
-              __ldcg(reinterpret_cast<const float4*>(p.partial_out + workspace_row(part) * kHeadSize) + c * 32 + lane);
+        sum[c].x *= shrink, sum[c].y *= shrink, sum[c].z *= shrink, sum[c].w *= shrink;
+      }
+#pragma unroll
+      for (int j = 0; j < kMergeLoads; ++j) {
+        const float w = __shfl_sync(0xffffffffu, weight, j * kMergeWarps + warp);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          sum[c].x = fmaf(w, x[j][c].x, sum[c].x), sum[c].y = fmaf(w, x[j][c].y, sum[c].y);
+          sum[c].z = fmaf(w, x[j][c].z, sum[c].z), sum[c].w = fmaf(w, x[j][c].w, sum[c].w);
         }
       }
     }
-    const float lse = base + lane < parts ? __ldcg(p.partial_lse + workspace_row(base + lane)) : -kInfinity;
-    float highest = fmaxf(lse, maximum);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
-    }
-    const float shift = highest == -kInfinity ? 0.0f : highest;
-    const float shrink = exp2f(maximum - shift), weight = exp2f(lse - shift);
-    float weights = weight;
+    for (int c = 0; c < kColumns; ++c) shared[warp][c * 32 + lane] = sum[c];
+    __syncthreads();
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    if (threadIdx.x < kVectors) {
+      float4 y = shared[0][threadIdx.x];
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) weights += __shfl_xor_sync(0xffffffffu, weights, offset);
-    total = total * shrink + weights;
-    maximum = highest;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      sum[c].x *= shrink, sum[c].y *= shrink, sum[c].z *= shrink, sum[c].w *= shrink;
-    }
-#pragma unroll
-    for (int j = 0; j < kMergeLoads; ++j) {
-      const float w = __shfl_sync(0xffffffffu, weight, j * kMergeWarps + warp);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        sum[c].x = fmaf(w, x[j][c].x, sum[c].x), sum[c].y = fmaf(w, x[j][c].y, sum[c].y);
-        sum[c].z = fmaf(w, x[j][c].z, sum[c].z), sum[c].w = fmaf(w, x[j][c].w, sum[c].w);
+      for (int w = 1; w < kMergeWarps; ++w) {
+        const float4 x = shared[w][threadIdx.x];
+        y.x += x.x, y.y += x.y, y.z += x.z, y.w += x.w;
+      }
+      uint2* const out =
+          reinterpret_cast<uint2*>(static_cast<T*>(p.out) + token_and_head * kHeadSize + 4 * threadIdx.x);
+      const uint2 packed =
+          make_uint2(pack_pair(T{}, y.x * inverse, y.y * inverse), pack_pair(T{}, y.z * inverse, y.w * inverse));
+      if (rehearsal) {
+        prefetch_line(out);
+      } else {
+        *out = packed;
       }
     }
-  }
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) shared[warp][c * 32 + lane] = sum[c];
-  __syncthreads();
-  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-  if (threadIdx.x < kVectors) {
-    float4 y = shared[0][threadIdx.x];
-#pragma unroll
-    for (int w = 1; w < kMergeWarps; ++w) {
-      const float4 x = shared[w][threadIdx.x];
-      y.x += x.x, y.y += x.y, y.z += x.z, y.w += x.w;
+    if (threadIdx.x == 0) {
+      float* const lse = p.lse + token_and_head;
+      const float merged = total == 0.0f ? -kInfinity : (maximum + log2f(total)) * kLn2;
+      if (rehearsal) {
+        prefetch_line(lse);
+      } else {
+        *lse = merged;
+      }
     }
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + token_and_head * kHeadSize + 4 * threadIdx.x) =
-        make_uint2(pack_pair(T{}, y.x * inverse, y.y * inverse), pack_pair(T{}, y.z * inverse, y.w * inverse));
+    __syncthreads();
   }
-  if (threadIdx.x == 0) p.lse[token_and_head] = total == 0.0f ? -kInfinity : (maximum + log2f(total)) * kLn2;
+  if (awaits) wait_for_kernel();
 }
 
 // ---- launch ----
 
 template <class C, bool kByTile>
-constexpr auto merge_kernel = merge_parts<typename C::T, C::kHeadSize, C::kRows, C::kSlots, kByTile>;
+constexpr auto merge_kernel = merge_parts<typename C::T, C::kHeadSize, C::kRows, C::kSlots, kByTile, C::kMayAwait>;
 
 template <class Kernel>
 cudaError_t prepare_merge(Kernel* kernel) {
@@ -1192,7 +1359,7 @@ cudaError_t prepare_merge(Kernel* kernel) {
 }
 
 template <class C>
-cudaError_t launch_merge(const InjectedAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_merge(const InjectedAttentionParams& p, bool awaits, cudaStream_t stream) {
   const int64_t group = p.q_heads / p.kv_heads;
   // tiles that any batch of this size can have; each of them is shared at most once, and so is each worker's last one
   const int64_t tiles = p.num_queries * group / C::kRows + p.num_rows;
@@ -1210,7 +1377,7 @@ cudaError_t launch_merge(const InjectedAttentionParams& p, cudaStream_t stream) 
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = C::kBulk ? 1 : 0;
-  return cudaLaunchKernelEx(&config, by_tile ? merge_kernel<C, true> : merge_kernel<C, false>, p, rows);
+  return cudaLaunchKernelEx(&config, by_tile ? merge_kernel<C, true> : merge_kernel<C, false>, p, rows, awaits);
 }
 
 // A box holds kSlots slots of one head, cut into pieces of 128 bytes, whole heads one after the other.
@@ -1275,12 +1442,19 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
   // What the caches cannot hold anyway should not push out the rest; much more than that streams faster without the
   // hint: 36.8 against 40.8 us for 67 MB, 194.6 against 188.5 us for 537 MB.
   constexpr int64_t kLarge = int64_t{128} << 20;
+  const int64_t bytes = 2 * p.num_slots * p.kv_heads * C::kRowBytes;
   constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
-  const uint64_t hint = 2 * p.num_slots * p.kv_heads * C::kRowBytes > kLarge ? kEvictNormal : kEvictFirst;
-  attend<C><<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps, kernel_scales, hint);
+  const uint64_t hint = bytes > kLarge ? kEvictNormal : kEvictFirst;
+  // Waiting for parts instead of the kernel's end saves 1 us for 67 MB; for less the merging kernel comes too late, and
+  // for more its asking again and again costs more than it saves (3 us of 183 for 537 MB).
+  constexpr int64_t kSmall = int64_t{32} << 20;
+  const bool awaits = C::kMayAwait && p.splits > 1 && p.num_rows == 1 &&
+                      p.num_queries * (p.q_heads / p.kv_heads) <= C::kRows && bytes >= kSmall && bytes <= kLarge;
+  attend<C>
+      <<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps, kernel_scales, hint, awaits);
   status = cudaGetLastError();
   if (status != cudaSuccess || p.splits == 1) return status;
-  return launch_merge<C>(p, stream);
+  return launch_merge<C>(p, awaits, stream);
 }
 
 // Chooses the tile. Slots of a block make 16 KB of keys (32 KB for 256 columns of 16 bits).
@@ -1311,15 +1485,24 @@ cudaError_t launch_bulk(const InjectedAttentionParams& p, const Scales* scales, 
   }
 }
 
-// Two stages: below the 99 KB of the smaller GPUs, and two blocks to a multiprocessor on the larger ones.
+// Two stages: below the 99 KB of the smaller GPUs, and two blocks to a multiprocessor on the larger ones. Three where
+// two blocks of that fit: 34.8 against 35.5 us for 67 MB, and 183.5 against 187.2 us for 537 MB, there one block to a
+// multiprocessor (plan_injected_attention_decode).
 template <class T, class Code, int kHeadSize>
 cudaError_t launch_portable(const InjectedAttentionParams& p, const Scales* scales, cudaStream_t stream) {
   constexpr int kBytes = kHeadSize * sizeof(Code);
   constexpr bool kWide = kHeadSize == 256;
   constexpr int kSlots = kBytes == 512 ? 32 : kBytes <= 128 ? 128 : 64, kSlotWarps = kSlots == 32 ? 2 : 4;
   switch (decode_tile_rows(p)) {
-    case 8:
+    case 8: {
+      using Deep = Config<T, Code, kHeadSize, kSlots, kSlotWarps, 1, 1, 3, false>;
+      int shared_bytes = 0;
+      const cudaError_t status = current_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
+      if (status != cudaSuccess) return status;
+      // each block takes up to 2 KB besides
+      if (shared_bytes >= 2 * (Deep::kSharedBytes + 2048)) return launch<Deep>(p, scales, stream);
       return launch<Config<T, Code, kHeadSize, kSlots, kSlotWarps, 1, 1, 2, false>>(p, scales, stream);
+    }
     case 16:
       return launch<Config<T, Code, kHeadSize, kSlots, kSlotWarps, kWide ? 2 : 1, kWide ? 1 : 2, 2, false>>(p, scales,
                                                                                                             stream);

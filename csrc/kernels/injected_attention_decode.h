@@ -5,7 +5,7 @@
 
 namespace sharedllm {
 
-// Sets params->splits for the current device: how many workers share the slots of all rows. Reads only shapes (T, B,
+// Sets params->splits for the current device: how many workers share the slots of all rows. Reads only shapes (T, S, B,
 // heads, D, type), never the device's values.
 // `portable` plans for the kernel with cp.async wherever it runs.
 cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params, bool portable = false);
