@@ -291,7 +291,7 @@ struct Config {
   static constexpr int kStatisticsOffset = kScaleOffset + 2 * kStages * kScaleBytes;
   static constexpr int kRowScaleOffset = kStatisticsOffset + 2 * kSlotWarps * kRows * 4;
   static constexpr int kBarrierOffset = kRowScaleOffset + (kEightBit ? kRows * 4 : 0);
-  static constexpr int kSharedBytes = kBarrierOffset + (4 * kStages + 1) * 8;
+  static constexpr int kSharedBytes = kBarrierOffset + (4 * kStages + 2) * 8;
   // The merging kernel can wait for each result instead of for the end of this kernel.
   static constexpr bool kMayAwait = kBulk && kRows == 8;
   static_assert(kSlots % (16 * kSlotWarps) == 0 && kHeadSize % 32 == 0 && kTileBytes % 1024 == 0);
@@ -856,7 +856,7 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
 // what an earlier call left there. Lanes from `first_lane` of one warp take part.
 template <class C>
 __device__ __forceinline__ void mark_absent(const InjectedAttentionParams& p, uint32_t group, int head, int worker,
-                                            int first_lane) {
+                                            int first_lane, uint64_t* marked) {
   const int lane = threadIdx.x % 32;
   const uint32_t rows = min(static_cast<uint32_t>(C::kRows), static_cast<uint32_t>(p.num_queries) * group);
   const float absent = __uint_as_float(kAbsent);
@@ -871,7 +871,11 @@ __device__ __forceinline__ void mark_absent(const InjectedAttentionParams& p, ui
   __threadfence();
   __syncwarp(0xffffffffu << first_lane);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (lane == first_lane) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (lane == first_lane) {
+    // results come behind their marks
+    barrier_arrive(marked);
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  }
 #endif
 }
 
@@ -946,6 +950,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + C::kBarrierOffset);  // keys, values by turns
     uint64_t* const empty = full + 2 * C::kStages;
     uint64_t* const queries_issued = empty + 2 * C::kStages;
+    uint64_t* const marked = queries_issued + 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int head = blockIdx.x % p.kv_heads, worker = blockIdx.x / p.kv_heads;
     const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
@@ -968,6 +973,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           barrier_init(empty + i, C::kWarps);
         }
         barrier_init(queries_issued, C::kWarps);
+        barrier_init(marked, 1);
         barrier_init_fence();
         if (guess >= 0) {
 #pragma unroll 1
@@ -1002,7 +1008,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::kBulk) {
       if (warp == C::kWarps) {
         if (!C::kEightBit && lane != 0) {
-          if (C::kMayAwait && awaited && count > 0) mark_absent<C>(p, group, head, worker, 1);
+          if (C::kMayAwait && awaited && count > 0) mark_absent<C>(p, group, head, worker, 1, marked);
           return;
         }
         int stage = missed ? 1 : 0;
@@ -1043,11 +1049,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             // the queries' loads go first: behind a full ring they would take as long as the ring
             loaded = false;
             if (C::kEightBit && C::kMayAwait && awaited && first) {
-              mark_absent<C>(p, group, head, worker, 0);
+              mark_absent<C>(p, group, head, worker, 0, marked);
             }
             if (first) barrier_wait(queries_issued, 0);
             first = false;
           }
+        }
+        // no slots, no block
+        if (C::kEightBit && C::kMayAwait && awaited && first && count > 0) {
+          mark_absent<C>(p, group, head, worker, 0, marked);
         }
         return;
       }
@@ -1150,6 +1160,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           phase ^= 1;
         }
       }
+      if (C::kMayAwait && awaited) barrier_wait(marked, 0);
       finish_segment<C>(p, walk, group, head, worker, scale_log2, state, reinterpret_cast<float*>(queries_shared),
                         statistics);
       if constexpr (C::kBulk) {
@@ -1167,6 +1178,9 @@ constexpr int kMergeWarps = 4, kMergeThreads = 32 * kMergeWarps, kMergeLoads = 8
 static_assert(kMergeWarps * kMergeLoads == 32);
 // As long as more parts than this are absent, only their statistics are asked for.
 constexpr int kFewParts = 4;
+// Questions before the end of the kernel before is waited for after all: some 50 ms. Whatever the parts hold then is
+// taken, so that nothing can keep this kernel from ending.
+constexpr int kPatience = 1 << 16;
 
 __device__ __forceinline__ bool is_absent(float x) { return __float_as_uint(x) == kAbsent; }
 // What other blocks write at this time: never from the L1 cache.
@@ -1248,10 +1262,11 @@ __global__ void __launch_bounds__(kMergeThreads)
 #pragma unroll 1
     for (int base = 0; base < parts; base += 32) {
       float lse = -kInfinity;
+      int patience = kPatience;
       // only these while most are absent: reading all results again and again would slow the kernel before
       if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
       if (awaits && !rehearsal) {
-        while (__popc(__ballot_sync(0xffffffffu, is_absent(lse))) > kFewParts) {
+        while (__popc(__ballot_sync(0xffffffffu, is_absent(lse))) > kFewParts && --patience > 0) {
           if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
         }
       }
@@ -1270,7 +1285,11 @@ __global__ void __launch_bounds__(kMergeThreads)
       }
       if (awaits && !rehearsal) {
         bool absent = true;
-        while (__any_sync(0xffffffffu, absent)) {
+        while (__any_sync(0xffffffffu, absent) && patience >= 0) {
+          if (--patience <= 0) {
+            wait_for_kernel();
+            patience = -1;
+          }
           absent = is_absent(lse);
           if (absent) lse = load_strong(p.partial_lse + workspace_row(base + lane));
 #pragma unroll
