@@ -283,6 +283,8 @@ add_attention("generic", RAGGED, (4, 2), 128, BF16, "generic", True, False)
 add_attention("few queries", FEW, (8, 2), 128, BF16, None, True, False)
 add_attention("few queries", FEW, (7, 1), 64, FP16, None)
 add_attention("few queries", ([16], [(5, 4100)]), (4, 4), 128, BF16, None)
+# from 32 MB on, parts are merged as they come
+add_attention("one query, long memory", ([1], [(5, 9000)]), (32, 8), 128, BF16, None)
 add_attention("few queries", FEW, (4, 2), 48, FP32, None, True, False)
 add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 33, BF16, None, True, False)
 add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 80, FP16, None, True, False)
@@ -300,6 +302,7 @@ for _size, _rows, _queries, _slots, _dtype in (
     (96, 16, 1, 4000, FP16),
     (128, 16, 4, 4000, BF16),
     (256, 16, 1, 4000, BF16),
+    (128, 1, 1, 66000, BF16),
 ):
     _name = f"injected_attention_8bit {_rows} x {_queries}, {_slots} slots, {str(_dtype)[6:]}, heads of {_size}"
     _call = partial(attention_8bit, _rows, _queries, _slots, _size, _dtype)

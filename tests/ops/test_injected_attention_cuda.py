@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sharedllm_ext import reference
 from sharedllm_ext._library import cuda_kernels
+from sharedllm_ext.ops import dequantize_memory, injected_attention_8bit, quantize_memory
 from sharedllm_ext.ops.injected_attention import _plain, injected_attention, injected_attention_path
 from tests import sanitize
 
@@ -123,6 +124,44 @@ def test_few_queries_over_many_slots(queries: int, slots: int, generator: torch.
     arguments = build(spec, HALVES[slots % 2], CUDA, generator)
     poison_outside(arguments, owned)
     compare(arguments, generator)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("eight_bit", [False, True], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize(
+    ("heads", "size", "slots"), [((32, 8), 128, 9000), ((28, 4), 64, 36000), ((16, 4), 256, 8300)], ids=str
+)
+def test_one_row_of_a_long_memory(
+    heads: tuple[int, int],
+    size: int,
+    slots: int,
+    eight_bit: bool,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> None:
+    """Over 32 MB: parts are merged as they come, and the first block asked for is a guess that may be wrong."""
+    slots *= 2 if eight_bit else 1
+    rows = [(1, 0, slots), (1, 5, slots - 70), (2, 0, 700), (1, slots - 64, slots), (1, 7, 7), (1, 3, 40)]
+    for queries, begin, end in rows:
+        spec: Spec = ([queries], [(begin, end)], slots, *heads, size, size)
+        arguments = build(spec, dtype, CUDA, generator)
+        operator, same_arguments, exact_arguments = forward_op, arguments, oracle(arguments)
+        if eight_bit:
+            q, k, v, *rest = arguments
+            codes, scales = zip(quantize_memory(k), quantize_memory(v), strict=True)
+            same_arguments = [q, *(dequantize_memory(*x, dtype) for x in zip(codes, scales, strict=True)), *rest]
+            exact_arguments[1:3] = (dequantize_memory(*x, torch.float64) for x in zip(codes, scales, strict=True))
+            arguments, operator = [q, *codes, *scales, *rest], injected_attention_8bit
+        else:
+            owned = torch.zeros(slots, dtype=torch.bool)
+            owned[begin:end] = True
+            poison_outside(arguments, owned)
+        got = operator(*arguments)
+        same, exact = _plain(*same_arguments), reference.injected_attention(*exact_arguments)
+        for name, *values in zip(("out", "lse"), got, same, exact, strict=True):
+            check_error(name, *values)
+        for _ in range(3):
+            assert all(map(torch.equal, operator(*arguments), got))
 
 
 @pytest.mark.parametrize(
