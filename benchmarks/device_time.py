@@ -27,11 +27,11 @@ def flush_l2() -> None:
 
     The reads after the write matter: written lines that stay in the cache are written back during the next call, which
     would charge it for up to an L2 cache of traffic that is not its own. Several, to keep the device busy for longer
-    than the host needs to enqueue the call.
+    than a slow host needs to enqueue a call of several kernels through autograd.
     """
     written, read = _flush_buffers()
     written.zero_()
-    for _ in range(3):
+    for _ in range(9):
         read.max()
 
 
