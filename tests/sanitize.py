@@ -63,12 +63,11 @@ def attention(
     dtype: torch.dtype,
     path: str | None,
     backward: tuple[bool, ...] = (),
-    half: int | None = None,
+    by_copy_engine: bool = False,
 ) -> Callable[[], object]:
     """Forward, and backward with and without gradients of k and v, each with and without a gradient of lse."""
-    by_copy_engine = half is not None  # what a short memory's kernel does where all columns turn
-    if half is None:
-        half = size // 4 if size % 4 == 0 else 0
+    # the kernel for short memories, which stores results by the copy engine, is for all columns that turn
+    half = size // 2 if by_copy_engine else size // 4 if size % 4 == 0 else 0
     slots = max([end for _, end in ranges], default=0) + 3
     q, k, v = (
         noise(rows, count, size, dtype=dtype)
@@ -250,11 +249,18 @@ def add(name: str, operators: tuple[str, ...], prepare: Callable[[], Callable[[]
 
 
 def add_attention(
-    name: str, batch: Any, heads: Any, size: int, dtype: Any, path: str | None, *backward: bool, half: int | None = None
+    name: str,
+    batch: Any,
+    heads: Any,
+    size: int,
+    dtype: Any,
+    path: str | None,
+    *backward: bool,
+    by_copy_engine: bool = False,
 ) -> None:
     operators = ("injected_attention", *(("injected_attention_backward",) if backward else ()))
     full = f"injected_attention {name}, {str(dtype)[6:]}, {heads[0]}/{heads[1]} heads of {size}"
-    add(full, operators, partial(attention, *batch, heads, size, dtype, path, backward, half))
+    add(full, operators, partial(attention, *batch, heads, size, dtype, path, backward, by_copy_engine))
 
 
 for _dtype in (BF16, FP16):
@@ -272,8 +278,12 @@ for _size in (64, 96, 128, 256):
 add_attention("many tiles", ([600, 1, 33], [(3, 300), (0, 400), (5, 5)]), (32, 4), 128, BF16, None, False)
 # four rounds of tiles and as many slots as chained tiles take (on 132 multiprocessors), whoever loads their queries
 add_attention("tiles in a chain", ([2107], [(1, 4300)]), (32, 8), 128, BF16, None)
-add_attention("tiles in a chain, short", ([2107], [(1, 200)]), (32, 8), 128, BF16, None, True, False, half=64)
-add_attention("tiles in a chain, short", ([3700], [(1, 140)]), (28, 4), 64, FP16, None, True, False, half=32)
+add_attention(
+    "tiles in a chain, short", ([2107], [(1, 200)]), (32, 8), 128, BF16, None, True, False, by_copy_engine=True
+)
+add_attention(
+    "tiles in a chain, short", ([3700], [(1, 140)]), (28, 4), 64, FP16, None, True, False, by_copy_engine=True
+)
 add_attention("many tiles, short", ([2107], [(1, 200)]), (32, 8), 128, BF16, None)
 for _size in (64, 96, 128, 256):
     add_attention("portable", RAGGED, (4, 1), _size, BF16, "portable", True, False)

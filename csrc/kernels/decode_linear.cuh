@@ -314,6 +314,11 @@ cudaError_t launch(DecodeLinearParams p, int64_t first, const Device& device, cu
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (status != cudaSuccess) return status;
   }
+  bool overlap = device.overlap && p.overlap;
+  if (overlap) {
+    const cudaError_t status = code_waits(kernel, &overlap);
+    if (status != cudaSuccess) return status;
+  }
   const int64_t units = kGated ? p.num_outputs : (p.num_outputs + kUnit - 1) / kUnit;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -324,7 +329,7 @@ cudaError_t launch(DecodeLinearParams p, int64_t first, const Device& device, cu
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = device.overlap && p.overlap ? 1 : 0;
+  config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(pitch));
 }
 

@@ -55,7 +55,8 @@ inline int64_t injected_attention_backward_partial_elements(const InjectedAttent
 // grad_q_float and left it at that. Both take any float16 or bfloat16 problem with D a multiple of 8 up to 256,
 // pointers aligned to 16 bytes and q_stride a multiple of 8 elements; anything else is cudaErrorNotSupported.
 
-// Reads q, out, grad_out, lse, grad_lse; writes q_rotated, delta, lse_log2, and zeros into grad_q_float unless null.
+// Reads q, out, grad_out, lse, grad_lse; writes delta, lse_log2, and, where these are not null, q_rotated and zeros
+// into grad_q_float.
 cudaError_t launch_injected_attention_backward_prepare(const InjectedAttentionBackwardParams& params,
                                                        cudaStream_t stream);
 
@@ -67,7 +68,8 @@ cudaError_t launch_injected_attention_backward_finish(const InjectedAttentionBac
 cudaError_t launch_injected_attention_backward_finish_packed(const InjectedAttentionBackwardParams& params,
                                                              cudaStream_t stream);
 
-// grad_k and grad_v from the shares of kv_splits > 1 parts, in their order: the same bits every time.
+// grad_k and grad_v from the shares of kv_splits > 1 parts, or those of a tail's tiles from its pieces, in their order:
+// the same bits every time.
 cudaError_t launch_injected_attention_backward_sum_parts(const InjectedAttentionBackwardParams& params,
                                                          cudaStream_t stream);
 

@@ -2,7 +2,6 @@
 #include "kernels/common/instances.h"
 #include "kernels/injected_attention_backward.h"
 #include "kernels/injected_attention_backward_sm90.h"
-#include "kernels/injected_attention_sm90.h"
 
 namespace sharedllm {
 
@@ -40,7 +39,6 @@ cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParam
   params->kv_splits = 1;
   params->tail_shares = 0;
   const InjectedAttentionParams& forward = params->forward;
-  params->turns_keys = forward.rotary_half == 0 || injected_attention_sm90_turns_keys(forward);
   int processors = 0;
   const cudaError_t status = current_attribute(cudaDevAttrMultiProcessorCount, &processors);
   if (status != cudaSuccess) return status;

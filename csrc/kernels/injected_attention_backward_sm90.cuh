@@ -420,12 +420,13 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
                        kHeadSize / 2};
     };
     barrier_wait(slots_full, 0);
-    zero_non_finite_rows<T, Tile::kPanels, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, threadIdx.x - 128);
     const RotaryRow rotary = find_rotary(0);
     if (rotary.half > 0) {
-      __syncwarp();
       turn_keys_back<T, kHeadSize, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, rotary, threadIdx.x - 128);
+      __syncwarp();
     }
+    // behind the rotation, which may make a number infinite and never the other way round
+    zero_non_finite_rows<T, Tile::kPanels, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, threadIdx.x - 128);
     async_proxy_fence();
     named_barrier_sync(1, 128 * Tile::kWarpgroups);
     barrier_wait(slots_full + 1, 0);

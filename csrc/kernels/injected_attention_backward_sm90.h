@@ -6,12 +6,14 @@
 namespace sharedllm {
 
 // Sets params->kv_splits for the current device from what the host knows (T, S, the heads): how many blocks share the
-// queries of one tile of slots (kv_splits, tail_shares); and params->turns_keys. Only for wanted grad_k and grad_v.
+// queries of one tile of slots (kv_splits, tail_shares). Only for wanted grad_k and grad_v.
 cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParams* params);
 
 // After launch_injected_attention_backward_prepare on the same stream. Needs bfloat16 or float16, D of 64, 96, 128 or
-// 256, pointers aligned to 16 bytes, strides of k and v multiples of 8 elements, grad_k and grad_v both wanted or both
-// null; cudaErrorNotSupported for anything else.
+// 256, pointers aligned to 16 bytes, strides of k and v, with turns_keys of q as well, multiples of 8 elements, grad_k
+// and grad_v both wanted or both null; cudaErrorNotSupported for anything else.
+//
+// turns_keys, for all three gradients: one batch row all of whose columns turn (2 * rotary_half == D), or no rotation.
 //
 // grad_k null: writes grad_q, with the same bits in every run; grad_q_float is not used.
 // grad_k wanted: writes all three, grad_q from sums in grad_q_float (in an order of its own), added in any order.

@@ -45,8 +45,9 @@ struct InjectedAttentionSm90Params : InjectedAttentionParams {
 };
 
 // Cuts the work for the current device, from what the host knows (T, B, S): everything but the pointers to partial
-// results. Needs compute capability 9.0, bfloat16 or float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and
-// strides to 8 elements, T > 0, fewer than 2^31 packed rows, slots and tiles; cudaErrorNotSupported for anything else.
+// results and, with turned_rows > 0, to turned_keys, which is null otherwise. Needs compute capability 9.0, bfloat16 or
+// float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and strides to 8 elements, T > 0, fewer than 2^31
+// packed rows, slots and tiles; cudaErrorNotSupported for anything else.
 cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params);
 
 // Whether the plan turns keys back, as the gradients then have to: scores of turned queries and of turned keys differ

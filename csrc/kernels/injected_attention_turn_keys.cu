@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t launch_injected_attention_turn_keys(const InjectedAttentionParams& p, float factor, void* turned,
                                                 cudaStream_t stream) {
-  if (p.num_rows != 1 || p.num_slots > kMostBulkSlots) return cudaErrorInvalidValue;
   const int64_t chunks = p.num_slots * p.kv_heads * (p.head_size / 8), blocks = (chunks + kThreads - 1) / kThreads;
+  if (p.num_rows != 1 || p.num_slots > kMostBulkSlots || chunks > INT32_MAX) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
   return with_instance(p.type, p.head_size, [&](auto number, auto size) {
     turn_keys<decltype(number), size()>

@@ -242,25 +242,29 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   // the fused kernel for Hopper keeps two gradients of a tile in registers, and the heads of a query together
   if (slots_wanted && (f.head_size == 256 || f.q_heads / f.kv_heads > 64)) path = Path::kPortable;
   p.kv_splits = 1;
+  Tensor turned_keys;
 #if defined(SHAREDLLM_SM90A)
-  if (slots_wanted && path == Path::kSm90) check_launch(name, plan_injected_attention_backward_sm90(&p));
+  if (path == Path::kSm90) {
+    // scores have to be rounded as the forward pass rounded them
+    const bool turned =
+        f.rotary_half > 0 && choose_path(f, device, false) == Path::kSm90 && injected_attention_sm90_turns_keys(f);
+    p.turns_keys = turned || f.rotary_half == 0;
+    if (slots_wanted) {
+      check_launch(name, plan_injected_attention_backward_sm90(&p));
+    } else if (turned) {
+      // the same problem without rotation
+      turned_keys = allocate(like, {f.num_slots, f.kv_heads, f.head_size});
+      check_launch(name, launch_injected_attention_turn_keys(f, 1.0f, turned_keys.mutable_data_ptr(), stream));
+      f.k = turned_keys.const_data_ptr();
+      Arguments::head_strides(turned_keys, f.k_stride);
+      f.rotary_half = 0;
+    }
+  }
 #endif
   if (slots_wanted && path != Path::kSm90) check_launch(name, plan_injected_attention_backward_portable(&p));
 
   // freed when this returns: torch hands it only to work queued later on the same stream
   const int64_t rows = f.num_queries * f.q_heads;
-  Tensor turned_keys;
-#if defined(SHAREDLLM_SM90A)
-  if (!slots_wanted && path == Path::kSm90 && injected_attention_sm90_turns_keys(f)) {
-    // the same problem without rotation
-    turned_keys = allocate(like, {f.num_slots, f.kv_heads, f.head_size});
-    check_launch(name, launch_injected_attention_turn_keys(f, 1.0f, turned_keys.mutable_data_ptr(), stream));
-    f.k = turned_keys.const_data_ptr();
-    Arguments::head_strides(turned_keys, f.k_stride);
-    f.rotary_half = 0;
-    p.turns_keys = true;
-  }
-#endif
   Tensor q_rotated, per_row, grad_q_float, partial_grad_kv;
   const auto prepare = [&] {
     if (!p.turns_keys) {

@@ -351,6 +351,25 @@ def test_other_rows_do_not_leak(path: str, bad: float, generator: torch.Generato
                     check_same_gradient(name, x[part], y[part])
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_large_numbers_in_other_slots_do_not_leak(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """A rotation makes them infinite."""
+    multiprocessors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    queries = 2 * multiprocessors * 128 // 8 + 37
+    arguments = build(([queries], [(70, 370)], 450, 8, 2, 128, 128), dtype, CUDA, generator)
+    grad_out = torch.randn(arguments[0].shape, generator=generator).to(arguments[0])
+    results = []
+    for _ in range(2):
+        out, lse = forward_op(*arguments)
+        rest = (*arguments[:3], out, lse, *arguments[3:])
+        results.append([out, lse, *(x for need in (True, False) for x in backward_op(grad_out, None, *rest, need))])
+        for x in arguments[1:3]:
+            x[:70], x[370:] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+    for i, (clean, spoiled) in enumerate(zip(*results, strict=True)):
+        if clean.numel():
+            check_same_gradient(str(i), spoiled, clean)
+
+
 def test_gradients_of_slots_that_no_row_reads_are_zero(generator: torch.Generator) -> None:
     spec, owned = ragged([70, 2, 0], [65, 33, 40], (8, 2), 128)
     owned[spec[1][2][0] : spec[1][2][1]] = False

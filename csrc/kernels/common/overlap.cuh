@@ -30,9 +30,23 @@ inline cudaError_t can_overlap(int device, bool* can) {
   return status;
 }
 
+// Whether the code of a kernel that this device runs waits for the kernel before it: what was compiled for less than
+// 9.0, as PTX for newer devices may be, does not.
+template <class Kernel>
+cudaError_t code_waits(Kernel kernel, bool* waits) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  *waits = status == cudaSuccess && attributes.ptxVersion >= 90;
+  return status;
+}
+
 template <class Kernel, class... Params>
 cudaError_t launch_after(Kernel kernel, int64_t blocks, int threads, int shared_bytes, bool overlap,
                          cudaStream_t stream, const Params&... params) {
+  if (overlap) {
+    const cudaError_t status = code_waits(kernel, &overlap);
+    if (status != cudaSuccess) return status;
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
