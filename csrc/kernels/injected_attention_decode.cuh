@@ -1466,8 +1466,9 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
   const uint64_t hint = bytes > kLarge ? kEvictNormal : kEvictFirst;
   // Waiting for parts instead of the kernel's end saves 1 us for 67 MB; for less the merging kernel comes too late, and
   // for more its asking again and again costs more than it saves (3 us of 183 for 537 MB).
+  // With few parts there is nothing to ask for but all results, all the time.
   constexpr int64_t kSmall = int64_t{32} << 20;
-  const bool awaits = C::kMayAwait && p.splits > 1 && p.num_rows == 1 &&
+  const bool awaits = C::kMayAwait && p.splits >= 2 * kFewParts && p.num_rows == 1 &&
                       p.num_queries * (p.q_heads / p.kv_heads) <= C::kRows && bytes >= kSmall && bytes <= kLarge;
   attend<C>
       <<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps, kernel_scales, hint, awaits);
