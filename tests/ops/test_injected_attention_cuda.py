@@ -129,7 +129,9 @@ def test_few_queries_over_many_slots(queries: int, slots: int, generator: torch.
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["16 bits", "8 bits"])
 @pytest.mark.parametrize(
-    ("heads", "size", "slots"), [((32, 8), 128, 9000), ((28, 4), 64, 36000), ((16, 4), 256, 8300)], ids=str
+    ("heads", "size", "slots"),
+    [((32, 8), 128, 9000), ((28, 4), 64, 36000), ((16, 4), 256, 8300), ((32, 32), 128, 4352), ((16, 16), 128, 5000)],
+    ids=str,
 )
 def test_one_row_of_a_long_memory(
     heads: tuple[int, int],
@@ -143,7 +145,9 @@ def test_one_row_of_a_long_memory(
     slots *= 2 if eight_bit else 1
     rows = [(1, 0, slots), (1, 5, slots - 70), (2, 0, 700), (1, slots - 64, slots), (1, 7, 7), (1, 3, 40)]
     for queries, begin, end in rows:
-        spec: Spec = ([queries], [(begin, end)], slots, *heads, size, size)
+        # as self-attention is decoded: no rotation
+        rotary = 0 if heads[0] == heads[1] else size
+        spec: Spec = ([queries], [(begin, end)], slots, *heads, size, rotary)
         arguments = build(spec, dtype, CUDA, generator)
         operator, same_arguments, exact_arguments = forward_op, arguments, oracle(arguments)
         if eight_bit:
