@@ -107,7 +107,8 @@ def injected_attention(
 def injected_attention_path(name: str) -> Iterator[None]:
     """Force a CUDA kernel of :func:`injected_attention` for the whole process, for tests and benchmarks.
 
-    A path that cannot run a call (another GPU, element type or head size) leaves it to the usual choice.
+    A path that cannot run a call (another GPU, element type or head size) leaves it to the usual choice. The two passes
+    of one problem belong on one path: gradients round scores as that path's forward pass does.
 
     Args:
         name: ``auto`` (the usual choice), ``sm90``, ``portable``, ``decode`` or ``generic``.
