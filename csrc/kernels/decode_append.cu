@@ -79,15 +79,10 @@ __global__ void __launch_bounds__(kThreads) append(const __grid_constant__ Decod
 
 template <class T>
 cudaError_t launch(const DecodeAppendParams& p, cudaStream_t stream) {
-  int device = 0;
-  bool overlap = false;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = can_overlap(device, &overlap);
-  if (status != cudaSuccess) return status;
   const int64_t tasks = p.rows * (p.q_heads + int64_t{2} * p.kv_heads);
   const int64_t blocks = (tasks + kThreads / 32 - 1) / (kThreads / 32);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_after(append<T>, blocks, kThreads, 0, overlap && p.overlap, stream, p);
+  return launch_after(append<T>, blocks, kThreads, 0, p.overlap, stream, p);
 }
 
 }  // namespace

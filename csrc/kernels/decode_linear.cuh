@@ -296,7 +296,6 @@ int64_t pitch_of(int64_t inner) {
 struct Device {
   int multiprocessors = 0;
   int shared_limit = 0;
-  bool overlap = false;
 };
 
 // Rows `first` .. `first + kRows - 1` of x.
@@ -314,23 +313,9 @@ cudaError_t launch(DecodeLinearParams p, int64_t first, const Device& device, cu
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (status != cudaSuccess) return status;
   }
-  bool overlap = device.overlap && p.overlap;
-  if (overlap) {
-    const cudaError_t status = code_waits(kernel, &overlap);
-    if (status != cudaSuccess) return status;
-  }
   const int64_t units = kGated ? p.num_outputs : (p.num_outputs + kUnit - 1) / kUnit;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(device.multiprocessors, units)));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(pitch));
+  return launch_after(kernel, std::min<int64_t>(device.multiprocessors, units), kThreads, static_cast<int>(bytes),
+                      p.overlap, stream, p, static_cast<int>(pitch));
 }
 
 // As many rows at once as there are and as fit.
@@ -392,7 +377,6 @@ cudaError_t launch_all(const DecodeLinearParams& p, cudaStream_t stream) {
   if (status == cudaSuccess) {
     status = cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
-  if (status == cudaSuccess) status = can_overlap(index, &device.overlap);
   if (status != cudaSuccess) return status;
   if (p.gated) {
     return is_aligned<T>(p) ? launch_rows<T, true, true>(p, device, stream)

@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/attention_rows.cuh"
-#include "kernels/common/instances.h"
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/query_rotation.cuh"
 #include "kernels/common/query_sums.h"
@@ -207,14 +206,6 @@ cudaError_t launch_prepare(const InjectedAttentionBackwardParams& p, cudaStream_
   return cudaGetLastError();
 }
 
-// Kernels that wait for the one before themselves.
-template <class Kernel, class... Params>
-cudaError_t launch_overlapped(Kernel kernel, int64_t blocks, cudaStream_t stream, const Params&... params) {
-  int major = 0;
-  const cudaError_t status = current_attribute(cudaDevAttrComputeCapabilityMajor, &major);
-  return status != cudaSuccess ? status : launch_after(kernel, blocks, kThreads, 0, major >= 9, stream, params...);
-}
-
 cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, bool packed, cudaStream_t stream) {
   const InjectedAttentionParams& f = p.forward;
   if (!is_supported(f) || !is_aligned(p.grad_q_float) || !is_aligned(p.grad_q)) return cudaErrorNotSupported;
@@ -225,7 +216,7 @@ cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, bool packed,
   const bool bfloat16 = f.type == FloatType::kBFloat16;
   if (packed) {
     auto* const kernel = bfloat16 ? finish_packed_kernel<__nv_bfloat16> : finish_packed_kernel<__half>;
-    return launch_overlapped(kernel, blocks, stream, p);
+    return launch_after(kernel, blocks, kThreads, 0, true, stream, p);
   }
   auto* const kernel = bfloat16 ? finish_kernel<__nv_bfloat16> : finish_kernel<__half>;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
@@ -257,7 +248,7 @@ cudaError_t launch_sum_partial(const InjectedAttentionBackwardParams& p, cudaStr
   const int64_t blocks = (2 * quads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch_overlapped(sum_partial_kernel<T>, blocks, stream, p, quads);
+  return launch_after(sum_partial_kernel<T>, blocks, kThreads, 0, true, stream, p, quads);
 }
 
 // The same for the tiles of a tail, from the shares of their pieces.
@@ -298,7 +289,7 @@ cudaError_t launch_sum_tail(const InjectedAttentionBackwardParams& p, cudaStream
   const int64_t blocks = (2 * quads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch_overlapped(sum_tail_kernel<T>, blocks, stream, p, tail);
+  return launch_after(sum_tail_kernel<T>, blocks, kThreads, 0, true, stream, p, tail);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/instances.h"
 #include "kernels/common/mma.cuh"
+#include "kernels/common/overlap.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/injected_attention_decode.h"
@@ -1423,11 +1424,11 @@ cudaError_t prepare_kernel() {
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (prepared.load(std::memory_order_relaxed) & bit) return cudaSuccess;
   if (C::kBulk) {
-    cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, attend<C>);
+    bool waits = false;
+    status = code_waits(attend<C>, &waits);
     if (status != cudaSuccess) return status;
     // compiled for less, the kernel is empty
-    if (attributes.ptxVersion < 90) return cudaErrorNotSupported;
+    if (!waits) return cudaErrorNotSupported;
   }
   status = cudaFuncSetAttribute(attend<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (status != cudaSuccess) return status;

@@ -397,7 +397,7 @@ cudaError_t launch_any(const NodeVectorsParams& p, cudaStream_t stream) {
                       : p.head_size <= 128 ? node_vectors_any<T, 16>
                                            : node_vectors_any<T, 32>;
   const int64_t blocks = (p.workers * p.units + kAnyWarps - 1) / kAnyWarps;
-  return launch_after(kernel, blocks, 32 * kAnyWarps, 0, p.overlap, stream, p);
+  return launch_after(kernel, blocks, 32 * kAnyWarps, 0, true, stream, p);
 }
 
 template <class T>
@@ -428,7 +428,7 @@ cudaError_t launch_merge(const NodeVectorsParams& p, cudaStream_t stream) {
                       : p.head_size <= 128 ? node_vectors_merge<T, 4, 1>
                                            : node_vectors_merge<T, 4, 2>;
   const int64_t blocks = (p.workers - 1) * num_levels(p) * p.kv_heads;
-  return launch_after(kernel, blocks, 32 * kMergeWarps, 0, p.overlap, stream, p);
+  return launch_after(kernel, blocks, 32 * kMergeWarps, 0, true, stream, p);
 }
 
 // Bytes of shared memory, 0 for a head size that the tensor cores' kernel does not take.
@@ -472,7 +472,6 @@ cudaError_t plan_node_vectors(NodeVectorsParams* params) {
   };
   ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (status == cudaSuccess) status = can_overlap(device, &p.overlap);
   if (status != cudaSuccess) return status;
 
   const int rows = num_levels(p) * (p.q_heads / p.kv_heads);

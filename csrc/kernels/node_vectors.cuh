@@ -614,7 +614,7 @@ cudaError_t launch_tensor(const NodeVectorsParams& p, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   const int64_t blocks = (p.workers * p.units + p.warps - 1) / p.warps;
-  return launch_after(kernel, blocks, 32 * p.warps, bytes, p.overlap, stream, p);
+  return launch_after(kernel, blocks, 32 * p.warps, bytes, true, stream, p);
 }
 
 #endif  // __CUDACC__

@@ -45,7 +45,6 @@ struct NodeVectorsParams {
   int32_t warps, stages;   // of a block with tensor cores; tiles that a warp keeps in shared memory
   int32_t units;           // warps that share one worker's tokens: key/value heads times groups of query rows
   int64_t workers;         // equal shares of all tokens
-  bool overlap;            // kernels start while the one before ends (compute capability 9.0)
   int64_t workspace_size;  // bytes
   void* workspace;         // allocated by the caller after the plan, 16-byte aligned
 };

@@ -308,7 +308,6 @@ cudaError_t plan_topk_nodes(TopkNodesParams* params) {
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) status = can_overlap(device, &p.overlap);
   if (status != cudaSuccess) return status;
 
   const int64_t element = p.type == FloatType::kFloat32 ? 4 : 2;
@@ -339,7 +338,7 @@ cudaError_t launch_topk_nodes(const TopkNodesParams& p, cudaStream_t stream) {
                              : p.type == FloatType::kBFloat16 ? launch_tiles<__nv_bfloat16>(p, config)
                                                               : launch_tiles<__half>(p, config);
   if (status != cudaSuccess || p.merges == 0) return status;
-  return launch_after(topk_nodes_merge, p.merges, kMergeThreads, 0, p.overlap, stream, p);
+  return launch_after(topk_nodes_merge, p.merges, kMergeThreads, 0, true, stream, p);
 }
 
 }  // namespace sharedllm

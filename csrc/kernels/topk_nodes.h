@@ -36,7 +36,6 @@ struct TopkNodesParams {
   int64_t tiles;    // blocks
   int64_t partial;  // candidates that a tile keeps of a group that it shares with its neighbours
   int64_t merges;   // blocks of the second kernel: one to a group, or to a border between tiles if these are fewer
-  bool overlap;     // the second kernel starts while the first ends
   int64_t workspace_size;  // number of workspace elements
   uint64_t* workspace;     // [2, partial, tiles]; allocated by the caller after the plan
 };

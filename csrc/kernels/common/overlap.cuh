@@ -22,16 +22,8 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// Whether a device can overlap kernels.
-inline cudaError_t can_overlap(int device, bool* can) {
-  int major = 0;
-  const cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  *can = major >= 9;
-  return status;
-}
-
 // Whether the code of a kernel that this device runs waits for the kernel before it: what was compiled for less than
-// 9.0, as PTX for newer devices may be, does not.
+// 9.0, for an older device or as PTX for newer ones, does not.
 template <class Kernel>
 cudaError_t code_waits(Kernel kernel, bool* waits) {
   cudaFuncAttributes attributes{};
@@ -40,6 +32,7 @@ cudaError_t code_waits(Kernel kernel, bool* waits) {
   return status;
 }
 
+// Launches a kernel; with `overlap` it may start while the one before it ends, if its code waits for that.
 template <class Kernel, class... Params>
 cudaError_t launch_after(Kernel kernel, int64_t blocks, int threads, int shared_bytes, bool overlap,
                          cudaStream_t stream, const Params&... params) {
