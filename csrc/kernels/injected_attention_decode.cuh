@@ -647,13 +647,19 @@ __device__ __forceinline__ void multiply_values(uint32_t values, int valid, cons
   }
 }
 
+// The power of 2 that a row's queries are divided by for products with 8-bit keys: in float16 they then keep all bits
+// of float16 and bfloat16. 0 for what is too small to be divided by.
+__device__ __forceinline__ float query_divisor(float largest) {
+  return __uint_as_float(__float_as_uint(largest) & 0x7f800000u);
+}
+
 // Queries of a tile to shared memory, rotated in float32 and rounded once, rows behind the batch row's end as zeros;
 // the consumers take part. A thread turns pairs (i, i + R/2), then what is behind the rotated columns. 8-bit: divided
-// by the largest of the row, which goes to row_scales.
+// by query_divisor() of the row's largest, which goes to row_largest.
 template <class C>
 __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, const RowSpan& span, uint32_t tile,
                                              uint32_t group, int head, uint8_t* queries, float factor,
-                                             float* row_scales, uint64_t* issued = nullptr) {
+                                             float* row_largest, uint64_t* issued = nullptr) {
   using T = typename C::T;
   constexpr int kPairs = C::kHeadSize / 2, kItems = C::kRows * kPairs / C::kConsumers;
   constexpr int kTogether = kItems % 4 == 0 ? 4 : kItems % 3 == 0 ? 3 : 2;
@@ -693,14 +699,14 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
     turn(r, pair, raw, x);
   };
   if constexpr (C::kEightBit) {
-    for (int r = threadIdx.x; r < C::kRows; r += C::kConsumers) row_scales[r] = 0;
+    for (int r = threadIdx.x; r < C::kRows; r += C::kConsumers) row_largest[r] = 0;
     sync_consumers<C::kConsumers>();
 #pragma unroll 4
     for (int item = threadIdx.x; item < C::kRows * kPairs; item += C::kConsumers) {
       float x[2];
       rotated(item / kPairs, item % kPairs, x);
       // positive floats are ordered like their bits, and NaN is above all
-      atomicMax(reinterpret_cast<unsigned*>(row_scales + item / kPairs),
+      atomicMax(reinterpret_cast<unsigned*>(row_largest + item / kPairs),
                 max(__float_as_uint(fabsf(x[0])), __float_as_uint(fabsf(x[1]))));
     }
     sync_consumers<C::kConsumers>();
@@ -728,8 +734,8 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
     for (int j = 0; j < kTogether; ++j) {
       const int item = (first + j) * C::kConsumers + threadIdx.x, r = item / kPairs, pair = item % kPairs;
       const bool turns = pair < p.rotary_half;
-      const float largest = C::kEightBit ? row_scales[r] : 1.0f;
-      const float inverse = largest == 0.0f ? 0.0f : 1.0f / largest;
+      const float divisor = C::kEightBit ? query_divisor(row_largest[r]) : 1.0f;
+      const float inverse = divisor == 0.0f ? 0.0f : 1.0f / divisor;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         int column = turns ? pair + i * p.rotary_half : 2 * pair + i;
@@ -947,7 +953,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     uint8_t* const queries_shared = shared + C::kRingBytes;
     float* const tile_scales = reinterpret_cast<float*>(shared + C::kScaleOffset);
     float* const statistics = reinterpret_cast<float*>(shared + C::kStatisticsOffset);
-    float* const row_scales = reinterpret_cast<float*>(shared + C::kRowScaleOffset);
+    float* const row_largest = reinterpret_cast<float*>(shared + C::kRowScaleOffset);
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + C::kBarrierOffset);  // keys, values by turns
     uint64_t* const empty = full + 2 * C::kStages;
     uint64_t* const queries_issued = empty + 2 * C::kStages;
@@ -1024,7 +1030,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               uint64_t* const barrier = full + 2 * stage + i;
-              barrier_wait(empty + 2 * stage + i, phase);
+              // A block guessed right has its stage already. The consumers may have done with it by now: to wait for
+              // an empty stage would be to wait for its next use.
+              if (!loaded) barrier_wait(empty + 2 * stage + i, phase);
               if ((!C::kEightBit || lane == 0) && !loaded) {
                 barrier_arrive_expect(barrier, C::kTileBytes);
                 load_box(shared + (2 * stage + i) * C::kTileBytes, i == 0 ? &maps.key : &maps.value, barrier, 0, 0,
@@ -1095,7 +1103,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 #pragma unroll 1
     while (walk.next(p, group)) {
-      load_queries<C>(p, walk.span, walk.tile, group, head, queries_shared, query_factor, row_scales,
+      load_queries<C>(p, walk.span, walk.tile, group, head, queries_shared, query_factor, row_largest,
                       C::kBulk && first ? queries_issued : nullptr);
       if constexpr (C::kBulk) {
         first = false;
@@ -1109,7 +1117,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            row_scale[n][i] = row_scales[row_warp * C::kWarpRows + n * 8 + lane % 4 * 2 + i] * full_scale_log2;
+            const int r = row_warp * C::kWarpRows + n * 8 + lane % 4 * 2 + i;
+            row_scale[n][i] = query_divisor(row_largest[r]) * full_scale_log2;
           }
         }
       }
@@ -1467,9 +1476,8 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
   const uint64_t hint = bytes > kLarge ? kEvictNormal : kEvictFirst;
   // Waiting for parts instead of the kernel's end saves 1 us for 67 MB; for less the merging kernel comes too late, and
   // for more its asking again and again costs more than it saves (3 us of 183 for 537 MB).
-  // With few parts there is nothing to ask for but all results, all the time.
   constexpr int64_t kSmall = int64_t{32} << 20;
-  const bool awaits = C::kMayAwait && p.splits >= 2 * kFewParts && p.num_rows == 1 &&
+  const bool awaits = C::kMayAwait && p.splits > 1 && p.num_rows == 1 &&
                       p.num_queries * (p.q_heads / p.kv_heads) <= C::kRows && bytes >= kSmall && bytes <= kLarge;
   attend<C>
       <<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps, kernel_scales, hint, awaits);
