@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -714,3 +716,34 @@ def test_steps_ahead_on_cuda(ahead: list[str], monkeypatch: pytest.MonkeyPatch) 
         assert (outs[0] == outs[1]).all(0)[:14].all() or number > 0
     # the very first step loads the kernels, later memories and cache lengths start with a graph
     assert ahead.count("run") == 1 and ahead.count("taken") == 6 * 19 - 1
+
+
+LONG_CACHE = """
+import sys, time, torch
+from transformers import LlamaConfig
+from sharedllm_ext import SharedLLMConfig, SharedLLMForCausalLM
+
+heads, tokens = map(int, sys.argv[1:])
+sizes = {"hidden_size": 4096, "intermediate_size": 256, "num_attention_heads": 32, "num_key_value_heads": heads}
+text_config = LlamaConfig(num_hidden_layers=2, vocab_size=1000, max_position_embeddings=32768, **sizes)
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("cuda"):
+    model = SharedLLMForCausalLM(SharedLLMConfig(text_config=text_config, injection_layers=1, window=32768)).eval()
+ids = torch.randint(3, 1000, (1, tokens), device="cuda")
+begin = None
+while begin is None or time.monotonic() < begin + 4:
+    model.generate(ids, max_new_tokens=33, do_sample=False, pad_token_id=0, eos_token_id=None)
+    torch.cuda.synchronize()
+    begin = begin or time.monotonic()
+"""
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize(("heads", "tokens"), [(32, 4096), (8, 16384)])
+def test_steps_over_a_long_cache_end(heads: int, tokens: int) -> None:
+    """Some thousand calls over 67 MB a layer, right behind a prompt each time, where blocks of a kernel start at
+    different times; in a process of its own, because a kernel that waits forever cannot be stopped otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_CACHE, str(heads), str(tokens)], check=False, capture_output=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr.decode()
