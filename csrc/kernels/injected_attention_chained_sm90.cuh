@@ -195,6 +195,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
                            kEvictFirst);
           }
         }
+        // no lane may ask for a phase when the others' tiles have brought the next one
+        __syncwarp();
         query.advance();
       }
 #pragma unroll 1

@@ -1086,6 +1086,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       if (!missed) return;
       barrier_wait(full, 0);
       barrier_wait(full + 1, 0);
+      // all lanes have seen this phase before the next one can come
+      __syncwarp();
       if (lane == 0) {
         barrier_arrive(empty);
         barrier_arrive(empty + 1);

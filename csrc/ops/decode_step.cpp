@@ -49,14 +49,17 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   std::optional<Tensor> biases[kDecodeLinearMatrices] = {bias, bias2, bias3};
   const char* const names[kDecodeLinearMatrices] = {"weight", "weight2", "weight3"};
   const char* const bias_names[kDecodeLinearMatrices] = {"bias", "bias2", "bias3"};
+  bool copied = false;
   for (int i = 0; i < kDecodeLinearMatrices; ++i) {
     if (!weights[i]) {
       check(!biases[i], bias_names[i], ": expected none without ", names[i], ", got one");
       continue;
     }
     check_cuda_tensor(names[i], *weights[i], {-1, p.inner}, dtype, device);
+    const void* const given = weights[i]->const_data_ptr();
     weights[i] = with_dense_rows(*weights[i]);
     p.weight[i] = weights[i]->const_data_ptr();
+    copied |= p.weight[i] != given;
     p.weight_stride[i] = weights[i]->size(0) > 1 ? weights[i]->stride(0) : p.inner;
     p.outputs[i] = weights[i]->size(0);
     p.num_outputs += p.outputs[i];
@@ -75,8 +78,10 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   }
   if (norm_weight) {
     check_cuda_tensor("norm_weight", *norm_weight, {p.inner}, dtype, device);
+    const void* const given = norm_weight->const_data_ptr();
     norm_weight = dense(*norm_weight);
     p.norm_weight = norm_weight->const_data_ptr();
+    copied |= p.norm_weight != given;
   }
   if (residual) {
     check_cuda_tensor("residual", *residual, {p.rows, p.num_outputs}, dtype, device);
@@ -90,7 +95,8 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   p.out = out.mutable_data_ptr();
   p.eps = static_cast<float>(eps);
   p.gated = gated;
-  p.overlap = overlap;
+  // what the kernel reads before it waits must not be the copy that the kernel in front of it makes
+  p.overlap = overlap && !copied;
   describe_prefetch(prefetch, prefetch_bytes, &p.prefetch, &p.prefetch_bytes);
   const cudaError_t status = launch_decode_linear(p, current_stream(device));
   check(status != cudaErrorInvalidValue, "x: expected rows that fit into shared memory, got ", p.inner, " elements");

@@ -718,6 +718,18 @@ def test_steps_ahead_on_cuda(ahead: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert ahead.count("run") == 1 and ahead.count("taken") == 6 * 19 - 1
 
 
+def test_the_default_dtype_does_not_matter(counted: list[int]) -> None:
+    model, context, text = builders.model(), builders.ids(1, 90), builders.ids(1, 9)
+    outs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            outs.append(model.generate(text, context_ids=context, do_sample=False, **STEPS))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*outs) and len(counted) == 38
+
+
 LONG_CACHE = """
 import sys, time, torch
 from transformers import LlamaConfig

@@ -141,6 +141,21 @@ def test_linear_overlap_and_prefetch(device: torch.device, generator: torch.Gene
             assert torch.equal(x, expected)
 
 
+def test_linear_overlap_with_weights_that_are_copied(device: torch.device, generator: torch.Generator) -> None:
+    """The kernel in front is then the copy, whose results may not be read before it has ended."""
+    case = _case(generator, device, torch.bfloat16, 1, 4096, (2048,), "n")
+    expected = None
+    for turn in range(40):
+        # other numbers in the same memory, so that what the last turn left there shows
+        factor = 2.0 ** (turn % 3)
+        data = dict(case)
+        data["weights"] = [(case["weights"][0] * factor).T.contiguous().T]
+        data["norm_weight"] = torch.stack((case["norm_weight"],) * 2, 1)[:, 0]
+        got = decode_linear(**data, overlap=True) / factor
+        expected = got if expected is None else expected
+        assert torch.equal(got, expected)
+
+
 def test_linear_nan_stays_in_its_row(device: torch.device, generator: torch.Generator) -> None:
     for kind in ("", "n"):
         data = _case(generator, device, torch.bfloat16, 3, 512, (40,), kind)

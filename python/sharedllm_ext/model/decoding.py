@@ -282,7 +282,9 @@ class DecodeRunner:
         self._tables = model._rope_tables(cache.layers[0].capacity, device)
         size = model.model.layers[0].self_attn.head_dim
         # queries are rotated when the cache gets their key
-        self._no_rotation = (torch.ones(1, size // 2, device=device), torch.zeros(1, size // 2, device=device))
+        # not in the default dtype, which may be another one
+        angle = torch.zeros(1, size // 2, dtype=torch.float32, device=device)
+        self._no_rotation = (angle.cos(), angle.sin())
         self._no_position = torch.zeros(batch, dtype=torch.int64, device=device)
         self._cu_q = torch.arange(batch + 1, device=device)
         self._length = torch.zeros(batch, dtype=torch.int64, device=device)
