@@ -1,6 +1,7 @@
 """What a user can get wrong with the model, and the message that comes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,10 +35,13 @@ def _load(change: Callable[[dict[str, torch.Tensor]], None]) -> None:
 
 
 CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
-    "input_ids: floats": (lambda m: m(IDS.float()), r"input_ids: expected integer token ids, got dtype torch.float32"),
+    "input_ids: floats": (
+        lambda m: m(IDS.float()),
+        r"input_ids: expected integer token ids .int64 or int32., got dtype torch.float32",
+    ),
     "context_ids: NaN": (
         lambda m: m(IDS, context_ids=torch.full((2, 4), float("nan"))),
-        r"context_ids: expected integer token ids, got dtype torch.float32",
+        r"context_ids: expected integer token ids .int64 or int32., got dtype torch.float32",
     ),
     "input_ids: one dimension": (lambda m: m(IDS[0]), r"input_ids: expected shape \[batch, tokens\], got \(6,\)"),
     "context_ids: by chunk": (
@@ -72,15 +76,48 @@ CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
     ),
     "context: other batch": (
         lambda m: m(IDS, context_ids=CONTEXT[:1]),
-        r"query_ids: expected 1 rows, one for each row of context_ids, got 2",
+        r"context_ids: expected 2 rows, one for each row of input_ids, got 1",
     ),
+    "generate: other batch": (
+        lambda m: m.generate(IDS, context_ids=CONTEXT[:1], max_new_tokens=1),
+        r"context_ids: expected 2 rows, one for each row of input_ids, got 1",
+    ),
+    "mask of the running text": (
+        lambda m: m(IDS, context_ids=CONTEXT, attention_mask=torch.ones(2, 5)),
+        r"attention_mask: expected the shape of input_ids .2, 6., got .2, 5.",
+    ),
+    "input_ids: small integers": (lambda m: m.compress(CONTEXT.to(torch.uint16)), r"int64 or int32.*torch.uint16"),
+    "no running text": (
+        lambda m: m(IDS[:, :0], context_ids=CONTEXT),
+        r"input_ids: expected at least one token a row, got shape .2, 0.",
+    ),
+    "generate: no running text": (
+        lambda m: m.generate(IDS[:, :0], context_ids=CONTEXT),
+        r"input_ids: expected at least one token a row, got shape .2, 0.",
+    ),
+    "misspelt context": (lambda m: m(IDS, contxt_ids=CONTEXT), r"expected context_ids.*got 'contxt_ids'"),
+    "context": (lambda m: m(IDS, context=CONTEXT), r"expected context_ids.*got 'context'"),
+    "labels: floats": (lambda m: m(IDS, labels=IDS.float()), r"labels: expected dtype torch.int64, got torch.float32"),
+    "labels: out of vocabulary": (
+        lambda m: m(IDS, labels=IDS + 123),
+        r"labels: expected token ids from 0 to 127 or -100, got 128",
+    ),
+    "config: a word for yes or no": (
+        lambda m: _config(query_aware="no"),
+        r"query_aware: expected True or False, got 'no'",
+    ),
+    "another family's checkpoint": (
+        lambda m: SharedLLMConfig.from_dict({"model_type": "llama"}),
+        r"expected a sharedllm checkpoint, got a llama one; make one from it with from_base",
+    ),
+    "a folder as memory": (lambda m: ContextMemory.load("/", m), r"expected a file, got '/', which is a folder"),
     "query: other batch": (
         lambda m: m.compress(CONTEXT, query_ids=IDS[:1]),
         r"query_ids: expected 2 rows, one for each row of context_ids, got 1",
     ),
     "query: floats": (
         lambda m: m.compress(CONTEXT, query_ids=IDS / 2),
-        r"query_ids: expected integer token ids, got dtype torch.float32",
+        r"query_ids: expected integer token ids .int64 or int32., got dtype torch.float32",
     ),
     "query mask: shape": (
         lambda m: m.compress(CONTEXT, query_ids=IDS, query_attention_mask=torch.ones(2, 7)),
@@ -166,6 +203,12 @@ CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
         r"encoder.norm.weight: expected no encoder.* parameters with tie_compressor=True",
     ),
 }
+
+
+def test_a_base_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
+    builders.base().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a sharedllm checkpoint, got a llama one"):
+        SharedLLMForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)

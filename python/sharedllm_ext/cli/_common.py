@@ -149,9 +149,10 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: bool) -
     """
     family = checkpoint_type(path)
     if family not in (None, "sharedllm"):
-        raise CommandError(
-            f"{path}: expected a sharedllm checkpoint, got a {family} one (make one from it: sharedllm init {path} OUT)"
-        )
+        from sharedllm_ext.model.configuration import BASE_MODEL_TYPES
+
+        advice = f" (make one from it: sharedllm init {path} OUT)" if family in BASE_MODEL_TYPES else ""
+        raise CommandError(f"{path}: expected a sharedllm checkpoint, got a {family} one{advice}")
     import torch
     from safetensors import SafetensorError
 

@@ -29,7 +29,7 @@ class SharedLLMConfig(PreTrainedConfig):
             chooses by device and free memory.
         compressor_precision: of the compressor's products, "model" (the weights' dtype) or "fp8" (8-bit floating point
             with a scale for every row of activations and weights; bfloat16 models on CUDA, compute capability 8.9 and
-            newer, inference only: about half the time for a small error in the memory, see docs/architecture.md).
+            newer, inference only: about 60% of the time for a small error in the memory, see docs/architecture.md).
 
     Raises:
         ValueError: a field is out of range, or the base checkpoint's family is not supported.
@@ -66,6 +66,19 @@ class SharedLLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_fields()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration from a checkpoint's ``config.json``.
+
+        Raises:
+            ValueError: the checkpoint is of another type, or a field is out of range.
+        """
+        family = config_dict.get("model_type", cls.model_type)
+        if family != cls.model_type:
+            advice = "; make one from it with from_base" if family in BASE_MODEL_TYPES else ""
+            raise ValueError(f"model_type: expected a {cls.model_type} checkpoint, got a {family} one{advice}")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary, the base checkpoint's."""
@@ -95,6 +108,9 @@ class SharedLLMConfig(PreTrainedConfig):
                 upper = "" if high is None else f" and at most {high}"
                 reason = " (the layers of the base checkpoint)" if name == "injection_layers" else ""
                 raise ValueError(f"{name}: expected at least {low}{upper}{reason}, got {value}")
+        for name in ("query_aware", "tie_compressor"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.compressor_precision not in PRECISIONS:
             raise ValueError(
                 f"compressor_precision: expected {' or '.join(PRECISIONS)}, got {self.compressor_precision!r}"

@@ -139,7 +139,8 @@ class ContextMemory:
         """
         name = os.fspath(path)
         if not os.path.isfile(name):
-            raise FileNotFoundError(f"context memory file: expected a file, got {name!r}, which does not exist")
+            what = "is a folder" if os.path.isdir(name) else "does not exist"
+            raise FileNotFoundError(f"context memory file: expected a file, got {name!r}, which {what}")
         target = torch.device(device) if device is not None else (model.device if model is not None else "cpu")
         try:
             with safe_open(name, framework="pt", device=str(target)) as file:

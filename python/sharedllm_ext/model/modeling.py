@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 import os
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -549,14 +551,18 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             context_attention_mask: ``[B, C]``, 0 for padding.
             memory: a memory from :meth:`compress` or of an earlier output, instead of ``context_ids``; one row serves
                 any batch.
-            kwargs, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep: as for the base model.
+            past_key_values: as for the base model; it holds no memory, which every call over it is given again.
+            kwargs, position_ids, inputs_embeds, use_cache, logits_to_keep: as for the base model.
 
         Returns:
             :class:`SharedLLMOutput` with ``loss, logits, past_key_values, hidden_states, attentions, memory``.
 
         Raises:
+            TypeError: a keyword that looks like a misspelt one of these.
             ValueError: inputs that contradict each other; the message names what was expected and what came.
         """
+        if kwargs and not torch.compiler.is_compiling():
+            _check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "input_ids, inputs_embeds: expected exactly one of them, got "
@@ -566,6 +572,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             checked = fresh and not torch.compiler.is_compiling() and not (self.training and input_ids.is_cuda)
             self._check_ids("input_ids", input_ids, range_too=checked)
+            _check_not_empty(input_ids)
         if context_ids is not None and memory is not None:
             raise ValueError("context_ids, memory: expected at most one of them, got both")
         if context_ids is None and context_attention_mask is not None:
@@ -574,6 +581,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
             )
+        if labels is not None and not torch.compiler.is_compiling():
+            self._check_labels(labels)
         if memory is None and context_ids is None and input_ids is not None and fresh:
             context_ids, context_attention_mask, input_ids, attention_mask = self._split_window(
                 input_ids, attention_mask
@@ -583,6 +592,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 labels = None if labels is None else labels[:, -kept:]
                 position_ids = None if position_ids is None else position_ids[..., -kept:]
         if context_ids is not None:
+            self._check_running_text(input_ids, attention_mask if fresh else None, context_ids)
             query_ids, query_mask = self._query_of(input_ids, attention_mask, labels)
             memory = self.compress(context_ids, context_attention_mask, query_ids, query_mask)
         elif memory is not None and fresh and not torch.compiler.is_compiling():
@@ -667,6 +677,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         prefix = None
         if input_ids is not None:
             self._check_ids("input_ids", input_ids, range_too=True)
+            _check_not_empty(input_ids)
             if memory is None and context_ids is None and (past is None or past.get_seq_length() == 0):
                 if attention_mask is None and input_ids.shape[1] > self.config.window:
                     attention_mask = self._mask_of_padding(input_ids, generation_config)
@@ -679,6 +690,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                         kwargs["attention_mask"] = attention_mask
         if context_ids is not None:
             modes = [(module, module.training) for module in self.modules()]
+            self._check_running_text(input_ids, attention_mask if past is None else None, context_ids)
             query_ids, query_mask = self._query_of(input_ids, attention_mask, None)
             try:
                 memory = self.eval().compress(context_ids, context_mask, query_ids, query_mask)
@@ -795,8 +807,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _check_ids(self, name: str, ids: Tensor, *, range_too: bool) -> None:
         if not isinstance(ids, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(ids).__name__}")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"{name}: expected integer token ids, got dtype {ids.dtype}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name}: expected integer token ids (int64 or int32), got dtype {ids.dtype}")
         if ids.dim() != 2:
             raise ValueError(f"{name}: expected shape [batch, tokens], got {tuple(ids.shape)}")
         device = self.model.embed_tokens.weight.device
@@ -813,6 +825,32 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             # tensors made in inference mode do not count their changes
             if not ids.is_inference():
                 _CHECKED_IDS[ids] = (ids._version, vocabulary)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
+        # on CUDA every look waits for the device, in every step of a training
+        if labels.numel() and not (self.training and labels.is_cuda):
+            taken = labels[labels != -100]
+            vocabulary = self.config.vocab_size
+            if taken.numel() and bool(((taken < 0) | (taken >= vocabulary)).any()):
+                low, high = int(taken.min()), int(taken.max())
+                raise ValueError(
+                    f"labels: expected token ids from 0 to {vocabulary - 1} or -100, got {low if low < 0 else high}"
+                )
+
+    def _check_running_text(self, input_ids: Tensor | None, mask: Tensor | None, context_ids: Tensor) -> None:
+        """What becomes the query, by the names that the caller knows."""
+        if input_ids is None or not self.config.query_aware:
+            return
+        self._check_ids("context_ids", context_ids, range_too=False)
+        if input_ids.shape[0] != context_ids.shape[0]:
+            raise ValueError(
+                f"context_ids: expected {input_ids.shape[0]} rows, one for each row of input_ids, got "
+                f"{context_ids.shape[0]}"
+            )
+        if mask is not None and mask.dim() == 2:
+            self._check_mask("attention_mask", mask, "input_ids", input_ids)
 
     def _has_checked(self, ids: Tensor) -> bool:
         # generate has checked the running text, and what it generates is right
@@ -831,6 +869,21 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if mask.device != ids.device:
             raise ValueError(f"{name}: expected device {ids.device} as {ids_name}, got {mask.device}")
         return mask.bool()
+
+
+def _check_not_empty(input_ids: Tensor) -> None:
+    if input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected at least one token a row, got shape {tuple(input_ids.shape)}")
+
+
+def _check_keywords(names: Iterable[str]) -> None:
+    """Transformers' models take any keyword and leave out what they do not know: not so the context."""
+    for name in names:
+        if difflib.get_close_matches(name, ("context_ids", "context_attention_mask", "memory", "query_ids"), 1, 0.7):
+            raise TypeError(
+                f"forward: expected context_ids, context_attention_mask or memory beside the base model's arguments, "
+                f"got {name!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
