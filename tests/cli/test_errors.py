@@ -168,6 +168,12 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
         r"{base}: expected a sharedllm checkpoint, got a llama one \(make one from it: sharedllm init {base} OUT\)",
     ),
     (
+        "unsupported checkpoint",
+        ("ask", "{bert}", "why?", "--context", "{text}"),
+        1,
+        r"{bert}: expected a sharedllm checkpoint, got a bert one$",
+    ),
+    (
         "no weights",
         ("ask", "{noweights}", "why?", "--context", "{text}"),
         1,

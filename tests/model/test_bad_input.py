@@ -110,6 +110,14 @@ CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
         lambda m: SharedLLMConfig.from_dict({"model_type": "llama"}),
         r"expected a sharedllm checkpoint, got a llama one; make one from it with from_base",
     ),
+    "an unsupported family's checkpoint": (
+        lambda m: SharedLLMConfig.from_dict({"model_type": "gpt2"}),
+        r"expected a sharedllm checkpoint, got a gpt2 one$",
+    ),
+    "labels: negative": (
+        lambda m: m(IDS, labels=IDS - 6),
+        r"labels: expected token ids from 0 to 127 or -100, got -1",
+    ),
     "a folder as memory": (lambda m: ContextMemory.load("/", m), r"expected a file, got '/', which is a folder"),
     "query: other batch": (
         lambda m: m.compress(CONTEXT, query_ids=IDS[:1]),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import os
 import threading
@@ -592,7 +593,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 labels = None if labels is None else labels[:, -kept:]
                 position_ids = None if position_ids is None else position_ids[..., -kept:]
         if context_ids is not None:
-            self._check_running_text(input_ids, attention_mask if fresh else None, context_ids)
+            self._check_running_text(input_ids, attention_mask if past_key_values is None else None, context_ids)
             query_ids, query_mask = self._query_of(input_ids, attention_mask, labels)
             memory = self.compress(context_ids, context_attention_mask, query_ids, query_mask)
         elif memory is not None and fresh and not torch.compiler.is_compiling():
@@ -816,28 +817,25 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{name}: expected device {device} as the model, got {ids.device}")
         # looking at values waits for the device: once for a tensor is enough
         if range_too and ids.numel() and not self._has_checked(ids):
-            low, high = (int(bound) for bound in torch.stack(torch.aminmax(ids)).tolist())
-            vocabulary = self.model.embed_tokens.num_embeddings
-            if low < 0 or high >= vocabulary:
-                raise ValueError(
-                    f"{name}: expected token ids from 0 to {vocabulary - 1}, got {low if low < 0 else high}"
-                )
+            self._check_range(name, ids)
             # tensors made in inference mode do not count their changes
             if not ids.is_inference():
-                _CHECKED_IDS[ids] = (ids._version, vocabulary)
+                _CHECKED_IDS[ids] = (ids._version, self.model.embed_tokens.num_embeddings)
+
+    def _check_range(self, name: str, ids: Tensor, others: str = "") -> None:
+        low, high = (int(bound) for bound in torch.stack(torch.aminmax(ids)).tolist())
+        vocabulary = self.model.embed_tokens.num_embeddings
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"{name}: expected token ids from 0 to {vocabulary - 1}{others}, got {low if low < 0 else high}"
+            )
 
     def _check_labels(self, labels: Tensor) -> None:
         if labels.dtype != torch.int64:
             raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
         # on CUDA every look waits for the device, in every step of a training
         if labels.numel() and not (self.training and labels.is_cuda):
-            taken = labels[labels != -100]
-            vocabulary = self.config.vocab_size
-            if taken.numel() and bool(((taken < 0) | (taken >= vocabulary)).any()):
-                low, high = int(taken.min()), int(taken.max())
-                raise ValueError(
-                    f"labels: expected token ids from 0 to {vocabulary - 1} or -100, got {low if low < 0 else high}"
-                )
+            self._check_range("labels", labels.masked_fill(labels == -100, 0), " or -100")
 
     def _check_running_text(self, input_ids: Tensor | None, mask: Tensor | None, context_ids: Tensor) -> None:
         """What becomes the query, by the names that the caller knows."""
@@ -876,10 +874,16 @@ def _check_not_empty(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids: expected at least one token a row, got shape {tuple(input_ids.shape)}")
 
 
+@functools.lru_cache(maxsize=256)
+def _looks_like_context(name: str) -> bool:
+    ours = ("context_ids", "context_attention_mask", "memory", "query_ids")
+    return bool(difflib.get_close_matches(name, ours, 1, 0.7))
+
+
 def _check_keywords(names: Iterable[str]) -> None:
     """Transformers' models take any keyword and leave out what they do not know: not so the context."""
     for name in names:
-        if difflib.get_close_matches(name, ("context_ids", "context_attention_mask", "memory", "query_ids"), 1, 0.7):
+        if _looks_like_context(name):
             raise TypeError(
                 f"forward: expected context_ids, context_attention_mask or memory beside the base model's arguments, "
                 f"got {name!r}"
