@@ -170,11 +170,3 @@ class ContextMemory:
             for i, tensor in enumerate(tensors):
                 if tuple(tensor.shape) != expected:
                     raise ValueError(f"{name}: expected {kind}.{i} of shape {expected}, got {tuple(tensor.shape)}")
-
-
-def describe_difference(expected: dict[str, Any], got: dict[str, Any]) -> str | None:
-    """The first entry in which two signatures differ, as 'name: expected …, got …'; ``None`` if they are equal."""
-    for key, value in expected.items():
-        if got.get(key) != value:
-            return f"{key}: expected {value}, got {got.get(key)}"
-    return None

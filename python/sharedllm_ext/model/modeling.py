@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import difflib
 import functools
-import hashlib
 import os
 import threading
 from collections.abc import Iterable
@@ -46,7 +45,8 @@ from .decoding import (
 )
 from .injection import InjectedAttention, InjectedContext, install_injection
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
-from .memory import ContextMemory, describe_difference
+from .memory import ContextMemory
+from .signature import Fingerprint, describe_difference, memory_signature
 from .stopwatch import Stopwatch
 
 # Tensors of token ids whose values have been looked at: their version then, and the vocabulary.
@@ -104,7 +104,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self._fp8_products: Fp8Products | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self._tables_of: tuple[Any, ...] | None = None
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self._fingerprint = Fingerprint()
         self.post_init()
         # the nested model's own initialisation does not know these
         for block in self.injected_blocks:
@@ -450,40 +450,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def memory_signature(self, *, fingerprint: bool = True) -> dict[str, Any]:
         """What a memory must share with the model that reads it: sizes, tree, and a fingerprint of the compressor."""
-        config, text_config = self.config, self.config.text_config
-        attention = self.model.layers[0].self_attn
-        return {
-            "model_type": text_config.model_type,
-            "hidden_size": text_config.hidden_size,
-            "injection_layers": config.injection_layers,
-            "num_key_value_heads": attention.k_proj.out_features // attention.head_dim,
-            "head_dim": attention.head_dim,
-            "chunk_size": config.chunk_size,
-            "tree_depth": config.tree_depth,
-            "slots_per_node": config.slots_per_node,
-            "weights": self._weights_fingerprint() if fingerprint else "in training",
-        }
-
-    def _weights_fingerprint(self) -> str:
-        """Digest of evenly spaced elements of the compressor's parameters, rounded to bfloat16.
-
-        Taken again when a parameter is replaced or changed in place; a change through ``parameter.data`` is not seen.
-        """
-        lower = self.lower_model
-        parameters = [lower.embed_tokens.weight, lower.norm.weight]
-        for layer in lower.layers:
-            # the injected block is the decoder's, not the compressor's
-            parameters += [p for name, p in layer.named_parameters() if not name.startswith("injection.")]
-        state = tuple(number for p in parameters for number in (p.data_ptr(), version_of(p)))
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            picks = []
-            for parameter in parameters:
-                flat = parameter.detach().reshape(-1)
-                index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-                picks.append(flat[index.to(flat.device)].to(torch.bfloat16))
-            sample = torch.cat(picks).view(torch.int16).cpu().numpy().tobytes()
-            self._fingerprint = (state, hashlib.sha256(sample).hexdigest()[:32])
-        return self._fingerprint[1]
+        return memory_signature(self.config, self.lower_model, self._fingerprint if fingerprint else None)
 
     def check_memory(self, memory: ContextMemory) -> None:
         """Refuse a memory that another model or tree has made.

@@ -1,0 +1,61 @@
+"""What a memory must share with the model that reads it: sizes, tree, and a fingerprint of the compressor."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from .compressor import LowerModel
+from .layer_math import version_of
+
+
+class Fingerprint:
+    """Digest of evenly spaced elements of the compressor's parameters, rounded to bfloat16.
+
+    Taken again when a parameter is replaced or changed in place; a change through ``parameter.data`` is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple[int, ...] | None = None
+        self._digest = ""
+
+    def of(self, lower: LowerModel) -> str:
+        """The compressor's digest, 32 hexadecimal digits."""
+        parameters = [lower.embed_tokens.weight, lower.norm.weight]
+        for layer in lower.layers:
+            # the injected block is the decoder's, not the compressor's
+            parameters += [p for name, p in layer.named_parameters() if not name.startswith("injection.")]
+        state = tuple(number for p in parameters for number in (p.data_ptr(), version_of(p)))
+        if self._state != state:
+            picks = []
+            for parameter in parameters:
+                flat = parameter.detach().reshape(-1)
+                index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+                picks.append(flat[index.to(flat.device)].to(torch.bfloat16))
+            sample = torch.cat(picks).view(torch.int16).cpu().numpy().tobytes()
+            self._state, self._digest = state, hashlib.sha256(sample).hexdigest()[:32]
+        return self._digest
+
+
+def memory_signature(config: Any, lower: LowerModel, fingerprint: Fingerprint | None) -> dict[str, Any]:
+    """What a memory of this compressor must share with its reader; without a fingerprint one of a model in training."""
+    text_config, attention = config.text_config, lower.layers[0].self_attn
+    return {
+        "model_type": text_config.model_type,
+        "hidden_size": text_config.hidden_size,
+        "injection_layers": config.injection_layers,
+        "num_key_value_heads": attention.k_proj.out_features // attention.head_dim,
+        "head_dim": attention.head_dim,
+        "chunk_size": config.chunk_size,
+        "tree_depth": config.tree_depth,
+        "slots_per_node": config.slots_per_node,
+        "weights": "in training" if fingerprint is None else fingerprint.of(lower),
+    }
+
+
+def describe_difference(expected: dict[str, Any], got: dict[str, Any]) -> str | None:
+    """The first entry in which two signatures differ, as 'name: expected …, got …'; ``None`` if they are equal."""
+    for key, value in expected.items():
+        if got.get(key) != value:
+            return f"{key}: expected {value}, got {got.get(key)}"
+    return None
