@@ -2,16 +2,11 @@
 
 import copy
 import dataclasses
-import difflib
-import functools
 import os
-import threading
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -44,15 +39,22 @@ from .decoding import (
     take_call,
 )
 from .injection import InjectedAttention, InjectedContext, install_injection
+from .inputs import (
+    check_ids,
+    check_keywords,
+    check_labels,
+    check_mask,
+    check_not_empty,
+    check_running_text,
+    query_of,
+    split_window,
+    trusted_ids,
+)
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
 from .memory import ContextMemory
 from .signature import Fingerprint, describe_difference, memory_signature
 from .stopwatch import Stopwatch
 
-# Tensors of token ids whose values have been looked at: their version then, and the vocabulary.
-_CHECKED_IDS: Any = WeakTensorKeyDictionary()
-# The model whose generate runs in this thread.
-_TRUSTED = threading.local()
 # Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model.
 _MICRO_BATCH_TOKENS = {"cpu": 16384, "cuda": 32768}
 
@@ -261,8 +263,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self, context_ids: Tensor, context_mask: Tensor | None, query_ids: Tensor | None, query_mask: Tensor | None
     ) -> "_Work":
         """Check and pack the inputs, cut the chunks, compute tables and query vectors."""
-        self._check_ids("context_ids", context_ids, range_too=True)
-        mask = self._check_mask("context_attention_mask", context_mask, "context_ids", context_ids)
+        check_ids(self, "context_ids", context_ids, range_too=True)
+        mask = check_mask("context_attention_mask", context_mask, "context_ids", context_ids)
         lengths = [context_ids.shape[1]] * context_ids.shape[0] if mask is None else mask.sum(1).tolist()
         ids = context_ids.flatten() if mask is None else context_ids[mask]
         size = self.config.chunk_size
@@ -416,12 +418,12 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, list[int]] | None:
         if query_ids is None:
             return None
-        self._check_ids("query_ids", query_ids, range_too=True)
+        check_ids(self, "query_ids", query_ids, range_too=True)
         if query_ids.shape[0] != documents:
             raise ValueError(
                 f"query_ids: expected {documents} rows, one for each row of context_ids, got {query_ids.shape[0]}"
             )
-        used = self._check_mask("query_attention_mask", mask, "query_ids", query_ids)
+        used = check_mask("query_attention_mask", mask, "query_ids", query_ids)
         if not self.config.query_aware:
             return None
         if used is None:
@@ -530,7 +532,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: inputs that contradict each other; the message names what was expected and what came.
         """
         if kwargs and not torch.compiler.is_compiling():
-            _check_keywords(kwargs)
+            check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "input_ids, inputs_embeds: expected exactly one of them, got "
@@ -539,8 +541,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None:
             checked = fresh and not torch.compiler.is_compiling() and not (self.training and input_ids.is_cuda)
-            self._check_ids("input_ids", input_ids, range_too=checked)
-            _check_not_empty(input_ids)
+            check_ids(self, "input_ids", input_ids, range_too=checked)
+            check_not_empty(input_ids)
         if context_ids is not None and memory is not None:
             raise ValueError("context_ids, memory: expected at most one of them, got both")
         if context_ids is None and context_attention_mask is not None:
@@ -550,18 +552,18 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
             )
         if labels is not None and not torch.compiler.is_compiling():
-            self._check_labels(labels)
+            check_labels(self, labels)
         if memory is None and context_ids is None and input_ids is not None and fresh:
-            context_ids, context_attention_mask, input_ids, attention_mask = self._split_window(
-                input_ids, attention_mask
+            context_ids, context_attention_mask, input_ids, attention_mask = split_window(
+                self.config.window, input_ids, attention_mask
             )
             if context_ids is not None:
                 kept = input_ids.shape[1]
                 labels = None if labels is None else labels[:, -kept:]
                 position_ids = None if position_ids is None else position_ids[..., -kept:]
         if context_ids is not None:
-            self._check_running_text(input_ids, attention_mask if past_key_values is None else None, context_ids)
-            query_ids, query_mask = self._query_of(input_ids, attention_mask, labels)
+            check_running_text(self, input_ids, attention_mask if past_key_values is None else None, context_ids)
+            query_ids, query_mask = query_of(self.config.query_aware, input_ids, attention_mask, labels)
             memory = self.compress(context_ids, context_attention_mask, query_ids, query_mask)
         elif memory is not None and fresh and not torch.compiler.is_compiling():
             self.check_memory(memory)
@@ -596,29 +598,6 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             memory=memory,
         )
 
-    def _split_window(
-        self, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """Context and running text of a long plain input: (context, its mask, running text, its mask)."""
-        window = self.config.window
-        if input_ids.shape[1] <= window:
-            return None, None, input_ids, attention_mask
-        if attention_mask is None:
-            return input_ids[:, :-window], None, input_ids[:, -window:], None
-        self._check_mask("attention_mask", attention_mask, "input_ids", input_ids)
-        return input_ids[:, :-window], attention_mask[:, :-window], input_ids[:, -window:], attention_mask[:, -window:]
-
-    def _query_of(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not self.config.query_aware or input_ids is None or input_ids.shape[1] == 0:
-            return None, None
-        mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -input_ids.shape[1] :]
-        if labels is None:
-            return input_ids, mask
-        prompt = (labels != -100).cumsum(1) == 0
-        return input_ids, prompt if mask is None else prompt & mask.bool()
-
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
@@ -644,12 +623,14 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         past = kwargs.get("past_key_values")
         prefix = None
         if input_ids is not None:
-            self._check_ids("input_ids", input_ids, range_too=True)
-            _check_not_empty(input_ids)
+            check_ids(self, "input_ids", input_ids, range_too=True)
+            check_not_empty(input_ids)
             if memory is None and context_ids is None and (past is None or past.get_seq_length() == 0):
                 if attention_mask is None and input_ids.shape[1] > self.config.window:
                     attention_mask = self._mask_of_padding(input_ids, generation_config)
-                context_ids, context_mask, running, attention_mask = self._split_window(input_ids, attention_mask)
+                context_ids, context_mask, running, attention_mask = split_window(
+                    self.config.window, input_ids, attention_mask
+                )
                 if context_ids is not None:
                     prefix = context_ids
                     input_ids = running
@@ -658,8 +639,8 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                         kwargs["attention_mask"] = attention_mask
         if context_ids is not None:
             modes = [(module, module.training) for module in self.modules()]
-            self._check_running_text(input_ids, attention_mask if past is None else None, context_ids)
-            query_ids, query_mask = self._query_of(input_ids, attention_mask, None)
+            check_running_text(self, input_ids, attention_mask if past is None else None, context_ids)
+            query_ids, query_mask = query_of(self.config.query_aware, input_ids, attention_mask, None)
             try:
                 memory = self.eval().compress(context_ids, context_mask, query_ids, query_mask)
             finally:
@@ -679,16 +660,15 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if memory is not None:
             kwargs["memory"] = memory
         parent: Any = super()
-        outer, _TRUSTED.model = getattr(_TRUSTED, "model", None), self if input_ids is not None else None
         seen = True  # whether somebody else may hold the cache
         generating = None
         try:
             # other loops may ask the criteria about tokens that they do not keep
             generating = begin_generate(may_run_ahead=kwargs.get("custom_generate") is None)
-            result = parent.generate(input_ids, generation_config, *args, **kwargs)
+            with trusted_ids(self if input_ids is not None else None):
+                result = parent.generate(input_ids, generation_config, *args, **kwargs)
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:
-            _TRUSTED.model = outer
             end_generate(self, seen, generating)
         if prefix is None:
             return result
@@ -769,92 +749,6 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             expand_size = kwargs.get("expand_size", args[0] if args else 1)
             model_kwargs["memory"] = memory.expand(expand_size) if expand_size > 1 else memory
         return input_ids, model_kwargs
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_ids(self, name: str, ids: Tensor, *, range_too: bool) -> None:
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(ids).__name__}")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{name}: expected integer token ids (int64 or int32), got dtype {ids.dtype}")
-        if ids.dim() != 2:
-            raise ValueError(f"{name}: expected shape [batch, tokens], got {tuple(ids.shape)}")
-        device = self.model.embed_tokens.weight.device
-        if ids.device != device:
-            raise ValueError(f"{name}: expected device {device} as the model, got {ids.device}")
-        # looking at values waits for the device: once for a tensor is enough
-        if range_too and ids.numel() and not self._has_checked(ids):
-            self._check_range(name, ids)
-            # tensors made in inference mode do not count their changes
-            if not ids.is_inference():
-                _CHECKED_IDS[ids] = (ids._version, self.model.embed_tokens.num_embeddings)
-
-    def _check_range(self, name: str, ids: Tensor, others: str = "") -> None:
-        low, high = (int(bound) for bound in torch.stack(torch.aminmax(ids)).tolist())
-        vocabulary = self.model.embed_tokens.num_embeddings
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"{name}: expected token ids from 0 to {vocabulary - 1}{others}, got {low if low < 0 else high}"
-            )
-
-    def _check_labels(self, labels: Tensor) -> None:
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
-        # on CUDA every look waits for the device, in every step of a training
-        if labels.numel() and not (self.training and labels.is_cuda):
-            self._check_range("labels", labels.masked_fill(labels == -100, 0), " or -100")
-
-    def _check_running_text(self, input_ids: Tensor | None, mask: Tensor | None, context_ids: Tensor) -> None:
-        """What becomes the query, by the names that the caller knows."""
-        if input_ids is None or not self.config.query_aware:
-            return
-        self._check_ids("context_ids", context_ids, range_too=False)
-        if input_ids.shape[0] != context_ids.shape[0]:
-            raise ValueError(
-                f"context_ids: expected {input_ids.shape[0]} rows, one for each row of input_ids, got "
-                f"{context_ids.shape[0]}"
-            )
-        if mask is not None and mask.dim() == 2:
-            self._check_mask("attention_mask", mask, "input_ids", input_ids)
-
-    def _has_checked(self, ids: Tensor) -> bool:
-        # generate has checked the running text, and what it generates is right
-        if getattr(_TRUSTED, "model", None) is self:
-            return True
-        if ids.is_inference():
-            return False
-        return _CHECKED_IDS.get(ids) == (ids._version, self.model.embed_tokens.num_embeddings)
-
-    def _check_mask(self, name: str, mask: Tensor | None, ids_name: str, ids: Tensor) -> Tensor | None:
-        """The mask as booleans, ``None`` if nothing is masked."""
-        if mask is None:
-            return None
-        if mask.shape != ids.shape:
-            raise ValueError(f"{name}: expected the shape of {ids_name} {tuple(ids.shape)}, got {tuple(mask.shape)}")
-        if mask.device != ids.device:
-            raise ValueError(f"{name}: expected device {ids.device} as {ids_name}, got {mask.device}")
-        return mask.bool()
-
-
-def _check_not_empty(input_ids: Tensor) -> None:
-    if input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected at least one token a row, got shape {tuple(input_ids.shape)}")
-
-
-@functools.lru_cache(maxsize=256)
-def _looks_like_context(name: str) -> bool:
-    ours = ("context_ids", "context_attention_mask", "memory", "query_ids")
-    return bool(difflib.get_close_matches(name, ours, 1, 0.7))
-
-
-def _check_keywords(names: Iterable[str]) -> None:
-    """Transformers' models take any keyword and leave out what they do not know: not so the context."""
-    for name in names:
-        if _looks_like_context(name):
-            raise TypeError(
-                f"forward: expected context_ids, context_attention_mask or memory beside the base model's arguments, "
-                f"got {name!r}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
