@@ -119,6 +119,14 @@ def test_micro_batches_change_nothing(model, tokens: int) -> None:
 
 
 @torch.no_grad()
+def test_progress_counts_the_tokens_compressed_so_far(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.config, "micro_batch_tokens", 64)
+    seen: list[int] = []
+    model.compress(builders.ids(2, 170), query_ids=builders.ids(2, 6), progress=seen.append)
+    assert len(seen) > 3 and seen == sorted(set(seen)) and seen[-1] == 340
+
+
+@torch.no_grad()
 def test_decoding_step_by_step_equals_full_forward(model) -> None:
     context, text = builders.ids(2, 100), builders.ids(2, 24)
     full = model(text, context_ids=context)

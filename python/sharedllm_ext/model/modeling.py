@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -170,6 +171,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         query_ids: Tensor | None = None,
         query_attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> ContextMemory:
         """Compress past contexts into a memory.
 
@@ -182,6 +184,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 the right children are taken, as for language modelling.
             query_attention_mask: ``[B, L]``, 0 for padding; a row without any token uses the right children.
             generator: source of the split noise (training mode, ``config.split_noise > 0``).
+            progress: called with the context tokens compressed so far, after every micro-batch.
 
         Returns:
             The memory; a document without tokens has no slots.
@@ -195,7 +198,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.set_grad_enabled(training):
             work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask)
             watch.lap("retrieve")
-            memory = self._compress_in_micro_batches(lower, work, generator, watch)
+            memory = self._compress_in_micro_batches(lower, work, generator, watch, progress)
         watch.lap("compress")
         watch.facts = {"context_tokens": sum(work.lengths), "chunks": len(work.chunks), "slots": memory.num_slots}
         self._watch = watch
@@ -269,6 +272,7 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
         work: "_Work",
         generator: torch.Generator | None,
         watch: Stopwatch,
+        progress: Callable[[int], None] | None = None,
     ) -> ContextMemory:
         config, ids, lengths, chunks, counts = self.config, work.ids, work.lengths, work.chunks, work.counts
         shape = self._tree_shape()
@@ -318,9 +322,11 @@ class SharedLLMForCausalLM(PreTrainedModel, GenerationMixin):
             if store is None:
                 for piece, tensor in zip(pieces, (*keys, *values), strict=True):
                     piece.append(tensor)
-                continue
-            for target, tensor in zip(store, (*keys, *values), strict=True):
-                target[written : written + tensor.shape[0]] = tensor
+            else:
+                for target, tensor in zip(store, (*keys, *values), strict=True):
+                    target[written : written + tensor.shape[0]] = tensor
+            if progress is not None:
+                progress(batch[-1].start + batch[-1].length)
         total = sum(slots_by_chunk)
         tensors = [torch.cat(piece) for piece in pieces] if store is None else [target[:total] for target in store]
         by_document = [0] * len(lengths)
