@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sharedllm_ext.model import decoding, modeling
+from sharedllm_ext.model import decoding, generation
 from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache
 
 from . import builders
@@ -329,7 +329,7 @@ def test_padding_outside_of_the_vocabulary(counted: list[int], ahead: list[str])
 
 def test_an_interrupted_generate_holds_nothing(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = builders.model(), builders.ids(1, 10)
-    monkeypatch.setattr(modeling, "end_generate", lambda *_: None)  # as if interrupted in front of it
+    monkeypatch.setattr(generation, "end_generate", lambda *_: None)  # as if interrupted in front of it
     model.generate(text, do_sample=False, **STEPS)
     monkeypatch.undo()
     gc.collect()
