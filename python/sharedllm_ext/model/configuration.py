@@ -1,11 +1,47 @@
 """Configuration of a SharedLLM model."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .peft_defaults import register_target_modules
+
 PRECISIONS = ("model", "fp8")
 BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# What other libraries ask a language model's configuration for; the base checkpoint's answers.
+_OF_THE_BASE = frozenset(
+    (
+        "attention_bias",
+        "attention_dropout",
+        "bos_token_id",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "max_position_embeddings",
+        "mlp_bias",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "rms_norm_eps",
+        "use_cache",
+        "vocab_size",
+    )
+)
+_AUTO_CLASSES = {"AutoConfig": "SharedLLMConfig", "AutoModelForCausalLM": "SharedLLMForCausalLM"}
+_STUB = "modeling_sharedllm"
+_STUB_TEXT = '''"""Lets Transformers' Auto classes find the installed sharedllm_ext (with trust_remote_code=True).
+
+`import sharedllm_ext` before loading does the same without running any code of this folder.
+"""
+
+from sharedllm_ext import SharedLLMConfig, SharedLLMForCausalLM  # noqa: F401
+'''
 
 
 class SharedLLMConfig(PreTrainedConfig):
@@ -30,6 +66,9 @@ class SharedLLMConfig(PreTrainedConfig):
         compressor_precision: of the compressor's products, "model" (the weights' dtype) or "fp8" (8-bit floating point
             with a scale for every row of activations and weights; bfloat16 models on CUDA, compute capability 8.9 and
             newer, inference only: about 60% of the time for a small error in the memory, see docs/architecture.md).
+
+    Sizes and special tokens (``hidden_size``, ``num_hidden_layers``, ``max_position_embeddings``, ``eos_token_id``,
+    ``use_cache``, …) are read from the base checkpoint's configuration, and written there.
 
     Raises:
         ValueError: a field is out of range, or the base checkpoint's family is not supported.
@@ -64,6 +103,7 @@ class SharedLLMConfig(PreTrainedConfig):
         _check_family(getattr(self.text_config, "model_type", type(self.text_config).__name__))
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
+        self.auto_map = {auto_class: f"{_STUB}.{name}" for auto_class, name in _AUTO_CLASSES.items()}
         self._check_fields()
 
     @classmethod
@@ -79,14 +119,37 @@ class SharedLLMConfig(PreTrainedConfig):
             raise ValueError(f"model_type: expected a {cls.model_type} checkpoint, got a {family} one{advice}")
         return super().from_dict(config_dict, **kwargs)
 
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary, the base checkpoint's."""
-        return self.text_config.vocab_size
+    def __getattr__(self, name: str) -> Any:
+        # only asked for what is not found otherwise
+        text_config = self.__dict__.get("text_config") if name in _OF_THE_BASE else None
+        if text_config is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(text_config, name)
 
-    @vocab_size.setter
-    def vocab_size(self, value: int) -> None:
-        self.text_config.vocab_size = value
+    def __setattr__(self, name: str, value: Any) -> None:
+        text_config = self.__dict__.get("text_config") if name in _OF_THE_BASE else None
+        if text_config is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(text_config, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a dictionary."""
+        # PEFT, which may be imported after this package, asks for it before it looks for target modules
+        register_target_modules()
+        return super().to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write ``config.json``, and the few lines by which Auto classes find this package (trust_remote_code)."""
+        folder = Path(save_directory)
+        if not folder.is_file():  # Transformers says so
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{_STUB}.py").write_text(_STUB_TEXT, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: every saved folder names this package, whose source needs no copy there."""
 
     def _check_fields(self) -> None:
         layers = self.text_config.num_hidden_layers

@@ -123,6 +123,10 @@ class SharedLLMForCausalLM(ContextGeneration):
         """
         return build_from_base(cls, base, dtype, fields)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to do: every saved folder names this package, whose source needs no copy there."""
+
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's token embedding."""
         return self.model.embed_tokens
