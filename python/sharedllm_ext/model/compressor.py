@@ -121,11 +121,15 @@ class Embedded(NamedTuple):
 
 def embed(model: LowerModel, ids: Tensor) -> Embedded:
     """Embed tokens ``[T]`` and project layer 0's keys and values."""
-    layer = model.layers[0]
     embeddings = model.embed_tokens(ids)
     if not is_untouched(model.embed_tokens):
         # a hook may have kept what the layers' sums will overwrite
         embeddings = embeddings.clone()
+    return _embedded(model, embeddings)
+
+
+def _embedded(model: LowerModel, embeddings: Tensor) -> Embedded:
+    layer = model.layers[0]
     normed = layer.input_layernorm(embeddings)
     return Embedded(embeddings, normed, project(layer, normed, "k"), project(layer, normed, "v"))
 
@@ -160,7 +164,7 @@ def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables
     """Query vector of each row: layer 0 of the decoder, without injection, at the row's last token.
 
     Args:
-        ids: ``[T]`` packed query tokens of all rows.
+        ids: ``[T]`` packed query tokens of all rows, or ``[T, d]`` their embeddings.
         lengths: tokens of each row.
 
     Returns:
@@ -168,7 +172,8 @@ def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables
     """
     sizes = torch.tensor(lengths, dtype=torch.int64)
     spans = upload(torch.stack((sizes.cumsum(0) - sizes, sizes), -1), ids.device)
-    return last_token_vectors(model, embed(model, ids), spans, tables)
+    embedded = embed(model, ids) if ids.dim() == 1 else _embedded(model, ids.to(model.norm.weight.dtype))
+    return last_token_vectors(model, embedded, spans, tables)
 
 
 def compress_chunks(

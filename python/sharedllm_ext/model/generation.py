@@ -19,7 +19,8 @@ from .decoding import (
     supports,
     take_call,
 )
-from .inputs import check_ids, check_not_empty, check_running_text, query_of, split_window, trusted_ids
+from .inputs import check_ids, check_not_empty, check_running_text, query_of, trusted_ids
+from .split import split_rows
 
 
 class ContextGeneration(PreTrainedModel, GenerationMixin):
@@ -48,25 +49,25 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         attention_mask = kwargs.get("attention_mask")
         past = kwargs.get("past_key_values")
-        prefix = None
+        whole = None
         if input_ids is not None:
             check_ids(self, "input_ids", input_ids, range_too=True)
             check_not_empty(input_ids)
             if memory is None and context_ids is None and (past is None or past.get_seq_length() == 0):
                 if attention_mask is None and input_ids.shape[1] > self.config.window:
                     attention_mask = self._mask_of_padding(input_ids, generation_config)
-                context_ids, context_mask, running, attention_mask = split_window(
-                    self.config.window, input_ids, attention_mask
-                )
-                if context_ids is not None:
-                    prefix = context_ids
-                    input_ids = running
-                    generation_config = self._shorten(generation_config, kwargs, prefix.shape[1])
+                split = split_rows(self.config.window, input_ids, attention_mask)
+                if split is not None:
+                    context_ids, context_mask = split.context_ids, split.context_mask
+                    whole = input_ids
+                    input_ids, attention_mask = split.input_ids, split.attention_mask
+                    removed = whole.shape[1] - input_ids.shape[1]
+                    generation_config = self._shorten(generation_config, kwargs, removed)
                     if attention_mask is not None:
                         kwargs["attention_mask"] = attention_mask
         if context_ids is not None:
             modes = [(module, module.training) for module in self.modules()]
-            check_running_text(self, input_ids, attention_mask if past is None else None, context_ids)
+            check_running_text(self, "input_ids", input_ids, attention_mask if past is None else None, context_ids)
             query_ids, query_mask = query_of(self.config.query_aware, input_ids, attention_mask, None)
             try:
                 memory = self.eval().compress(context_ids, context_mask, query_ids, query_mask)
@@ -97,10 +98,11 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:
             end_generate(self, seen, generating)
-        if prefix is None:
+        if whole is None:
             return result
         sequences = result if isinstance(result, Tensor) else result.sequences
-        sequences = torch.cat((prefix.repeat_interleave(sequences.shape[0] // prefix.shape[0], 0), sequences), 1)
+        answers = sequences[:, input_ids.shape[1] :]
+        sequences = torch.cat((whole.repeat_interleave(sequences.shape[0] // whole.shape[0], 0), answers), 1)
         if isinstance(result, Tensor):
             return sequences
         result.sequences = sequences

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,19 @@ def _has_checked(model: "SharedLLMForCausalLM", ids: Tensor) -> bool:
     return _CHECKED_IDS.get(ids) == (ids._version, model.model.embed_tokens.num_embeddings)
 
 
+def check_embeds(model: "SharedLLMForCausalLM", name: str, embeds: Tensor) -> None:
+    """Embeddings ``[B, L, d]`` of at least one token a row."""
+    if not isinstance(embeds, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(embeds).__name__}")
+    width = model.model.embed_tokens.embedding_dim
+    if embeds.dim() != 3 or embeds.shape[2] != width:
+        raise ValueError(f"{name}: expected shape [batch, tokens, {width}], got {tuple(embeds.shape)}")
+    if not embeds.is_floating_point():
+        raise ValueError(f"{name}: expected a floating point dtype, got {embeds.dtype}")
+    if embeds.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one token a row, got shape {tuple(embeds.shape)}")
+
+
 def check_not_empty(input_ids: Tensor) -> None:
     """At least one token a row."""
     if input_ids.shape[1] == 0:
@@ -86,33 +100,47 @@ def check_mask(name: str, mask: Tensor | None, ids_name: str, ids: Tensor) -> Te
     """The mask as booleans, ``None`` if nothing is masked."""
     if mask is None:
         return None
-    if mask.shape != ids.shape:
-        raise ValueError(f"{name}: expected the shape of {ids_name} {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    if mask.shape != ids.shape[:2]:
+        raise ValueError(f"{name}: expected the shape of {ids_name} {tuple(ids.shape[:2])}, got {tuple(mask.shape)}")
     if mask.device != ids.device:
         raise ValueError(f"{name}: expected device {ids.device} as {ids_name}, got {mask.device}")
     return mask.bool()
 
 
 def check_running_text(
-    model: "SharedLLMForCausalLM", input_ids: Tensor | None, mask: Tensor | None, context_ids: Tensor
+    model: "SharedLLMForCausalLM", name: str, inputs: Tensor | None, mask: Tensor | None, context_ids: Tensor
 ) -> None:
     """What becomes the query, by the names that the caller knows."""
-    if input_ids is None or not model.config.query_aware:
+    if inputs is None or not model.config.query_aware:
         return
     check_ids(model, "context_ids", context_ids, range_too=False)
-    if input_ids.shape[0] != context_ids.shape[0]:
+    if inputs.shape[0] != context_ids.shape[0]:
         raise ValueError(
-            f"context_ids: expected {input_ids.shape[0]} rows, one for each row of input_ids, got "
-            f"{context_ids.shape[0]}"
+            f"context_ids: expected {inputs.shape[0]} rows, one for each row of {name}, got {context_ids.shape[0]}"
         )
     if mask is not None and mask.dim() == 2:
-        check_mask("attention_mask", mask, "input_ids", input_ids)
+        check_mask("attention_mask", mask, name, inputs)
+
+
+#: Keywords that callers of Transformers' models send beside the base model's own: Trainer, generate, PEFT, and what
+#: other families take. Some are near to ours in spelling; none is a misspelling.
+_FOREIGN_KEYWORDS = frozenset(
+    """
+    adapter_names alora_offsets cache_position cross_attn_head_mask cu_seq_lens_k cu_seq_lens_q decoder_attention_mask
+    decoder_head_mask decoder_input_ids decoder_inputs_embeds encoder_attention_mask encoder_hidden_states
+    encoder_outputs head_mask image_attention_mask input_lengths is_causal max_length_k max_length_q mm_token_type_ids
+    num_items_in_batch num_logits_to_keep output_attentions output_hidden_states output_router_logits return_dict
+    seq_idx shift_labels task_ids text_attention_mask text_ids token_type_ids
+    """.split()  # noqa: SIM905
+)
+_OWN_KEYWORDS = ("context_ids", "context_attention_mask", "memory", "query_ids", "query_attention_mask")
 
 
 @functools.lru_cache(maxsize=256)
 def _looks_like_context(name: str) -> bool:
-    ours = ("context_ids", "context_attention_mask", "memory", "query_ids")
-    return bool(difflib.get_close_matches(name, ours, 1, 0.7))
+    if name in _FOREIGN_KEYWORDS:
+        return False
+    return name.startswith("context") or bool(difflib.get_close_matches(name, _OWN_KEYWORDS, 1, 0.85))
 
 
 def check_keywords(names: Iterable[str]) -> None:
@@ -120,27 +148,20 @@ def check_keywords(names: Iterable[str]) -> None:
     for name in names:
         if _looks_like_context(name):
             raise TypeError(
-                f"forward: expected context_ids, context_attention_mask or memory beside the base model's arguments, "
-                f"got {name!r}"
+                f"forward: expected {', '.join(_OWN_KEYWORDS)} beside the base model's arguments, got {name!r}"
             )
-
-
-def split_window(
-    window: int, input_ids: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Context and running text of a long plain input: (context, its mask, running text, its mask)."""
-    if input_ids.shape[1] <= window:
-        return None, None, input_ids, attention_mask
-    if attention_mask is None:
-        return input_ids[:, :-window], None, input_ids[:, -window:], None
-    check_mask("attention_mask", attention_mask, "input_ids", input_ids)
-    return input_ids[:, :-window], attention_mask[:, :-window], input_ids[:, -window:], attention_mask[:, -window:]
 
 
 def query_of(
     query_aware: bool, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The text that picks the nodes, and its mask; (None, None) where the policy is fixed."""
+    """The text that picks the nodes, ``[B, L]`` ids or ``[B, L, d]`` embeddings, and its mask.
+
+    It ends before the first label, so that no choice depends on what is to be predicted.
+
+    Returns:
+        The text and its mask; (None, None) where the policy is fixed.
+    """
     if not query_aware or input_ids is None or input_ids.shape[1] == 0:
         return None, None
     mask = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -input_ids.shape[1] :]
@@ -148,3 +169,58 @@ def query_of(
         return input_ids, mask
     prompt = (labels != -100).cumsum(1) == 0
     return input_ids, prompt if mask is None else prompt & mask.bool()
+
+
+def labels_of_shifted(shift_labels: Tensor) -> Tensor:
+    """Labels by their own token, ``[B, L]``, of labels that stand at the token before, as some trainers give them."""
+    return torch.nn.functional.pad(shift_labels[:, :-1], (1, 0), value=-100)
+
+
+def check_query(query_ids: Tensor | None, query_mask: Tensor | None, memory: Any) -> None:
+    """A query given apart from the running text: there must be nodes left to choose."""
+    if query_ids is None and query_mask is not None:
+        raise ValueError("query_attention_mask: expected query_ids with it, got none")
+    if query_ids is not None and memory is not None:
+        raise ValueError("query_ids: expected context_ids with it, got a memory, whose nodes have been chosen")
+
+
+def check_shape_of_labels(name: str, labels: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
+    """One label for each token."""
+    if labels is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"{name}: expected the shape of {inputs_name} {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}"
+        )
+
+
+def check_labels_given(training: bool, logits_to_keep: int | Tensor, counted: bool) -> None:
+    """Labels kept for a loss outside of the model have the text's length; logits have that of its running text.
+
+    Raises:
+        ValueError: such labels for a text that has been split.
+    """
+    keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    if counted or (training and torch.is_grad_enabled() and keeps_all):
+        raise ValueError(
+            "labels: expected them in training with an input_ids longer than config.window, got none; for a loss "
+            "outside of the model (label smoothing, compute_loss_func) give the text in front as context_ids, or let "
+            "SharedLLMDataCollator(window=…) do so"
+        )
+
+
+def say_past_window(model: "SharedLLMForCausalLM", tokens: int, mask: Tensor | None, past: Any) -> None:
+    """Warn, once a model, about more running text than the window: ``tokens`` after those of the cache ``past``."""
+    window = model.config.window
+    total = tokens if past is None else tokens + int(past.get_seq_length())
+    if total <= window:
+        return
+    if mask is not None and mask.dim() == 2:
+        total = int((mask != 0).sum(1).max())
+        if total <= window:
+            return
+    model._said_past_window = True
+    warnings.warn(
+        f"running text: expected at most {window} tokens (config.window), got {total}; the model was not made for more "
+        "of it, so give what is older as context_ids",
+        UserWarning,
+        stacklevel=3,
+    )

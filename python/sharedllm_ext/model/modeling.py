@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base_checkpoint import build_from_base
+from .cached_memory import remember_memory, remembered_memory
 from .compressor import (
     Chunk,
     LowerModel,
@@ -31,18 +32,24 @@ from .configuration import SharedLLMConfig
 from .generation import ContextGeneration
 from .injection import InjectedAttention, InjectedContext, install_injection
 from .inputs import (
+    check_embeds,
     check_ids,
     check_keywords,
     check_labels,
+    check_labels_given,
     check_mask,
     check_not_empty,
+    check_query,
     check_running_text,
+    check_shape_of_labels,
+    labels_of_shifted,
     query_of,
-    split_window,
+    say_past_window,
 )
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
 from .memory import ContextMemory
 from .signature import Fingerprint, describe_difference, memory_signature
+from .split import refuse_packed, split_open_end, split_rows
 from .stopwatch import Stopwatch
 
 # Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model.
@@ -97,6 +104,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         self._tables: tuple[Tensor, Tensor] | None = None
         self._tables_of: tuple[Any, ...] | None = None
         self._fingerprint = Fingerprint()
+        self._said_past_window = False
         self.post_init()
         # the nested model's own initialisation does not know these
         for block in self.injected_blocks:
@@ -164,6 +172,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         query_attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         progress: Callable[[int], None] | None = None,
+        query_embeds: Tensor | None = None,
     ) -> ContextMemory:
         """Compress past contexts into a memory.
 
@@ -177,6 +186,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             query_attention_mask: ``[B, L]``, 0 for padding; a row without any token uses the right children.
             generator: source of the split noise (training mode, ``config.split_noise > 0``).
             progress: called with the context tokens compressed so far, after every micro-batch.
+            query_embeds: ``[B, L, d]`` embeddings of the query, instead of ``query_ids``.
 
         Returns:
             The memory; a document without tokens has no slots.
@@ -188,7 +198,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         lower = self.lower_model
         training = self.training and torch.is_grad_enabled() and _any_trainable(lower)
         with torch.set_grad_enabled(training):
-            work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask)
+            work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
             watch.lap("retrieve")
             memory = self._compress_in_micro_batches(lower, work, generator, watch, progress)
         watch.lap("compress")
@@ -203,6 +213,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         context_attention_mask: Tensor | None = None,
         query_ids: Tensor | None = None,
         query_attention_mask: Tensor | None = None,
+        query_embeds: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor | None]]:
         """The nodes that :meth:`compress` retains, to see what a query picks; arguments as there.
 
@@ -212,7 +223,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             of left and right child at each level, ``[n, tree_depth - 1, 2]``, -inf for an empty child, or ``None``
             without a query.
         """
-        work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask)
+        work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
         lower = self.lower_model
         found: list[tuple[Tensor, Tensor | None]] = []
         for document, count in enumerate(work.counts):
@@ -229,7 +240,12 @@ class SharedLLMForCausalLM(ContextGeneration):
         return found
 
     def _prepare(
-        self, context_ids: Tensor, context_mask: Tensor | None, query_ids: Tensor | None, query_mask: Tensor | None
+        self,
+        context_ids: Tensor,
+        context_mask: Tensor | None,
+        query_ids: Tensor | None,
+        query_mask: Tensor | None,
+        query_embeds: Tensor | None,
     ) -> "_Work":
         """Check and pack the inputs, cut the chunks, compute tables and query vectors."""
         check_ids(self, "context_ids", context_ids, range_too=True)
@@ -238,7 +254,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         ids = context_ids.flatten() if mask is None else context_ids[mask]
         size = self.config.chunk_size
         counts = [-(-length // size) for length in lengths]
-        queries = self._rows_with_query(query_ids, query_mask, len(lengths))
+        queries = self._rows_with_query(query_ids, query_mask, query_embeds, len(lengths))
         longest = 0 if queries is None else max(queries[1], default=0)
         tables = self._rope_tables(max([size, longest, *counts]) + size, context_ids.device)
         query = has_query = None
@@ -386,21 +402,31 @@ class SharedLLMForCausalLM(ContextGeneration):
         )
 
     def _rows_with_query(
-        self, query_ids: Tensor | None, mask: Tensor | None, documents: int
+        self, query_ids: Tensor | None, mask: Tensor | None, query_embeds: Tensor | None, documents: int
     ) -> tuple[Tensor, list[int]] | None:
-        if query_ids is None:
+        """Packed query tokens (or their embeddings) and how many each document has; ``None`` without a query."""
+        if query_ids is not None and query_embeds is not None:
+            raise ValueError("query_ids, query_embeds: expected at most one of them, got both")
+        query = query_ids if query_embeds is None else query_embeds
+        if query is None:
+            if mask is not None:
+                raise ValueError("query_attention_mask: expected query_ids with it, got none")
             return None
-        check_ids(self, "query_ids", query_ids, range_too=True)
-        if query_ids.shape[0] != documents:
+        name = "query_ids" if query_embeds is None else "query_embeds"
+        if query_embeds is None:
+            check_ids(self, name, query, range_too=True)
+        else:
+            check_embeds(self, name, query)
+        if query.shape[0] != documents:
             raise ValueError(
-                f"query_ids: expected {documents} rows, one for each row of context_ids, got {query_ids.shape[0]}"
+                f"{name}: expected {documents} rows, one for each row of context_ids, got {query.shape[0]}"
             )
-        used = check_mask("query_attention_mask", mask, "query_ids", query_ids)
+        used = check_mask("query_attention_mask", mask, name, query)
         if not self.config.query_aware:
             return None
         if used is None:
-            return query_ids.flatten(), [query_ids.shape[1]] * documents
-        return query_ids[used], used.sum(1).tolist()
+            return query.flatten(0, 1), [query.shape[1]] * documents
+        return query[used], used.sum(1).tolist()
 
     def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
@@ -477,33 +503,44 @@ class SharedLLMForCausalLM(ContextGeneration):
         context_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
         memory: ContextMemory | None = None,
+        query_ids: Tensor | None = None,
+        query_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> SharedLLMOutput:
         """Logits of the running text, given a context or its memory.
 
         Args:
             input_ids: ``[B, L]`` running text. Longer than ``config.window``, without context, memory, cache, it is
-                split: the last ``window`` tokens are running text, the rest is context; logits and labels then
-                belong to the last ``window`` tokens.
+                split row by row: of each row's own tokens the last ``window`` are running text, the rest is context.
+                Logits then belong to the last columns of ``input_ids``, from the first that is running text in any row;
+                they are NaN where the column is context of its own row. Without a mask, zeros at the end of a row may
+                be padding: they are running text beyond the window.
             attention_mask: ``[B, L]`` (with a cache: cached tokens + ``L``), 0 for padding.
-            labels: ``[B, L]``, -100 where no loss is taken. With ``config.query_aware`` the query is then the text
-                before the first label, so that no choice depends on what is to be predicted; a row whose first token
-                has a label is read with the fixed policy.
+            labels: ``[B, L]``, -100 where no loss is taken; those of a context's tokens do not count. With
+                ``config.query_aware`` the query is then the text before the first label, so that no choice depends on
+                what is to be predicted; a row whose first token has a label is read with the fixed policy, and so is
+                everything where labels are kept from the model in training.
+            logits_to_keep: the last so many columns, or positions in ``input_ids``; 0 for all.
             context_ids: ``[B, C]`` past context, compressed on the spot.
             context_attention_mask: ``[B, C]``, 0 for padding.
             memory: a memory from :meth:`compress` or of an earlier output, instead of ``context_ids``; one row serves
                 any batch.
-            past_key_values: as for the base model; it holds no memory, which every call over it is given again.
-            kwargs, position_ids, inputs_embeds, use_cache, logits_to_keep: as for the base model.
+            query_ids: ``[B, Q]`` the text whose last token picks the nodes, instead of the running text.
+            query_attention_mask: ``[B, Q]``, 0 for padding; a row without any token is read with the fixed policy.
+            past_key_values: as for the base model. Over a cache of an earlier call that read a memory, that memory is
+                read again if no other is given.
+            kwargs, position_ids, inputs_embeds, use_cache: as for the base model.
 
         Returns:
-            :class:`SharedLLMOutput` with ``loss, logits, past_key_values, hidden_states, attentions, memory``.
+            :class:`SharedLLMOutput` with ``loss, logits, past_key_values, hidden_states, attentions, memory``; cache,
+            hidden states and attentions hold the running text as it was computed, padded on the left.
 
         Raises:
             TypeError: a keyword that looks like a misspelt one of these.
             ValueError: inputs that contradict each other; the message names what was expected and what came.
         """
-        if kwargs and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if kwargs and not compiling:
             check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -512,35 +549,65 @@ class SharedLLMForCausalLM(ContextGeneration):
             )
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None:
-            checked = fresh and not torch.compiler.is_compiling() and not (self.training and input_ids.is_cuda)
+            checked = fresh and not compiling and not (self.training and input_ids.is_cuda)
             check_ids(self, "input_ids", input_ids, range_too=checked)
             check_not_empty(input_ids)
+        inputs: Any = input_ids if input_ids is not None else inputs_embeds
+        inputs_name = "inputs_embeds" if input_ids is None else "input_ids"
+        if inputs_embeds is not None:
+            check_embeds(self, inputs_name, inputs_embeds)
         if context_ids is not None and memory is not None:
             raise ValueError("context_ids, memory: expected at most one of them, got both")
         if context_ids is None and context_attention_mask is not None:
             raise ValueError("context_attention_mask: expected context_ids with it, got none")
-        if labels is not None and input_ids is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
-            )
-        if labels is not None and not torch.compiler.is_compiling():
+        check_query(query_ids, query_attention_mask, memory)
+        shift_labels = kwargs.get("shift_labels")
+        check_shape_of_labels("labels", labels, inputs_name, inputs)
+        check_shape_of_labels("shift_labels", shift_labels, inputs_name, inputs)
+        if labels is not None and not compiling:
             check_labels(self, labels)
-        if memory is None and context_ids is None and input_ids is not None and fresh:
-            context_ids, context_attention_mask, input_ids, attention_mask = split_window(
-                self.config.window, input_ids, attention_mask
-            )
-            if context_ids is not None:
-                kept = input_ids.shape[1]
-                labels = None if labels is None else labels[:, -kept:]
-                position_ids = None if position_ids is None else position_ids[..., -kept:]
-        if context_ids is not None:
-            check_running_text(self, input_ids, attention_mask if past_key_values is None else None, context_ids)
-            query_ids, query_mask = query_of(self.config.query_aware, input_ids, attention_mask, labels)
-            memory = self.compress(context_ids, context_attention_mask, query_ids, query_mask)
-        elif memory is not None and fresh and not torch.compiler.is_compiling():
-            self.check_memory(memory)
+        counted = kwargs.get("num_items_in_batch")
+        targets = labels if labels is not None or shift_labels is None else labels_of_shifted(shift_labels)
+        labels_elsewhere = targets is None and (self.training or counted is not None)
 
-        inputs: Any = input_ids if input_ids is not None else inputs_embeds
+        split = None
+        query_mask = attention_mask
+        if memory is None and context_ids is None and input_ids is not None and fresh:
+            whole = attention_mask is not None or compiling
+            cut = split_rows(self.config.window, input_ids, attention_mask) if whole else None
+            split = cut if whole else split_open_end(self.config.window, input_ids)
+        elif memory is None and context_ids is None:
+            memory = remembered_memory(past_key_values)
+        if split is not None:
+            if labels_elsewhere:
+                check_labels_given(self.training, logits_to_keep, counted is not None)
+            refuse_packed(kwargs, position_ids, attention_mask)
+            kept = split.kept_columns(logits_to_keep)
+            context_ids, context_attention_mask = split.context_ids, split.context_mask
+            inputs = input_ids = split.input_ids
+            attention_mask, query_mask = split.attention_mask, split.query_mask
+            position_ids = None if position_ids is None else split.take(position_ids)
+            targets = None if targets is None else split.take_labels(targets)
+            labels, kwargs = split.take_targets(labels, kwargs)
+        if context_ids is not None:
+            check_running_text(self, inputs_name, inputs, query_mask if past_key_values is None else None, context_ids)
+            if query_ids is None and not labels_elsewhere:
+                query, query_attention_mask = query_of(self.config.query_aware, inputs, query_mask, targets)
+            else:
+                query = query_ids
+            embedded = query is not None and query.dim() == 3
+            memory = self.compress(
+                context_ids,
+                context_attention_mask,
+                None if embedded else query,
+                query_attention_mask,
+                query_embeds=query if embedded else None,
+            )
+        elif memory is not None and not compiling and (fresh or memory is not remembered_memory(past_key_values)):
+            self.check_memory(memory)
+        if split is None and not compiling and not self._said_past_window:
+            say_past_window(self, inputs.shape[1], attention_mask, None if fresh else past_key_values)
+
         injected = {}
         if memory is not None:
             injected["injected_context"] = self._injected_context(
@@ -556,11 +623,21 @@ class SharedLLMForCausalLM(ContextGeneration):
             **injected,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if memory is not None and outputs.past_key_values is not None and not compiling:
+            remember_memory(outputs.past_key_values, memory)
+        hidden, loss = outputs.last_hidden_state, None
+        if split is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None:
+            logits = self.lm_head(hidden[:, kept] if split is None else split.spread(hidden, kept))
+        else:
+            # the loss is of all labels, whichever logits are returned
+            logits = self.lm_head(hidden)
+            counting = labels if split is None else split.drop_first(labels)
+            loss = self.loss_function(logits=logits, labels=counting, vocab_size=self.config.vocab_size, **kwargs)
+            logits = logits[:, kept] if split is None else split.spread(logits, kept)
+        if split is not None:
+            logits = split.hide_context(logits, kept)
         return SharedLLMOutput(
             loss=loss,
             logits=logits,
