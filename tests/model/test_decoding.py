@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from sharedllm_ext.model import decoding, generation
+from sharedllm_ext.model.cache_name import CACHE_NAME
 from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache
 
 from . import builders
@@ -274,7 +275,7 @@ def test_other_loops_start_nothing_ahead(counted: list[int], ahead: list[str]) -
     model, text = builders.model(), builders.ids(1, 10)
 
     def loop(self: Any, input_ids: Tensor, stopping_criteria: Any, generation_config: Any, **inputs: Any) -> Tensor:
-        inputs = {name: inputs[name] for name in ("past_key_values", "attention_mask", "use_cache")}
+        inputs = {name: inputs[name] for name in (CACHE_NAME, "attention_mask", "use_cache")}
         steps = self._valid_auto_compile_criteria(inputs, generation_config)
         call = self.get_compiled_call(generation_config.compile_config) if steps else self
         seen = 0

@@ -76,7 +76,7 @@ class SharedLLMConfig(PreTrainedConfig):
 
     model_type = "sharedllm"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "memory"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "memory"]
 
     text_config: Any = None
     injection_layers: int = 4

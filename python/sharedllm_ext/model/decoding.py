@@ -16,6 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .._library import cuda_kernels
 from ..ops import decode_append, decode_linear, injected_attention
+from .cache_name import CACHE_NAME
 from .compressor import sliding_window
 from .layer_math import ATTENTIONS, MLPS, NORMS, version_of
 from .memory import ContextMemory
@@ -653,7 +654,7 @@ class DecodeCall:
 
     def __call__(self, **inputs: Any) -> Any:
         """As the model's own call, with keyword arguments alone."""
-        tokens, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        tokens, cache = inputs.get("input_ids"), inputs.get(CACHE_NAME)
         if not self._is_step(tokens, cache, inputs):
             self.drop()
             self.cache = None
@@ -666,7 +667,8 @@ class DecodeCall:
         self.cache, self.next_length = cache, cache.get_seq_length()
         from .modeling import SharedLLMOutput
 
-        return SharedLLMOutput(logits=logits.unsqueeze(1), past_key_values=cache, memory=self.memory)
+        output: dict[str, Any] = {CACHE_NAME: cache}
+        return SharedLLMOutput(logits=logits.unsqueeze(1), memory=self.memory, **output)
 
     def run_ahead(self, tokens: Tensor) -> None:
         """Start the next step with these tokens ``[B]``, if a step over :attr:`cache` is what comes next."""
@@ -907,7 +909,7 @@ def offer_call(model: "SharedLLMForCausalLM", model_kwargs: dict[str, Any], gene
     if generating is None:
         return False
     generating.call = None
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     wanted = not any(
         getattr(generation_config, name, None)
         for name in ("disable_compile", "output_attentions", "output_hidden_states")

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
+from .cache_name import CACHE_NAME, take_cache
 from .decoding import (
     PreallocatedCache,
     add_run_ahead,
@@ -48,7 +49,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("context_attention_mask: expected context_ids with it, got none")
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         attention_mask = kwargs.get("attention_mask")
-        past = kwargs.get("past_key_values")
+        past = take_cache(kwargs)
         whole = None
         if input_ids is not None:
             check_ids(self, "input_ids", input_ids, range_too=True)
@@ -139,10 +140,10 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         """A cache that stays in place, where decoding steps can use it."""
         plain = generation_config.use_cache is not False and generation_config.cache_implementation is None
         single = str(getattr(generation_mode, "value", generation_mode)) in ("greedy_search", "sample")
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if plain and single and cache is None and supports(self):
             limit = kwargs.get("max_cache_length", args[1] if len(args) > 1 else None)
-            cache = model_kwargs["past_key_values"] = new_cache(self, limit)
+            cache = model_kwargs[CACHE_NAME] = new_cache(self, limit)
             expect_steps(cache)
             return None
         # drafts are short, and mostly other tokens come next

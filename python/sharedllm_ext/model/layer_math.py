@@ -11,6 +11,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Q
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 from .. import ops
+from .cache_name import CACHE_NAME
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
@@ -113,15 +114,17 @@ class _FusedAttention:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = past_key_values if cache is None else cache
         if not self._is_plain(hidden_states, position_embeddings, attention_mask, kwargs):
             # the family's own code, whatever the backend, mask or options
             return super().forward(  # type: ignore[misc]
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         batch, length, _ = hidden_states.shape
@@ -135,8 +138,8 @@ class _FusedAttention:
         none = rows[:0]
         query, key, _, _ = ops.chunk_compression(query, key, value, cos, sin, rows, rows, none, none)
         query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (query, key, value))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
         attended = F.scaled_dot_product_attention(
             query,
             key,

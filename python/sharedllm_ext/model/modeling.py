@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base_checkpoint import build_from_base
+from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import remember_memory, remembered_memory
 from .compressor import (
     Chunk,
@@ -84,7 +85,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
     ]
-    _skip_keys_device_placement = ["past_key_values", "memory"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "memory"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -505,6 +506,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         memory: ContextMemory | None = None,
         query_ids: Tensor | None = None,
         query_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SharedLLMOutput:
         """Logits of the running text, given a context or its memory.
@@ -527,8 +529,8 @@ class SharedLLMForCausalLM(ContextGeneration):
                 any batch.
             query_ids: ``[B, Q]`` the text whose last token picks the nodes, instead of the running text.
             query_attention_mask: ``[B, Q]``, 0 for padding; a row without any token is read with the fixed policy.
-            past_key_values: as for the base model. Over a cache of an earlier call that read a memory, that memory is
-                read again if no other is given.
+            past_key_values, cache: as for the base model, by either of Transformers' two names. Over a cache of an
+                earlier call that read a memory, that memory is read again if no other is given.
             kwargs, position_ids, inputs_embeds, use_cache: as for the base model.
 
         Returns:
@@ -547,6 +549,7 @@ class SharedLLMForCausalLM(ContextGeneration):
                 "input_ids, inputs_embeds: expected exactly one of them, got "
                 + ("none" if input_ids is None else "both")
             )
+        past_key_values = one_cache(past_key_values, cache)
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None:
             checked = fresh and not compiling and not (self.training and input_ids.is_cuda)
@@ -617,14 +620,15 @@ class SharedLLMForCausalLM(ContextGeneration):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=self.config.text_config.use_cache if use_cache is None else use_cache,
             **injected,
             **kwargs,
         )
-        if memory is not None and outputs.past_key_values is not None and not compiling:
-            remember_memory(outputs.past_key_values, memory)
+        used_cache = cache_of(outputs)
+        if memory is not None and used_cache is not None and not compiling:
+            remember_memory(used_cache, memory)
         hidden, loss = outputs.last_hidden_state, None
         if split is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -641,7 +645,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         return SharedLLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: used_cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=memory,
