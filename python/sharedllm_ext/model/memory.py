@@ -1,21 +1,22 @@
 """The context memory: what the compressor hands to the decoder."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from .memory_file import DTYPES, MemoryFile, are_sizes, shorten, tensor_names, write_tensors
+from .signature import check_signature
 
 if TYPE_CHECKING:
     from .modeling import SharedLLMForCausalLM
 
-_FORMAT = "sharedllm-context-memory"
-_VERSION = 1
+_KINDS = ("keys", "values")
+# what a file's header holds beside its format
+_FIELDS = ("cu_slots", "num_chunks", "num_tokens", "memory_index", "signature")
 
 
 @dataclasses.dataclass
@@ -98,26 +99,27 @@ class ContextMemory:
         return [(self.cu_slots[i], self.cu_slots[i + 1]) for i in self.memory_index]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the memory to a safetensors file with a header that names model, layers and tree."""
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "cu_slots": self.cu_slots,
-            "num_chunks": self.num_chunks,
-            "num_tokens": self.num_tokens,
-            "memory_index": self.memory_index,
-            "signature": self.signature,
-        }
-        tensors = {f"keys.{i}": k.detach().contiguous() for i, k in enumerate(self.keys)}
-        tensors |= {f"values.{i}": v.detach().contiguous() for i, v in enumerate(self.values)}
-        # a half-written file must never stand under the final name
-        partial = f"{os.fspath(path)}.partial"
-        try:
-            save_file(tensors, partial, metadata={"header": json.dumps(header)})
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        """Write the memory to a safetensors file with a header that names model, layers and tree.
+
+        The file appears, or replaces an older one, when it is complete. Links are followed.
+
+        Raises:
+            ValueError: ``path`` is a folder or a device, or the memory's fields contradict each other.
+            OSError: the file cannot be written.
+        """
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        _check_fields("memory", fields)
+        names, shape = tensor_names(_KINDS, fields["signature"]["injection_layers"]), _shape(fields)
+        if len(self.keys) + len(self.values) != len(names):
+            raise ValueError(f"memory: expected {len(names)} keys and values, got {len(self.keys) + len(self.values)}")
+        tensors = dict(zip(names, (*self.keys, *self.values), strict=True))
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES or tensor.dtype != self.dtype:
+                raise ValueError(
+                    f"memory: expected {name} of shape {shape} and one floating-point dtype, got "
+                    f"{tuple(tensor.shape)} and {tensor.dtype}"
+                )
+        write_tensors(path, fields, tensors)
 
     @classmethod
     def load(
@@ -125,48 +127,79 @@ class ContextMemory:
         path: str | os.PathLike[str],
         model: "SharedLLMForCausalLM | None" = None,
         device: torch.device | str | None = None,
+        *,
+        verify: bool = True,
     ) -> "ContextMemory":
         """Read a memory written by :meth:`save`.
+
+        The tensors are read, not mapped: the file may be changed or removed afterwards.
 
         Args:
             path: the file.
             model: the model that will read it; the memory must be its own. Also the default device.
             device: where to put the tensors; default: the model's device, or the CPU.
+            verify: whether to compare the checksums of the keys and values; files of version 1 have none.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or no context memory, or another model made it.
+            ValueError: the file is truncated, damaged or no context memory, or another model made it.
         """
-        name = os.fspath(path)
-        if not os.path.isfile(name):
-            what = "is a folder" if os.path.isdir(name) else "does not exist"
-            raise FileNotFoundError(f"context memory file: expected a file, got {name!r}, which {what}")
         target = torch.device(device) if device is not None else (model.device if model is not None else "cpu")
-        try:
-            with safe_open(name, framework="pt", device=str(target)) as file:
-                header = json.loads((file.metadata() or {}).get("header", "{}"))
-                if header.get("format") != _FORMAT:
-                    raise ValueError(f"{name}: expected a {_FORMAT} file, got a safetensors file without that header")
-                if header["version"] != _VERSION:
-                    raise ValueError(f"{name}: expected {_FORMAT} version {_VERSION}, got {header['version']}")
-                layers = header["signature"]["injection_layers"]
-                keys = [file.get_tensor(f"keys.{i}") for i in range(layers)]
-                values = [file.get_tensor(f"values.{i}") for i in range(layers)]
-        except (SafetensorError, json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{name}: expected a complete {_FORMAT} file, got a truncated or foreign one ({error})"
-            ) from None
-        fields = ("cu_slots", "num_chunks", "num_tokens", "memory_index", "signature")
-        memory = cls(keys=keys, values=values, **{field: header[field] for field in fields})
-        memory._check_shapes(name)
-        if model is not None:
-            model.check_memory(memory)
-        return memory
+        with MemoryFile(path) as file:
+            fields = {name: file.header[name] for name in _FIELDS}
+            _check_fields(file.name, fields)
+            layers = fields["signature"]["injection_layers"]
+            shape = _shape(fields)
+            names, dtype = file.expect(_KINDS, layers, shape)
+            if model is not None:
+                # before another model's gigabytes are read
+                outline = [torch.empty(shape, dtype=dtype, device="meta")] * layers
+                try:
+                    model.check_memory(cls(keys=outline, values=outline, **fields))
+                except ValueError as error:
+                    raise ValueError(f"{file.name}: {error}") from None
+            tensors = file.read(names, lambda tensor: tensor.to(target), verify=verify)
+        return cls(keys=tensors[:layers], values=tensors[layers:], **fields)
 
-    def _check_shapes(self, name: str) -> None:
-        heads, size = self.signature["num_key_value_heads"], self.signature["head_dim"]
-        expected = (self.num_slots, heads, size)
-        for kind, tensors in (("keys", self.keys), ("values", self.values)):
-            for i, tensor in enumerate(tensors):
-                if tuple(tensor.shape) != expected:
-                    raise ValueError(f"{name}: expected {kind}.{i} of shape {expected}, got {tuple(tensor.shape)}")
+
+def _shape(fields: dict[str, Any]) -> tuple[int, int, int]:
+    """Shape of every tensor, by checked fields."""
+    signature = fields["signature"]
+    return fields["cu_slots"][-1], signature["num_key_value_heads"], signature["head_dim"]
+
+
+def _check_fields(name: str, fields: dict[str, Any]) -> None:
+    """Check a memory's fields and what they say about each other.
+
+    Raises:
+        ValueError: 'name: expected …, got …'.
+    """
+
+    def expect(right: bool, expected: str, got: Any) -> None:
+        if not right:
+            raise ValueError(f"{name}: expected {expected}, got {shorten(got)}")
+
+    signature = fields["signature"]
+    check_signature(name, signature)
+    for field in _FIELDS[:-1]:
+        values = fields[field]
+        expect(are_sizes(values), f"{field} to be a list of integers of at least 0", values)
+    cu_slots, num_chunks, num_tokens = fields["cu_slots"], fields["num_chunks"], fields["num_tokens"]
+    documents = len(num_chunks)
+    expect(len(num_tokens) == documents, f"num_tokens of {documents} documents as in num_chunks", len(num_tokens))
+    expect(len(cu_slots) == documents + 1, f"{documents + 1} cu_slots for {documents} documents", len(cu_slots))
+    expect(cu_slots[0] == 0, "cu_slots to begin with 0", cu_slots[0])
+    size, node = signature["chunk_size"], signature["slots_per_node"]
+    chunk = (signature["tree_depth"] + 1) * node
+    for document, (chunks, tokens) in enumerate(zip(num_chunks, num_tokens, strict=True)):
+        where = f"of document {document}"
+        count = -(-tokens // size)
+        expect(chunks == count, f"num_chunks {where} to be {count} for {tokens} tokens in chunks of {size}", chunks)
+        slots = cu_slots[document + 1] - cu_slots[document]
+        expect(slots >= 0, f"cu_slots to rise at document {document}", cu_slots[document : document + 2])
+        # the nodes of a chunk hold each of its tokens once
+        full, rest = divmod(tokens, size)
+        least, most = (full * min(size, slots_of) + min(rest, slots_of) for slots_of in (node, chunk))
+        expect(least <= slots <= most, f"{least} to {most} slots {where} by its tokens and the tree", slots)
+    for row in fields["memory_index"]:
+        expect(row < documents, f"memory_index from 0 to {documents - 1}", row)

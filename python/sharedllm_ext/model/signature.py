@@ -7,6 +7,17 @@ import torch
 
 from .compressor import LowerModel
 from .layer_math import version_of
+from .memory_file import shorten
+
+_SIZES = (
+    "hidden_size",
+    "injection_layers",
+    "num_key_value_heads",
+    "head_dim",
+    "chunk_size",
+    "tree_depth",
+    "slots_per_node",
+)
 
 
 class Fingerprint:
@@ -59,3 +70,24 @@ def describe_difference(expected: dict[str, Any], got: dict[str, Any]) -> str | 
         if got.get(key) != value:
             return f"{key}: expected {value}, got {got.get(key)}"
     return None
+
+
+def check_signature(name: str, signature: Any) -> None:
+    """Check that a signature, such as a file's, is one.
+
+    Raises:
+        ValueError: 'name: expected …, got …'.
+    """
+    texts = ("model_type", "weights")
+    expected = (*_SIZES, *texts)
+    if not isinstance(signature, dict) or set(signature) != set(expected):
+        got = ", ".join(map(str, signature)) if isinstance(signature, dict) else signature
+        raise ValueError(f"{name}: expected a signature of {', '.join(expected)}, got {shorten(got)}")
+    for key in expected:
+        value = signature[key]
+        if key in texts and not isinstance(value, str):
+            raise ValueError(f"{name}: expected the signature's {key} to be a text, got {shorten(value)}")
+        if key in _SIZES and (type(value) is not int or not 1 <= value < 2**31):
+            raise ValueError(
+                f"{name}: expected the signature's {key} to be an integer from 1 to {2**31 - 1}, got {shorten(value)}"
+            )
