@@ -48,6 +48,10 @@ def test_report_of_a_whole_installation() -> None:
     ):
         assert report["operators"][name]["cpu"] == "C++ kernel"
     assert report["operators"]["rms_norm"]["cpu"] == "plain PyTorch"
+    assert report["cpu"]["kernels"] == report["cpu_capability"]
+    assert report["cpu"]["torch"] == torch.backends.cpu.get_cpu_capability()
+    runs = "bfloat16" if report["cpu"]["bfloat16_products"] else "float32"
+    assert report["cpu"]["bfloat16_checkpoints_run_in"] == runs
     for paths in report["operators"].values():
         assert paths["cpu"] in ("C++ kernel", "plain PyTorch") and paths["cuda"] in ("CUDA kernel", "plain PyTorch")
 

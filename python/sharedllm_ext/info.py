@@ -51,6 +51,7 @@ def collect() -> dict[str, Any]:
     report["build"] = dict(compiled.build_info()) if compiled else None
     report["cpu_capability"] = compiled.cpu_capability() if compiled else None
     library = _attempt(report, "operators", lambda: importlib.import_module("._library", __package__))
+    report["cpu"] = _attempt(report, "CPU instructions", _cpu) if compiled else None
     report["devices"] = _attempt(report, "devices", _devices) or []
     report["operators"] = (_attempt(report, "operators", lambda: _operators(library)) if library else None) or {}
     missing = [name for name, paths in report["operators"].items() if paths["cpu"] == "missing"]
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         code = [*build["architectures"], *(f"PTX {name}" for name in build["ptx"])]
         print(f"built with      torch {build['torch']}, {build['compiler']}, CUDA {build['cuda'] or 'none'}")
         print(f"architectures   {', '.join(code) or 'none: CPU-only build'}")
-        print(f"CPU             {report['cpu_capability']} instructions")
+        print(f"CPU             {report['cpu_capability']} instructions{_torch_instructions(report['cpu'])}")
     for name, size in report["libraries"].items():
         print(f"{name:<26} {'none' if size is None else f'{size / 1e6:.2f} MB'}")
     for device in report["devices"] or ["no CUDA device"]:
@@ -131,6 +132,24 @@ def _libraries() -> dict[str, int | None]:
     folder = Path(__file__).resolve().parent / "lib"
     names = ("libsharedllm_cpu.so", "libsharedllm_cuda.so")
     return {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in names}
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    from .cpu import instructions, preferred_dtype
+
+    used = instructions()
+    dtype = preferred_dtype(torch.bfloat16)
+    return {**used._asdict(), "bfloat16_checkpoints_run_in": str(dtype).removeprefix("torch.")}
+
+
+def _torch_instructions(cpu: dict[str, Any] | None) -> str:
+    if cpu is None:
+        return ""
+    has = "bfloat16 products" if cpu["bfloat16_products"] else "no bfloat16 products"
+    runs = cpu["bfloat16_checkpoints_run_in"]
+    return f"; PyTorch: {cpu['torch']}, {has}: the commands run bfloat16 checkpoints in {runs}"
 
 
 def _devices() -> list[str]:

@@ -75,7 +75,11 @@ def counts(text: str) -> list[int]:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """``--dtype``, ``--device``, ``--json``."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own (float16 on a CPU: float32)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="default: the checkpoint's own; on a CPU float32 for float16, and for bfloat16 where the CPU has no"
+        " instructions for it",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where torch has it)")
     add_json_option(parser)
@@ -170,10 +174,28 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: bool) -
     if missing:
         # Transformers would go on with random weights in their place
         raise CommandError(f"{path}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}")
-    if dtype == "auto" and device.type == "cpu" and model.dtype == torch.float16:
-        # float16 has no CPU kernels
-        model = model.float()
+    if dtype == "auto" and device.type == "cpu":
+        model = _fast_on_cpu(path, model)
     return model.to(device).eval()
+
+
+def _fast_on_cpu(path: str, model: Any) -> Any:
+    """The model in the dtype that this CPU computes fast; bfloat16 stays, and a line says so, where memory is short."""
+    import torch
+
+    from sharedllm_ext.cpu import available_memory, preferred_dtype
+
+    dtype = preferred_dtype(model.dtype)
+    if dtype == model.dtype:
+        return model
+    needed, room = model.num_parameters() * dtype.itemsize, available_memory()
+    if model.dtype == torch.bfloat16 and room is not None and needed > room:
+        say(
+            f"sharedllm: {path}: computing in bfloat16, which this CPU has no instructions for: float32 would be many"
+            f" times faster, but takes {needed / 2**30:.1f} GiB of memory, and {room / 2**30:.1f} are left"
+        )
+        return model
+    return model.to(dtype)
 
 
 def load_tokenizer(path: str) -> Any:
