@@ -167,9 +167,16 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: bool) -
         loaded: Any = SharedLLMForCausalLM.from_pretrained(
             path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
-    except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise CommandError(f"{path}: the checkpoint cannot be loaded: {one_line(error)}") from error
     model, report = loaded
+    unknown = sorted(report["unexpected_keys"])
+    if unknown:
+        # Transformers would leave them out
+        raise CommandError(
+            f"{path}: the checkpoint has {len(unknown)} tensors for which its configuration has no place, the first is "
+            f"{unknown[0]}"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         # Transformers would go on with random weights in their place

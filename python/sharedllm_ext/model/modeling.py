@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -48,6 +48,7 @@ from .inputs import (
     say_past_window,
 )
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
+from .loading import check_loaded
 from .memory import ContextMemory
 from .signature import Fingerprint, describe_difference, memory_signature
 from .split import refuse_packed, split_open_end, split_rows
@@ -107,9 +108,30 @@ class SharedLLMForCausalLM(ContextGeneration):
         self._fingerprint = Fingerprint()
         self._said_past_window = False
         self.post_init()
-        # the nested model's own initialisation does not know these
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InjectedAttention):
+            initialization.zeros_(module.o_proj.weight)
+
+    def initialize_weights(self) -> None:
+        """Initialise the weights that were not loaded."""
+        super().initialize_weights()
+        # the nested model's own initialisation, which comes first, does not know these
         for block in self.injected_blocks:
-            nn.init.zeros_(block.o_proj.weight)
+            self._init_weights(block)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load a checkpoint; arguments as for Transformers' ``from_pretrained``.
+
+        Raises:
+            ValueError: weights of the compressor or of an injected block are missing, have no place in the model, or
+                are not finite. A block without any output projection starts with a zero one.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        check_loaded(loaded[0], loaded[1]["missing_keys"], loaded[1]["unexpected_keys"])
+        return loaded if output_loading_info else loaded[0]
 
     @classmethod
     def from_base(
@@ -151,6 +173,41 @@ class SharedLLMForCausalLM(ContextGeneration):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the output projection."""
         self.lm_head = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize the vocabulary; arguments and result as for Transformers.
+
+        A compressor with its own weights is resized too: its new rows are those of the decoder.
+        """
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        rows = embeddings.num_embeddings
+        if self.compressor is not None and self.compressor.embed_tokens.num_embeddings != rows:
+            old = self.compressor.embed_tokens.num_embeddings
+            own = self.compressor.resize_token_embeddings(rows, mean_resizing=False)
+            with torch.no_grad():
+                own.weight[old:].copy_(embeddings.weight[old:])
+        return embeddings
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save configuration and weights; arguments as for Transformers.
+
+        Raises:
+            ValueError: decoder and compressor have vocabularies of different sizes, which could not be loaded.
+        """
+        self._check_vocabularies()
+        super().save_pretrained(*args, **kwargs)
+
+    def _check_vocabularies(self) -> None:
+        if self.compressor is None:
+            return
+        expected, got = (getattr(m.embed_tokens, "num_embeddings", None) for m in (self.model, self.compressor))
+        if expected != got and expected is not None and got is not None:
+            raise ValueError(
+                f"compressor: expected an embedding of {expected} tokens as in the decoder, got {got}; "
+                "resize_token_embeddings of the whole model changes both"
+            )
 
     @property
     def lower_model(self) -> LowerModel:
@@ -249,6 +306,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         query_embeds: Tensor | None,
     ) -> "_Work":
         """Check and pack the inputs, cut the chunks, compute tables and query vectors."""
+        self._check_vocabularies()
         check_ids(self, "context_ids", context_ids, range_too=True)
         mask = check_mask("context_attention_mask", context_mask, "context_ids", context_ids)
         lengths = [context_ids.shape[1]] * context_ids.shape[0] if mask is None else mask.sum(1).tolist()
