@@ -17,6 +17,8 @@ NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
 MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
+#: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest.
+FP8_FAST_ACCUMULATION = True
 
 
 def inference_only(x: Tensor) -> bool:
@@ -244,7 +246,7 @@ class Fp8Products(Products):
             scale_b=weight_scale.t(),
             bias=module.bias,
             out_dtype=torch.bfloat16,
-            use_fast_accum=True,
+            use_fast_accum=FP8_FAST_ACCUMULATION,
         )
 
     def add_linear(self, hidden: Tensor, module: Any, rows: Any) -> Tensor:
