@@ -71,7 +71,8 @@ def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
     """A query, key or value projection ``[..., heads * D]`` as ``[..., heads, D]``, with the family's norm on it."""
     out = projected.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)
-    return out if norm is None else norm(out)
+    # a norm with weights in float32 gives float32, which values do not follow
+    return out if norm is None else norm(out).to(projected.dtype)
 
 
 def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
