@@ -107,6 +107,28 @@ def test_no_query_reads_the_scored_tokens(checkpoint: Path) -> None:
     assert report.results[0].losses[0] == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
+def test_the_model_returns_to_the_modes_it_had() -> None:
+    class Stops(Exception):
+        pass
+
+    def stop(_: int) -> None:
+        raise Stops
+
+    model = RecordingModel()
+    model.inner = torch.nn.ModuleList([torch.nn.Dropout(), torch.nn.Dropout()])
+    model.train()
+    # somebody may have frozen a part of it
+    model.inner[1].eval()
+    seen: list[bool] = []
+    settings = {"running": 16, "points": 1}
+    tokens = np.zeros(100, np.int64)
+    evaluate_perplexity(model, [tokens], [8], progress=lambda _: seen.append(model.training), **settings)
+    assert seen == [False]
+    with pytest.raises(Stops):
+        evaluate_perplexity(model, [tokens], [8], progress=stop, **settings)
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("points", [1, 2, 3, 7, 10])
 def test_points_do_not_overlap_and_stay_inside(points: int) -> None:
     places = pick_points([95, 10, 60], 20, 10, points=points)

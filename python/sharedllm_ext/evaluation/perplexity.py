@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,8 +188,34 @@ def evaluate_perplexity(
     places = pick_points(
         [len(document) for document in documents], max(context_lengths), running, points=points, stride=stride
     )
-    device = next(model.parameters()).device
+    with _evaluating(model):
+        results, kind = _measure(model, documents, context_lengths, places, running, scored, progress)
+    return PerplexityReport(results, places, running, scored, kind)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; each of its modules then returns to the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _measure(
+    model: Any,
+    documents: Sequence[Tokens],
+    context_lengths: Sequence[int],
+    places: Sequence[tuple[int, int]],
+    running: int,
+    scored: int,
+    progress: Callable[[int], object] | None,
+) -> tuple[list[LengthResult], str]:
+    """What each context length gives, and what its peak memory is the peak of."""
+    device = next(model.parameters()).device
     results: list[LengthResult] = []
     peak_kind = ""
     for length in context_lengths:
@@ -230,4 +257,4 @@ def evaluate_perplexity(
                 losses=losses,
             )
         )
-    return PerplexityReport(results, places, running, scored, peak_kind)
+    return results, peak_kind
