@@ -134,13 +134,18 @@ _FOREIGN_KEYWORDS = frozenset(
     """.split()  # noqa: SIM905
 )
 _OWN_KEYWORDS = ("context_ids", "context_attention_mask", "memory", "query_ids", "query_attention_mask")
+_SUFFIXES = ("_input_ids", "_ids", "_id", "_attention_masks", "_attention_mask", "_masks", "_mask", "_embeds")
 
 
 @functools.lru_cache(maxsize=256)
 def _looks_like_context(name: str) -> bool:
     if name in _FOREIGN_KEYWORDS:
         return False
-    return name.startswith("context") or bool(difflib.get_close_matches(name, _OWN_KEYWORDS, 1, 0.85))
+    # what ours have in common with others' says nothing
+    stem = next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
+    return name.startswith(("context", "memor")) or bool(
+        difflib.get_close_matches(stem, ("context", "contexts", "memory", "query", "queries"), 1, 0.8)
+    )
 
 
 def check_keywords(names: Iterable[str]) -> None:

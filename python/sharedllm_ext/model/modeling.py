@@ -14,24 +14,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
-from .cached_memory import remember_memory, remembered_memory
+from .cached_memory import has_read, remember_memory, remembered_memory
 from .compressor import (
     Chunk,
     LowerModel,
     Tables,
     TreeShape,
     activation_bytes,
-    choose_nodes,
     compress_chunks,
     cut_into_chunks,
-    embed_tokens,
+    embed,
+    grow_tree,
     micro_batch,
     query_vectors,
     upload,
 )
 from .configuration import SharedLLMConfig
 from .generation import ContextGeneration
-from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
+from .injection import InjectedAttention, InjectedContext, install_injection
 from .inputs import (
     check_embeds,
     check_ids,
@@ -49,11 +49,11 @@ from .inputs import (
 )
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
 from .loading import check_loaded
-from .managed_layers import check_whole
 from .memory import ContextMemory
 from .signature import Fingerprint, describe_difference, memory_signature
 from .split import refuse_packed, split_open_end, split_rows
 from .stopwatch import Stopwatch
+from .training_mark import TrainingMark, is_training_mark
 
 # Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model.
 _MICRO_BATCH_TOKENS = {"cpu": 16384, "cuda": 32768}
@@ -77,6 +77,16 @@ class SharedLLMForCausalLM(ContextGeneration):
     config_class = SharedLLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "InjectedLlamaDecoderLayer",
+        "InjectedMistralDecoderLayer",
+        "InjectedQwen2DecoderLayer",
+        "InjectedQwen3DecoderLayer",
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+    ]
     _skip_keys_device_placement = ["past_key_values", "cache", "memory"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_flash_attn = True
@@ -91,18 +101,15 @@ class SharedLLMForCausalLM(ContextGeneration):
         install_injection(self.model.layers, config.injection_layers)
         self.lm_head: Any = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
-        if self.compressor is not None:
-            install_steps(self.compressor.layers)
         install_fused(self)
         self._watch: Stopwatch | None = None
         self._fp8_products: Fp8Products | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self._tables_of: tuple[Any, ...] | None = None
         self._fingerprint = Fingerprint()
+        self._training_mark = TrainingMark()
         self._said_past_window = False
         self.post_init()
-        # those that are there: FSDP's wrapping policies look for every one of them
-        self._no_split_modules = {type(layer).__name__ for layer in self._all_layers()}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -210,10 +217,6 @@ class SharedLLMForCausalLM(ContextGeneration):
         source = self.model if self.compressor is None else self.compressor
         return LowerModel(source.embed_tokens, source.layers[: self.config.injection_layers], source.norm)
 
-    def _all_layers(self) -> list[Any]:
-        """The decoder's layers, and the compressor's own."""
-        return [*self.model.layers, *([] if self.compressor is None else self.compressor.layers)]
-
     @property
     def injected_blocks(self) -> list[InjectedAttention]:
         """The ``M`` injected attention blocks."""
@@ -233,7 +236,8 @@ class SharedLLMForCausalLM(ContextGeneration):
     ) -> ContextMemory:
         """Compress past contexts into a memory.
 
-        Gradients reach the compressor in training mode only.
+        Gradients reach the compressor in training mode only. There the model reads the memory until its weights change:
+        one context may serve several questions, whose losses are summed before the backward pass.
 
         Args:
             context_ids: ``[B, C]`` integers, one document a row; rows may be ragged, see the mask.
@@ -251,9 +255,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         Raises:
             ValueError: shapes, dtypes, devices or token ids that cannot be; the message names what was expected.
         """
-        lower = self.lower_model
-        check_whole("compress", lower.embed_tokens)
         watch = Stopwatch(self.device)
+        lower = self.lower_model
         training = self.training and torch.is_grad_enabled() and _any_trainable(lower)
         with torch.set_grad_enabled(training):
             work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
@@ -281,9 +284,8 @@ class SharedLLMForCausalLM(ContextGeneration):
             of left and right child at each level, ``[n, tree_depth - 1, 2]``, -inf for an empty child, or ``None``
             without a query.
         """
-        lower = self.lower_model
-        check_whole("retrieve", lower.embed_tokens)
         work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
+        lower = self.lower_model
         found: list[tuple[Tensor, Tensor | None]] = []
         for document, count in enumerate(work.counts):
             chunks = [chunk for chunk in work.chunks if chunk.document == document]
@@ -291,8 +293,9 @@ class SharedLLMForCausalLM(ContextGeneration):
                 found.append((torch.empty((0, self.config.tree_depth + 1, 2), dtype=torch.int64), None))
                 continue
             part = work.ids[chunks[0].start : chunks[-1].start + chunks[-1].length]
-            embeddings = embed_tokens(lower, part)
-            tree = choose_nodes(lower, embeddings, chunks, self._tree_shape(), work.tables, work.query, work.has_query)
+            tree = grow_tree(
+                lower, embed(lower, part), chunks, self._tree_shape(), work.tables, work.query, work.has_query
+            )
             assert tree.nodes.shape[0] == count
             found.append((tree.nodes, tree.similarity))
         return found
@@ -410,7 +413,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             num_chunks=counts,
             num_tokens=lengths,
             memory_index=list(range(len(lengths))),
-            # weights in training change with every step: such a memory belongs to its own forward pass
+            # weights in training change with every step, too often for a digest of them
             signature=self.memory_signature(fingerprint=not self.training),
         )
 
@@ -427,28 +430,19 @@ class SharedLLMForCausalLM(ContextGeneration):
 
     def _memory_store(self, lower: LowerModel, slots: int, device: torch.device) -> list[Tensor]:
         attention, layers = lower.layers[0].self_attn, len(lower.layers)
-        dtype = self._memory_dtype(attention.v_proj, device)
         shape = (slots, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
         try:
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+            return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(2 * layers)]
         except torch.OutOfMemoryError:
             # the message comes after the handler, which would keep what could be allocated alive
             pass
         torch.cuda.empty_cache()
-        needed = 2 * layers * slots * shape[1] * shape[2] * dtype.itemsize
+        needed = 2 * layers * slots * shape[1] * shape[2] * self.dtype.itemsize
         raise torch.OutOfMemoryError(
             f"context memory: expected {needed / 1e9:.2f} GB of free device memory for {slots} slots in {layers} "
             f"layers, got {_free_bytes(device) / 1e9:.2f} GB; fewer injection_layers, fewer slots_per_node, a larger "
             "chunk_size or a shorter context needs less"
         )
-
-    def _memory_dtype(self, projection: Any, device: torch.device) -> torch.dtype:
-        """Dtype of the keys and values that a compressor's value projection gives."""
-        weight = getattr(projection, "weight", None)
-        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
-        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-            return torch.get_autocast_dtype(device.type)
-        return dtype
 
     def _micro_batch_tokens(self, lower: LowerModel, device: torch.device) -> int:
         """Tokens of a micro-batch when the configuration names none."""
@@ -517,11 +511,17 @@ class SharedLLMForCausalLM(ContextGeneration):
     # -- memories and models ------------------------------------------------------------------------------------------
 
     def memory_signature(self, *, fingerprint: bool = True) -> dict[str, Any]:
-        """What a memory must share with the model that reads it: sizes, tree, and a fingerprint of the compressor."""
-        return memory_signature(self.config, self.lower_model, self._fingerprint if fingerprint else None)
+        """What a memory must share with the model that reads it: sizes, tree, and a fingerprint of the compressor.
+
+        Without ``fingerprint`` its place holds a mark of the present weights, good in this process until they change.
+        """
+        signature = memory_signature(self.config, self.lower_model, self._fingerprint if fingerprint else None)
+        if not fingerprint:
+            signature["weights"] = self._training_mark.of(self.lower_model)
+        return signature
 
     def check_memory(self, memory: ContextMemory) -> None:
-        """Refuse a memory that another model or tree has made.
+        """Refuse a memory that another model or tree has made; or this one in training, before its weights changed.
 
         Raises:
             TypeError: not a :class:`ContextMemory`.
@@ -529,7 +529,14 @@ class SharedLLMForCausalLM(ContextGeneration):
         """
         if not isinstance(memory, ContextMemory):
             raise TypeError(f"memory: expected a ContextMemory, got {type(memory).__name__}")
-        difference = describe_difference(self.memory_signature(), memory.signature)
+        in_training = is_training_mark(memory.signature.get("weights"))
+        signature = self.memory_signature(fingerprint=not in_training)
+        difference = describe_difference(signature, memory.signature)
+        if difference is not None and in_training and difference.startswith("weights: "):
+            raise ValueError(
+                "memory: expected one made since the weights last changed, got one made in training before a step or "
+                "by another model; compress the context again after every step"
+            )
         if difference is not None:
             raise ValueError(f"memory: made by another model or another setting of this one; {difference}")
 
@@ -596,8 +603,9 @@ class SharedLLMForCausalLM(ContextGeneration):
                 any batch.
             query_ids: ``[B, Q]`` the text whose last token picks the nodes, instead of the running text.
             query_attention_mask: ``[B, Q]``, 0 for padding; a row without any token is read with the fixed policy.
-            past_key_values, cache: as for the base model, by either of Transformers' two names. Over a cache of an
-                earlier call that read a memory, that memory is read again if no other is given.
+            past_key_values, cache: as for the base model, by either of Transformers' two names. A memory that an
+                earlier call over it was given is given again; one that such a call made itself, of ``context_ids`` or
+                by splitting, is read again if none is given.
             kwargs, position_ids, inputs_embeds, use_cache: as for the base model.
 
         Returns:
@@ -673,7 +681,7 @@ class SharedLLMForCausalLM(ContextGeneration):
                 query_attention_mask,
                 query_embeds=query if embedded else None,
             )
-        elif memory is not None and not compiling and (fresh or memory is not remembered_memory(past_key_values)):
+        elif memory is not None and not compiling and (fresh or not has_read(past_key_values, memory)):
             self.check_memory(memory)
         if split is None and not compiling and not self._said_past_window:
             say_past_window(self, inputs.shape[1], attention_mask, None if fresh else past_key_values)
@@ -695,7 +703,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         )
         used_cache = cache_of(outputs)
         if memory is not None and used_cache is not None and not compiling:
-            remember_memory(used_cache, memory)
+            remember_memory(used_cache, memory, completes=context_ids is not None)
         hidden, loss = outputs.last_hidden_state, None
         if split is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
