@@ -1,6 +1,7 @@
 """The SharedLLM model: configuration, context memory, compressor and decoder, registered with Transformers."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .collator import SharedLLMDataCollator
 from .configuration import SharedLLMConfig
@@ -10,6 +11,8 @@ from .published import load_published_checkpoint
 
 AutoConfig.register("sharedllm", SharedLLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(SharedLLMConfig, SharedLLMForCausalLM, exist_ok=True)
+# Trainer shifts labels for its label smoothing only where it knows the class by name
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sharedllm"] = SharedLLMForCausalLM.__name__
 
 __all__ = [
     "ContextMemory",
