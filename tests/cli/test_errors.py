@@ -85,7 +85,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
         1,
         r"{latin.txt}: expected UTF-8 text, got byte 0xe9",
     ),
-    ("binary context", (*ASK, "--context", "{binary.bin}"), 1, r"{binary.bin}: expected text, got a binary file"),
+    ("binary context", (*ASK, "--context", "{binary.bin}"), 1, r"{binary.bin}: expected text, got a program"),
     (
         "folder without text",
         (*ASK, "--context", "{folder}"),

@@ -9,20 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharedllm_ext.evaluation.texts import TextError, encode, read_texts, read_tokens, split_pieces, text_files
+from sharedllm_ext.evaluation.texts import TextError, read_texts, text_files
+from sharedllm_ext.evaluation.tokenising import encode, read_tokens, split_pieces
 
 from .conftest import VOCABULARY, sentences
-
-
-def test_pieces_give_the_ids_of_the_whole_text(tokenizer: Any) -> None:
-    text = sentences(400, seed=3)
-    pieces = list(split_pieces(text, 500))
-    assert len(pieces) > 20
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 500
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    parts = [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    assert parts == whole
 
 
 @pytest.mark.parametrize("text", ["", "a", "\n" * 50, "x" * 50, "one two " * 9, " y" * 30, "a\n b" * 20, "q" * 10])
@@ -36,7 +26,7 @@ def test_pieces_of_hostile_texts(text: str, size: int) -> None:
 def test_encode_takes_long_texts_in_pieces_and_stops_at_the_limit(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharedllm_ext.evaluation.texts.PIECES_PER_CALL", 2)
+    monkeypatch.setattr("sharedllm_ext.evaluation.tokenising.PIECES_PER_CALL", 2)
     text = sentences(4000, seed=4)
     seen: list[int] = []
     (ids,) = encode(tokenizer, [text], progress=seen.append)

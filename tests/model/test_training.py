@@ -121,12 +121,31 @@ def test_frozen_compressor_builds_no_graph(model) -> None:
     assert all(p.grad is not None and p.grad.any() for block in model.injected_blocks for p in block.parameters())
 
 
-def test_gradient_checkpointing_changes_nothing(model) -> None:
-    model.config.split_noise = 0.0
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"tie_compressor": False}, {"query_aware": False}])
+def test_gradient_checkpointing_changes_nothing(fields: dict[str, bool], reentrant: bool) -> None:
+    model = builders.model(**fields).train()
     text, context = builders.ids(2, 10), builders.ids(2, 70)
     expected = _gradients(model, text, context)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for name, gradient in _gradients(model, text, context).items():
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = _gradients(model, text, context)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_over_frozen_embeddings(model, reentrant: bool) -> None:
+    model.requires_grad_(False)
+    for block in model.injected_blocks:
+        block.requires_grad_(True)
+    text, context = builders.ids(2, 10), builders.ids(2, 70)
+    model.config.split_noise = 0.0
+    expected = _gradients(model, text, context)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = _gradients(model, text, context)
+    assert found.keys() == expected.keys() and found
+    for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 
 

@@ -100,7 +100,7 @@ def _question_ids(tokenizer: Any, question: str, chat: bool | None) -> list[int]
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
-    from sharedllm_ext.evaluation.texts import read_texts, read_tokens
+    from sharedllm_ext.evaluation import read_texts, read_tokens
 
     # read the text before the model: a wrong path must not cost the loading of gigabytes
     texts = None if args.context is None else read_texts(args.context)

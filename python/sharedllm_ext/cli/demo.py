@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from sharedllm_ext.evaluation.perplexity import evaluate_perplexity
-    from sharedllm_ext.evaluation.texts import encode, under_heading
+    from sharedllm_ext.evaluation.texts import under_heading
+    from sharedllm_ext.evaluation.tokenising import encode
 
     running = model.config.window
     needed = max(args.context_lengths) + 2 * args.points * running

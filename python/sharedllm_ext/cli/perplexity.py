@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         writable_target("--plot", args.plot, PLOT_SUFFIXES)
         if importlib.util.find_spec("matplotlib") is None:
             raise CommandError("--plot: matplotlib is not installed (pip install matplotlib)")
-    from sharedllm_ext.evaluation.texts import read_texts, read_tokens
+    from sharedllm_ext.evaluation import read_texts, read_tokens
 
     texts = read_texts(args.text)
 

@@ -8,7 +8,8 @@ from sharedllm_ext.evaluation.perplexity import (
     pick_points,
     running_losses,
 )
-from sharedllm_ext.evaluation.texts import TextError, Texts, encode, read_texts, read_tokens
+from sharedllm_ext.evaluation.texts import TextError, Texts, read_texts
+from sharedllm_ext.evaluation.tokenising import encode, read_tokens
 
 __all__ = [
     "LengthResult",

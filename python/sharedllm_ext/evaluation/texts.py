@@ -1,20 +1,29 @@
-"""Texts from files, folders, JSON lines and token arrays, and their token ids."""
+"""Texts from files, folders, pipes, JSON lines and token arrays."""
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import stat
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-#: Characters handed to the tokenizer at once: one long string is slow, and many pieces run in parallel.
-PIECE_CHARACTERS = 32768
-#: Pieces in one call of the tokenizer, so that a progress bar moves.
-PIECES_PER_CALL = 16
+from sharedllm_ext.evaluation.formats import binary_format, encoding_hint, zero_byte_hint
+
+#: Bytes read at once: a binary file is refused after the first of them.
+BLOCK_BYTES = 1 << 20
+#: Most bytes taken from standard input or a pipe, whose end cannot be known.
+PIPE_BYTES = 256 << 20
+#: The path that stands for standard input.
+STANDARD_INPUT = "-"
 #: Folders that hold no text of the user's own.
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
 
@@ -31,55 +40,139 @@ class Texts:
     """Documents read from one path.
 
     ``documents`` holds texts, or token ids where the file held those; ``names`` one name for each; ``skipped`` counts
-    the files of a folder that are not text.
+    the files of a folder that are not text; ``unreadable`` says of each that the system would not read, why.
     """
 
     source: str
     documents: list[str] | list[Tokens]
     names: list[str] = field(default_factory=list)
     skipped: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as text: bytes of its name that are not UTF-8 come as ``\\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def decode(data: bytes, name: str) -> str:
     """UTF-8 text with ``\\n`` line ends; raises :class:`TextError` on bytes that are not text."""
-    zero = data.find(b"\0")
-    if zero >= 0:
-        raise TextError(f"{name}: expected text, got a binary file (a zero byte at offset {zero})")
+    return _read_text(io.BytesIO(data), name)
+
+
+def _read_text(file: BinaryIO, name: str, limit: int | None = None, progress: Progress | None = None) -> str:
+    """Decode block after block, so that what is not text is refused before all of it is read."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    parts: list[str] = []
+    offset = 0
+    while block := file.read(BLOCK_BYTES):
+        if limit is not None and offset + len(block) > limit:
+            raise TextError(
+                f"{name}: expected at most {limit >> 20} MiB from a pipe, got more (write it to a file and name that)"
+            )
+        if offset == 0 and (came := binary_format(block)) is not None:
+            raise TextError(f"{name}: expected text, got {came}")
+        zero = block.find(b"\0")
+        if zero >= 0:
+            hint = zero_byte_hint(block) if offset == 0 else ""
+            raise TextError(f"{name}: expected text, got a binary file (a zero byte at offset {offset + zero}){hint}")
+        # bytes of a character that the block before began
+        held = len(decoder.getstate()[0])
+        try:
+            parts.append(decoder.decode(block))
+        except UnicodeDecodeError as error:
+            raise _not_utf8(name, error, offset - held) from None
+        offset += len(block)
+        if progress is not None:
+            progress(len(block))
+    held = len(decoder.getstate()[0])
     try:
-        text = data.decode("utf-8-sig")
+        parts.append(decoder.decode(b"", final=True))
     except UnicodeDecodeError as error:
-        raise TextError(
-            f"{name}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise _not_utf8(name, error, offset - held) from None
+    text = "".join(parts).removeprefix("\ufeff")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def text_files(folder: Path) -> Iterator[Path]:
-    """Files below ``folder``, ordered by their path; hidden files and folders of caches are left out."""
-    found = []
-    for root, folders, names in os.walk(folder):
+def _not_utf8(name: str, error: UnicodeDecodeError, offset: int) -> TextError:
+    byte, place = error.object[error.start], offset + error.start
+    return TextError(f"{name}: expected UTF-8 text, got byte 0x{byte:02x} at offset {place}{encoding_hint()}")
+
+
+def _read_file(path: Path | int, name: str, progress: Progress | None = None, limit: int | None = None) -> str:
+    """A file's text; whatever the system refuses names the file."""
+    try:
+        with open(path, "rb", closefd=not isinstance(path, int)) as file:
+            return _read_text(file, name, limit, progress)
+    except OSError as error:
+        # errors of reading, other than those of opening, do not know the file
+        raise OSError(error.errno, error.strerror, name if isinstance(path, int) else shown(path)) from None
+
+
+def _read_pipe(path: Path | None, name: str, progress: Progress | None) -> Texts:
+    if path is None:
+        if sys.stdin is None:
+            raise TextError(f"{name}: expected text on standard input, got a closed one")
+        # a fresh reader: nothing of this program reads standard input before
+        text = _read_file(sys.stdin.fileno(), name, progress, PIPE_BYTES)
+    else:
+        text = _read_file(path, name, progress, PIPE_BYTES)
+    if not text.strip():
+        raise TextError(f"{name}: expected text, got {'none' if not text else 'white space'}")
+    return Texts(name, [text], [name])
+
+
+def text_files(folder: Path, failed: Callable[[OSError], object] | None = None) -> Iterator[Path]:
+    """Files below ``folder``, ordered by their path; hidden files and folders of caches are left out.
+
+    Links to files are followed, links to folders are not. What is neither a file nor a folder (a pipe, a device) is
+    left out, a link to nothing is not: reading it says so. ``failed`` is told of folders that cannot be listed.
+    """
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=failed):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
         found += [Path(root) / name for name in names if not name.startswith(".")]
-    yield from sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _read_folder(folder: Path) -> Texts:
-    documents, names, skipped = [], [], 0
-    for path in text_files(folder):
-        name = path.relative_to(folder).as_posix()
+    for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
         try:
-            text = decode(path.read_bytes(), name)
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError:
+            regular = True
+        if regular:
+            yield path
+
+
+def _read_folder(folder: Path, progress: Progress | None) -> Texts:
+    documents: list[str] = []
+    names: list[str] = []
+    unreadable: list[str] = []
+    skipped = 0
+
+    def note(error: OSError) -> None:
+        # the folder itself must be readable, what lies in it need not be
+        if error.filename is not None and Path(error.filename) == folder:
+            raise error
+        unreadable.append(f"{shown(error.filename or folder)}: {(error.strerror or 'cannot be read').lower()}")
+
+    for path in text_files(folder, note):
+        name = shown(path.relative_to(folder).as_posix())
+        try:
+            text = _read_file(path, name, progress)
         except TextError:
             # a folder of source code holds images and archives too: they are counted, not fatal
             skipped += 1
+            continue
+        except OSError as error:
+            note(error)
             continue
         if text.strip():
             documents.append(under_heading(name, text))
             names.append(name)
     if not documents:
-        also = f" ({skipped} other files)" if skipped else ""
-        raise TextError(f"{folder}: expected a folder with text files, found none{also}")
-    return Texts(str(folder), documents, names, skipped)
+        counts = [f"{skipped} other files"] if skipped else []
+        counts += [f"{len(unreadable)} that cannot be read, the first is {unreadable[0]}"] if unreadable else []
+        also = f" ({', '.join(counts)})" if counts else ""
+        raise TextError(f"{shown(folder)}: expected a folder with text files, found none{also}")
+    return Texts(shown(folder), documents, names, skipped, unreadable)
 
 
 def under_heading(name: str, text: str) -> str:
@@ -87,171 +180,114 @@ def under_heading(name: str, text: str) -> str:
     return f"# {name}\n{text.rstrip()}\n\n"
 
 
-def _read_json_lines(path: Path) -> Texts:
-    documents, names = [], []
-    for number, line in enumerate(decode(path.read_bytes(), str(path)).split("\n"), 1):
+def half_surrogate(text: str) -> int:
+    """Index of the first half of a surrogate pair, which is no character; -1 for none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return -1
+
+
+def _read_json_lines(path: Path, progress: Progress | None) -> Texts:
+    documents, names, source = [], [], shown(path)
+    for number, line in enumerate(_read_file(path, source, progress).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise TextError(f"{path} line {number}: expected a JSON object, got {error.msg.lower()}") from None
+            raise TextError(f"{source} line {number}: expected a JSON object, got {error.msg.lower()}") from None
+        except (RecursionError, ValueError) as error:
+            came = "one nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+            raise TextError(f"{source} line {number}: expected a JSON object, got {came}") from None
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            came = f"the keys {sorted(row)}" if isinstance(row, dict) and "text" not in row else repr(row)[:60]
-            raise TextError(f'{path} line {number}: expected an object with a string "text", got {came}')
+            came = f"the keys {sorted(row)}" if isinstance(row, dict) and "text" not in row else repr(row)
+            raise TextError(f'{source} line {number}: expected an object with a string "text", got {came[:60]}')
+        if (place := half_surrogate(text)) >= 0:
+            raise TextError(
+                f'{source} line {number}: expected text in "text", got half of a surrogate pair '
+                f"(\\u{ord(text[place]):04x} at character {place})"
+            )
         if text.strip():
             documents.append(text)
             names.append(f"line {number}")
     if not documents:
-        raise TextError(f"{path}: expected text, got none in any line")
-    return Texts(str(path), documents, names)
+        raise TextError(f"{source}: expected text, got none in any line")
+    return Texts(source, documents, names)
 
 
 def _read_token_array(path: Path) -> Texts:
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise TextError(f"{path}: expected a .npy array of token ids: {str(error).splitlines()[0]}") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        shape = list(getattr(tokens, "shape", []))
+    source = shown(path)
+    with open(path, "rb") as file:
+        start = file.read(6)
+        if start != b"\x93NUMPY":
+            came = binary_format(start) or "another file"
+            advice = " (np.savez writes several arrays; np.save writes one)" if start[:2] == b"PK" else ""
+            raise TextError(f"{source}: expected a .npy array of token ids, got {came}{advice}")
+        file.seek(0)
+        try:
+            tokens = np.load(file, allow_pickle=False)
+        except OSError as error:
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), source) from None
+        except Exception as error:
+            # numpy evaluates the header: what comes of a damaged one can be of any kind
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise TextError(f"{source}: expected a .npy array of token ids: {reason}") from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise TextError(
-            f"{path}: expected a 1-d array of integers, got shape {shape} of {getattr(tokens, 'dtype', '?')}"
+            f"{source}: expected a 1-d array of integers, got shape {list(tokens.shape)} of {str(tokens.dtype)[:60]}"
         )
     if not len(tokens):
-        raise TextError(f"{path}: expected token ids, got an empty array")
-    return Texts(str(path), [tokens], [path.name])
+        raise TextError(f"{source}: expected token ids, got an empty array")
+    return Texts(source, [tokens], [shown(path.name)])
 
 
-def read_texts(path: str | os.PathLike[str]) -> Texts:
-    """Read a text file, a folder of them, a ``.jsonl`` file with ``text`` or a ``.npy`` file of token ids.
+def size_of(path: str | os.PathLike[str]) -> int | None:
+    """Bytes to read at ``path``, the total of a progress bar; ``None`` where that is not known beforehand."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) and found.st_size else None
 
-    A folder is read recursively in the order of the paths, text files only, each under a line ``# path``.
+
+def read_texts(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Texts:
+    """Read a text file, a folder of them, a pipe, a ``.jsonl`` file with ``text`` or a ``.npy`` file of token ids.
+
+    A folder is read recursively in the order of the paths, text files only, each under a line ``# path``. ``-`` is
+    standard input; it and pipes are read as text, up to ``PIPE_BYTES``.
+
+    Args:
+        path: what to read.
+        progress: called with the bytes of text read since the last call.
 
     Raises:
         FileNotFoundError: nothing there.
-        TextError: no text, bytes that are not UTF-8, or a line or an array of another kind.
+        OSError: the system does not let the file be read.
+        TextError: no text, bytes that are not UTF-8, a line or an array of another kind, or a pipe without end.
     """
+    if os.fspath(path) == STANDARD_INPUT:
+        return _read_pipe(None, STANDARD_INPUT, progress)
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+    source = shown(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{source}: no such file or folder") from None
+    if stat.S_ISDIR(mode):
+        return _read_folder(path, progress)
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        return _read_pipe(path, source, progress)
+    if not stat.S_ISREG(mode):
+        came = "a socket" if stat.S_ISSOCK(mode) else "a block device"
+        raise TextError(f"{source}: expected a regular file, a folder or a pipe, got {came}")
     if path.suffix == ".npy":
         return _read_token_array(path)
     if path.suffix == ".jsonl":
-        return _read_json_lines(path)
-    text = decode(path.read_bytes(), str(path))
+        return _read_json_lines(path, progress)
+    text = _read_file(path, source, progress)
     if not text.strip():
-        raise TextError(f"{path}: expected text, got an empty file")
-    return Texts(str(path), [text], [path.name])
-
-
-def split_pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Pieces of at most ``size`` characters, cut where tokenizers cut as well.
-
-    A line end before a letter or a digit is such a place for byte-level tokenizers: there the ids equal those of the
-    whole text. Where no such line end is near, the cut falls on another line end, on a space, or anywhere.
-    """
-    start = 0
-    while len(text) - start > size:
-        limit = start + size
-        cut = text.rfind("\n", start, limit)
-        while cut > start and not text[cut + 1].isalnum():
-            cut = text.rfind("\n", start, cut)
-        if cut <= start:
-            cut = max(text.rfind("\n", start, limit), text.rfind(" ", start, limit) - 1)
-        if cut <= start:
-            cut = limit - 1
-        yield text[start : cut + 1]
-        start = cut + 1
-    if start < len(text):
-        yield text[start:]
-
-
-def encode(
-    tokenizer: Any, texts: Iterable[str], *, limit: int | None = None, progress: Progress | None = None
-) -> list[Tokens]:
-    """Token ids of every text, without special tokens, in pieces.
-
-    Args:
-        tokenizer: a Transformers tokenizer.
-        texts: the documents.
-        limit: stop after this many tokens in all; the last document is cut there.
-        progress: called with the characters done since the last call.
-
-    Returns:
-        One int32 array for each text read.
-    """
-    documents: list[Tokens] = []
-    total = 0
-    for text in texts:
-        ids: list[Tokens] = []
-        pieces = list(split_pieces(text))
-        for first in range(0, len(pieces), PIECES_PER_CALL):
-            group = pieces[first : first + PIECES_PER_CALL]
-            # verbose=False: no warning about the length of the text, which is the point here
-            rows = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            ids += [np.asarray(row, dtype=np.int32) for row in rows]
-            total += sum(len(row) for row in rows)
-            if progress is not None:
-                progress(sum(len(piece) for piece in group))
-            if limit is not None and total >= limit:
-                break
-        document = np.concatenate(ids) if ids else np.zeros(0, dtype=np.int32)
-        if limit is not None and total >= limit:
-            documents.append(document[: len(document) - (total - limit)])
-            break
-        documents.append(document)
-    return documents
-
-
-def check_ids(tokens: Tokens, vocabulary: int, name: str) -> None:
-    """Raise :class:`TextError` unless every id lies in ``0 .. vocabulary - 1``."""
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise TextError(f"{name}: expected token ids from 0 to {vocabulary - 1}, got {low if low < 0 else high}")
-
-
-def read_tokens(
-    texts: Texts,
-    tokenizer: Any,
-    vocabulary: int,
-    *,
-    join: bool = True,
-    progress: Progress | None = None,
-) -> list[Tokens]:
-    """Token ids of the documents, checked against the vocabulary.
-
-    Args:
-        texts: from :func:`read_texts`.
-        tokenizer: a Transformers tokenizer; ``None`` is enough where the file holds token ids.
-        vocabulary: number of ids the model knows.
-        join: return all documents as one array. The documents of a ``.jsonl`` file are then divided by the
-            tokenizer's end token, where it has one.
-        progress: called with the characters done since the last call.
-
-    Raises:
-        TextError: no tokens, ids outside the vocabulary, or text without a tokenizer.
-    """
-    documents: Sequence[Tokens]
-    if isinstance(texts.documents[0], np.ndarray):
-        documents = [np.asarray(document) for document in texts.documents]
-    elif tokenizer is None:
-        raise TextError(
-            f"{texts.source}: expected a .npy file of token ids, because the model has no tokenizer; got text"
-        )
-    else:
-        documents = encode(tokenizer, (str(document) for document in texts.documents), progress=progress)
-    kept = [document for document in documents if len(document)]
-    if not kept:
-        raise TextError(f"{texts.source}: expected text, got 0 tokens")
-    if join and len(kept) > 1:
-        end = getattr(tokenizer, "eos_token_id", None) if texts.source.endswith(".jsonl") else None
-        parts = []
-        for document in kept:
-            parts += [document] if end is None else [document, np.asarray([end], dtype=document.dtype)]
-        kept = [np.concatenate(parts if end is None else parts[:-1])]
-    for document in kept:
-        check_ids(document, vocabulary, texts.source)
-    return kept
+        raise TextError(f"{source}: expected text, got an empty file")
+    return Texts(source, [text], [shown(path.name)])

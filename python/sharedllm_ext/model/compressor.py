@@ -5,6 +5,7 @@ exactly once, so the packed order is the text's own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ..ops import (
     tree_node_vectors,
 )
 from .layer_math import Products, is_untouched, split_heads
+from .managed_layers import call_layer, check_checkpointing, is_managed
 from .stopwatch import Stopwatch
 
 Tables = tuple[Tensor, Tensor]
@@ -119,16 +121,16 @@ class Embedded(NamedTuple):
     value: Tensor
 
 
-def embed(model: LowerModel, ids: Tensor) -> Embedded:
-    """Embed tokens ``[T]`` and project layer 0's keys and values."""
-    embeddings = model.embed_tokens(ids)
-    if not is_untouched(model.embed_tokens):
-        # a hook may have kept what the layers' sums will overwrite
-        embeddings = embeddings.clone()
-    return _embedded(model, embeddings)
+def embed_tokens(model: LowerModel, ids: Tensor) -> Tensor:
+    """Embed tokens ``[T]``: ``[T, d]``, nobody else's."""
+    # a row of tokens, as hooks of an embedding know it
+    embeddings = model.embed_tokens(ids.unsqueeze(0)).squeeze(0)
+    # a hook may have kept what the layers' sums will overwrite
+    return embeddings if is_untouched(model.embed_tokens) else embeddings.clone()
 
 
-def _embedded(model: LowerModel, embeddings: Tensor) -> Embedded:
+def project_embeddings(model: LowerModel, embeddings: Tensor) -> Embedded:
+    """Layer 0's keys and values of embeddings ``[T, d]``."""
     layer = model.layers[0]
     normed = layer.input_layernorm(embeddings)
     return Embedded(embeddings, normed, project(layer, normed, "k"), project(layer, normed, "v"))
@@ -160,6 +162,7 @@ def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tab
     return model.norm(_finish(layer, hidden, attended.flatten(1), Products()))
 
 
+@torch.no_grad()
 def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables: Tables) -> Tensor:
     """Query vector of each row: layer 0 of the decoder, without injection, at the row's last token.
 
@@ -172,8 +175,13 @@ def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables
     """
     sizes = torch.tensor(lengths, dtype=torch.int64)
     spans = upload(torch.stack((sizes.cumsum(0) - sizes, sizes), -1), ids.device)
-    embedded = embed(model, ids) if ids.dim() == 1 else _embedded(model, ids.to(model.norm.weight.dtype))
-    return last_token_vectors(model, embedded, spans, tables)
+
+    def vectors(layer: Layer, embeddings: Tensor) -> Tensor:
+        inside = LowerModel(model.embed_tokens, [layer], model.norm)
+        return last_token_vectors(inside, project_embeddings(inside, embeddings), spans, tables)
+
+    embeddings = embed_tokens(model, ids) if ids.dim() == 1 else ids.to(model.norm.weight.dtype)
+    return call_layer(model.layers[0], vectors, embeddings)
 
 
 def compress_chunks(
@@ -208,11 +216,18 @@ def compress_chunks(
         keys and values, ``M`` tensors ``[S, Hkv, D]`` each; slots of each chunk.
     """
     device = ids.device
-    products = Products() if products is None else products
-    embedded = embed(model, ids)
+    managed = any(is_managed(layer) for layer in model.layers)
+    if managed and torch.is_grad_enabled():
+        check_checkpointing(model.layers[0])
+    embeddings = embed_tokens(model, ids)
+    # what a managed layer computes in another call is not worth keeping sharded parameters for
+    first = [] if managed else [project_embeddings(model, embeddings)]
     if watch is not None:
         watch.lap("compress")
-    tree = grow_tree(model, embedded, chunks, shape, tables, query, has_query, generator)
+    if first:
+        tree = grow_tree(model, first[0], chunks, shape, tables, query, has_query, generator)
+    else:
+        tree = choose_nodes(model, embeddings, chunks, shape, tables, query, has_query, generator)
     if watch is not None:
         watch.lap("retrieve")
     chunk_index = upload(torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64), device)
@@ -222,51 +237,105 @@ def compress_chunks(
         tree.nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
     )
     nodes = _Nodes(tree, positions, cu_nodes, keep_index, max(chunk.length for chunk in chunks), tables)
+    packing = _Packing(
+        nodes,
+        positions,
+        keep_index,
+        keep_position,
+        tables,
+        Products() if products is None else products,
+        checkpointing and not managed and torch.is_grad_enabled(),
+    )
     keys, values = [], []
-    every = torch.arange(num_slots, device=device)
-
-    def keep(query: Tensor | None, key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        where = None if query is None else positions
-        rotated_query, rotated_key, memory_key, memory_value = chunk_compression(
-            query, key, value, *tables, where, where, index, keep_position
-        )
+    hidden: Any = embeddings
+    del embeddings
+    for index, layer in enumerate(model.layers):
+        place = _Place(index, len(model.layers) - index - 1)
+        if managed:
+            step = functools.partial(_compress_layer, packing=packing, place=place)
+            hidden, memory_key, memory_value = call_layer(layer, step, hidden)
+        else:
+            # popped, so that nobody else keeps layer 0's activations alive
+            own = first.pop() if first else None
+            hidden, memory_key, memory_value = _compress_layer(layer, hidden, own, packing=packing, place=place)
         keys.append(memory_key)
         values.append(memory_value)
-        return rotated_query, rotated_key
-
-    hidden, normed, key, value = embedded
-    rows = products.rows(normed) if len(model.layers) > 2 else normed
-    del embedded, normed
-    for index, layer in enumerate(model.layers):
-        remaining = len(model.layers) - index - 1
-        if index > 0:
-            rows = products.norm(layer.input_layernorm, hidden)
-            key, value = project(layer, rows, "k", products), project(layer, rows, "v", products)
-        if remaining == 0:
-            # keys and values of the last layer are needed at the kept positions only; above layer 0 no others are left
-            keep(None, key, value, every if index > 0 else keep_index)
-            break
-        if remaining == 1:
-            # the layer below the last one needs its output at the kept positions only
-            keep(None, key, value, keep_index)
-            hidden = hidden.index_select(0, keep_index)
-            query = project(layer, products.norm(layer.input_layernorm, hidden), "q", products)
-            attend = nodes.attend_from_kept
-        else:
-            query, key = keep(project(layer, rows, "q", products), key, value, keep_index)
-            attend = nodes.attend
-        if checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(
-                _attend_and_finish, attend, layer, hidden, query, key, value, products, use_reentrant=False
-            )
-            continue
-        attended = attend(layer, query, key, value)
-        # room for the MLP
-        del rows, query, key, value
-        hidden = _finish(layer, hidden, attended, products)
     per_chunk = shape.depth + 1
     slots = [sum(kept[i : i + per_chunk]) for i in range(0, len(kept), per_chunk)]
     return keys, values, slots
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a layer stands: its index, and how many layers of the compressor lie above it."""
+
+    index: int
+    remaining: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packing:
+    """What all layers of one micro-batch share; indices and positions from :func:`context_tree_layout`."""
+
+    nodes: "_Nodes"
+    positions: Tensor
+    keep_index: Tensor
+    keep_position: Tensor
+    tables: Tables
+    products: Products
+    checkpointing: bool
+
+    def keep(
+        self, query: Tensor | None, key: Tensor, value: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rotated query and key (empty without a query), and the slots' keys and values, from tokens ``index``."""
+        where = None if query is None else self.positions
+        return chunk_compression(query, key, value, *self.tables, where, where, index, self.keep_position)
+
+
+def _compress_layer(
+    layer: Layer, hidden: Tensor, first: Embedded | None = None, *, packing: _Packing, place: _Place
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """One layer of the compressor.
+
+    Args:
+        layer: the decoder layer.
+        hidden: ``[T, d]`` its input, above layer M-2 at the kept tokens ``[S, d]``; may be overwritten.
+        first: layer 0 up to its keys and values, if they are there already.
+        packing, place: the micro-batch, and where the layer stands.
+
+    Returns:
+        Its output (``None`` of the last layer, which nothing reads), the slots' keys and values ``[S, Hkv, D]``.
+    """
+    products, keep_index = packing.products, packing.keep_index
+    if first is None:
+        rows = products.norm(layer.input_layernorm, hidden)
+        key, value = project(layer, rows, "k", products), project(layer, rows, "v", products)
+    else:
+        _, normed, key, value = first
+        rows = products.rows(normed) if place.remaining > 1 else normed
+        del first, normed
+    if place.remaining == 0:
+        # keys and values of the last layer are needed at the kept positions only; above layer 0 no others are left
+        kept_alone = place.index > 0
+        index = torch.arange(keep_index.shape[0], device=keep_index.device) if kept_alone else keep_index
+        return None, *packing.keep(None, key, value, index)[2:]
+    if place.remaining == 1:
+        # the layer below the last one needs its output at the kept positions only
+        _, _, memory_key, memory_value = packing.keep(None, key, value, keep_index)
+        hidden = hidden.index_select(0, keep_index)
+        query = project(layer, products.norm(layer.input_layernorm, hidden), "q", products)
+        attend = packing.nodes.attend_from_kept
+    else:
+        query, key, memory_key, memory_value = packing.keep(project(layer, rows, "q", products), key, value, keep_index)
+        attend = packing.nodes.attend
+    if packing.checkpointing:
+        arguments = (attend, layer, hidden, query, key, value, products)
+        return checkpoint(_attend_and_finish, *arguments, use_reentrant=False), memory_key, memory_value
+    attended = attend(layer, query, key, value)
+    # room for the MLP
+    del rows, query, key, value
+    return _finish(layer, hidden, attended, products), memory_key, memory_value
 
 
 class ContextTree(NamedTuple):
@@ -297,7 +366,7 @@ def _kept_tokens(chunks: Sequence[Chunk], shape: TreeShape, tree: ContextTree) -
 
 def grow_tree(
     model: LowerModel,
-    embedded: "Embedded",
+    embedded: Embedded,
     chunks: Sequence[Chunk],
     shape: TreeShape,
     tables: Tables,
@@ -305,7 +374,10 @@ def grow_tree(
     has_query: Sequence[bool] | None,
     generator: torch.Generator | None = None,
 ) -> ContextTree:
-    """Split every chunk level by level and retain what is not picked; arguments as for :func:`compress_chunks`."""
+    """Split every chunk level by level and retain what is not picked.
+
+    Arguments as for :func:`compress_chunks`; ``embedded`` are the chunks' tokens.
+    """
     device, count, noise = embedded.embeddings.device, len(chunks), shape.split_noise
     roots = torch.tensor([(chunk.start - chunks[0].start, chunk.length) for chunk in chunks], dtype=torch.int64)
     similarity: list[Tensor] = []
@@ -341,7 +413,7 @@ def grow_tree(
         else:
             vectors = _candidate_vectors(model, embedded, candidates, children)
         valid = (children[..., 1] > 0).flatten()
-        best, scores = topk_nodes(query, vectors, siblings, document, 2, valid)
+        best, scores = topk_nodes(query.to(vectors.dtype), vectors, siblings, document, 2, valid)
         choice = best[:, 0] - siblings[:-1]
         similarity.append(torch.where((choice == 0).unsqueeze(1), scores, scores.flip(1)))
         return choice if counts is None else torch.where(counts, choice, 1)
@@ -350,6 +422,18 @@ def grow_tree(
         nodes = grow(spans, choose)
     levels = torch.stack(similarity, 1) if similarity else None
     return ContextTree(nodes, levels)
+
+
+@torch.no_grad()
+def choose_nodes(model: LowerModel, embeddings: Tensor, *arguments: Any) -> ContextTree:
+    """:func:`grow_tree` of embeddings ``[T, d]``, wherever layer 0 has its parameters."""
+
+    def grow(layer: Layer, hidden: Tensor) -> ContextTree:
+        inside = LowerModel(model.embed_tokens, [layer], model.norm)
+        return grow_tree(inside, project_embeddings(inside, hidden), *arguments)
+
+    # reentrant checkpointing makes a plain tuple of it
+    return ContextTree(*call_layer(model.layers[0], grow, embeddings))
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """The injected attention block, and the decoder layers of the supported families that carry one."""
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,20 +11,29 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from ..ops import injected_attention
-from .layer_math import add_linear, add_mlp, is_untouched
+from .layer_math import add_linear, add_mlp, is_untouched, version_of
+from .managed_layers import RunsSteps
 
 
-@dataclasses.dataclass
 class InjectedContext:
-    """What the injected blocks of one forward pass read; see :func:`sharedllm_ext.ops.injected_attention`."""
+    """What the injected blocks of one forward pass read; see :func:`sharedllm_ext.ops.injected_attention`.
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    cu_q: Tensor
-    slot_range: Tensor
-    q_position: Tensor
-    cos: Tensor
-    sin: Tensor
+    No dataclass: FSDP looks into those and would round the rotary tables to its parameters' dtype.
+    """
+
+    def __init__(
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        cu_q: Tensor,
+        slot_range: Tensor,
+        q_position: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        self.keys, self.values = keys, values
+        self.cu_q, self.slot_range, self.q_position = cu_q, slot_range, q_position
+        self.cos, self.sin = cos, sin
 
 
 class InjectedAttention(nn.Module):
@@ -46,6 +55,7 @@ class InjectedAttention(nn.Module):
         self.q_norm = type(attention.q_norm)(self.head_dim, eps=eps) if hasattr(attention, "q_norm") else None
         self.o_proj = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.o_proj.weight)
+        self._checked_projection: tuple[int, ...] | None = None
 
     @torch.no_grad()
     def start_from(self, layer: Any) -> None:
@@ -56,19 +66,27 @@ class InjectedAttention(nn.Module):
             self.q_norm.load_state_dict(layer.self_attn.q_norm.state_dict())
         self.o_proj.weight.zero_()
 
-    def forward(self, hidden_states: Tensor, context: InjectedContext) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, context: InjectedContext, key: Tensor | None = None, value: Tensor | None = None
+    ) -> Tensor:
         """Read the memory.
 
         Args:
             hidden_states: ``[B, L, d]``; may be overwritten where no gradient is needed.
             context: the memory and its tables.
+            key, value: ``[S, Hkv, D]`` the layer's part of the memory; default: the context's own.
 
         Returns:
             ``[B, L, d]``: the residual stream with what was read added to it.
         """
+        if type(self.o_proj) is not nn.Linear:
+            self._check_projection()
         batch, length, _ = hidden_states.shape
-        keys, values = context.keys[self.layer_index], context.values[self.layer_index]
+        keys = context.keys[self.layer_index] if key is None else key
+        values = context.values[self.layer_index] if value is None else value
         query = self.q_proj(self.norm(hidden_states)).view(batch * length, -1, self.head_dim)
+        # of the block's own weights, which may be more precise than the residual stream, or autocast's
+        dtype = query.dtype
         if self.q_norm is not None:
             query = self.q_norm(query)
         out, _ = injected_attention(
@@ -84,25 +102,61 @@ class InjectedAttention(nn.Module):
         )
         # a hook of this block may have kept its input
         hidden_states = hidden_states if is_untouched(self) else hidden_states.clone()
-        return add_linear(hidden_states, self.o_proj, out.view(batch, length, -1).to(hidden_states.dtype))
+        read = add_linear(hidden_states, self.o_proj, out.view(batch, length, -1).to(dtype))
+        return read.to(hidden_states.dtype)
+
+    def _check_projection(self) -> None:
+        """Refuse DoRA on a zero output projection, where it gives NaN; looked at once for a weight."""
+        projection: Any = self.o_proj
+        if not len(getattr(projection, "lora_magnitude_vector", ())):
+            return
+        weight = projection.get_base_layer().weight
+        state = (id(projection), weight.data_ptr(), version_of(weight))
+        if state == self._checked_projection:
+            return
+        zeros = int((weight.detach() == 0).all(1).sum())
+        if zeros:
+            raise ValueError(
+                f"injection.o_proj: expected no rows of zeros under DoRA, which divides by their norm, got {zeros} of "
+                f"{weight.shape[0]}; leave the injected blocks out (exclude_modules=r'.*injection.*') and train them "
+                "whole (modules_to_save=['injection']), or use LoRA without use_dora"
+            )
+        self._checked_projection = state
 
 
 class _InjectedLayer:
     """Mixin: the family's decoder layer with the injected block between self-attention and MLP."""
 
+    def __call__(
+        self, hidden_states: Tensor, *tensors: Tensor, injected_context: InjectedContext | None = None, **kwargs: Any
+    ) -> Any:
+        call: Any = super().__call__  # type: ignore[misc]
+        if injected_context is None:
+            return call(hidden_states, *tensors, **kwargs)
+        if self.training and self.gradient_checkpointing:  # type: ignore[attr-defined]
+            # reentrant checkpointing hands gradients to positional tensors only
+            index = self.injection.layer_index  # type: ignore[attr-defined]
+            tensors = (injected_context.keys[index], injected_context.values[index])
+        return call(hidden_states, *tensors, injected_context=injected_context, **kwargs)
+
     def forward(
         self,
         hidden_states: Tensor,
+        memory_key: Tensor | None = None,
+        memory_value: Tensor | None = None,
         attention_mask: Tensor | None = None,
         injected_context: InjectedContext | None = None,
+        compressor_step: Callable[..., Any] | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
+        if compressor_step is not None:
+            return compressor_step(self, hidden_states)
         normed = self.input_layernorm(hidden_states)  # type: ignore[attr-defined]
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)  # type: ignore[attr-defined]
         hidden_states = hidden_states + attended
         if injected_context is not None:
             injection = self.injection  # type: ignore[attr-defined]
-            hidden_states = self._own(injection(hidden_states, injected_context), injection)
+            hidden_states = self._own(injection(hidden_states, injected_context, memory_key, memory_value), injection)
         normed = self.post_attention_layernorm(hidden_states)  # type: ignore[attr-defined]
         return add_mlp(self._own(hidden_states, self.post_attention_layernorm), self.mlp, normed)  # type: ignore[attr-defined]
 
@@ -127,12 +181,19 @@ class InjectedQwen3DecoderLayer(_InjectedLayer, Qwen3DecoderLayer):  # type: ign
     """Qwen3 layer that reads the context memory."""
 
 
+def _step_class(layer_class: type) -> type:
+    return type(f"Compressor{layer_class.__name__}", (RunsSteps, layer_class), {"__module__": __name__})
+
+
 _INJECTED_CLASS = {
     LlamaDecoderLayer: InjectedLlamaDecoderLayer,
     MistralDecoderLayer: InjectedMistralDecoderLayer,
     Qwen2DecoderLayer: InjectedQwen2DecoderLayer,
     Qwen3DecoderLayer: InjectedQwen3DecoderLayer,
 }
+_COMPRESSOR_CLASS = {layer_class: _step_class(layer_class) for layer_class in _INJECTED_CLASS}
+# pickle looks classes up by name
+globals().update({step_class.__name__: step_class for step_class in _COMPRESSOR_CLASS.values()})
 
 
 def install_injection(layers: Any, count: int) -> None:
@@ -140,3 +201,9 @@ def install_injection(layers: Any, count: int) -> None:
     for index, layer in enumerate(layers[:count]):
         layer.injection = InjectedAttention(layer, index)
         layer.__class__ = _INJECTED_CLASS[type(layer)]
+
+
+def install_steps(layers: Any) -> None:
+    """Let the layers of a compressor with its own weights take the compressor's steps in their calls."""
+    for layer in layers:
+        layer.__class__ = _COMPRESSOR_CLASS[type(layer)]

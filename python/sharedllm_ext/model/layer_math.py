@@ -17,6 +17,8 @@ NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
 MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
+#: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest.
+FP8_FAST_ACCUMULATION = True
 
 
 def inference_only(x: Tensor) -> bool:
@@ -69,7 +71,8 @@ def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
     """A query, key or value projection ``[..., heads * D]`` as ``[..., heads, D]``, with the family's norm on it."""
     out = projected.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)
-    return out if norm is None else norm(out)
+    # a norm with weights in float32 gives float32, which values do not follow
+    return out if norm is None else norm(out).to(projected.dtype)
 
 
 def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
@@ -244,7 +247,7 @@ class Fp8Products(Products):
             scale_b=weight_scale.t(),
             bias=module.bias,
             out_dtype=torch.bfloat16,
-            use_fast_accum=True,
+            use_fast_accum=FP8_FAST_ACCUMULATION,
         )
 
     def add_linear(self, hidden: Tensor, module: Any, rows: Any) -> Tensor:

@@ -78,6 +78,10 @@ class ContextMemory:
             self, keys=[k.to(*args, **kwargs) for k in self.keys], values=[v.to(*args, **kwargs) for v in self.values]
         )
 
+    def float(self) -> "ContextMemory":
+        """The memory in float32, which mixed-precision wrappers ask of whatever a model returns in 16 bits."""
+        return self.to(torch.float32)
+
     def expand(self, repeats: int) -> "ContextMemory":
         """Every batch row ``repeats`` times in a row (beams, returned sequences); keys and values are not copied."""
         rows = [document for document in self.memory_index for _ in range(repeats)]

@@ -21,17 +21,17 @@ from .compressor import (
     Tables,
     TreeShape,
     activation_bytes,
+    choose_nodes,
     compress_chunks,
     cut_into_chunks,
-    embed,
-    grow_tree,
+    embed_tokens,
     micro_batch,
     query_vectors,
     upload,
 )
 from .configuration import SharedLLMConfig
 from .generation import ContextGeneration
-from .injection import InjectedAttention, InjectedContext, install_injection
+from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
 from .inputs import (
     check_embeds,
     check_ids,
@@ -49,6 +49,7 @@ from .inputs import (
 )
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
 from .loading import check_loaded
+from .managed_layers import check_whole
 from .memory import ContextMemory
 from .signature import Fingerprint, describe_difference, memory_signature
 from .split import refuse_packed, split_open_end, split_rows
@@ -77,16 +78,6 @@ class SharedLLMForCausalLM(ContextGeneration):
     config_class = SharedLLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "InjectedLlamaDecoderLayer",
-        "InjectedMistralDecoderLayer",
-        "InjectedQwen2DecoderLayer",
-        "InjectedQwen3DecoderLayer",
-        "LlamaDecoderLayer",
-        "MistralDecoderLayer",
-        "Qwen2DecoderLayer",
-        "Qwen3DecoderLayer",
-    ]
     _skip_keys_device_placement = ["past_key_values", "cache", "memory"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_flash_attn = True
@@ -101,6 +92,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         install_injection(self.model.layers, config.injection_layers)
         self.lm_head: Any = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
+        if self.compressor is not None:
+            install_steps(self.compressor.layers)
         install_fused(self)
         self._watch: Stopwatch | None = None
         self._fp8_products: Fp8Products | None = None
@@ -110,6 +103,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         self._training_mark = TrainingMark()
         self._said_past_window = False
         self.post_init()
+        # those that are there: FSDP's wrapping policies look for every one of them
+        self._no_split_modules = {type(layer).__name__ for layer in self._all_layers()}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -217,6 +212,10 @@ class SharedLLMForCausalLM(ContextGeneration):
         source = self.model if self.compressor is None else self.compressor
         return LowerModel(source.embed_tokens, source.layers[: self.config.injection_layers], source.norm)
 
+    def _all_layers(self) -> list[Any]:
+        """The decoder's layers, and the compressor's own."""
+        return [*self.model.layers, *([] if self.compressor is None else self.compressor.layers)]
+
     @property
     def injected_blocks(self) -> list[InjectedAttention]:
         """The ``M`` injected attention blocks."""
@@ -255,8 +254,9 @@ class SharedLLMForCausalLM(ContextGeneration):
         Raises:
             ValueError: shapes, dtypes, devices or token ids that cannot be; the message names what was expected.
         """
-        watch = Stopwatch(self.device)
         lower = self.lower_model
+        check_whole("compress", lower.embed_tokens)
+        watch = Stopwatch(self.device)
         training = self.training and torch.is_grad_enabled() and _any_trainable(lower)
         with torch.set_grad_enabled(training):
             work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
@@ -284,8 +284,9 @@ class SharedLLMForCausalLM(ContextGeneration):
             of left and right child at each level, ``[n, tree_depth - 1, 2]``, -inf for an empty child, or ``None``
             without a query.
         """
-        work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
         lower = self.lower_model
+        check_whole("retrieve", lower.embed_tokens)
+        work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
         found: list[tuple[Tensor, Tensor | None]] = []
         for document, count in enumerate(work.counts):
             chunks = [chunk for chunk in work.chunks if chunk.document == document]
@@ -293,9 +294,8 @@ class SharedLLMForCausalLM(ContextGeneration):
                 found.append((torch.empty((0, self.config.tree_depth + 1, 2), dtype=torch.int64), None))
                 continue
             part = work.ids[chunks[0].start : chunks[-1].start + chunks[-1].length]
-            tree = grow_tree(
-                lower, embed(lower, part), chunks, self._tree_shape(), work.tables, work.query, work.has_query
-            )
+            embeddings = embed_tokens(lower, part)
+            tree = choose_nodes(lower, embeddings, chunks, self._tree_shape(), work.tables, work.query, work.has_query)
             assert tree.nodes.shape[0] == count
             found.append((tree.nodes, tree.similarity))
         return found
@@ -430,19 +430,28 @@ class SharedLLMForCausalLM(ContextGeneration):
 
     def _memory_store(self, lower: LowerModel, slots: int, device: torch.device) -> list[Tensor]:
         attention, layers = lower.layers[0].self_attn, len(lower.layers)
+        dtype = self._memory_dtype(attention.v_proj, device)
         shape = (slots, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
         try:
-            return [torch.empty(shape, dtype=self.dtype, device=device) for _ in range(2 * layers)]
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
         except torch.OutOfMemoryError:
             # the message comes after the handler, which would keep what could be allocated alive
             pass
         torch.cuda.empty_cache()
-        needed = 2 * layers * slots * shape[1] * shape[2] * self.dtype.itemsize
+        needed = 2 * layers * slots * shape[1] * shape[2] * dtype.itemsize
         raise torch.OutOfMemoryError(
             f"context memory: expected {needed / 1e9:.2f} GB of free device memory for {slots} slots in {layers} "
             f"layers, got {_free_bytes(device) / 1e9:.2f} GB; fewer injection_layers, fewer slots_per_node, a larger "
             "chunk_size or a shorter context needs less"
         )
+
+    def _memory_dtype(self, projection: Any, device: torch.device) -> torch.dtype:
+        """Dtype of the keys and values that a compressor's value projection gives."""
+        weight = getattr(projection, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+            return torch.get_autocast_dtype(device.type)
+        return dtype
 
     def _micro_batch_tokens(self, lower: LowerModel, device: torch.device) -> int:
         """Tokens of a micro-batch when the configuration names none."""

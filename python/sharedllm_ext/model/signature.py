@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..ops._autocast import outside_autocast
 from .compressor import LowerModel
 from .layer_math import version_of
 from .memory_file import shorten
@@ -30,6 +31,7 @@ class Fingerprint:
         self._state: tuple[int, ...] | None = None
         self._digest = ""
 
+    @outside_autocast
     def of(self, lower: LowerModel) -> str:
         """The compressor's digest, 32 hexadecimal digits."""
         parameters = [lower.embed_tokens.weight, lower.norm.weight]
@@ -40,7 +42,9 @@ class Fingerprint:
         if self._state != state:
             picks = []
             for parameter in parameters:
-                flat = parameter.detach().reshape(-1)
+                # sharded ones are put together
+                whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+                flat = whole.detach().reshape(-1)
                 index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
                 picks.append(flat[index.to(flat.device)].to(torch.bfloat16))
             sample = torch.cat(picks).view(torch.int16).cpu().numpy().tobytes()

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
+from ._autocast import outside_autocast
 from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_inside, check_rotary, check_tensor, check_that
 
 
+@outside_autocast
 def chunk_compression(
     q: Tensor | None,
     k: Tensor,
@@ -77,6 +79,7 @@ def chunk_compression(
     return torch.ops.sharedllm.chunk_compression(q, k, v, cos, sin, q_positions, positions, keep_index, keep_position)
 
 
+@outside_autocast
 def chunk_compression_backward(
     grad_q_rotated: Tensor | None,
     grad_k_rotated: Tensor | None,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._library import cuda_kernels
 from ..reference import decode_step as _reference
+from ._autocast import outside_autocast
 from ._checks import FLOATS, check_rotary, check_tensor, check_that
 
 __all__ = ["decode_append", "decode_linear"]
@@ -15,6 +16,7 @@ __all__ = ["decode_append", "decode_linear"]
 MATRICES = 3
 
 
+@outside_autocast
 def decode_linear(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -90,6 +92,7 @@ def decode_linear(
     )
 
 
+@outside_autocast
 def decode_append(
     qkv: Tensor,
     keys: Tensor,

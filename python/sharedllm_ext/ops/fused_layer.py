@@ -8,6 +8,7 @@ from torch import Tensor
 from .._library import cuda_kernels
 from ..reference import fused_layer as _reference
 from ..reference.rotary import compute_dtype
+from ._autocast import outside_autocast
 from ._checks import FLOATS, check_tensor
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 
+@outside_autocast
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``, the gated activation, in float32 and rounded once.
 
@@ -43,6 +45,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.sharedllm.silu_product(gate, up)
 
 
+@outside_autocast
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm of each row, ``x / sqrt(mean(x^2) + eps) * weight``, in float32 and rounded once.
 
@@ -67,6 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.ops.sharedllm.rms_norm(x, weight, eps)
 
 
+@outside_autocast
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Residual sum and its root mean square norm in one pass.
 
@@ -90,6 +94,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return torch.ops.sharedllm.add_rms_norm(x, residual, weight, eps)
 
 
+@outside_autocast
 def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as 8-bit floats (e4m3) with one scale each, as ``torch._scaled_mm`` takes them: ``x ≈ codes * scale``.
 
@@ -121,6 +126,7 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.sharedllm.quantize_rows_fp8(x)
 
 
+@outside_autocast
 def silu_product_fp8(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`silu_product` and :func:`quantize_rows_fp8` in one pass, without the rounding between.
 
@@ -141,6 +147,7 @@ def silu_product_fp8(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.sharedllm.silu_product_fp8(gate, up)
 
 
+@outside_autocast
 def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """:func:`rms_norm` and :func:`quantize_rows_fp8` in one pass, without the rounding between.
 
@@ -161,6 +168,7 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     return torch.ops.sharedllm.rms_norm_fp8(x, weight, eps)
 
 
+@outside_autocast
 def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Residual sum and :func:`rms_norm_fp8` of it in one pass.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._library import CUDA_LIBRARY, cuda_kernels
 from ..reference.injected_attention import injected_attention as _reference
 from ..reference.rotary import compute_dtype, rotate
+from ._autocast import outside_autocast
 from ._checks import (
     CPU_KERNEL_DTYPES,
     FLOATS,
@@ -34,6 +35,7 @@ MAX_CUDA_HEAD_SIZE = 256
 PLAIN_SCORES = 2**28
 
 
+@outside_autocast
 def injected_attention(
     q: Tensor,
     k: Tensor,
@@ -259,6 +261,7 @@ def _query_tables(q: Tensor, cu_q: Tensor, q_position: Tensor, cos: Tensor, sin:
     return cos[position], sin[position]
 
 
+@outside_autocast
 def _plain(
     q: Tensor,
     k: Tensor,
@@ -282,6 +285,7 @@ def _plain(
     return out, lse
 
 
+@outside_autocast
 def _plain_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -9,12 +9,14 @@ from .._library import cuda_kernels
 from ..reference.memory_quantization import dequantize_memory as _dequantize
 from ..reference.memory_quantization import quantize_memory as _quantize
 from ..reference.rotary import compute_dtype
+from ._autocast import outside_autocast
 from ._checks import FLOATS, check_batch, check_heads, check_rotary, check_tensor, check_that
 from .injected_attention import injected_attention
 
 __all__ = ["dequantize_memory", "injected_attention_8bit", "quantize_memory"]
 
 
+@outside_autocast
 def quantize_memory(x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys (rotated) or values of the memory as int8 codes, one scale for each slot and head: ``x ≈ codes * scale``.
 
@@ -45,6 +47,7 @@ def quantize_memory(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.sharedllm.quantize_memory(x)
 
 
+@outside_autocast
 def dequantize_memory(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_memory`: ``codes * scale`` in ``dtype``, rounded once.
 
@@ -66,6 +69,7 @@ def dequantize_memory(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     return _dequantize(codes, scale, dtype)
 
 
+@outside_autocast
 def injected_attention_8bit(
     q: Tensor,
     k: Tensor,

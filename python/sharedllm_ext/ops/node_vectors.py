@@ -11,6 +11,7 @@ from ..reference.node_vectors import node_vectors as _reference
 from ..reference.node_vectors import tree_node_vectors as _tree_reference
 from ..reference.node_vectors import tree_nodes
 from ..reference.rotary import compute_dtype, rotate
+from ._autocast import outside_autocast
 from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_heads, check_rotary, check_tensor, check_that
 
 __all__ = ["node_vectors", "tree_node_vectors"]
@@ -24,6 +25,7 @@ MAX_LEVELS = 20
 PLAIN_ELEMENTS = 2**26
 
 
+@outside_autocast
 def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """Attention of each node's last token over the whole node, rotary positions counted from the node's start.
 
@@ -78,6 +80,7 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
     return torch.ops.sharedllm.node_vectors(q, k, v, spans, cos, sin, scale)
 
 
+@outside_autocast
 def tree_node_vectors(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, levels: int, scale: float
 ) -> Tensor:
@@ -203,6 +206,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Te
         yield _Nodes(part, query, keys, values, weights, token, cos, sin, last)
 
 
+@outside_autocast
 def _plain(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """The operator in plain PyTorch: nodes padded to the tables' length, some nodes at a time."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -216,6 +220,7 @@ _plain_op = torch.library.custom_op("sharedllm::node_vectors_plain", _plain, mut
 _plain_op.register_fake(_fake)
 
 
+@outside_autocast
 def _plain_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,6 +304,7 @@ def _tree_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("sharedllm::tree_node_vectors", _tree_backward, setup_context=_tree_setup_context)
 
 
+@outside_autocast
 def _tree_plain(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, levels: int, scale: float
 ) -> Tensor:

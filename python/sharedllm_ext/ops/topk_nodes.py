@@ -7,12 +7,14 @@ from torch import Tensor
 
 from .. import _library, reference
 from ..reference.rotary import compute_dtype
+from ._autocast import outside_autocast
 from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_cumulative, check_inside, check_tensor, check_that
 
 #: Largest ``k`` of the CUDA kernel (kTopkNodesMaxK in csrc/kernels/topk_nodes.h).
 CUDA_KERNEL_MAX_K = 1024
 
 
+@outside_autocast
 def topk_nodes(
     queries: Tensor,
     nodes: Tensor,

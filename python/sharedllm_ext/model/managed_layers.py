@@ -1,0 +1,64 @@
+"""Layers whose parameters are there only while the layer runs: sharded by FSDP, or moved by accelerate's hooks."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+# by name: importing them takes longer than most models need to be built
+_SHARDED_CLASSES = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def is_managed(layer: Any) -> bool:
+    """Whether a layer has its parameters in place only inside of its own calls."""
+    return hasattr(layer, "_hf_hook") or any(base.__name__ in _SHARDED_CLASSES for base in type(layer).__mro__)
+
+
+def check_checkpointing(layer: Any) -> None:
+    """Refuse what FSDP1 cannot recompute: a layer that runs twice in a step, under reentrant checkpointing.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    fsdp1 = any(base.__name__ == "FullyShardedDataParallel" for base in type(layer).__mro__)
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if fsdp1 and layer.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: expected use_reentrant=False for a model in FullyShardedDataParallel, "
+            "got True"
+        )
+
+
+def call_layer(layer: Any, step: Callable[..., Any], *tensors: Tensor) -> Any:
+    """``step(layer, *tensors)`` where the layer's parameters are: inside of a call of the layer if it is managed.
+
+    Args:
+        layer: a decoder layer with :class:`RunsSteps`.
+        step: what to do; gradient checkpointing may do it again, so it must be a function of its arguments alone.
+        tensors: what gradients flow back to.
+    """
+    return layer(*tensors, compressor_step=step) if is_managed(layer) else step(layer, *tensors)
+
+
+class RunsSteps:
+    """Mixin of a decoder layer: a call with ``compressor_step`` does that step instead of the layer's forward."""
+
+    def forward(self, *args: Any, compressor_step: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        if compressor_step is not None:
+            return compressor_step(self, *args)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def check_whole(name: str, embedding: nn.Module) -> None:
+    """Refuse parameters that are sharded at this moment.
+
+    Raises:
+        ValueError: names the way that works.
+    """
+    weight: Any = embedding.weight
+    if weight.dim() == 2 and type(weight).__name__ != "DTensor" and type(weight.data).__name__ != "DTensor":
+        return
+    raise ValueError(
+        f"{name}: expected whole parameters, got ones that FSDP has sharded; give context_ids to the model's forward, "
+        f"or call torch.distributed.fsdp.register_fsdp_forward_method(model, {name!r}) once before (FSDP2)"
+    )
