@@ -11,7 +11,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from ..ops import injected_attention
-from .layer_math import add_linear, add_mlp, is_untouched, version_of
+from .layer_math import add_linear, add_mlp, is_untouched, linear_weight, version_of
 from .managed_layers import RunsSteps
 
 
@@ -61,7 +61,10 @@ class InjectedAttention(nn.Module):
     def start_from(self, layer: Any) -> None:
         """Copy the layer's own norm and query projection, zero the output: the model starts equal to its base."""
         self.norm.load_state_dict(layer.input_layernorm.state_dict())
-        self.q_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+        projection = layer.self_attn.q_proj
+        self.q_proj.weight.copy_(linear_weight(projection))
+        if self.q_proj.bias is not None:
+            self.q_proj.bias.copy_(projection.bias)
         if self.q_norm is not None:
             self.q_norm.load_state_dict(layer.self_attn.q_norm.state_dict())
         self.o_proj.weight.zero_()

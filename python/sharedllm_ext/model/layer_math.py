@@ -35,11 +35,24 @@ def is_plain_linear(module: Any, x: Tensor) -> bool:
     """Whether a module is nothing but ``x @ weight.T``: no adapter, quantisation, bias or hook."""
     return (
         type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
         and module.bias is None
         and module.weight.dtype == x.dtype
         and module.weight.device == x.device
         and is_untouched(module)
     )
+
+
+def linear_weight(module: Any) -> torch.Tensor:
+    """Weight ``[N, K]`` of a linear module in floating point, whatever form it is stored in."""
+    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+        return module.weight
+    reference = next(tensor for tensor in (module.bias, module.weight) if tensor is not None)
+    dtype = reference.dtype if reference.dtype.is_floating_point else torch.get_default_dtype()
+    size = module.in_features
+    # every method of quantisation has a product, few have the same way back
+    columns = module(torch.eye(size, dtype=dtype, device=reference.device))
+    return (columns if module.bias is None else columns - module.bias).t()
 
 
 def add_linear(hidden: Tensor, module: Any, x: Tensor) -> Tensor:

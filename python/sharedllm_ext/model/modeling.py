@@ -132,7 +132,17 @@ class SharedLLMForCausalLM(ContextGeneration):
 
     @classmethod
     def from_base(
-        cls, base: str | os.PathLike[str] | PreTrainedModel, *, dtype: torch.dtype | str | None = None, **fields: Any
+        cls,
+        base: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        dtype: torch.dtype | str | None = None,
+        gguf_file: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        **fields: Any,
     ) -> "SharedLLMForCausalLM":
         """Build compressor and decoder from one base checkpoint.
 
@@ -140,16 +150,30 @@ class SharedLLMForCausalLM(ContextGeneration):
         equals its base checkpoint until it is trained.
 
         Args:
-            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint, or such a model; its
-                parameters are shared, not copied.
-            dtype: dtype of the parameters (``base`` a path); default: the checkpoint's own.
-            fields: fields of :class:`SharedLLMConfig`.
+            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint, a ``.gguf`` file of
+                one, which is dequantised, or such a model; its parameters are shared, not copied. Layers that
+                bitsandbytes, torchao or others have quantised stay so; the new blocks are not quantised.
+            dtype: dtype of the parameters (``base`` a path); default: the checkpoint's own, float32 for quantised GGUF.
+            gguf_file: name of the GGUF file, where ``base`` is the folder or hub name that holds it.
+            revision, token, device_map, attn_implementation, quantization_config: as for Transformers'
+                ``from_pretrained``, ``base`` a path; one device only.
+            fields: fields of :class:`SharedLLMConfig`; checked before any weights are read.
 
         Raises:
-            ValueError: the checkpoint's family is not supported, or a field is out of range.
+            TypeError: ``base`` is neither a path nor a Transformers model.
+            ValueError: the checkpoint's family is not supported, it lacks weights, or a field is out of range.
             OSError: no checkpoint at ``base``.
         """
-        return build_from_base(cls, base, dtype, fields)
+        loading = {
+            "dtype": dtype,
+            "gguf_file": gguf_file,
+            "revision": revision,
+            "token": token,
+            "device_map": device_map,
+            "attn_implementation": attn_implementation,
+            "quantization_config": quantization_config,
+        }
+        return build_from_base(cls, base, loading, fields)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
