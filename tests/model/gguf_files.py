@@ -87,7 +87,7 @@ def write_gguf(
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             split = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
             array = np.ascontiguousarray(split.swapaxes(1, 2).reshape(array.shape))
-        if quantised and array.ndim == 2:
+        if quantised and array.ndim == 2 and array.shape[1] % 32 == 0:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(gguf_name(name), gguf.quantize(array, kind), raw_dtype=kind)
         else:

@@ -119,9 +119,7 @@ def test_adapters_are_named() -> None:
     adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(TypeError, match=r"got PeftModelForCausalLM; merge its adapters first"):
         build(adapted)
-    with pytest.raises(
-        ValueError, match=r"expected a model without adapters, got one on model\.layers\.0"
-    ):
+    with pytest.raises(ValueError, match=r"expected a model without adapters, got one on model\.layers\.0"):
         build(base)
     merged = adapted.merge_and_unload()
     text = builders.ids(1, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ FIELDS = (
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    text = "build a SharedLLM checkpoint from a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint"
+    text = "build a SharedLLM checkpoint from a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint or GGUF file"
     parser = commands.add_parser("init", help=text, description=text)
-    parser.add_argument("base", metavar="BASE", help="checkpoint folder, or a name on the model hub")
+    parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     fields = parser.add_argument_group("model (default: the configuration's)")
     fields.add_argument("--injection-layers", type=positive, metavar="M", help="lowest layers that compress and inject")
@@ -58,7 +59,13 @@ def add_parser(commands: Any) -> None:
     )
     fields.add_argument("--micro-batch-tokens", type=positive, metavar="N", help="context tokens compressed at a time")
     fields.add_argument("--compressor-precision", choices=["model", "fp8"], help="of its products")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to read in BASE, a folder or hub name")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype of the weights (default: as stored; float32 for a quantised GGUF file)",
+    )
     parser.add_argument("--force", action="store_true", help="write into OUT even if it holds files")
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -67,7 +74,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     base, out = Path(args.base), Path(args.out)
-    family = checkpoint_type(args.base)
+    from_gguf = args.gguf_file is not None or base.suffix.lower() == ".gguf"
+    if not from_gguf and not (base / "config.json").exists():
+        files = ", ".join(sorted(file.name for file in base.glob("*.gguf")))
+        if files:
+            raise CommandError(f"{args.base}: expected a checkpoint, got a folder of GGUF files: name one of {files}")
+    family = None if from_gguf else checkpoint_type(args.base)
     if family == "sharedllm":
         raise CommandError(f"{args.base}: expected a base checkpoint, got a sharedllm one")
     if out.exists() and base.exists() and out.samefile(base):
@@ -89,10 +101,15 @@ def run(args: argparse.Namespace) -> int:
     fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
-        model = SharedLLMForCausalLM.from_base(args.base, dtype=dtype, **fields)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            model = SharedLLMForCausalLM.from_base(args.base, dtype=dtype, gguf_file=args.gguf_file, **fields)
     except OSError as error:
         raise CommandError(f"{args.base}: the checkpoint cannot be loaded: {one_line(error)}") from error
-    tokenizer = find_tokenizer(args.base)
+    for warning in told:
+        if issubclass(warning.category, UserWarning):
+            say(f"sharedllm: warning: {warning.message}")
+    tokenizer = _gguf_tokenizer(args.base, args.gguf_file) if from_gguf else find_tokenizer(args.base)
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
@@ -121,3 +138,17 @@ def run(args: argparse.Namespace) -> int:
         say(f"sharedllm: warning: {args.base} has no tokenizer, so {out} has none either")
     say("The new blocks start at zero: until they are trained, the model answers as its base does, context or not.")
     return 0
+
+
+def _gguf_tokenizer(base: str, gguf_file: str | None) -> Any:
+    """The tokenizer that a GGUF file holds, its chat template with it."""
+    from transformers import AutoTokenizer
+
+    from sharedllm_ext.model.gguf_checkpoint import find_gguf
+
+    path = find_gguf(base, gguf_file)
+    assert path is not None  # the model was read from it
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise CommandError(f"{path}: the tokenizer cannot be loaded: {one_line(error)}") from error
