@@ -143,13 +143,17 @@ def test_turns(counted: list[int]) -> None:
     cache.crop(-(52 - 28))
     again = model.generate(turn, past_key_values=cache, **settings)
     assert torch.equal(again, got)
-    # and without a memory, over the same keys, the ordinary path agrees too
+    # without one given, it is the memory of the cache
     cache.crop(-(52 - 28))
     plain = {**settings, "memory": None}
-    other = DynamicCache(config=model.config.text_config)
+    assert torch.equal(model.generate(turn, past_key_values=cache, **plain), got)
+    # and without any, over the same keys, the ordinary path agrees too
+    cache.crop(-(52 - 28))
+    alone, other = PreallocatedCache(model.config.text_config), DynamicCache(config=model.config.text_config)
     for layer, target in enumerate(cache.layers):
+        alone.update(target.keys, target.values, layer)
         other.update(target.keys.clone(), target.values.clone(), layer)
-    got = model.generate(turn, past_key_values=cache, **plain)
+    got = model.generate(turn, past_key_values=alone, **plain)
     assert torch.equal(got, _ordinary(model, turn, past_key_values=other, **plain))
 
 

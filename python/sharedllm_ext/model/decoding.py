@@ -769,6 +769,7 @@ class Generating:
     Attributes:
         may_run_ahead: whether steps may start before they are called.
         outer: of the ``generate`` that this one runs inside of.
+        removed: columns of its prompt that became context.
         cache: made by :func:`new_cache`.
         stepped: over which tokens will be chosen one after another.
         ahead: the criterion that starts steps.
@@ -777,6 +778,7 @@ class Generating:
 
     may_run_ahead: bool
     outer: "Generating | None"
+    removed: int = 0
     cache: PreallocatedCache | None = None
     stepped: PreallocatedCache | None = None
     ahead: "RunAhead | None" = None
@@ -804,11 +806,17 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return _thread.streams[device]
 
 
-def begin_generate(may_run_ahead: bool) -> Generating:
-    """At the beginning of a ``generate``, for :func:`end_generate`."""
-    own = Generating(may_run_ahead, _generating())
+def begin_generate(may_run_ahead: bool, removed: int = 0) -> Generating:
+    """At the beginning of a ``generate``, for :func:`end_generate`; ``removed`` columns of its prompt are context."""
+    own = Generating(may_run_ahead, _generating(), removed)
     _thread.generating = weakref.ref(own)
     return own
+
+
+def removed_tokens() -> int:
+    """Columns of the prompt that became context, of the ``generate`` that runs in this thread."""
+    generating = _generating()
+    return 0 if generating is None else generating.removed
 
 
 def expect_steps(cache: PreallocatedCache) -> None:

@@ -1,14 +1,22 @@
 """Generate: the one room that overrides private parts of Transformers' generation, and follows its versions."""
 
-import copy
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMixin
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    MaxLengthCriteria,
+)
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+from transformers.utils import ModelOutput
 
 from .cache_name import CACHE_NAME, take_cache
+from .cached_memory import remembered_memory
 from .decoding import (
     PreallocatedCache,
     add_run_ahead,
@@ -17,11 +25,55 @@ from .decoding import (
     expect_steps,
     new_cache,
     offer_call,
+    removed_tokens,
     supports,
     take_call,
 )
-from .inputs import check_ids, check_not_empty, check_running_text, query_of, trusted_ids
-from .split import split_rows
+from .inputs import check_ids, check_not_empty, check_running_text, query_of, say_past_window, trusted_ids
+from .memory import ContextMemory
+from .reading import say_if_it_cannot_read
+from .signature import describe_difference
+from .split import Split, split_rows
+from .split_prompt import RunningTextCandidates, SplitPrompt, for_assistant, remember_prompt, remembered_prompt
+
+
+@dataclasses.dataclass
+class SharedLLMGenerateOutput(GenerateDecoderOnlyOutput):
+    """Output of ``generate`` with ``return_dict_in_generate=True``: Transformers' own and the memory it read."""
+
+    memory: ContextMemory | None = None
+
+
+@dataclasses.dataclass
+class SharedLLMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """The same with beams."""
+
+    memory: ContextMemory | None = None
+
+
+_WITH_MEMORY: dict[type, Any] = {
+    GenerateDecoderOnlyOutput: SharedLLMGenerateOutput,
+    GenerateBeamDecoderOnlyOutput: SharedLLMGenerateBeamOutput,
+}
+
+
+def with_memory(result: Any, memory: ContextMemory | None) -> Any:
+    """What ``generate`` returns, with the memory that was read."""
+    if memory is None or not isinstance(result, ModelOutput):
+        return result
+    output = _WITH_MEMORY.get(type(result))
+    if output is None:
+        # of a caller's own loop
+        result.memory = memory
+        return result
+    fields: Any = dataclasses.fields(output)
+    return output(**{f.name: getattr(result, f.name) for f in fields if f.name != "memory"}, memory=memory)
+
+
+def _can_read(model: Any, memory: ContextMemory) -> bool:
+    """Whether the memory is of this model's compressor, and where and as the model is."""
+    fits = (memory.dtype, memory.device) == (model.dtype, model.device)
+    return fits and describe_difference(model.memory_signature(), memory.signature) is None
 
 
 class ContextGeneration(PreTrainedModel, GenerationMixin):
@@ -37,126 +89,327 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Generate after a running text, given ``context_ids`` or ``memory``; arguments as for Transformers' generate.
 
-        The context is compressed once. ``input_ids`` longer than ``config.window``, without context or memory, are
-        split as in :meth:`forward`; the result still begins with all of them.
+        The context is compressed once, by the rules of evaluation whatever the model's mode is. ``input_ids`` longer
+        than ``config.window``, without context or memory, are split once, as in :meth:`forward` with a mask: of each
+        row the last ``window`` tokens are running text. Lengths, logits processors, stopping criteria, streamers and
+        the result are of the whole text; ``split_window=False`` reads a long text as it is.
+
+        Tokens join the running text, which may grow past ``config.window``: none of it becomes context.
+
+        A cache that an earlier call has filled is read with the memory of that call, unless another is given. If that
+        call split its prompt, ``input_ids`` are the whole text again, or only what is new with an attention mask over
+        everything, or running text that goes on from that of the cache.
+
+        An assistant model reads the running text, and the memory too if it has the same compressor.
+
+        Args:
+            inputs: ``[B, L]`` token ids, also by the name ``input_ids``.
+            generation_config: as for Transformers.
+            args: as for Transformers.
+            kwargs: as for Transformers, and of :meth:`forward` ``context_ids``, ``context_attention_mask``, ``memory``,
+                ``query_ids``, ``query_attention_mask`` and ``split_window``.
+
+        Returns:
+            ``[B, L + n]`` token ids; with ``return_dict_in_generate=True`` Transformers' output with ``memory`` beside.
+
+        Raises:
+            ValueError: inputs that contradict each other; the message names what was expected and what came.
         """
         context_ids = kwargs.pop("context_ids", None)
         context_mask = kwargs.pop("context_attention_mask", None)
         memory = kwargs.pop("memory", None)
+        query_ids, query_mask = kwargs.pop("query_ids", None), kwargs.pop("query_attention_mask", None)
+        split_window = kwargs.pop("split_window", True)
         if context_ids is not None and memory is not None:
             raise ValueError("context_ids, memory: expected at most one of them, got both")
         if context_ids is None and context_mask is not None:
             raise ValueError("context_attention_mask: expected context_ids with it, got none")
+        if context_ids is None and query_ids is not None:
+            raise ValueError("query_ids: expected context_ids with it, got none")
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError(
+                "cache_implementation: expected one for a single generate, got 'paged', which batches many"
+            )
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        attention_mask = kwargs.get("attention_mask")
         past = take_cache(kwargs)
-        whole = None
+        cached = 0 if past is None else past.get_seq_length()
+        prompt = None
         if input_ids is not None:
             check_ids(self, "input_ids", input_ids, range_too=True)
             check_not_empty(input_ids)
-            if memory is None and context_ids is None and (past is None or past.get_seq_length() == 0):
-                if attention_mask is None and input_ids.shape[1] > self.config.window:
-                    attention_mask = self._mask_of_padding(input_ids, generation_config)
-                split = split_rows(self.config.window, input_ids, attention_mask)
-                if split is not None:
-                    context_ids, context_mask = split.context_ids, split.context_mask
-                    whole = input_ids
-                    input_ids, attention_mask = split.input_ids, split.attention_mask
-                    removed = whole.shape[1] - input_ids.shape[1]
-                    generation_config = self._shorten(generation_config, kwargs, removed)
-                    if attention_mask is not None:
-                        kwargs["attention_mask"] = attention_mask
+        if cached and context_ids is None:
+            given, memory = memory, remembered_memory(past) if memory is None else memory
+            prompt = self._follow(remembered_prompt(past), input_ids, cached, given is not None, kwargs)
+        elif input_ids is not None and split_window and memory is None and context_ids is None:
+            split = self._split(input_ids, generation_config, kwargs)
+            if split is not None:
+                context_ids, context_mask = split.context_ids, split.context_mask
+                prompt = SplitPrompt.of(input_ids, split)
+                if kwargs.get("position_ids") is not None:
+                    kwargs["position_ids"] = split.take(kwargs["position_ids"])
+        text = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if prompt is not None:
+            text = prompt.running
+            self._give(prompt, generation_config, kwargs)
+        mask = kwargs.get("attention_mask")
         if context_ids is not None:
-            modes = [(module, module.training) for module in self.modules()]
-            check_running_text(self, "input_ids", input_ids, attention_mask if past is None else None, context_ids)
-            query_ids, query_mask = query_of(self.config.query_aware, input_ids, attention_mask, None)
-            try:
-                memory = self.eval().compress(context_ids, context_mask, query_ids, query_mask)
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+            name = "input_ids" if input_ids is not None else "inputs_embeds"
+            check_running_text(self, name, text, mask if past is None else None, context_ids)
+            if query_ids is None:
+                query_ids, query_mask = query_of(self.config.query_aware, text, mask, None)
+            embedded = query_ids is not None and query_ids.dim() == 3
+            memory = self.compress(
+                context_ids,
+                context_mask,
+                None if embedded else query_ids,
+                query_mask,
+                query_embeds=query_ids if embedded else None,
+                training=False,
+            )
         elif memory is not None:
             self.check_memory(memory)
-            rows = (
-                input_ids.shape[0]
-                if input_ids is not None
-                else kwargs["inputs_embeds"].shape[0]
-                if "inputs_embeds" in kwargs
-                else 1
-            )
+            rows = 1 if text is None else text.shape[0]
             if memory.batch_size == 1 and rows > 1:
                 memory = memory.expand(rows)
         if memory is not None:
             kwargs["memory"] = memory
+            say_if_it_cannot_read(self)
+        if not split_window:
+            kwargs["split_window"] = False
         parent: Any = super()
         seen = True  # whether somebody else may hold the cache
         generating = None
         try:
             # other loops may ask the criteria about tokens that they do not keep
-            generating = begin_generate(may_run_ahead=kwargs.get("custom_generate") is None)
+            may_run_ahead = kwargs.get("custom_generate") is None
+            generating = begin_generate(may_run_ahead, 0 if prompt is None else prompt.removed)
             with trusted_ids(self if input_ids is not None else None):
                 result = parent.generate(input_ids, generation_config, *args, **kwargs)
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:
             end_generate(self, seen, generating)
-        if whole is None:
-            return result
-        sequences = result if isinstance(result, Tensor) else result.sequences
-        answers = sequences[:, input_ids.shape[1] :]
-        sequences = torch.cat((whole.repeat_interleave(sequences.shape[0] // whole.shape[0], 0), answers), 1)
-        if isinstance(result, Tensor):
-            return sequences
-        result.sequences = sequences
-        return result
+        if split_window and not self._said_past_window and isinstance(getattr(result, "sequences", result), Tensor):
+            self._say_past_window(getattr(result, "sequences", result), text, prompt, input_ids, mask, cached)
+        return with_memory(result, memory)
 
-    def _mask_of_padding(self, input_ids: Tensor, generation_config: GenerationConfig | None) -> Tensor | None:
-        """Mask of leading padding when the caller gave none, as Transformers infers it."""
+    def _split(self: Any, input_ids: Tensor, generation_config: Any, kwargs: dict[str, Any]) -> Split | None:
+        """How a fresh prompt is split, ``None`` for one within the window."""
+        if input_ids.shape[1] <= self.config.window:
+            return None
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = self._mask_of_padding(input_ids, generation_config, kwargs)
+        return split_rows(self.config.window, input_ids, mask)
+
+    def _follow(
+        self: Any,
+        prompt: SplitPrompt | None,
+        input_ids: Tensor | None,
+        cached: int,
+        has_memory: bool,
+        kwargs: dict[str, Any],
+    ) -> SplitPrompt | None:
+        """What follows the split prompt of a filled cache; ``None`` where the running text alone goes on."""
+        if prompt is None or input_ids is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] > input_ids.shape[1]:
+            # only what is new; the mask says from where the caller counts
+            new = input_ids.shape[1]
+            if mask.shape[1] == prompt.removed + cached + new:
+                kwargs["attention_mask"] = prompt.read_mask(mask, mask.shape[1] - prompt.whole.shape[1])
+            elif mask.shape[1] != cached + new:
+                raise ValueError(
+                    f"attention_mask: expected {cached + new} columns (the cache and input_ids), or "
+                    f"{prompt.removed + cached + new} with the context that was split from it, got {mask.shape[1]}"
+                )
+            return None
+        if prompt.begins(input_ids):
+            positions = kwargs.get("position_ids")
+            if positions is not None:
+                # those of the cache are in it; only what is new is looked at
+                kwargs["position_ids"] = positions[..., prompt.removed :]
+            return prompt.followed(input_ids, mask)
+        if has_memory or prompt.begins_as_running_text(input_ids):
+            return None
+        raise ValueError(
+            f"input_ids: expected a text that begins with the {prompt.whole.shape[1]} tokens of the prompt that "
+            f"{CACHE_NAME} was split from, or with the last {prompt.running.shape[1]} of them, got another text"
+        )
+
+    def _give(self: Any, prompt: SplitPrompt, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        """Put the running text's mask and positions in the place of the whole text's."""
         settings = generation_config or self.generation_config
-        pad, eos = settings.pad_token_id, settings.eos_token_id
-        stops = eos if isinstance(eos, list) else [eos]
+        if kwargs.get("token_healing", getattr(settings, "token_healing", None)):
+            raise ValueError(
+                f"token_healing: expected False where input_ids are longer than config.window ({self.config.window}), "
+                "got True"
+            )
+        mask = prompt.mask
+        if mask is None:
+            mask = torch.ones_like(prompt.running)
+        kwargs["attention_mask"], kwargs["split_prompt"] = mask, prompt
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def _say_past_window(
+        self: Any,
+        sequences: Tensor,
+        text: Tensor | None,
+        prompt: SplitPrompt | None,
+        input_ids: Tensor | None,
+        mask: Tensor | None,
+        cached: int,
+    ) -> None:
+        """Warn, once a model, about a text that has grown past the window."""
+        total = sequences.shape[1] - (0 if prompt is None else prompt.removed)
+        if input_ids is None and text is not None:
+            total += text.shape[1]
+        elif mask is not None and input_ids is not None and mask.shape[1] > input_ids.shape[1]:
+            total += cached
+        if total > self.config.window and mask is not None and mask.dim() == 2:
+            total -= int((mask == 0).sum(1).min())
+        say_past_window(self, total, None, None)
+
+    def _mask_of_padding(
+        self: Any, input_ids: Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Mask of padding when the caller gave none, as Transformers infers it."""
+        sources = (generation_config, self.generation_config)
+        pad, eos = (
+            next((x for x in (kwargs.get(name), *(getattr(s, name, None) for s in sources)) if x is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        stops = torch.as_tensor([] if eos is None else eos).flatten().tolist()
         if pad is None or pad in stops or not bool((input_ids == pad).any()):
             return None
         return (input_ids != pad).long()
 
-    def _shorten(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], removed: int
-    ) -> GenerationConfig | None:
-        """Lengths that count the prompt must not count the part of it that became context."""
-        for name in ("max_length", "min_length"):
-            if kwargs.get(name) is not None:
-                kwargs[name] = max(kwargs[name] - removed, 0)
-        if generation_config is None:
-            return None
-        generation_config = copy.deepcopy(generation_config)
-        for name in ("max_length", "min_length"):
-            value = getattr(generation_config, name, None)
-            if value:
-                setattr(generation_config, name, max(value - removed, 0))
-        return generation_config
+    # -- what Transformers' loops ask ---------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self: Any,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        split_prompt: SplitPrompt | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What forward is given in a step of ``generate``, of all tokens ``[B, T]`` and generate's own state."""
+        if split_prompt is not None:
+            new = input_ids.shape[1] - split_prompt.whole.shape[1]
+            if attention_mask is not None:
+                # assisted generation fills the mask up to the whole text's length
+                attention_mask = attention_mask[:, : split_prompt.running.shape[1] + new]
+            if next_sequence_length is None or next_sequence_length > new:
+                input_ids = split_prompt.read(input_ids)
+        parent: Any = super()
+        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        text = inputs.get("input_ids")
+        if text is not None and text.shape[1] > self.config.window:
+            # what is to be split has been: a text without a cache only grows past the window
+            inputs["split_window"] = False
+        return inputs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:  # type: ignore[override]
+        model_kwargs.pop("split_prompt", None)
+        parent: Any = super()
+        parent._validate_model_kwargs(model_kwargs)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # the first call, whole or in pieces, is of the running text alone
+        prompt: SplitPrompt | None = model_kwargs.pop("split_prompt", None)
+        parent: Any = super()
+        if prompt is None:
+            return parent._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        try:
+            return parent._prefill(prompt.read(input_ids), generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            model_kwargs["split_prompt"] = prompt
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """A cache that stays in place, where decoding steps can use it."""
+        """A cache that stays in place, where decoding steps can use it, for the running text."""
+        prompt: SplitPrompt | None = model_kwargs.get("split_prompt")
+        if prompt is not None:
+            # (batch_size, max_cache_length) by place or by name
+            if "max_cache_length" in kwargs:
+                kwargs["max_cache_length"] -= prompt.removed
+            elif len(args) > 1:
+                args = (args[0], args[1] - prompt.removed, *args[2:])
         plain = generation_config.use_cache is not False and generation_config.cache_implementation is None
         single = str(getattr(generation_mode, "value", generation_mode)) in ("greedy_search", "sample")
         cache = model_kwargs.get(CACHE_NAME)
+        result = None
         if plain and single and cache is None and supports(self):
             limit = kwargs.get("max_cache_length", args[1] if len(args) > 1 else None)
             cache = model_kwargs[CACHE_NAME] = new_cache(self, limit)
             expect_steps(cache)
-            return None
-        # drafts are short, and mostly other tokens come next
-        if single and type(cache) is PreallocatedCache and not getattr(generation_config, "is_assistant", False):
-            expect_steps(cache)
+        else:
+            # drafts are short, and mostly other tokens come next
+            if single and type(cache) is PreallocatedCache and not getattr(generation_config, "is_assistant", False):
+                expect_steps(cache)
+            parent: Any = super()
+            result = parent._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
+            cache = model_kwargs.get(CACHE_NAME)
+        if cache is not None and (prompt is not None or cache.get_seq_length() == 0):
+            remember_prompt(cache, prompt)
+        return result
+
+    def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        generation_config = kwargs.get("generation_config", args[0] if args else None)
+        default = None if generation_config is None else generation_config.max_length
         parent: Any = super()
-        return parent._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        prepared = parent._prepare_generated_length(*args, **kwargs)
+        removed, limit = removed_tokens(), getattr(self.config, "max_position_embeddings", None)
+        if removed and kwargs.get("has_default_max_length") and prepared.max_new_tokens is None and default is not None:
+            # positions count the running text alone
+            length = default + kwargs["input_ids_length"]
+            prepared.max_length = length if limit is None else min(length, limit + removed)
+        return prepared
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         parent: Any = super()
         criteria = parent._get_stopping_criteria(*args, **kwargs)
+        removed = removed_tokens()
+        for criterion in criteria if removed else ():
+            # its reminder is about positions, which count the running text alone
+            if type(criterion) is MaxLengthCriteria and criterion.max_position_embeddings is not None:
+                criterion.max_position_embeddings += removed
         add_run_ahead(criteria)
         return criteria
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Drafts of an assistant model: of the running text, and with the memory only if it can read it."""
+        model_kwargs = dict(kwargs["model_kwargs"])
+        memory, prompt = model_kwargs.pop("memory", None), model_kwargs.pop("split_prompt", None)
+        model_kwargs.pop("split_window", None)
+        parent: Any = super()
+        generator = parent._get_candidate_generator(*args, **{**kwargs, "model_kwargs": model_kwargs})
+        if not isinstance(generator, AssistedCandidateGenerator):
+            return generator
+        assistant = generator.assistant_model
+        if isinstance(assistant, ContextGeneration):
+            # it drafts after the same running text, however short its own window is
+            generator.assistant_kwargs["split_window"] = False
+            if memory is not None and _can_read(assistant, memory):
+                generator.assistant_kwargs["memory"] = memory
+        if prompt is None:
+            return generator
+        generator.logits_processor = for_assistant(generator.logits_processor, prompt)
+        return RunningTextCandidates(generator, prompt)
 
     def _valid_auto_compile_criteria(  # type: ignore[override]
         self: Any, model_kwargs: dict[str, Any], generation_config: Any
@@ -172,10 +425,10 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         return take_call() or parent.get_compiled_call(compile_config)
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        memory = kwargs.pop("memory", None)
+        own = {name: kwargs.pop(name) for name in ("memory", "split_prompt") if kwargs.get(name) is not None}
         parent: Any = super()
         input_ids, model_kwargs = parent._expand_inputs_for_generation(*args, **kwargs)
-        if memory is not None:
-            expand_size = kwargs.get("expand_size", args[0] if args else 1)
-            model_kwargs["memory"] = memory.expand(expand_size) if expand_size > 1 else memory
+        expand_size = kwargs.get("expand_size", args[0] if args else 1)
+        for name, value in own.items():
+            model_kwargs[name] = value.expand(expand_size) if expand_size > 1 else value
         return input_ids, model_kwargs

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
-from .cached_memory import has_read, remember_memory, remembered_memory
+from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
 from .compressor import (
     Chunk,
     LowerModel,
@@ -30,6 +30,7 @@ from .compressor import (
     upload,
 )
 from .configuration import SharedLLMConfig
+from .decoding import removed_tokens
 from .generation import ContextGeneration
 from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
 from .inputs import (
@@ -51,8 +52,10 @@ from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, versio
 from .loading import check_loaded
 from .managed_layers import check_whole
 from .memory import ContextMemory
+from .reading import say_if_it_cannot_read
 from .signature import Fingerprint, describe_difference, memory_signature
 from .split import refuse_packed, split_open_end, split_rows
+from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .stopwatch import Stopwatch
 from .training_mark import TrainingMark, is_training_mark
 
@@ -101,7 +104,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         self._tables_of: tuple[Any, ...] | None = None
         self._fingerprint = Fingerprint()
         self._training_mark = TrainingMark()
-        self._said_past_window = False
+        self._said_past_window = self._said_it_cannot_read = False
+        self._reads_context: tuple[Any, bool] | None = None
         self.post_init()
         # those that are there: FSDP's wrapping policies look for every one of them
         self._no_split_modules = {type(layer).__name__ for layer in self._all_layers()}
@@ -256,6 +260,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         generator: torch.Generator | None = None,
         progress: Callable[[int], None] | None = None,
         query_embeds: Tensor | None = None,
+        training: bool | None = None,
     ) -> ContextMemory:
         """Compress past contexts into a memory.
 
@@ -271,6 +276,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             generator: source of the split noise (training mode, ``config.split_noise > 0``).
             progress: called with the context tokens compressed so far, after every micro-batch.
             query_embeds: ``[B, L, d]`` embeddings of the query, instead of ``query_ids``.
+            training: whether it is for training (gradients, split noise, checkpoints); default: the model's mode.
 
         Returns:
             The memory; a document without tokens has no slots.
@@ -281,11 +287,11 @@ class SharedLLMForCausalLM(ContextGeneration):
         lower = self.lower_model
         check_whole("compress", lower.embed_tokens)
         watch = Stopwatch(self.device)
-        training = self.training and torch.is_grad_enabled() and _any_trainable(lower)
-        with torch.set_grad_enabled(training):
+        training = self.training if training is None else training
+        with torch.set_grad_enabled(training and torch.is_grad_enabled() and _any_trainable(lower)):
             work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
             watch.lap("retrieve")
-            memory = self._compress_in_micro_batches(lower, work, generator, watch, progress)
+            memory = self._compress_in_micro_batches(lower, work, generator, watch, progress, training)
         watch.lap("compress")
         watch.facts = {"context_tokens": sum(work.lengths), "chunks": len(work.chunks), "slots": memory.num_slots}
         self._watch = watch
@@ -319,7 +325,8 @@ class SharedLLMForCausalLM(ContextGeneration):
                 continue
             part = work.ids[chunks[0].start : chunks[-1].start + chunks[-1].length]
             embeddings = embed_tokens(lower, part)
-            tree = choose_nodes(lower, embeddings, chunks, self._tree_shape(), work.tables, work.query, work.has_query)
+            shape = self._tree_shape(self.training)
+            tree = choose_nodes(lower, embeddings, chunks, shape, work.tables, work.query, work.has_query)
             assert tree.nodes.shape[0] == count
             found.append((tree.nodes, tree.similarity))
         return found
@@ -350,8 +357,8 @@ class SharedLLMForCausalLM(ContextGeneration):
             query = query_vectors(upper, *queries, tables)
         return _Work(ids, lengths, cut_into_chunks(lengths, size), counts, tables, query, has_query)
 
-    def _tree_shape(self) -> TreeShape:
-        noise = self.config.split_noise if self.training else 0.0
+    def _tree_shape(self, training: bool) -> TreeShape:
+        noise = self.config.split_noise if training else 0.0
         return TreeShape(self.config.tree_depth, self.config.slots_per_node, float(noise))
 
     @property
@@ -366,11 +373,12 @@ class SharedLLMForCausalLM(ContextGeneration):
         work: "_Work",
         generator: torch.Generator | None,
         watch: Stopwatch,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] | None,
+        training: bool,
     ) -> ContextMemory:
         config, ids, lengths, chunks, counts = self.config, work.ids, work.lengths, work.chunks, work.counts
-        shape = self._tree_shape()
-        checkpointing = self.training and bool(getattr(self.model, "gradient_checkpointing", False))
+        shape = self._tree_shape(training)
+        checkpointing = training and bool(getattr(self.model, "gradient_checkpointing", False))
         pieces: list[list[Tensor]] = [[] for _ in range(2 * len(lower.layers))]
         store: list[Tensor] | None = None
         slots_by_chunk: list[int] = []
@@ -438,7 +446,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             num_tokens=lengths,
             memory_index=list(range(len(lengths))),
             # weights in training change with every step, too often for a digest of them
-            signature=self.memory_signature(fingerprint=not self.training),
+            signature=self.memory_signature(fingerprint=not training),
         )
 
     def _products(self, lower: LowerModel) -> Products:
@@ -614,6 +622,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         query_ids: Tensor | None = None,
         query_attention_mask: Tensor | None = None,
         cache: Cache | None = None,
+        split_window: bool = True,
         **kwargs: Any,
     ) -> SharedLLMOutput:
         """Logits of the running text, given a context or its memory.
@@ -636,9 +645,9 @@ class SharedLLMForCausalLM(ContextGeneration):
                 any batch.
             query_ids: ``[B, Q]`` the text whose last token picks the nodes, instead of the running text.
             query_attention_mask: ``[B, Q]``, 0 for padding; a row without any token is read with the fixed policy.
-            past_key_values, cache: as for the base model, by either of Transformers' two names. A memory that an
-                earlier call over it was given is given again; one that such a call made itself, of ``context_ids`` or
-                by splitting, is read again if none is given.
+            past_key_values, cache: as for the base model, by either of Transformers' two names. Over a cache of an
+                earlier call that read a memory, that memory is read again if no other is given.
+            split_window: whether an ``input_ids`` longer than ``config.window`` is split.
             kwargs, position_ids, inputs_embeds, use_cache: as for the base model.
 
         Returns:
@@ -683,13 +692,17 @@ class SharedLLMForCausalLM(ContextGeneration):
 
         split = None
         query_mask = attention_mask
-        if memory is None and context_ids is None and input_ids is not None and fresh:
+        if memory is None and context_ids is None and input_ids is not None and fresh and split_window:
             whole = attention_mask is not None or compiling
             cut = split_rows(self.config.window, input_ids, attention_mask) if whole else None
             split = cut if whole else split_open_end(self.config.window, input_ids)
         elif memory is None and context_ids is None:
             memory = remembered_memory(past_key_values)
+        if not fresh and not compiling:
+            attention_mask = mask_over_cache(past_key_values, attention_mask, inputs.shape[1])
+        prompt = None
         if split is not None:
+            prompt = SplitPrompt.of(inputs, split)
             if labels_elsewhere:
                 check_labels_given(self.training, logits_to_keep, counted is not None)
             refuse_packed(kwargs, position_ids, attention_mask)
@@ -716,7 +729,9 @@ class SharedLLMForCausalLM(ContextGeneration):
             )
         elif memory is not None and not compiling and (fresh or not has_read(past_key_values, memory)):
             self.check_memory(memory)
-        if split is None and not compiling and not self._said_past_window:
+        if memory is not None and fresh and not compiling:
+            say_if_it_cannot_read(self)
+        if split is None and split_window and not compiling and not self._said_past_window:
             say_past_window(self, inputs.shape[1], attention_mask, None if fresh else past_key_values)
 
         injected = {}
@@ -735,8 +750,14 @@ class SharedLLMForCausalLM(ContextGeneration):
             **kwargs,
         )
         used_cache = cache_of(outputs)
-        if memory is not None and used_cache is not None and not compiling:
-            remember_memory(used_cache, memory, completes=context_ids is not None)
+        if used_cache is not None and not compiling:
+            if memory is not None:
+                remember_memory(used_cache, memory)
+            elif fresh:
+                forget_memory(used_cache)
+            # a generate that has split its prompt remembers the whole of it
+            if fresh and not removed_tokens():
+                remember_prompt(used_cache, prompt)
         hidden, loss = outputs.last_hidden_state, None
         if split is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
