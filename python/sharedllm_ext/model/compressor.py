@@ -136,6 +136,11 @@ def project_embeddings(model: LowerModel, embeddings: Tensor) -> Embedded:
     return Embedded(embeddings, normed, project(layer, normed, "k"), project(layer, normed, "v"))
 
 
+def embed(model: LowerModel, ids: Tensor) -> Embedded:
+    """Embed tokens ``[T]`` and project layer 0's keys and values."""
+    return project_embeddings(model, embed_tokens(model, ids))
+
+
 def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tables: Tables) -> Tensor:
     """Final-norm output of layer 0 at the last token of each span, positions counted from the span's start.
 

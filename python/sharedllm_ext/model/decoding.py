@@ -587,14 +587,14 @@ def supports(model: "SharedLLMForCausalLM") -> bool:
         return False
     weight = model.model.embed_tokens.weight
     device, dtype = weight.device, weight.dtype
-    if torch.is_autocast_enabled(device.type):
+    if device.type not in ("cuda", "cpu") or torch.is_autocast_enabled(device.type):
         return False
     attention = model.model.layers[0].self_attn
     if device.type == "cuda":
         fast = dtype != torch.float32 and attention.head_dim in HEAD_SIZES
         if not fast or not {"decode_linear", "decode_append", "injected_attention"} <= cuda_kernels():
             return False
-    elif device.type != "cpu" or not RUN_ON_CPU:
+    elif not RUN_ON_CPU:
         return False
     rope = getattr(model.model.rotary_emb, "rope_type", "default")
     if dtype not in _DTYPES or rope not in FIXED_ROPE_TYPES or getattr(config, "hidden_act", None) != "silu":

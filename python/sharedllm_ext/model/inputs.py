@@ -39,7 +39,7 @@ def check_ids(model: "SharedLLMForCausalLM", name: str, ids: Tensor, *, range_to
         raise ValueError(f"{name}: expected integer token ids (int64 or int32), got dtype {ids.dtype}")
     if ids.dim() != 2:
         raise ValueError(f"{name}: expected shape [batch, tokens], got {tuple(ids.shape)}")
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     if ids.device != device:
         raise ValueError(f"{name}: expected device {device} as the model, got {ids.device}")
     # looking at values waits for the device: once for a tensor is enough

@@ -1,8 +1,9 @@
 """Layers whose parameters are there only while the layer runs: sharded by FSDP, or moved by accelerate's hooks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # by name: importing them takes longer than most models need to be built
@@ -47,6 +48,47 @@ class RunsSteps:
         if compressor_step is not None:
             return compressor_step(self, *args)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def device_of(module: Any) -> torch.device:
+    """Device that a module with a weight computes on; accelerate may keep the weight elsewhere between calls."""
+    weight_device: torch.device = module.weight.device
+    if weight_device.type != "meta":
+        return weight_device
+    devices = [hook.execution_device for hook in _offloading_hooks(module)]
+    return weight_device if not devices else torch.device(devices[0])
+
+
+def stored_parameters(module: nn.Module, skip: str = "") -> Iterator[Tensor]:
+    """Parameters with their values, in the order of ``module.parameters()``: sharded ones put together (all processes
+    take part), offloaded ones read from where accelerate keeps them.
+
+    Args:
+        module: the module.
+        skip: name of a child to leave out.
+    """
+    stored: dict[str, Any] = {}
+    for prefix, child in module.named_modules():
+        for hook in _offloading_hooks(child):
+            stored[prefix] = hook.weights_map
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if skip and name.startswith(f"{skip}."):
+            continue
+        if parameter.device.type == "meta":
+            # the module's own hook, or that of one it is part of
+            path = name.split(".")
+            owners = [i for i in range(len(path) - 1, -1, -1) if ".".join(path[:i]) in stored]
+            if not owners:
+                raise ValueError(f"{name}: expected a parameter with data, got one on the meta device")
+            owner = owners[0]
+            yield stored[".".join(path[:owner])][".".join(path[owner:])]
+        else:
+            yield parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def _offloading_hooks(module: Any) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)]
 
 
 def check_whole(name: str, embedding: nn.Module) -> None:

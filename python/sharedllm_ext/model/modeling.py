@@ -50,7 +50,7 @@ from .inputs import (
 )
 from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
 from .loading import check_loaded
-from .managed_layers import check_whole
+from .managed_layers import check_whole, device_of
 from .memory import ContextMemory
 from .reading import say_if_it_cannot_read
 from .signature import Fingerprint, describe_difference, memory_signature
@@ -239,6 +239,11 @@ class SharedLLMForCausalLM(ContextGeneration):
         """The compressor's modules; the decoder's own while they are tied."""
         source = self.model if self.compressor is None else self.compressor
         return LowerModel(source.embed_tokens, source.layers[: self.config.injection_layers], source.norm)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that inputs come on and that the first layer computes on."""
+        return device_of(self.model.embed_tokens)
 
     def _all_layers(self) -> list[Any]:
         """The decoder's layers, and the compressor's own."""

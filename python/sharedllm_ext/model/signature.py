@@ -8,6 +8,7 @@ import torch
 from ..ops._autocast import outside_autocast
 from .compressor import LowerModel
 from .layer_math import version_of
+from .managed_layers import stored_parameters
 from .memory_file import shorten
 
 _SIZES = (
@@ -34,19 +35,16 @@ class Fingerprint:
     @outside_autocast
     def of(self, lower: LowerModel) -> str:
         """The compressor's digest, 32 hexadecimal digits."""
-        parameters = [lower.embed_tokens.weight, lower.norm.weight]
-        for layer in lower.layers:
-            # the injected block is the decoder's, not the compressor's
-            parameters += [p for name, p in layer.named_parameters() if not name.startswith("injection.")]
+        modules = (lower.embed_tokens, lower.norm, *lower.layers)
+        # the injected block is the decoder's, not the compressor's
+        parameters = [p for m in modules for name, p in m.named_parameters() if not name.startswith("injection.")]
         state = tuple(number for p in parameters for number in (p.data_ptr(), version_of(p)))
         if self._state != state:
             picks = []
-            for parameter in parameters:
-                # sharded ones are put together
-                whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-                flat = whole.detach().reshape(-1)
+            for parameter in (p for m in modules for p in stored_parameters(m, skip="injection")):
+                flat = parameter.detach().reshape(-1)
                 index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-                picks.append(flat[index.to(flat.device)].to(torch.bfloat16))
+                picks.append(flat[index.to(flat.device)].to(torch.bfloat16).cpu())
             sample = torch.cat(picks).view(torch.int16).cpu().numpy().tobytes()
             self._state, self._digest = state, hashlib.sha256(sample).hexdigest()[:32]
         return self._digest
