@@ -95,6 +95,51 @@ CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
         lambda m: m.generate(IDS[:, :0], context_ids=CONTEXT),
         r"input_ids: expected at least one token a row, got shape .2, 0.",
     ),
+    "query mask without query": (
+        lambda m: m(IDS, context_ids=CONTEXT, query_attention_mask=torch.ones(2, 6)),
+        r"query_attention_mask: expected query_ids with it, got none",
+    ),
+    "query of a memory": (
+        lambda m: m(IDS, memory=m.compress(CONTEXT), query_ids=IDS),
+        r"query_ids: expected context_ids with it, got a memory, whose nodes have been chosen",
+    ),
+    "query: both": (
+        lambda m: m.compress(CONTEXT, query_ids=IDS, query_embeds=torch.ones(2, 6, 64)),
+        r"query_ids, query_embeds: expected at most one of them, got both",
+    ),
+    "query of embeddings: width": (
+        lambda m: m.compress(CONTEXT, query_embeds=torch.ones(2, 6, 63)),
+        r"query_embeds: expected shape \[batch, tokens, 64\], got \(2, 6, 63\)",
+    ),
+    "inputs_embeds: integers": (
+        lambda m: m(inputs_embeds=torch.ones(2, 6, 64, dtype=torch.int64)),
+        r"inputs_embeds: expected a floating point dtype, got torch.int64",
+    ),
+    "inputs_embeds: no tokens": (
+        lambda m: m(inputs_embeds=torch.ones(2, 0, 64)),
+        r"inputs_embeds: expected at least one token a row, got shape \(2, 0, 64\)",
+    ),
+    "inputs_embeds: other batch": (
+        lambda m: m(inputs_embeds=torch.ones(3, 6, 64), context_ids=CONTEXT),
+        r"context_ids: expected 3 rows, one for each row of inputs_embeds, got 2",
+    ),
+    "inputs_embeds: labels": (
+        lambda m: m(inputs_embeds=torch.ones(2, 6, 64), labels=IDS[:, 1:]),
+        r"labels: expected the shape of inputs_embeds \(2, 6\), got \(2, 5\)",
+    ),
+    "labels: a list": (lambda m: m(IDS, labels=IDS.tolist()), r"labels: expected a tensor, got list"),
+    "mask: a list": (
+        lambda m: m.compress(CONTEXT, [[1] * 40] * 2),
+        r"context_attention_mask: expected a tensor, got list",
+    ),
+    "mask of a long text: four dimensions": (
+        lambda m: m(CONTEXT, attention_mask=torch.ones(2, 1, 40, 40)),
+        r"attention_mask: expected the shape of input_ids \(2, 40\), got \(2, 1, 40, 40\)",
+    ),
+    "logits_to_keep: negative": (
+        lambda m: m(CONTEXT, logits_to_keep=-3),
+        r"logits_to_keep: expected at least 0, got -3",
+    ),
     "misspelt context": (lambda m: m(IDS, contxt_ids=CONTEXT), r"expected context_ids.*got 'contxt_ids'"),
     "context": (lambda m: m(IDS, context=CONTEXT), r"expected context_ids.*got 'context'"),
     "labels: floats": (lambda m: m(IDS, labels=IDS.float()), r"labels: expected dtype torch.int64, got torch.float32"),

@@ -78,8 +78,9 @@ def test_a_cache_is_read_with_the_memory_it_was_made_with(model, kind: str) -> N
     assert torch.equal(got.logits, want) and got.memory is first.memory
     again = model(more, past_key_values=caches[1])
     assert again.memory is first.memory
-    # an empty cache has read nothing
+    # an empty cache has read nothing, and what fills it then is another text
     caches[2].crop(-caches[2].get_seq_length())
+    assert model(more, past_key_values=caches[2]).memory is None
     assert model(more, past_key_values=caches[2]).memory is None
 
 

@@ -53,6 +53,17 @@ def test_rows_of_a_masked_batch_equal_rows_alone(model, side: str) -> None:
     _assert_rows(together.logits, mask, [output.logits for output in alone])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+@torch.no_grad()
+def test_masks_of_any_dtype(model, dtype: torch.dtype) -> None:
+    ids, mask = _padded(_rows(), "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    want = model(ids, attention_mask=mask, labels=labels)
+    got = model(ids, attention_mask=mask.to(dtype), labels=labels)
+    torch.testing.assert_close(got.logits, want.logits, equal_nan=True)
+    assert torch.equal(got.loss, want.loss)
+
+
 @torch.no_grad()
 def test_rows_padded_with_zeros_and_no_mask_equal_rows_alone(model) -> None:
     rows = _rows()

@@ -100,6 +100,8 @@ def check_mask(name: str, mask: Tensor | None, ids_name: str, ids: Tensor) -> Te
     """The mask as booleans, ``None`` if nothing is masked."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
     if mask.shape != ids.shape[:2]:
         raise ValueError(f"{name}: expected the shape of {ids_name} {tuple(ids.shape[:2])}, got {tuple(mask.shape)}")
     if mask.device != ids.device:
@@ -191,6 +193,8 @@ def check_query(query_ids: Tensor | None, query_mask: Tensor | None, memory: Any
 
 def check_shape_of_labels(name: str, labels: Tensor | None, inputs_name: str, inputs: Tensor) -> None:
     """One label for each token."""
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(labels).__name__}")
     if labels is not None and labels.shape != inputs.shape[:2]:
         raise ValueError(
             f"{name}: expected the shape of {inputs_name} {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}"
