@@ -175,3 +175,54 @@ def test_quantised_bases_are_not_trained_as_compressors() -> None:
         build(quantised("llama"), tie_compressor=False)
     with pytest.raises(ValueError, match=r"compressor_precision: expected 'model' with a quantised base, got 'fp8'"):
         build(quantised("llama"), compressor_precision="fp8")
+
+
+class Int8Tensor(Tensor):
+    """Integers and scales behind the face of a float tensor, as torchao has them; few operators take it."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> "Int8Tensor":
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self) -> Tensor:
+        """The values."""
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        if func not in (torch.ops.aten.t.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            raise NotImplementedError(f"{func} for {cls.__name__}")
+        return func(*(x.dequantize() if isinstance(x, Int8Tensor) else x for x in args), **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_weights_that_are_tensors_of_another_class() -> None:
+    base = builders.base()
+    for name, module in base.named_modules():
+        if type(module) is nn.Linear and name != "lm_head":
+            scale = module.weight.abs().amax(1, keepdim=True) / 127
+            codes = (module.weight / scale).round().to(torch.int8)
+            module.weight = nn.Parameter(Int8Tensor(codes, scale), requires_grad=False)
+    model = build(base)
+    text, context = builders.ids(1, 12), builders.ids(1, 70)
+    assert torch.equal(model(text).logits, base(text).logits)
+    own = model.injected_blocks[1].q_proj
+    assert type(own.weight) is nn.Parameter
+    torch.testing.assert_close(own.weight, base.model.layers[1].self_attn.q_proj.weight.dequantize())
+    memory = model.compress(context, query_ids=text)
+    signature = memory.signature
+    assert model.generate(text, memory=memory, max_new_tokens=3).shape == (1, 15)
+    # the memory of other weights is another one
+    layer = model.model.layers[0].self_attn
+    layer.k_proj.weight = nn.Parameter(Int8Tensor(layer.k_proj.weight.codes // 2, layer.k_proj.weight.scale), False)
+    assert model.compress(context, query_ids=text).signature != signature
+    with pytest.raises(ValueError, match="memory: made by another model"):
+        model(text, memory=memory)

@@ -61,7 +61,7 @@ def device_of(module: Any) -> torch.device:
 
 def stored_parameters(module: nn.Module, skip: str = "") -> Iterator[Tensor]:
     """Parameters with their values, in the order of ``module.parameters()``: sharded ones put together (all processes
-    take part), offloaded ones read from where accelerate keeps them.
+    take part), offloaded ones read from where accelerate keeps them, quantised ones in floating point.
 
     Args:
         module: the module.
@@ -83,7 +83,16 @@ def stored_parameters(module: nn.Module, skip: str = "") -> Iterator[Tensor]:
             owner = owners[0]
             yield stored[".".join(path[:owner])][".".join(path[owner:])]
         else:
-            yield parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            yield _plain(parameter)
+
+
+def _plain(parameter: Any) -> Tensor:
+    """Values in an ordinary tensor: of all shards, or of integers and scales."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()
+    # every tensor has dequantize, those of quantisation libraries one that works
+    own = type(parameter) not in (Tensor, nn.Parameter) and not parameter.data_ptr()
+    return parameter.detach().dequantize() if own else parameter
 
 
 def _offloading_hooks(module: Any) -> list[Any]:

@@ -38,7 +38,7 @@ class Fingerprint:
         modules = (lower.embed_tokens, lower.norm, *lower.layers)
         # the injected block is the decoder's, not the compressor's
         parameters = [p for m in modules for name, p in m.named_parameters() if not name.startswith("injection.")]
-        state = tuple(number for p in parameters for number in (p.data_ptr(), version_of(p)))
+        state = tuple(number for p in parameters for number in (p.data_ptr() or id(p), version_of(p)))
         if self._state != state:
             picks = []
             for parameter in (p for m in modules for p in stored_parameters(m, skip="injection")):
