@@ -129,6 +129,18 @@ def test_number_of_items_counts_what_is_left(model, shifted: bool) -> None:
     torch.testing.assert_close(2 * half, mean, atol=1e-5, rtol=0)
 
 
+def test_labels_of_context_alone_are_no_mean_of_none(model) -> None:
+    text = builders.ids(1, 60)
+    labels = text.clone()
+    labels[:, 20:] = -100
+    with pytest.raises(ValueError, match=r"labels: expected at least one among the last config.window tokens"):
+        model(text, labels=labels)
+    # a micro-batch without labels adds nothing to those of a step
+    assert model(text, labels=labels, num_items_in_batch=7).loss == 0
+    labels[:] = -100
+    assert model(text, labels=labels).loss.isnan()  # as for any text
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_positions_are_the_callers(model, side: str) -> None:

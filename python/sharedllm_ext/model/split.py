@@ -64,23 +64,33 @@ class Split:
 
         Returns:
             The labels, ``[B, W]``, and the keywords.
+
+        Raises:
+            ValueError: no label is left, and the mean over the labels would be that of none.
         """
         own, kwargs = None if labels is None else self.take_labels(labels), dict(kwargs)
         shift_labels = kwargs.get("shift_labels")
         own_shifted = None if shift_labels is None else self.take_labels(shift_labels)
         if own_shifted is not None:
             kwargs["shift_labels"] = own_shifted
+        if labels is None or own is None:
+            return own, kwargs
+        if shift_labels is not None and own_shifted is not None:
+            given, used = shift_labels, own_shifted
+        else:
+            given, used = labels[:, 1:], self.drop_first(own)[:, 1:]
+        before, after = (given != -100).sum(), (used != -100).sum()
         count = kwargs.get("num_items_in_batch")
-        if count is not None and labels is not None and own is not None:
-            if shift_labels is not None and own_shifted is not None:
-                given, used = shift_labels, own_shifted
-            else:
-                given, used = labels[:, 1:], self.drop_first(own)[:, 1:]
-            before, after = (given != -100).sum(), (used != -100).sum()
+        if count is not None:
             total = torch.as_tensor(count, device=labels.device)
             # nothing lost leaves the count as it is, to the last bit
             is_whole = (after == 0) | (after == before)
             kwargs["num_items_in_batch"] = torch.where(is_whole, total, total * after / before.clamp(min=1))
+        elif bool((after == 0) & (before > 0)):
+            raise ValueError(
+                "labels: expected at least one among the last config.window tokens of a row, got labels of tokens that "
+                "have become context; give the text in front of them as context_ids"
+            )
         return own, kwargs
 
     def kept_columns(self, logits_to_keep: int | Tensor) -> slice | Tensor:
