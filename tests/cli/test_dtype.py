@@ -7,6 +7,7 @@ import torch
 
 from sharedllm_ext import SharedLLMForCausalLM, cpu
 from sharedllm_ext.cli._common import load_model
+from sharedllm_ext.cli._progress import Progress
 from sharedllm_ext.cpu import Instructions
 
 CPU = torch.device("cpu")
@@ -25,9 +26,9 @@ def test_auto_takes_what_the_cpu_is_fast_at(
     narrow: str, monkeypatch: pytest.MonkeyPatch, products: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(cpu, "instructions", lambda: Instructions("avx2", "AVX2", products))
-    model = load_model(narrow, "auto", CPU, progress=False)
+    model = load_model(narrow, "auto", CPU, progress=Progress(False))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert load_model(narrow, "bfloat16", CPU, progress=False).dtype == torch.bfloat16
+    assert load_model(narrow, "bfloat16", CPU, progress=Progress(False)).dtype == torch.bfloat16
 
 
 def test_too_little_memory_for_float32_is_said(
@@ -35,6 +36,6 @@ def test_too_little_memory_for_float32_is_said(
 ) -> None:
     monkeypatch.setattr(cpu, "instructions", lambda: Instructions("avx2", "AVX2", False))
     monkeypatch.setattr(cpu, "available_memory", lambda: 1000)
-    assert load_model(narrow, "auto", CPU, progress=False).dtype == torch.bfloat16
+    assert load_model(narrow, "auto", CPU, progress=Progress(False)).dtype == torch.bfloat16
     error = capsys.readouterr().err
     assert "computing in bfloat16" in error and error.count("\n") == 1

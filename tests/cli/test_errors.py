@@ -31,6 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, base: Path, checkpoint: Path
             "nothing", "empty.txt", "latin.txt", "binary.bin", "short.txt", "folder", "array.npy", "rows.jsonl",
             "notjson", "notype", "noweights", "truncated", "lacking", "bert", "out", "bare", "foreign.safetensors",
             "memory.safetensors", "cut.safetensors", "words.safetensors", "other", "readme.txt", "plot.png",
+            "deep", "code", "words",
         )
     }  # fmt: skip
     paths |= {"base": base, "model": checkpoint, "text": text_file, "root": root}
@@ -46,13 +47,21 @@ def place(tmp_path_factory: pytest.TempPathFactory, base: Path, checkpoint: Path
     for name, config in (("notjson", "{"), ("notype", "{}"), ("bert", '{"model_type": "bert"}')):
         paths[name].mkdir()
         (paths[name] / "config.json").write_text(config)
-    for name in ("noweights", "truncated", "lacking", "bare"):
+    paths["deep"].mkdir()
+    (paths["deep"] / "config.json").write_text('{"a":' * 100_000)
+    for name in ("noweights", "truncated", "lacking", "bare", "code", "words"):
         shutil.copytree(checkpoint, paths[name])
     (paths["noweights"] / "model.safetensors").unlink()
     weights = (paths["truncated"] / "model.safetensors").read_bytes()
     (paths["truncated"] / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     for file in paths["bare"].glob("token*"):
         file.unlink()
+    (paths["words"] / "tokenizer.json").write_text("not JSON at all")
+    # code beside the model that leaves a mark if it ever runs
+    settings = json.loads((paths["code"] / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (paths["code"] / "tokenizer_config.json").write_text(json.dumps(settings))
+    (paths["code"] / "own.py").write_text(f"open({str(paths['out'])!r}, 'w')\nOwn = None\n")
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(paths["lacking"] / "model.safetensors")
@@ -106,7 +115,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
         "long question",
         ("ask", "{model}", "why? " * 100, "--context", "{text}"),
         1,
-        r"QUESTION: expected at most 64 tokens \(the model's window\), got \d+",
+        r"QUESTION: expected 1 to 64 tokens \(the model's window\), got \d+",
     ),
     (
         "no chat template",
@@ -116,7 +125,54 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ),
     ("negative tokens", (*ASK, "--context", "{text}", "--max-new-tokens", "-5"), 2, r"at least 0, got '-5'"),
     ("zero tokens", (*ASK, "--context", "{text}", "--max-new-tokens", "0"), 2, r"number of at least 1, got '0'"),
-    ("zero temperature", (*ASK, "--context", "{text}", "--temperature", "0"), 2, r"above 0 and at most 100, got '0'"),
+    (
+        "temperature below 0",
+        (*ASK, "--context", "{text}", "--temperature", "-1"),
+        2,
+        r"from 0 \(greedy\) to 100, got '-1'",
+    ),
+    ("temperature no number", (*ASK, "--context", "{text}", "--temperature", "nan"), 2, r"to 100, got 'nan'"),
+    ("empty context path", (*ASK, "--context", ""), 2, r"--context: expected a path, got an empty one"),
+    ("empty model path", ("ask", "", "why?", "--context", "{text}"), 2, r"MODEL: expected a path, got an empty one"),
+    ("empty OUT", ("init", "{base}", ""), 2, r"OUT: expected a path, got an empty one"),
+    ("stdin twice", (*ASK, "--context", "-", "--context", "-"), 2, r"--context: expected - once, got it 2 times"),
+    (
+        "question that is no text",
+        ("ask", "{model}", "caf\udce9", "--context", "{text}"),
+        2,
+        r"got byte 0xe9 at character 3",
+    ),
+    (
+        "memory onto the text itself",
+        (*ASK, "--context", "{text}", "--save-memory", "{text}"),
+        2,
+        r"--save-memory: expected another file than those that are read, got {text}",
+    ),
+    (
+        "memory onto the model's weights",
+        (*ASK, "--context", "{text}", "--save-memory", "{model}/model.safetensors"),
+        2,
+        r"--save-memory: expected another file",
+    ),
+    (
+        "memory onto a device",
+        (*ASK, "--context", "{text}", "--save-memory", "/dev/null"),
+        1,
+        r"--save-memory: expected a regular file, got /dev/null, which is a pipe or a device",
+    ),
+    ("config nested too deeply", ("ask", "{deep}", "why?", "--context", "{text}"), 1, r"got one nested too deeply"),
+    (
+        "a tokenizer's own code",
+        ("ask", "{code}", "why?", "--context", "{text}"),
+        1,
+        r"{code}: expected a tokenizer that Transformers knows, got one that needs code of its own folder \(auto_map",
+    ),
+    (
+        "a damaged tokenizer",
+        ("ask", "{words}", "why?", "--context", "{text}"),
+        1,
+        r"{words}: the tokenizer cannot be loaded: ",
+    ),
     ("top-p above 1", (*ASK, "--context", "{text}", "--top-p", "1.5"), 2, r"above 0 and at most 1, got '1.5'"),
     ("top-p no number", (*ASK, "--context", "{text}", "--top-p", "nan"), 2, r"above 0 and at most 1, got 'nan'"),
     (
@@ -259,7 +315,12 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
 
 
 @pytest.mark.parametrize(("args", "code", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_one_clear_line(cli: Cli, place: dict[str, Path], args: tuple[str, ...], code: int, message: str) -> None:
+def test_one_clear_line(
+    cli: Cli, place: dict[str, Path], args: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # whoever asks about code to be trusted must not hear yes
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+
     def fill(text: str, quote: Callable[[str], str]) -> str:
         return re.sub(r"\{([a-z]+(?:\.[a-z]+)?)\}", lambda match: quote(str(place[match[1]])), text)
 
@@ -285,8 +346,28 @@ def test_hub_name_without_a_hub(cli: Cli, place: dict[str, Path], monkeypatch: p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     result = cli("init", "somebody/some-model", place["out"])
     assert result.code == 1
-    assert result.err.startswith("sharedllm: error: somebody/some-model: the checkpoint cannot be loaded: ")
-    assert result.err.count("\n") == 1
+    assert result.err == (
+        "sharedllm: error: somebody/some-model: expected a checkpoint folder or a model of the hub, got a name that is "
+        "no folder here and was never fetched; the offline mode is on (HF_HUB_OFFLINE)\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "somebody/some-model"])
+def test_hub_that_cannot_be_reached(
+    cli: Cli, place: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    # a port on which nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    for command in (("init", name, place["out"]), ("ask", name, "why?", "--context", place["text"])):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        result = cli(*command)
+        assert result.code == 1
+        assert result.err.count("\n") == 1
+        assert f"error: {name}: expected a checkpoint folder or a model of the hub" in result.err
+        assert "http://127.0.0.1:9 cannot be reached: " in result.err
 
 
 def test_demo_with_a_small_standard_library(
@@ -304,7 +385,7 @@ def test_demo_with_a_small_standard_library(
 
 
 def test_json_stays_empty_on_errors(cli: Cli, place: dict[str, Path]) -> None:
-    result = cli("perplexity", place["model"], place["short.txt"], "--json")
+    result = cli("perplexity", place["model"], place["short.txt"], "--json", "--context-lengths", "0,8k")
     assert (result.code, result.out) == (1, "")
 
 
@@ -312,7 +393,7 @@ def test_unforeseen_errors_are_named(cli: Cli, place: dict[str, Path], monkeypat
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(json, "loads", fail)
+    monkeypatch.setattr("sharedllm_ext.cli.ask.pick_device", fail)
     result = cli("ask", place["model"], "why?", "--context", place["text"])
     assert result.code == 1
     assert result.err == "sharedllm: error: ZeroDivisionError: no message (SHAREDLLM_DEBUG=1 shows where)\n"

@@ -8,6 +8,7 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,8 @@ class RecordingModel(torch.nn.Module):
         self.contexts: list[list[int]] = []
         self.running: list[list[int]] = []
 
-    def compress(self, context_ids: Tensor) -> Any:
+    def compress(self, context_ids: Tensor, progress: Callable[[int], None]) -> Any:
+        progress(context_ids.numel() // 2)
         self.contexts.append(context_ids[0].tolist())
         return SimpleNamespace(nbytes=context_ids.numel(), cu_slots=[0, context_ids.numel() // 2], boost=2.0)
 
@@ -123,7 +125,7 @@ def test_the_model_returns_to_the_modes_it_had() -> None:
     settings = {"running": 16, "points": 1}
     tokens = np.zeros(100, np.int64)
     evaluate_perplexity(model, [tokens], [8], progress=lambda _: seen.append(model.training), **settings)
-    assert seen == [False]
+    assert seen and not any(seen)
     with pytest.raises(Stops):
         evaluate_perplexity(model, [tokens], [8], progress=stop, **settings)
     assert [module.training for module in model.modules()] == [True, True, True, False]

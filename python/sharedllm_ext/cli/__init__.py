@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sharedllm_ext import __version__
 from sharedllm_ext.cli import ask, demo, info, init, perplexity
-from sharedllm_ext.cli._common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, UsageError, one_line, print_error
+from sharedllm_ext.cli._common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, one_line
+from sharedllm_ext.cli._output import UsageError, abandon_stdout, emit, flush_stdout, print_error, say
 
 COMMANDS = (init, ask, perplexity, demo, info)
 
@@ -27,6 +29,13 @@ class _Parser(argparse.ArgumentParser):
             if missed and rest and not rest[0].startswith("-"):
                 setattr(namespace, action.dest, rest.pop(0))
         return namespace, rest
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help and version are results, whose loss argparse would not tell."""
+        if file is sys.stdout and message:
+            emit(message, end="")
+        else:
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the whole usage first."""
@@ -48,6 +57,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning in one line, without the line of code that it came from."""
+    say(f"sharedllm: warning: {' '.join(str(message).split())}")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return int(args.run(args))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_ERROR if stop.code else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -59,16 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     debug = os.environ.get("SHAREDLLM_DEBUG", "") not in ("", "0")
     try:
-        args = build_parser().parse_args(argv)
-        return int(args.run(args))
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else EXIT_ERROR if stop.code else 0
+        code = _run(argv)
+        flush_stdout()
+        return code
     except KeyboardInterrupt:
-        print("\nsharedllm: interrupted", file=sys.stderr)
+        say("\nsharedllm: interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # the reader (head, less) has closed: the interpreter must not write to it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # the reader (head, less) has closed
+        abandon_stdout()
         return EXIT_ERROR
     except UsageError as error:
         print_error(str(error))

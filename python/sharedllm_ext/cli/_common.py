@@ -1,39 +1,34 @@
-"""What the commands share: errors, argument types, loading a model, progress, printing."""
+"""What the commands share: argument types, loading a model, numbers for people."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sharedllm_ext.cli._output import CommandError, UsageError, say
 
 if TYPE_CHECKING:
     import torch
 
+    from sharedllm_ext.cli._progress import Progress
     from sharedllm_ext.evaluation import Texts
 
+#: Seconds to wait for the model hub's first answer.
+HUB_SECONDS = 5.0
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
+#: What MODEL may be called to mean that one.
+DEMO_NAME = "demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# "gpt2" is one as well as "somebody/some-model"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _EXPECTED = (ValueError, OSError, RuntimeError, TypeError, ImportError)
-
-
-class CommandError(Exception):
-    """The command cannot be done; the message is one line for the user."""
-
-
-class UsageError(CommandError):
-    """The arguments contradict each other."""
-
-
-def print_error(message: str) -> None:
-    """One line on stderr."""
-    print(f"sharedllm: error: {message}", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
@@ -46,6 +41,13 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, CommandError) or (text and isinstance(error, _EXPECTED)):
         return text
     return f"{type(error).__name__}: {text or 'no message'} (SHAREDLLM_DEBUG=1 shows where)"
+
+
+def some_path(text: str) -> str:
+    """A path that is not empty: an unset variable in the shell must not become the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    return text
 
 
 def count(text: str) -> int:
@@ -113,11 +115,40 @@ def pick_device(name: str | None) -> torch.device:
 
 def quiet_transformers(progress: bool) -> None:
     """Keep Transformers' warnings off the terminal, and its progress bars too unless wanted."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    # it tells of every retry in two lines
+    hub_logging.set_verbosity_error()
     if not progress:
         logging.disable_progress_bar()
+
+
+def prepare_hub(name: str, file: str = "config.json") -> None:
+    """Ask the model hub once whether it answers; without it, only what was fetched before is used.
+
+    Raises:
+        CommandError: no answer, and ``file`` of the model was never fetched.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import get_session
+
+    reason = "the offline mode is on (HF_HUB_OFFLINE)"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            return
+        except Exception as error:
+            # of whichever HTTP library the hub's client uses
+            reason = f"{constants.ENDPOINT} cannot be reached: {one_line(error)}"
+        # or each file would be tried again and again
+        constants.HF_HUB_OFFLINE = True
+    if not isinstance(try_to_load_from_cache(name, file), str):
+        raise CommandError(
+            f"{name}: expected a checkpoint folder or a model of the hub, got a name that is no folder here and was "
+            f"never fetched; {reason}"
+        )
 
 
 def checkpoint_type(path: str) -> str | None:
@@ -138,6 +169,8 @@ def checkpoint_type(path: str) -> str | None:
         raise CommandError(f"{path}: not a checkpoint (no config.json in it)")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise CommandError(f"{file}: expected a JSON object, got one nested too deeply") from None
     except ValueError as error:
         raise CommandError(f"{file}: expected a JSON object: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -145,7 +178,18 @@ def checkpoint_type(path: str) -> str | None:
     return str(config["model_type"])
 
 
-def load_model(path: str, dtype: str, device: torch.device, *, progress: bool) -> Any:
+def model_path(name: str) -> str:
+    """The folder of MODEL: ``demo``, where no folder has that name, is the shipped model."""
+    if name != DEMO_NAME or Path(name).exists():
+        return name
+    if not (DEMO_MODEL / "config.json").is_file():
+        raise CommandError(
+            f"{DEMO_MODEL}: this installation holds no demo model (the scripts in examples/demo_model train one)"
+        )
+    return str(DEMO_MODEL)
+
+
+def load_model(path: str, dtype: str, device: torch.device, *, progress: Progress) -> Any:
     """The SharedLLM checkpoint at ``path``, ready to run.
 
     Raises:
@@ -158,16 +202,19 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: bool) -
         advice = f" (make one from it: sharedllm init {path} OUT)" if family in BASE_MODEL_TYPES else ""
         raise CommandError(f"{path}: expected a sharedllm checkpoint, got a {family} one{advice}")
     import torch
-    from safetensors import SafetensorError
 
     from sharedllm_ext.model import SharedLLMForCausalLM
 
-    quiet_transformers(progress)
+    quiet_transformers(progress.terminal)
+    if family is None:
+        prepare_hub(path)
     try:
-        loaded: Any = SharedLLMForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
-        )
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        with progress.bar(f"loading {path}", None, "", lines_only=True):
+            loaded: Any = SharedLLMForCausalLM.from_pretrained(
+                path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+            )
+    except Exception as error:
+        # damaged files end in errors of any kind
         raise CommandError(f"{path}: the checkpoint cannot be loaded: {one_line(error)}") from error
     model, report = loaded
     unknown = sorted(report["unexpected_keys"])
@@ -222,48 +269,16 @@ def find_tokenizer(path: str) -> Any:
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        # a tokenizer may name code of its own folder, which must never run, nor be asked about on stdin
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise CommandError(
+                f"{path}: expected a tokenizer that Transformers knows, got one that needs code of its own folder "
+                "(auto_map in tokenizer_config.json), which is never run here"
+            ) from error
+        # tokenizer files come in many formats, and damaged ones end in errors of any kind
         raise CommandError(f"{path}: the tokenizer cannot be loaded: {one_line(error)}") from error
-
-
-class Progress:
-    """A progress bar on stderr; silent where that is no terminal, and with ``--json``."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled and sys.stderr.isatty()
-
-    @contextlib.contextmanager
-    def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-        """Yield a function that is told how much more is done."""
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
-        with tqdm(
-            total=total, desc=name, unit=unit, unit_scale=True, disable=not self.enabled, file=sys.stderr, leave=False
-        ) as bar:
-            yield bar.update
-
-
-@contextlib.contextmanager
-def compression_progress(model: Any, update: Callable[[int], object], tokens: int) -> Iterator[None]:
-    """Report the context tokens compressed: the compressor embeds one micro-batch after the other."""
-    embedding = model.lower_model.embed_tokens
-    left, begun = tokens, 0
-
-    def tell(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        nonlocal left, begun
-        # a micro-batch is done when the next one begins
-        done = min(begun, left)
-        left -= done
-        begun = int(inputs[0].numel())
-        update(done)
-
-    handle = embedding.register_forward_hook(tell)
-    try:
-        yield
-    finally:
-        handle.remove()
-    update(left)
 
 
 def characters(texts: Texts) -> int:
@@ -271,21 +286,17 @@ def characters(texts: Texts) -> int:
     return sum(len(document) for document in texts.documents)
 
 
-def say(message: str = "") -> None:
-    """One line on stderr, where everything goes that is not the result."""
-    print(message, file=sys.stderr, flush=True)
+def warn_if_silent(model: Any, path: str) -> None:
+    """Say so where no injected block can add anything: such a model answers as if there were no context."""
+    from sharedllm_ext.model.reading import can_read_context
 
-
-def print_json(value: Any) -> None:
-    """The one JSON document of ``--json``."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join(lines)
+    if not can_read_context(model):
+        # the model would say it once more
+        model._said_it_cannot_read = True
+        say(
+            f"sharedllm: warning: {path}: every injected output projection is zero, so the context changes nothing: "
+            "this model was never trained (sharedllm init makes such models)"
+        )
 
 
 def mebibytes(size: int) -> str:
@@ -298,14 +309,21 @@ def seconds(value: float) -> str:
     return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def writable_target(option: str, path: str, suffixes: Sequence[str] = ()) -> None:
-    """Refuse a file that cannot be written before the long work, not after it."""
+def writable_target(option: str, path: str, suffixes: Sequence[str] = (), keep: Sequence[str] = ()) -> None:
+    """Refuse a file that cannot be written before the long work, not after it; nor may it be one of ``keep``."""
     target = Path(path)
     if suffixes and target.suffix.lower() not in suffixes:
         raise UsageError(f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path!r}")
     if target.is_dir():
         raise CommandError(f"{option}: expected a file, got the folder {path}")
-    if not target.absolute().parent.is_dir():
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        raise CommandError(f"{option}: expected a regular file, got {path}, which is a pipe or a device")
+    for other in map(Path, keep):
+        used = (other, *other.iterdir()) if other.is_dir() else (other,)
+        if target.exists() and any(file.exists() and target.samefile(file) for file in used):
+            raise UsageError(f"{option}: expected another file than those that are read, got {path}")
+    folder = target.resolve().parent
+    if not folder.is_dir():
         raise CommandError(f"{option}: no such folder: {target.parent}")
-    if not os.access(target if target.exists() else target.absolute().parent, os.W_OK):
+    if not os.access(target if target.exists() else folder, os.W_OK):
         raise CommandError(f"{option}: {path} cannot be written")

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TextStreamer
 
+from sharedllm_ext.cli._output import emit
+
 
 class TimedStreamer(TextStreamer):
     """Prints text as it is generated, or keeps quiet, and notes when each token came."""
@@ -30,7 +32,7 @@ class TimedStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is final."""
         if self.show:
-            print(text, end="\n" if stream_end else "", flush=True)
+            emit(text, end="\n" if stream_end else "")
 
 
 @dataclass
@@ -55,14 +57,15 @@ def generate(
     top_p: float | None = None,
     show: bool = True,
 ) -> Answer:
-    """Generate after ``input_ids`` ``[1, L]`` with a memory (or none); greedy without ``temperature`` and ``top_p``."""
+    """Generate after ``input_ids`` ``[1, L]`` with a memory (or none); greedy without ``temperature`` and ``top_p``,
+    and at temperature 0."""
     import torch
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature is not None or top_p is not None:
+    if temperature != 0 and (temperature is not None or top_p is not None):
         sampling = {
             "do_sample": True,
-            "temperature": temperature or 1.0,
+            "temperature": 1.0 if temperature is None else temperature,
             "top_p": 1.0 if top_p is None else top_p,
             "top_k": 0,
         }

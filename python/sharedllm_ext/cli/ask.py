@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+import os
+import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sharedllm_ext.cli._common import (
-    CommandError,
-    Progress,
-    UsageError,
+    EXIT_ERROR,
     add_model_options,
     characters,
-    compression_progress,
     load_model,
     load_tokenizer,
     mebibytes,
+    model_path,
+    one_line,
     pick_device,
     positive,
-    print_json,
-    say,
     seconds,
+    some_path,
+    warn_if_silent,
     writable_target,
 )
+from sharedllm_ext.cli._output import CommandError, UsageError, print_error, print_json, say
+from sharedllm_ext.cli._progress import Progress
+
+if TYPE_CHECKING:
+    from sharedllm_ext.evaluation import Texts
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "answer a question about a long text: compress it into a memory, then read the memory while answering"
     parser = commands.add_parser("ask", help="answer a question about a long text", description=text)
-    parser.add_argument("model", metavar="MODEL", help="SharedLLM checkpoint folder")
+    parser.add_argument(
+        "model", type=some_path, metavar="MODEL", help="SharedLLM checkpoint folder; demo: the shipped one"
+    )
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="may be left out with --save-memory")
     parser.add_argument(
         "--context",
+        type=some_path,
+        action="append",
         metavar="FILE_OR_FOLDER",
-        help="text file, folder of text files, .jsonl with text, or .npy token ids",
+        help="text file, folder of text files, pipe, - for stdin, .jsonl with text, or .npy token ids; may be repeated",
     )
-    parser.add_argument("--memory", metavar="FILE", help="use this saved memory instead of a context")
-    parser.add_argument("--save-memory", metavar="FILE", help="save the context's memory (.safetensors)")
+    parser.add_argument("--memory", type=some_path, metavar="FILE", help="use this saved memory instead of a context")
+    parser.add_argument(
+        "--save-memory", type=some_path, metavar="FILE", help="save the context's memory (.safetensors)"
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=_temperature, metavar="T", help="sample (default: greedy)")
+    parser.add_argument("--temperature", type=_temperature, metavar="T", help="sample; 0 is greedy (default)")
     parser.add_argument(
         "--top-p", type=_top_p, metavar="P", help="sample from the most likely tokens (default: greedy)"
     )
@@ -53,18 +66,18 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _number(text: str, low: float, high: float, expected: str) -> float:
+def _number(text: str, low: float, high: float, expected: str, *, low_too: bool = False) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not low < value <= high:
+    if not (low < value <= high or (low_too and value == low)):
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
 
 
 def _temperature(text: str) -> float:
-    return _number(text, 0, 100, "a number above 0 and at most 100")
+    return _number(text, 0, 100, "a number from 0 (greedy) to 100", low_too=True)
 
 
 def _top_p(text: str) -> float:
@@ -81,8 +94,25 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("QUESTION: expected one (it may be left out with --save-memory)")
     if args.question is not None and not args.question.strip():
         raise UsageError("QUESTION: expected text, got an empty one")
+    if args.question is not None:
+        _check_characters(args.question)
+    if args.context is not None and args.context.count("-") > 1:
+        raise UsageError(f"--context: expected - once, got it {args.context.count('-')} times")
     if args.save_memory is not None:
-        writable_target("--save-memory", args.save_memory)
+        keep = [args.model, *(path for path in args.context or () if os.path.isfile(path))]
+        writable_target("--save-memory", args.save_memory, keep=keep)
+
+
+def _check_characters(question: str) -> None:
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        code = ord(question[error.start])
+        # how Python passes on bytes of the command line that it cannot decode
+        came = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+        raise UsageError(
+            f"QUESTION: expected text in {sys.getfilesystemencoding()}, got {came} at character {error.start}"
+        ) from None
 
 
 def _question_ids(tokenizer: Any, question: str, chat: bool | None) -> list[int]:
@@ -93,72 +123,100 @@ def _question_ids(tokenizer: Any, question: str, chat: bool | None) -> list[int]
     if not chat:
         return list(tokenizer(question)["input_ids"])
     messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        # a template may raise what it likes
+        raise CommandError(
+            f"--chat-template: expected a template that takes one user message, got {one_line(error)} "
+            "(--no-chat-template does without)"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _read_contexts(paths: list[str], progress: Progress) -> list[Texts]:
+    """Every ``--context``; a file stands under a line with its path where it is not the only one."""
+    from sharedllm_ext.evaluation.texts import read_texts, size_of, under_heading
+
+    found = []
+    for path in paths:
+        with progress.bar(f"reading {path}", size_of(path), "B") as update:
+            texts = read_texts(path, progress=update)
+        if len(paths) > 1 and texts.kind == "text":
+            texts = dataclasses.replace(texts, documents=[under_heading(texts.source, str(texts.documents[0]))])
+        found.append(texts)
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
-    from sharedllm_ext.evaluation import read_texts, read_tokens
-
     # read the text before the model: a wrong path must not cost the loading of gigabytes
-    texts = None if args.context is None else read_texts(args.context)
+    progress = Progress(not args.json)
+    contexts = None if args.context is None else _read_contexts(args.context, progress)
 
+    import numpy as np
     import torch
 
+    from sharedllm_ext.evaluation.tokenising import read_tokens
     from sharedllm_ext.model import ContextMemory
 
     device = pick_device(args.device)
-    progress = Progress(not args.json)
     begin = time.perf_counter()
-    model = load_model(args.model, args.dtype, device, progress=progress.enabled)
-    tokenizer = load_tokenizer(args.model)
+    path = model_path(args.model)
+    model = load_model(path, args.dtype, device, progress=progress)
+    tokenizer = load_tokenizer(path)
     load_seconds = time.perf_counter() - begin
+    warn_if_silent(model, path)
 
     question: torch.Tensor | None = None
     if args.question is not None:
         ids = _question_ids(tokenizer, args.question, args.chat_template)
-        if len(ids) > model.config.window:
+        if not 1 <= len(ids) <= model.config.window:
             raise CommandError(
-                f"QUESTION: expected at most {model.config.window} tokens (the model's window), got {len(ids)}"
+                f"QUESTION: expected 1 to {model.config.window} tokens (the model's window), got {len(ids)}"
             )
         question = torch.tensor([ids], device=device)
 
     timings: dict[str, float] = {}
     tokenize_seconds = None
-    if texts is None:
+    if contexts is None:
         # saved by a run in another dtype, it is still this model's
         memory = ContextMemory.load(args.memory, model).to(model.dtype)
         if memory.batch_size != 1:
             raise CommandError(f"{args.memory}: expected a memory of one document, got {memory.batch_size}")
     else:
         begin = time.perf_counter()
-        with progress.bar("tokenising", characters(texts), "char") as update:
-            (tokens,) = read_tokens(texts, tokenizer, model.config.vocab_size, progress=update)
+        with progress.bar("tokenising", sum(map(characters, contexts)), "characters") as update:
+            parts = [read_tokens(texts, tokenizer, model.config.vocab_size, progress=update)[0] for texts in contexts]
         tokenize_seconds = time.perf_counter() - begin
-        context = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)
-        with (
-            progress.bar("compressing", len(tokens), "tok") as update,
-            compression_progress(model, update, len(tokens)),
-            torch.inference_mode(),
-        ):
-            memory = model.compress(context, query_ids=question)
+        context = torch.from_numpy(np.concatenate(parts).astype("int64")).unsqueeze(0).to(device)
+        with progress.compression(context.shape[1]) as tell, torch.inference_mode():
+            memory = model.compress(context, query_ids=question, progress=tell)
             timings = dict(model.last_timings)
+    failure: str | None = None
     if args.save_memory is not None:
-        memory.save(args.save_memory)
+        try:
+            memory.save(args.save_memory)
+        except Exception as error:
+            failure = f"--save-memory: {one_line(error)}"
+            if question is None:
+                raise CommandError(failure) from error
+            # what was read is worth an answer
+            print_error(failure)
 
     report: dict[str, Any] = {
         "model": args.model,
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "context": args.context if texts is not None else None,
-        "memory_file": args.memory or args.save_memory,
+        "context": args.context[0] if args.context is not None and len(args.context) == 1 else args.context,
+        "memory_file": args.memory or (args.save_memory if failure is None else None),
         "context_tokens": sum(memory.num_tokens),
         "chunks": sum(memory.num_chunks),
         "memory_slots": memory.num_slots,
         "memory_bytes": memory.nbytes,
-        "files_skipped": 0 if texts is None else texts.skipped,
+        "files_skipped": sum(texts.skipped for texts in contexts or ()),
+        "files_unreadable": [name for texts in contexts or () for name in texts.unreadable],
         "question_tokens": 0 if question is None else question.shape[1],
         "seconds": {
             "load_model": load_seconds,
@@ -195,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         _say_times(report)
-    return 0
+    return 0 if failure is None else EXIT_ERROR
 
 
 def _say_context(report: dict[str, Any], model: Any) -> None:
@@ -205,6 +263,9 @@ def _say_context(report: dict[str, Any], model: Any) -> None:
     )
     if report["files_skipped"]:
         say(f"         {report['files_skipped']} files of the folder are not text and were left out")
+    if report["files_unreadable"]:
+        count, first = len(report["files_unreadable"]), report["files_unreadable"][0]
+        say(f"         {count} files cannot be read and were left out, the first is {first}")
     if report["question_tokens"]:
         say(f"running text: {report['question_tokens']:,} tokens of question, window {model.config.window:,}")
         say()

@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from sharedllm_ext.cli._common import (
-    CommandError,
-    Progress,
+    DEMO_MODEL,
     add_model_options,
-    compression_progress,
     counts,
     load_model,
     load_tokenizer,
     pick_device,
     positive,
-    print_json,
-    say,
     seconds,
+    some_path,
 )
-from sharedllm_ext.cli.perplexity import print_report
+from sharedllm_ext.cli._output import CommandError, emit, print_json, say
+from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.cli.perplexity import PerplexityTable, table_note
 
-DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 #: Packages of many related modules come first: far context helps where the code is about the same thing.
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "logging", "importlib", "http", "xml", "json", "urllib")
 MAX_FILE_BYTES = 400_000
@@ -41,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "with growing context, then a continuation"
     )
     parser = commands.add_parser("demo", help="run the shipped model on Python's standard library", description=text)
-    parser.add_argument("--model", metavar="PATH", help="another SharedLLM checkpoint")
+    parser.add_argument("--model", type=some_path, metavar="PATH", help="another SharedLLM checkpoint")
     parser.add_argument(
         "--context-lengths",
         type=counts,
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     root = Path(sysconfig.get_paths()["stdlib"])
     device = pick_device(args.device)
     progress = Progress(not args.json)
-    model = load_model(path, args.dtype, device, progress=progress.enabled)
+    model = load_model(path, args.dtype, device, progress=progress)
     tokenizer = load_tokenizer(path)
 
     import numpy as np
@@ -105,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     running = model.config.window
     needed = max(args.context_lengths) + 2 * args.points * running
     texts = (under_heading(name, text) for name, text in standard_library(root))
-    with progress.bar("tokenising", needed, "tok") as update:
-        documents = encode(tokenizer, texts, limit=needed, progress=lambda done: update(done // 4))
+    with progress.bar("tokenising", None, "characters") as update:
+        documents = encode(tokenizer, texts, limit=needed, progress=update)
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int32)
     if len(tokens) < needed:
         raise CommandError(
@@ -122,12 +120,19 @@ def run(args: argparse.Namespace) -> int:
         )
         say()
     total = sum(args.points * (length + running) for length in args.context_lengths)
-    with progress.bar("perplexity", total, "tok") as update:
+    table = PerplexityTable(args.context_lengths, args.points, running)
+    with progress.bar("perplexity", total, "tokens") as update:
         report = evaluate_perplexity(
-            model, [tokens], args.context_lengths, running=running, points=args.points, progress=update
+            model,
+            [tokens],
+            args.context_lengths,
+            running=running,
+            points=args.points,
+            progress=update,
+            on_result=None if args.json else lambda result: progress.write(table.row(result)),
         )
     if not args.json:
-        print_report(report)
+        emit(table_note(report))
     continuation = _continue(args, model, tokenizer, tokens, progress)
     elapsed = time.perf_counter() - begin
     if args.json:
@@ -162,19 +167,15 @@ def _continue(args: argparse.Namespace, model: Any, tokenizer: Any, tokens: Any,
     running = ids[:, length:]
     memory = None
     if length:
-        with (
-            progress.bar("compressing", length, "tok") as update,
-            compression_progress(model, update, length),
-            torch.inference_mode(),
-        ):
-            memory = model.compress(ids[:, :length], query_ids=running)
+        with progress.compression(length) as tell, torch.inference_mode():
+            memory = model.compress(ids[:, :length], query_ids=running, progress=tell)
     text = tokenizer.decode(prompt.tolist())
     if not args.json:
         say()
         say(
             f"a continuation after {length:,} tokens of context and {len(prompt)} of running text (it begins at the ▶):"
         )
-        print("\n" + "\n".join(text.split("\n")[-SHOWN_LINES:]) + "▶", end="", flush=True)
+        emit("\n" + "\n".join(text.split("\n")[-SHOWN_LINES:]) + "▶", end="")
     answer = generate(model, tokenizer, running, memory, max_new_tokens=args.max_new_tokens, show=not args.json)
     return {
         "context_tokens": length,

@@ -9,18 +9,17 @@ from typing import Any
 
 from sharedllm_ext.cli._common import (
     DTYPES,
-    CommandError,
-    Progress,
-    UsageError,
     add_json_option,
     checkpoint_type,
     find_tokenizer,
     one_line,
     positive,
-    print_json,
+    prepare_hub,
     quiet_transformers,
-    say,
+    some_path,
 )
+from sharedllm_ext.cli._output import CommandError, UsageError, emit, print_json, say
+from sharedllm_ext.cli._progress import Progress
 
 FIELDS = (
     "injection_layers",
@@ -41,8 +40,10 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "build a SharedLLM checkpoint from a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint or GGUF file"
     parser = commands.add_parser("init", help=text, description=text)
-    parser.add_argument("base", metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "base", type=some_path, metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub"
+    )
+    parser.add_argument("out", type=some_path, metavar="OUT", help="folder to write")
     fields = parser.add_argument_group("model (default: the configuration's)")
     fields.add_argument("--injection-layers", type=positive, metavar="M", help="lowest layers that compress and inject")
     fields.add_argument("--chunk-size", type=positive, metavar="C", help="context tokens in a chunk")
@@ -97,11 +98,19 @@ def run(args: argparse.Namespace) -> int:
     if family is not None and family not in BASE_MODEL_TYPES:
         # before its weights are read
         raise CommandError(f"{args.base}: expected a base of type {', '.join(BASE_MODEL_TYPES)}, got {family!r}")
-    quiet_transformers(Progress(not args.json).enabled)
+    progress = Progress(not args.json)
+    quiet_transformers(progress.terminal)
+    if not base.exists() and (not from_gguf or args.gguf_file is not None):
+        prepare_hub(args.base, args.gguf_file or "config.json")
     fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    # before the weights, which take longer
+    tokenizer = None if from_gguf else find_tokenizer(args.base)
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with (
+            progress.bar(f"loading {args.base}", None, "", lines_only=True),
+            warnings.catch_warnings(record=True) as told,
+        ):
             warnings.simplefilter("always", UserWarning)
             model = SharedLLMForCausalLM.from_base(args.base, dtype=dtype, gguf_file=args.gguf_file, **fields)
     except OSError as error:
@@ -109,10 +118,15 @@ def run(args: argparse.Namespace) -> int:
     for warning in told:
         if issubclass(warning.category, UserWarning):
             say(f"sharedllm: warning: {warning.message}")
-    tokenizer = _gguf_tokenizer(args.base, args.gguf_file) if from_gguf else find_tokenizer(args.base)
-    model.save_pretrained(out)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    if from_gguf:
+        tokenizer = _gguf_tokenizer(args.base, args.gguf_file)
+    try:
+        model.save_pretrained(out)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
+    except Exception as error:
+        # the libraries that write have errors of their own kinds
+        raise CommandError(f"{out}: the checkpoint cannot be written: {one_line(error)}") from error
 
     config = model.config
     shown = {name: getattr(config, name) for name in FIELDS}
@@ -132,8 +146,8 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(f"{out}: {total:,} parameters, {new:,} of them in the {config.injection_layers} injected blocks")
-    print(", ".join(f"{name} {value}" for name, value in shown.items()))
+    emit(f"{out}: {total:,} parameters, {new:,} of them in the {config.injection_layers} injected blocks")
+    emit(", ".join(f"{name} {value}" for name, value in shown.items()))
     if tokenizer is None:
         say(f"sharedllm: warning: {args.base} has no tokenizer, so {out} has none either")
     say("The new blocks start at zero: until they are trained, the model answers as its base does, context or not.")

@@ -146,6 +146,18 @@ def _ids(tokens: Tokens, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).unsqueeze(0).to(device)
 
 
+def check_lengths(context_lengths: Sequence[int], running: int, scored: int | None, window: int) -> int:
+    """The scored tokens of a point, by default all that can be predicted; ``ValueError`` on lengths that cannot be."""
+    scored = running - 1 if scored is None else scored
+    if not context_lengths or min(context_lengths) < 0:
+        raise ValueError(f"context_lengths: expected numbers of at least 0, got {list(context_lengths)}")
+    if not 2 <= running <= window:
+        raise ValueError(f"running: expected 2 to {window} tokens (the model's window), got {running}")
+    if not 1 <= scored < running:
+        raise ValueError(f"scored: expected 1 to {running - 1} tokens (one less than running), got {scored}")
+    return scored
+
+
 @torch.inference_mode()
 def evaluate_perplexity(
     model: Any,
@@ -157,6 +169,7 @@ def evaluate_perplexity(
     points: int | None = 20,
     stride: int | None = None,
     progress: Callable[[int], object] | None = None,
+    on_result: Callable[[LengthResult], object] | None = None,
 ) -> PerplexityReport:
     """Perplexity of the same running tokens with each of several context lengths before them.
 
@@ -173,23 +186,17 @@ def evaluate_perplexity(
         stride: tokens from one running text to the next (default: evenly spread, not overlapping).
         progress: called with the tokens done since the last call; there are
             ``len(points) * (length + running)`` for each length.
+        on_result: called with the result of each length as soon as it is known.
 
     Raises:
         ValueError: lengths that cannot be, or a loss that is not a number.
     """
-    scored = running - 1 if scored is None else scored
-    window = int(model.config.window)
-    if not context_lengths or min(context_lengths) < 0:
-        raise ValueError(f"context_lengths: expected numbers of at least 0, got {list(context_lengths)}")
-    if not 2 <= running <= window:
-        raise ValueError(f"running: expected 2 to {window} tokens (the model's window), got {running}")
-    if not 1 <= scored < running:
-        raise ValueError(f"scored: expected 1 to {running - 1} tokens (one less than running), got {scored}")
+    scored = check_lengths(context_lengths, running, scored, int(model.config.window))
     places = pick_points(
         [len(document) for document in documents], max(context_lengths), running, points=points, stride=stride
     )
     with _evaluating(model):
-        results, kind = _measure(model, documents, context_lengths, places, running, scored, progress)
+        results, kind = _measure(model, documents, context_lengths, places, running, scored, progress, on_result)
     return PerplexityReport(results, places, running, scored, kind)
 
 
@@ -213,6 +220,7 @@ def _measure(
     running: int,
     scored: int,
     progress: Callable[[int], object] | None,
+    on_result: Callable[[LengthResult], object] | None,
 ) -> tuple[list[LengthResult], str]:
     """What each context length gives, and what its peak memory is the peak of."""
     device = next(model.parameters()).device
@@ -224,9 +232,16 @@ def _measure(
             begin = time.perf_counter()
             for document, start in places:
                 tokens = documents[document]
-                memory = None
+                memory, told = None, 0
+
+                def tell(done: int) -> None:
+                    nonlocal told
+                    if progress is not None:
+                        progress(done - told)
+                    told = done
+
                 if length:
-                    memory = model.compress(_ids(tokens[start - length : start], device))
+                    memory = model.compress(_ids(tokens[start - length : start], device), progress=tell)
                     memory_bytes, slots = int(memory.nbytes), int(memory.cu_slots[-1])
                 loss = running_losses(model, _ids(tokens[start : start + running], device), scored, memory)
                 del memory
@@ -236,8 +251,7 @@ def _measure(
                     raise ValueError(
                         f"loss: expected a number, got {losses[-1]} at token {start} with {length} tokens of context"
                     )
-                if progress is not None:
-                    progress(length + running)
+                tell(length + running)
             seconds = time.perf_counter() - begin
         peak_kind = peak.kind
         base = results[0].losses if results else losses
@@ -257,4 +271,6 @@ def _measure(
                 losses=losses,
             )
         )
+        if on_result is not None:
+            on_result(results[-1])
     return results, peak_kind

@@ -40,7 +40,8 @@ class Texts:
     """Documents read from one path.
 
     ``documents`` holds texts, or token ids where the file held those; ``names`` one name for each; ``skipped`` counts
-    the files of a folder that are not text; ``unreadable`` says of each that the system would not read, why.
+    the files of a folder that are not text; ``unreadable`` says of each that the system would not read, why; ``kind``
+    is ``text`` (a file or a pipe), ``folder``, ``lines`` (JSON) or ``ids``.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Texts:
     names: list[str] = field(default_factory=list)
     skipped: int = 0
     unreadable: list[str] = field(default_factory=list)
+    kind: str = "text"
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -172,7 +174,7 @@ def _read_folder(folder: Path, progress: Progress | None) -> Texts:
         counts += [f"{len(unreadable)} that cannot be read, the first is {unreadable[0]}"] if unreadable else []
         also = f" ({', '.join(counts)})" if counts else ""
         raise TextError(f"{shown(folder)}: expected a folder with text files, found none{also}")
-    return Texts(shown(folder), documents, names, skipped, unreadable)
+    return Texts(shown(folder), documents, names, skipped, unreadable, kind="folder")
 
 
 def under_heading(name: str, text: str) -> str:
@@ -215,7 +217,7 @@ def _read_json_lines(path: Path, progress: Progress | None) -> Texts:
             names.append(f"line {number}")
     if not documents:
         raise TextError(f"{source}: expected text, got none in any line")
-    return Texts(source, documents, names)
+    return Texts(source, documents, names, kind="lines")
 
 
 def _read_token_array(path: Path) -> Texts:
@@ -241,7 +243,7 @@ def _read_token_array(path: Path) -> Texts:
         )
     if not len(tokens):
         raise TextError(f"{source}: expected token ids, got an empty array")
-    return Texts(source, [tokens], [shown(path.name)])
+    return Texts(source, [tokens], [shown(path.name)], kind="ids")
 
 
 def size_of(path: str | os.PathLike[str]) -> int | None:

@@ -290,14 +290,13 @@ def read_tokens(
             f"{texts.source}: expected a .npy file of token ids, because the model has no tokenizer; got text"
         )
     else:
-        lines = texts.source.endswith(".jsonl")
-        names = [f"{texts.source} {name}" if lines else name for name in texts.names]
+        names = [texts.source if texts.kind == "text" else f"{texts.source} {name}" for name in texts.names]
         documents = encode(tokenizer, (str(document) for document in texts.documents), progress=progress, names=names)
     kept = [document for document in documents if len(document)]
     if not kept:
         raise TextError(f"{texts.source}: expected text, got 0 tokens")
     if join and len(kept) > 1:
-        end = getattr(tokenizer, "eos_token_id", None) if texts.source.endswith(".jsonl") else None
+        end = getattr(tokenizer, "eos_token_id", None) if texts.kind == "lines" else None
         parts = []
         for document in kept:
             parts += [document] if end is None else [document, np.asarray([end], dtype=document.dtype)]
