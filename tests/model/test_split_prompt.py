@@ -187,6 +187,24 @@ def test_rows_equal_single_rows(model, side: str, masked: bool, way: dict[str, A
         assert torch.equal(out[row * count : (row + 1) * count, PROMPT:], alone[:, length:])
 
 
+@pytest.mark.parametrize("given", ["nothing", "context", "memory"])
+def test_short_rows_padded_on_the_right(model, given: str) -> None:
+    lengths, text, context = (12, 7, 1), builders.ids(3, 12), builders.ids(3, 70)
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+    memory = model.compress(context)
+
+    def read(rows: slice) -> dict[str, Any]:
+        if given == "memory":
+            return {"memory": model.compress(context[rows]) if rows.stop else memory}
+        return {"context_ids": context[rows]} if given == "context" else {}
+
+    out = model.generate(text * mask, attention_mask=mask, **read(slice(None)), **STEPS)
+    assert torch.equal(out[:, :12], text * mask)
+    for row, length in enumerate(lengths):
+        alone = model.generate(text[row : row + 1, :length], **read(slice(row, row + 1)), **STEPS)
+        assert torch.equal(out[row : row + 1, 12:], alone[:, length:])
+
+
 def test_a_text_that_grows_past_the_window_is_not_split(model) -> None:
     text = builders.ids(1, WINDOW - 2)
     expected = model.generate(text, split_window=False, **STEPS)
@@ -246,6 +264,9 @@ def test_the_cache_of_a_split_prompt_goes_on(model, text: Tensor, own_cache: boo
         go_on(builders.ids(1, 80))
     with pytest.raises(ValueError, match=r"attention_mask: expected 35 columns .*, or 71 .*, got 50"):
         go_on(new, attention_mask=torch.ones(1, 50))
+
+    with pytest.raises(ValueError, match=rf"input_ids: expected 1 rows as in {CACHE_NAME}, got 2"):
+        go_on(turn.expand(2, -1))
 
     second = model.generate(turn, **{CACHE_NAME: cache_of(first)}, return_dict_in_generate=True, **STEPS)
     third = torch.cat((second.sequences, builders.ids(1, 3)), 1)

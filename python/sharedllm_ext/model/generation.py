@@ -92,7 +92,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         The context is compressed once, by the rules of evaluation whatever the model's mode is. ``input_ids`` longer
         than ``config.window``, without context or memory, are split once, as in :meth:`forward` with a mask: of each
         row the last ``window`` tokens are running text. Lengths, logits processors, stopping criteria, streamers and
-        the result are of the whole text; ``split_window=False`` reads a long text as it is.
+        the result are of the whole text; ``split_window=False`` reads a long text as it is. Rows may be padded on
+        either side: an answer goes on from the row's last token.
 
         Tokens join the running text, which may grow past ``config.window``: none of it becomes context.
 
@@ -137,9 +138,11 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             check_ids(self, "input_ids", input_ids, range_too=True)
             check_not_empty(input_ids)
-        if cached and context_ids is None:
-            given, memory = memory, remembered_memory(past) if memory is None else memory
-            prompt = self._follow(remembered_prompt(past), input_ids, cached, given is not None, kwargs)
+        if cached:
+            chosen = memory is not None or context_ids is not None
+            prompt = self._follow(remembered_prompt(past), input_ids, cached, chosen, kwargs)
+            if not chosen:
+                memory = remembered_memory(past)
         elif input_ids is not None and split_window and memory is None and context_ids is None:
             split = self._split(input_ids, generation_config, kwargs)
             if split is not None:
@@ -147,6 +150,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
                 prompt = SplitPrompt.of(input_ids, split)
                 if kwargs.get("position_ids") is not None:
                     kwargs["position_ids"] = split.take(kwargs["position_ids"])
+        if prompt is None and input_ids is not None and not cached:
+            prompt = self._align(input_ids, generation_config, kwargs)
         text = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if prompt is not None:
             text = prompt.running
@@ -201,18 +206,32 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             mask = self._mask_of_padding(input_ids, generation_config, kwargs)
         return split_rows(self.config.window, input_ids, mask)
 
+    def _align(self: Any, input_ids: Tensor, generation_config: Any, kwargs: dict[str, Any]) -> SplitPrompt | None:
+        """Rows with padding on the right, which would stand between the prompt and its answer; ``None`` without."""
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = self._mask_of_padding(input_ids, generation_config, kwargs)
+        if mask is None or mask.shape != input_ids.shape or bool((mask[:, -1] != 0).all()):
+            return None
+        prompt, positions = SplitPrompt.aligned(input_ids, mask), kwargs.get("position_ids")
+        if positions is not None:
+            kwargs["position_ids"] = SplitPrompt.aligned(positions.expand_as(mask), mask).running
+        return prompt
+
     def _follow(
         self: Any,
         prompt: SplitPrompt | None,
         input_ids: Tensor | None,
         cached: int,
-        has_memory: bool,
+        chosen: bool,
         kwargs: dict[str, Any],
     ) -> SplitPrompt | None:
         """What follows the split prompt of a filled cache; ``None`` where the running text alone goes on."""
         if prompt is None or input_ids is None:
             return None
-        mask = kwargs.get("attention_mask")
+        rows, mask = prompt.whole.shape[0], kwargs.get("attention_mask")
+        if input_ids.shape[0] != rows:
+            raise ValueError(f"input_ids: expected {rows} rows as in {CACHE_NAME}, got {input_ids.shape[0]}")
         if mask is not None and mask.shape[1] > input_ids.shape[1]:
             # only what is new; the mask says from where the caller counts
             new = input_ids.shape[1]
@@ -230,7 +249,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
                 # those of the cache are in it; only what is new is looked at
                 kwargs["position_ids"] = positions[..., prompt.removed :]
             return prompt.followed(input_ids, mask)
-        if has_memory or prompt.begins_as_running_text(input_ids):
+        if chosen or prompt.begins_as_running_text(input_ids):
             return None
         raise ValueError(
             f"input_ids: expected a text that begins with the {prompt.whole.shape[1]} tokens of the prompt that "

@@ -17,7 +17,7 @@ _ATTRIBUTE = "_sharedllm_prompt"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitPrompt:
-    """What the loop of a ``generate`` sees and what the model reads instead.
+    """What the loop of a ``generate`` sees and what the model reads instead: the running text, padded on the left.
 
     Lengths, logits processors, stopping criteria, streamers and the result are of the whole text. New tokens follow
     both, so that only the first call and calls without a cache look here.
@@ -37,6 +37,13 @@ class SplitPrompt:
         """Of a prompt ``[B, L]`` and how it was split."""
         mask = split.attention_mask
         return cls(input_ids, split.input_ids, None if mask is None or bool(mask.all()) else mask)
+
+    @classmethod
+    def aligned(cls, input_ids: Tensor, mask: Tensor) -> "SplitPrompt":
+        """Of a prompt ``[B, L]`` without context whose rows are padded on the right, ``mask`` being 0 there."""
+        # stable: the tokens keep their order behind the padding
+        columns = mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
+        return cls(input_ids, input_ids.gather(1, columns), mask.gather(1, columns))
 
     @property
     def removed(self) -> int:
