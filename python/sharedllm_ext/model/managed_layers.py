@@ -12,7 +12,12 @@ _SHARDED_CLASSES = ("FSDPModule", "FullyShardedDataParallel")
 
 def is_managed(layer: Any) -> bool:
     """Whether a layer has its parameters in place only inside of its own calls."""
-    return hasattr(layer, "_hf_hook") or any(base.__name__ in _SHARDED_CLASSES for base in type(layer).__mro__)
+    return hasattr(layer, "_hf_hook") or is_sharded(layer)
+
+
+def is_sharded(layer: Any) -> bool:
+    """Whether FSDP shares a layer's parameters out to processes."""
+    return any(base.__name__ in _SHARDED_CLASSES for base in type(layer).__mro__)
 
 
 def check_checkpointing(layer: Any) -> None:

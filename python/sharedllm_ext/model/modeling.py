@@ -53,7 +53,7 @@ from .loading import check_loaded
 from .managed_layers import check_whole, device_of
 from .memory import ContextMemory
 from .reading import say_if_it_cannot_read
-from .signature import Fingerprint, describe_difference, memory_signature
+from .signature import Fingerprint, Subject, describe_difference, has_details, memory_signature
 from .split import refuse_packed, split_open_end, split_rows
 from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .stopwatch import Stopwatch
@@ -536,12 +536,16 @@ class SharedLLMForCausalLM(ContextGeneration):
             return query.flatten(0, 1), [query.shape[1]] * documents
         return query[used], used.sum(1).tolist()
 
-    def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
+    def _rope(self) -> tuple[Tensor, float]:
+        """The rotary frequencies and the factor of cos and sin."""
         rotary = self.model.rotary_emb
         # rope types that follow the sequence length start from the original frequencies
-        source = getattr(rotary, "original_inv_freq", rotary.inv_freq)
-        origin = (source.data_ptr(), version_of(source), rotary.attention_scaling)
+        return getattr(rotary, "original_inv_freq", rotary.inv_freq), rotary.attention_scaling
+
+    def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
+        source, scaling = self._rope()
+        origin = (source.data_ptr(), version_of(source), scaling)
         tables = self._tables if self._tables_of == origin else None
         if tables is None or tables[0].shape[0] < rows or tables[0].device != device:
             # for training too, though inference mode may be the first to ask
@@ -549,22 +553,25 @@ class SharedLLMForCausalLM(ContextGeneration):
                 frequencies = source.to(device=device, dtype=torch.float32)
                 size = 1 << (rows - 1).bit_length()
                 angles = torch.outer(torch.arange(size, device=device, dtype=torch.float32), frequencies)
-                scaling = rotary.attention_scaling
                 self._tables = tables = (angles.cos() * scaling, angles.sin() * scaling)
             self._tables_of = origin
         return tables
 
     # -- memories and models ------------------------------------------------------------------------------------------
 
-    def memory_signature(self, *, fingerprint: bool = True) -> dict[str, Any]:
-        """What a memory must share with the model that reads it: sizes, tree, and a fingerprint of the compressor.
+    def memory_signature(self, *, fingerprint: bool = True, details: bool = True) -> dict[str, Any]:
+        """What a memory must share with the model that reads it: sizes, tree, and what the compressor computes.
 
-        Without ``fingerprint`` its place holds a mark of the present weights, good in this process until they change.
+        Args:
+            fingerprint: whether to tell the weights; else, for a memory of a model in training, their place holds a
+                mark of the compressor as it is now, good in this process until it changes.
+            details: whether to tell more than sizes and weights. That runs the compressor on a few fixed tokens, once
+                for as long as nothing in it changes.
         """
-        signature = memory_signature(self.config, self.lower_model, self._fingerprint if fingerprint else None)
-        if not fingerprint:
-            signature["weights"] = self._training_mark.of(self.lower_model)
-        return signature
+        subject = Subject(self.lower_model, self._rope(), self._rope_tables, self.config.chunk_size)
+        if fingerprint:
+            return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details))
+        return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})
 
     def check_memory(self, memory: ContextMemory) -> None:
         """Refuse a memory that another model or tree has made; or this one in training, before its weights changed.
@@ -576,7 +583,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         if not isinstance(memory, ContextMemory):
             raise TypeError(f"memory: expected a ContextMemory, got {type(memory).__name__}")
         in_training = is_training_mark(memory.signature.get("weights"))
-        signature = self.memory_signature(fingerprint=not in_training)
+        signature = self.memory_signature(fingerprint=not in_training, details=has_details(memory.signature))
         difference = describe_difference(signature, memory.signature)
         if difference is not None and in_training and difference.startswith("weights: "):
             raise ValueError(

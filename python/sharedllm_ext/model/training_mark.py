@@ -3,21 +3,20 @@
 import uuid
 from typing import Any
 
-from .compressor import LowerModel
-from .layer_math import version_of
+from .signature import Subject, state_of
 
 _KIND = "in training"
 
 
 class TrainingMark:
-    """Names the present weights of one compressor in this process, until a step changes them.
+    """Names the present compressor in this process, until a step or a setting changes it.
 
     A change through ``parameter.data`` is not seen.
     """
 
     def __init__(self) -> None:
         self._name = uuid.uuid4().hex[:16]
-        self._state: tuple[int, ...] | None = None
+        self._state: tuple[Any, ...] | None = None
         self._changes = 0
 
     # a copy of the model goes its own way
@@ -27,13 +26,9 @@ class TrainingMark:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return TrainingMark, ()
 
-    def of(self, lower: LowerModel) -> str:
-        """The mark: the same one as long as no parameter is replaced or changed in place."""
-        parameters = [lower.embed_tokens.weight, lower.norm.weight]
-        for layer in lower.layers:
-            # the injected block is the decoder's, not the compressor's
-            parameters += [p for name, p in layer.named_parameters() if not name.startswith("injection.")]
-        state = tuple(number for p in parameters for number in (p.data_ptr(), version_of(p)))
+    def of(self, subject: Subject) -> str:
+        """The mark: the same one as long as nothing that could change the compressor's output is changed."""
+        state = state_of(subject)
         if state != self._state:
             self._state = state
             self._changes += 1
