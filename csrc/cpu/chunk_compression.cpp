@@ -8,7 +8,6 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "common/checks.h"
 #include "common/memory.h"
@@ -188,7 +187,7 @@ SHAREDLLM_FOR_EACH_ISA(backward_bfloat16, (const Backward& p, int64_t part, int6
 
 // Rows with contiguous elements; a tensor without them is replaced by its contiguous copy.
 Rows rows_of(Tensor& tensor) {
-  if (tensor.size(2) > 1 && tensor.stride(2) != 1) tensor = dense(tensor);
+  if ((tensor.size(2) > 1 && tensor.stride(2) != 1) || !is_aligned(tensor)) tensor = sharedllm::contiguous(tensor);
   return {tensor.const_data_ptr(), tensor.size(0), tensor.stride(0), tensor.stride(1)};
 }
 
@@ -205,13 +204,13 @@ const int64_t* indices_of(const char* name, Tensor& tensor, int64_t count, int64
 struct Indices {
   Tensor cos, sin, keep_index, keep_position;
   std::optional<Tensor> q_positions, positions;
-  std::vector<int64_t> slot_of_token;
+  std::optional<Tensor> slot_of_token;
 
   void fill(Problem& p, int64_t num_queries) {
     check_tensor("cos", cos, {-1, -1}, ScalarType::Float);
     const int64_t rows = cos.size(0), half = cos.size(1);
     check_tensor("sin", sin, {rows, half}, ScalarType::Float);
-    check(2 * half <= p.size, "cos: expected at most ", p.size / 2, " columns (D/2), got ", half);
+    check_rotary_columns(half, p.size);
     cos = dense(cos);
     sin = dense(sin);
     p.table = {cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), half};
@@ -220,15 +219,17 @@ struct Indices {
     p.keep_index = indices_of("keep_index", keep_index, -1, -1, p.tokens);
     p.slots = keep_index.size(0);
     p.keep_position = indices_of("keep_position", keep_position, p.slots, 0, rows);
-    slot_of_token.assign(p.tokens, -1);
+    slot_of_token = allocate(keep_index, {p.tokens});
+    int64_t* const slot_of = slot_of_token->mutable_data_ptr<int64_t>();
+    std::fill(slot_of, slot_of + p.tokens, int64_t{-1});
     for (int64_t i = 0; i < p.slots; ++i) {
       const int64_t token = p.keep_index[i];
       if (token < 0) continue;
-      check(slot_of_token[token] < 0, "keep_index[", i, "]: expected a token that no other slot keeps, got ", token,
-            " again (slot ", slot_of_token[token], ")");
-      slot_of_token[token] = i;
+      check(slot_of[token] < 0, "keep_index[", i, "]: expected a token that no other slot keeps, got ", token,
+            " again (slot ", slot_of[token], ")");
+      slot_of[token] = i;
     }
-    p.slot_of_token = slot_of_token.data();
+    p.slot_of_token = slot_of;
   }
 };
 
@@ -242,6 +243,8 @@ Tensor output(const Tensor& like, std::initializer_list<int64_t> sizes) {
 // A few parts for each thread even out rows of different cost; a part has at least 32K elements.
 template <class F>
 void run_parts(int64_t elements, const F& part) {
+  // nothing to write, perhaps no addresses, and sizes whose product is not a number of elements
+  if (elements == 0) return;
   const int64_t parts = std::clamp<int64_t>(elements / 32768, 1, 4 * torch::stable::get_num_threads());
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) part(i, parts);
@@ -251,7 +254,7 @@ void run_parts(int64_t elements, const F& part) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::optional<Tensor> q, Tensor k, Tensor v, Tensor cos, Tensor sin,
                                                    std::optional<Tensor> q_positions, std::optional<Tensor> positions,
                                                    Tensor keep_index, Tensor keep_position) {
-  check(k.is_cpu(), "k: expected a tensor on cpu");
+  check(k.is_cpu(), "k: expected a tensor on cpu, got one on another kind of device");
   check_float32_or_bfloat16("k", k);
   check_shape("k", k, {-1, -1, -1});
   const ScalarType dtype = k.scalar_type();
@@ -269,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(std::optional<Tensor> q, Tens
   }
   p.k = rows_of(k);
   p.v = rows_of(v);
-  Indices indices{cos, sin, keep_index, keep_position, q_positions, positions, {}};
+  Indices indices{cos, sin, keep_index, keep_position, q_positions, positions, std::nullopt};
   indices.fill(p, p.q.count);
 
   Tensor q_rotated = output(k, {0}), k_rotated = output(k, {0});
@@ -292,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_q_rotated
                                             Tensor grad_memory_k, Tensor grad_memory_v, Tensor cos, Tensor sin,
                                             std::optional<Tensor> q_positions, std::optional<Tensor> positions,
                                             Tensor keep_index, Tensor keep_position, int64_t num_tokens) {
-  check(grad_memory_k.is_cpu(), "grad_memory_k: expected a tensor on cpu");
+  check(grad_memory_k.is_cpu(), "grad_memory_k: expected a tensor on cpu, got one on another kind of device");
   check_float32_or_bfloat16("grad_memory_k", grad_memory_k);
   check_shape("grad_memory_k", grad_memory_k, {-1, -1, -1});
   check(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
@@ -317,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_q_rotated
   }
   p.grad_memory_k = rows_of(grad_memory_k);
   p.grad_memory_v = rows_of(grad_memory_v);
-  Indices indices{cos, sin, keep_index, keep_position, q_positions, positions, {}};
+  Indices indices{cos, sin, keep_index, keep_position, q_positions, positions, std::nullopt};
   indices.fill(p, p.grad_q_rotated.count);
 
   Tensor grad_q = output(grad_memory_k, {0});

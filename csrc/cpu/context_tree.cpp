@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -21,6 +22,8 @@ using torch::stable::Tensor;
 // Below this many elements a thread costs more to wake than it saves.
 constexpr int64_t kGrain = 32768;
 
+constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+
 // Beyond 2^53 a count of tokens is no longer exact in float64.
 constexpr double kLargestOffset = 9007199254740992.0;
 
@@ -30,8 +33,11 @@ Tensor empty_int64(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 void check_spans(const char* name, const int64_t* spans, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    check(spans[2 * i] >= 0 && spans[2 * i + 1] >= 0, name, "[", i, "]: expected start >= 0 and length >= 0, got (",
-          spans[2 * i], ", ", spans[2 * i + 1], ")");
+    const int64_t start = spans[2 * i], length = spans[2 * i + 1];
+    check(start >= 0 && length >= 0, name, "[", i, "]: expected start >= 0 and length >= 0, got (", start, ", ", length,
+          ")");
+    check(start <= kLargest - length, name, "[", i, "]: expected start + length of at most ", kLargest, ", got ", start,
+          " + ", length);
   }
 }
 
@@ -43,10 +49,12 @@ Tensor split(Tensor spans, std::optional<Tensor> offset) {
   check_spans("spans", span, n);
   const double* noise = nullptr;
   if (offset) {
-    check(offset->is_cpu(), "offset: expected a tensor on cpu");
-    check_shape("offset", *offset, {n});
+    const ScalarType dtype = offset->scalar_type();
+    check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+              dtype == ScalarType::Double,
+          "offset: expected dtype Float, BFloat16, Half or Double, got ", dtype_text(dtype));
+    check_tensor("offset", *offset, {n}, dtype);
     offset = dense_as(*offset, ScalarType::Double);
-    check(offset->scalar_type() == ScalarType::Double, "offset: expected a floating dtype");
     noise = offset->const_data_ptr<double>();
     for (int64_t i = 0; i < n; ++i) {
       check(std::abs(noise[i]) <= kLargestOffset, "offset[", i, "]: expected a finite number of tokens, got ",
@@ -99,16 +107,25 @@ std::tuple<Tensor, Tensor> select(Tensor children, std::optional<Tensor> choice)
   return {picked, retained};
 }
 
+// Nodes of a chunk that are sorted by insertion: quadratic, but the fastest for a tree's few.
+constexpr int64_t kFewNodes = 64;
+
 // Order of the nodes by start; an empty node comes before the node that starts where it does. Stable.
 std::vector<int64_t> token_order(const int64_t* node, int64_t chunks, int64_t nodes_per_chunk) {
   const int64_t count = chunks * nodes_per_chunk;
-  const auto key = [node](int64_t i) { return node[2 * i] * 2 + (node[2 * i + 1] > 0); };
-  const auto before = [&](int64_t a, int64_t b) { return key(a) < key(b); };
+  const auto before = [node](int64_t a, int64_t b) {
+    const int64_t start = node[2 * a], other = node[2 * b];
+    return start < other || (start == other && node[2 * a + 1] == 0 && node[2 * b + 1] > 0);
+  };
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   // chunks lie in token order, so sorting inside each is usually all there is to do
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = chunk * nodes_per_chunk, last = first + nodes_per_chunk;
+    if (nodes_per_chunk > kFewNodes) {
+      std::stable_sort(order.begin() + first, order.begin() + last, before);
+      continue;
+    }
     for (int64_t i = first + 1; i < last; ++i) {
       const int64_t moved = order[i];
       int64_t at = i;
@@ -140,19 +157,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layout(Tensor nodes, Tensor c
     check(node[2 * i] >= 0 && node[2 * i + 1] >= 0, "nodes[", i / m, ", ", i % m,
           "]: expected start >= 0 and length >= 0, got (", node[2 * i], ", ", node[2 * i + 1], ")");
   }
-  for (int64_t i = 0; i < chunks; ++i) {
-    check(chunk_at[i] >= 0, "chunk_index[", i, "]: expected at least 0, got ", chunk_at[i]);
-  }
+  // a slot's position is one in its node plus the chunk's index
+  check_range("chunk_index", chunk_at, chunks, 0, kLargest - num_tokens);
 
-  Tensor positions = empty_int64(nodes, {num_tokens}), cu_nodes = empty_int64(nodes, {count + 1});
-  Tensor keep_index = empty_int64(nodes, {num_slots}), keep_position = empty_int64(nodes, {num_slots});
-  Tensor cu_slots = empty_int64(nodes, {chunks + 1});
-  int64_t* position = positions.mutable_data_ptr<int64_t>();
+  // the caller's numbers are compared with the nodes before memory of their size is asked for
+  Tensor cu_nodes = empty_int64(nodes, {count + 1}), cu_slots = empty_int64(nodes, {chunks + 1});
   int64_t* cu_node = cu_nodes.mutable_data_ptr<int64_t>();
-  int64_t* kept_token = keep_index.mutable_data_ptr<int64_t>();
-  int64_t* kept_position = keep_position.mutable_data_ptr<int64_t>();
   int64_t* cu_slot = cu_slots.mutable_data_ptr<int64_t>();
-
   const std::vector<int64_t> order = token_order(node, chunks, m);
   cu_node[0] = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -170,6 +181,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layout(Tensor nodes, Tensor c
   check(first_slot[count] <= num_slots, "num_slots: expected at least the ", first_slot[count], " kept tokens, got ",
         num_slots);
   for (int64_t chunk = 0; chunk <= chunks; ++chunk) cu_slot[chunk] = first_slot[chunk * m];
+
+  Tensor positions = empty_int64(nodes, {num_tokens});
+  Tensor keep_index = empty_int64(nodes, {num_slots}), keep_position = empty_int64(nodes, {num_slots});
+  int64_t* position = positions.mutable_data_ptr<int64_t>();
+  int64_t* kept_token = keep_index.mutable_data_ptr<int64_t>();
+  int64_t* kept_position = keep_position.mutable_data_ptr<int64_t>();
 
   const int64_t tokens_per_node = count ? std::max<int64_t>((num_tokens + num_slots) / count, 1) : 1;
   const int64_t* slot_of = first_slot.data();

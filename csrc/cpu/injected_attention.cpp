@@ -96,7 +96,7 @@ struct Arguments {
   Tensor q, k, v, cu_q, slot_range, q_position, cos, sin;
 
   Problem check_and_describe(double scale) {
-    check(q.is_cpu(), "q: expected a tensor on cpu");
+    check(q.is_cpu(), "q: expected a tensor on cpu, got one on another kind of device");
     check_float32_or_bfloat16("q", q);
     check_shape("q", q, {-1, -1, -1});
     const ScalarType dtype = q.scalar_type();
@@ -110,7 +110,8 @@ struct Arguments {
     check_tensor("slot_range", slot_range, {rows, 2}, ScalarType::Long);
     check_tensor("cos", cos, {-1, -1}, ScalarType::Float);
     check_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float);
-    check(2 * cos.size(1) <= q.size(2), "cos: expected at most D/2 = ", q.size(2) / 2.0, " columns, got ", cos.size(1));
+    check_rotary_columns(cos.size(1), q.size(2));
+    check_scale(scale);
     for (Tensor* x : {&q, &k, &v}) *x = dense_heads(*x);
     for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = sharedllm::contiguous(*x);
 

@@ -84,7 +84,9 @@ inline Slots load_slots(const View& view, int64_t first, int64_t count, int64_t 
   const T* from = at<T>(view, first, head);
   if constexpr (kUsePairs<T>) {
     Slots slots{reinterpret_cast<const float*>(from), view.row / 2, slots_copy, size};
-    if (need_size && (reuse || size % 2 || view.row % 2)) {
+    // units are floats: a pair may begin at an odd element
+    const bool halfway = reinterpret_cast<uintptr_t>(from) % sizeof(float) != 0;
+    if (need_size && (reuse || halfway || size % 2 || view.row % 2)) {
       const int64_t units = ceil_div(size, 2);
       for (int64_t s = 0; s < count; ++s) {
         float* to = size_copy + s * units;

@@ -8,6 +8,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -83,7 +84,7 @@ void run(const Problem& p) {
 
 // q: [N, Hq, D]; longest: tokens that a span may hold.
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spans, Tensor* cos, Tensor* sin,
-                  int64_t longest) {
+                  double scale, int64_t longest) {
   const ScalarType dtype = q.scalar_type();
   const int64_t heads = q.size(q.dim() - 2), size = q.size(q.dim() - 1);
   check_tensor("k", k, {-1, -1, size}, dtype);
@@ -93,7 +94,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spa
   check_tensor("spans", *spans, {q.size(0), 2}, ScalarType::Long);
   check_tensor("cos", *cos, {-1, -1}, ScalarType::Float);
   check_tensor("sin", *sin, {cos->size(0), cos->size(1)}, ScalarType::Float);
-  check(2 * cos->size(1) <= size, "cos: expected at most D/2 = ", size / 2.0, " columns, got ", cos->size(1));
+  check_rotary_columns(cos->size(1), size);
+  check_scale(scale);
   for (Tensor* x : {spans, cos, sin}) *x = sharedllm::contiguous(*x);
   const int64_t *span = spans->const_data_ptr<int64_t>(), tokens = k.size(0);
   for (int64_t i = 0; i < q.size(0); ++i) {
@@ -108,6 +110,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spa
 Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const int64_t* spans, const Tensor& cos,
                   const Tensor& sin, double scale) {
   Tensor out = allocate(q, {q.size(0), q.size(1), q.size(2)});
+  if (out.numel() == 0) return out;
   const Problem p{q.const_data_ptr(),
                   k.const_data_ptr(),
                   v.const_data_ptr(),
@@ -136,24 +139,26 @@ Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const int64
 }
 
 Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, double scale) {
-  check(q.is_cpu(), "q: expected a tensor on cpu");
+  check(q.is_cpu(), "q: expected a tensor on cpu, got one on another kind of device");
   check_float32_or_bfloat16("q", q);
   check_shape("q", q, {-1, -1, -1});
-  check_inputs(q, k, v, &spans, &cos, &sin, cos.size(0));
+  check_inputs(q, k, v, &spans, &cos, &sin, scale, cos.size(0));
   return attend_all(dense_heads(q), dense_heads(k), dense_heads(v), spans.const_data_ptr<int64_t>(), cos, sin, scale);
 }
 
 Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, int64_t levels,
                          double scale) {
-  check(q.is_cpu(), "q: expected a tensor on cpu");
+  check(q.is_cpu(), "q: expected a tensor on cpu, got one on another kind of device");
   check_float32_or_bfloat16("q", q);
   check(levels >= 1 && levels <= kMaxLevels, "levels: expected 1 to ", kMaxLevels, ", got ", levels);
   check_shape("q", q, {-1, int64_t{1} << levels, -1, -1});
-  // the halves of a root must fit into the tables
-  check_inputs(q, k, v, &spans, &cos, &sin, 2 * cos.size(0));
+  // the halves of a root must fit into the tables; tables without columns may have any number of rows
+  constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+  check_inputs(q, k, v, &spans, &cos, &sin, scale, cos.size(0) > kLargest / 2 ? kLargest : 2 * cos.size(0));
+  const int64_t n = q.size(0), leaves = q.size(1), rows = 2 * leaves - 2;
+  if (q.numel() == 0) return allocate(q, {n, rows, q.size(2), q.size(3)});
   q = sharedllm::contiguous(q);
-  const int64_t n = q.size(0), leaves = q.size(1), rows = 2 * leaves - 2,
-                bytes = q.size(2) * q.size(3) * q.element_size();
+  const int64_t bytes = q.size(2) * q.size(3) * static_cast<int64_t>(q.element_size());
   Tensor queries = allocate(q, {n * rows, q.size(2), q.size(3)});
   const auto* from = static_cast<const char*>(q.const_data_ptr());
   auto* to = static_cast<char*>(queries.mutable_data_ptr());
@@ -171,7 +176,7 @@ Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos,
         child[1] = node % 2 ? parent[1] - left : left;
         // a node's last token is its last leaf's
         const int64_t leaf = ((node + 1) << (levels - level)) - 1;
-        if (bytes > 0) std::memcpy(to + (i * rows + row) * bytes, from + (i * leaves + leaf) * bytes, bytes);
+        std::memcpy(to + (i * rows + row) * bytes, from + (i * leaves + leaf) * bytes, bytes);
       }
     }
   }

@@ -58,7 +58,7 @@ struct Similarity {
   const int64_t* cu_groups;    // [G + 1]
   const int64_t* group_query;  // [G]
   int64_t groups;
-  const bool* valid;  // [N] or null
+  const uint8_t* valid;  // [N] or null; any byte but 0 is true
   float eps;
   float* score;  // [N]
 };
@@ -126,7 +126,7 @@ void select_groups(const Similarity& p, int64_t k, int64_t begin, int64_t end, i
 
 std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_groups, Tensor group_query, int64_t k,
                                       std::optional<Tensor> valid, double eps) {
-  check(nodes.is_cpu(), "nodes: expected a tensor on cpu");
+  check(nodes.is_cpu(), "nodes: expected a tensor on cpu, got one on another kind of device");
   check_float32_or_bfloat16("nodes", nodes);
   check_shape("nodes", nodes, {-1, -1});
   const int64_t count = nodes.size(0), size = nodes.size(1);
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   check(groups >= 0, "cu_groups: expected at least 1 element, got 0");
   check_tensor("group_query", group_query, {groups}, ScalarType::Long);
   check(k >= 0, "k: expected at least 0, got ", k);
-  check(eps > 0, "eps: expected more than 0, got ", eps);
+  check_lower_bound(eps);
   check(count <= std::numeric_limits<uint32_t>::max(), "nodes: expected at most 4294967295 rows, got ", count);
   if (valid) {
     check_tensor("valid", *valid, {count}, ScalarType::Bool);
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   }
   cu_groups = dense(cu_groups);
   group_query = dense(group_query);
-  if (size > 1 && nodes.stride(1) != 1) nodes = dense(nodes);
+  if ((size > 1 && nodes.stride(1) != 1) || !is_aligned(nodes)) nodes = sharedllm::contiguous(nodes);
   const int64_t num_queries = queries.size(0);
   queries = dense_as(queries, ScalarType::Float);
 
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   p.nodes = nodes.const_data_ptr();
   p.stride = nodes.stride(0);
   p.size = size;
-  p.valid = valid ? valid->const_data_ptr<bool>() : nullptr;
+  p.valid = valid ? static_cast<const uint8_t*>(valid->const_data_ptr()) : nullptr;
   p.eps = static_cast<float>(eps);
   std::vector<float> norms(num_queries), scores(count);
   for (int64_t i = 0; i < num_queries; ++i) {

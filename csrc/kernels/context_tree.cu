@@ -76,8 +76,8 @@ struct Node {
   // Whether this node comes before another in token order, `first`: it does among equals. An empty node comes before
   // the node that starts where it does.
   __device__ __forceinline__ bool before(const Node& other, bool first) const {
-    const int64_t key = start * 2 + (length > 0), other_key = other.start * 2 + (other.length > 0);
-    return key < other_key || (key == other_key && first);
+    if (start != other.start) return start < other.start;
+    return (length > 0) == (other.length > 0) ? first : length <= 0;
   }
 };
 

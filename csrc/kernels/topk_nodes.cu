@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
 
   for (int base = warp * kRowsPerWarp; base < rows; base += kWarps * kRowsPerWarp) {
     const int row = base + warp_lane / kLanes;
-    const bool wanted = row < rows && (p.valid == nullptr || p.valid[begin + row]);
+    const bool wanted = row < rows && (p.valid == nullptr || p.valid[begin + row] != 0);
     Sums sums;
     if (wanted) {
       const T* node = static_cast<const T*>(p.nodes) + (begin + row) * p.node_stride;

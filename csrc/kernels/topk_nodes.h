@@ -21,7 +21,7 @@ struct TopkNodesParams {
   const void* nodes;           // [N, d], rows node_stride elements apart
   const int64_t* cu_groups;    // [G + 1]
   const int64_t* group_query;  // [G]
-  const bool* valid;           // [N] or null
+  const uint8_t* valid;        // [N] or null
   int64_t* indices;            // [G, k]
   float* similarity;           // [G, k]
   int64_t query_stride, node_stride;

@@ -42,7 +42,7 @@ struct Indices {
     check_cuda_tensor("cos", cos, {-1, -1}, ScalarType::Float, device);
     const int64_t rows = cos.size(0), half = cos.size(1);
     check_cuda_tensor("sin", sin, {rows, half}, ScalarType::Float, device);
-    check(2 * half <= p.head_size, "cos: expected at most ", p.head_size / 2, " columns (D/2), got ", half);
+    check_rotary_columns(half, p.head_size);
     const bool rotates = p.num_queries > 0 || p.num_tokens > 0 || p.num_slots > 0;
     check(rows > 0 || half == 0 || !rotates, "cos: expected at least 1 row, got 0");
     if (q_positions) check_cuda_tensor("q_positions", *q_positions, {p.num_queries}, ScalarType::Long, device);

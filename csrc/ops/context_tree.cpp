@@ -94,6 +94,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layout(Tensor nodes, Tensor c
   check(slots_per_node >= 1, "slots_per_node: expected at least 1, got ", slots_per_node);
   check(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
   check(num_slots >= 0, "num_slots: expected at least 0, got ", num_slots);
+  // their sum is taken
+  check(num_slots <= INT64_MAX - num_tokens, "num_slots: expected at most ", INT64_MAX - num_tokens,
+        " beside num_tokens = ", num_tokens, ", got ", num_slots);
   p.slots_per_node = slots_per_node;
   p.num_tokens = num_tokens;
   p.num_slots = num_slots;

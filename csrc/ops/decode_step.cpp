@@ -42,6 +42,7 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   check_shape("x", x, {-1, -1});
   p.rows = x.size(0);
   p.inner = x.size(1);
+  check_eps(eps);
   const torch::stable::accelerator::DeviceGuard guard(device);
   x = with_dense_rows(x);
 
@@ -62,6 +63,8 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
     copied |= p.weight[i] != given;
     p.weight_stride[i] = weights[i]->size(0) > 1 ? weights[i]->stride(0) : p.inner;
     p.outputs[i] = weights[i]->size(0);
+    check(p.outputs[i] <= INT64_MAX - p.num_outputs, names[i], ": expected at most ", INT64_MAX - p.num_outputs,
+          " rows, got ", p.outputs[i]);
     p.num_outputs += p.outputs[i];
     if (biases[i]) {
       check_cuda_tensor(bias_names[i], *biases[i], {p.outputs[i]}, dtype, device);
@@ -125,7 +128,9 @@ std::tuple<Tensor, Tensor> decode_append(Tensor qkv, Tensor keys, Tensor values,
   check_cuda_tensor("first", first, {p.rows}, ScalarType::Long, device);
   check_cuda_tensor("cos", cos, {-1, -1}, ScalarType::Float, device);
   check_cuda_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float, device);
-  check(2 * cos.size(1) <= size, "cos: expected at most D/2 = ", size / 2, " columns, got ", cos.size(1));
+  check_rotary_columns(cos.size(1), size);
+  check_eps(eps);
+  check(window >= 0, "window: expected at least 0 tokens, got ", window);
   for (const Tensor* x : {&keys, &values}) {
     check(size == 1 || x->stride(3) == 1, x == &keys ? "keys" : "values",
           ": expected heads whose elements are neighbours in memory, got stride ", x->stride(3));
@@ -162,9 +167,9 @@ std::tuple<Tensor, Tensor> decode_append(Tensor qkv, Tensor keys, Tensor values,
   }
   p.num_positions = cos.size(0);
   p.window = window;
-  p.q_heads = static_cast<int32_t>(q_heads);
-  p.kv_heads = static_cast<int32_t>(kv_heads);
-  p.head_size = static_cast<int32_t>(size);
+  p.q_heads = narrow_size("qkv", q_heads);
+  p.kv_heads = narrow_size("keys", kv_heads);
+  p.head_size = narrow_size("keys", size);
   p.rotary_half = static_cast<int32_t>(cos.size(1));
   p.eps = static_cast<float>(eps);
   p.overlap = overlap;

@@ -41,6 +41,7 @@ Results run(const Names& names, RowFunction function, bool codes, Tensor x, std:
   p.width = x.size(1);
   if (y) check_cuda_tensor(names.y, *y, {p.rows, p.width}, x.scalar_type(), device);
   if (weight) check_cuda_tensor("weight", *weight, {p.width}, x.scalar_type(), device);
+  check_eps(eps);
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   x = with_dense_rows(x);

@@ -75,7 +75,8 @@ struct Arguments {
     check_cuda_tensor("slot_range", slot_range, {p.num_rows, 2}, ScalarType::Long, device);
     check_cuda_tensor("cos", cos, {-1, -1}, ScalarType::Float, device);
     check_cuda_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float, device);
-    check(2 * cos.size(1) <= q.size(2), "cos: expected at most D/2 = ", q.size(2) / 2.0, " columns, got ", cos.size(1));
+    check_rotary_columns(cos.size(1), q.size(2));
+    check_scale(scale);
     check(cos.size(0) > 0 || cos.size(1) == 0 || p.num_rows == 0, "cos: expected at least 1 row, got 0");
     check(q.size(2) <= kGenericMaxHeadSize, "q: expected a head size of at most ", kGenericMaxHeadSize,
           " (limit of the CUDA kernels), got ", q.size(2));
@@ -83,8 +84,8 @@ struct Arguments {
     p.num_queries = q.size(0);
     p.num_slots = k.size(0);
     p.num_positions = cos.size(0);
-    p.q_heads = static_cast<int32_t>(q.size(1));
-    p.kv_heads = static_cast<int32_t>(k.size(1));
+    p.q_heads = narrow_size("q", q.size(1));
+    p.kv_heads = narrow_size("k", k.size(1));
     p.head_size = static_cast<int32_t>(q.size(2));
     p.rotary_half = static_cast<int32_t>(cos.size(1));
     p.scale = static_cast<float>(scale);
@@ -391,7 +392,7 @@ std::tuple<Tensor, Tensor> quantize_memory(Tensor x) {
   p.scale_stride[0] = x.size(1);
   p.scale_stride[1] = 1;
   p.num_slots = x.size(0);
-  p.heads = static_cast<int32_t>(x.size(1));
+  p.heads = narrow_size("x", x.size(1));
   p.head_size = static_cast<int32_t>(x.size(2));
   if (p.num_slots > 0 && p.heads > 0) {
     check_launch("quantize_memory", launch_quantize_memory(p, current_stream(device)));

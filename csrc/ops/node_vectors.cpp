@@ -42,8 +42,8 @@ NodeVectorsParams params_of(Tensor* q, Tensor* k, Tensor* v, Tensor* spans, Tens
   p.num_roots = spans->size(0);
   p.num_tokens = k->size(0);
   p.num_positions = cos->size(0);
-  p.q_heads = static_cast<int32_t>(q->size(1));
-  p.kv_heads = static_cast<int32_t>(k->size(1));
+  p.q_heads = narrow_size("q", q->size(1));
+  p.kv_heads = narrow_size("k", k->size(1));
   p.head_size = static_cast<int32_t>(q->size(2));
   p.rotary_half = static_cast<int32_t>(cos->size(1));
   p.scale = static_cast<float>(scale);
@@ -71,7 +71,7 @@ void run(const char* name, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor co
 
 // q's last two sizes are Hq and D.
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& spans, const Tensor& cos,
-                  const Tensor& sin) {
+                  const Tensor& sin, double scale) {
   check(q.is_cuda(), "q: expected a tensor on cuda, got one on another kind of device");
   const int32_t device = q.get_device_index();
   const int64_t heads = q.size(q.dim() - 2), size = q.size(q.dim() - 1);
@@ -84,12 +84,13 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   check_cuda_tensor("spans", spans, {q.size(0), 2}, ScalarType::Long, device);
   check_cuda_tensor("cos", cos, {-1, -1}, ScalarType::Float, device);
   check_cuda_tensor("sin", sin, {cos.size(0), cos.size(1)}, ScalarType::Float, device);
-  check(2 * cos.size(1) <= size, "cos: expected at most D/2 = ", size / 2.0, " columns, got ", cos.size(1));
+  check_rotary_columns(cos.size(1), size);
+  check_scale(scale);
 }
 
 Tensor node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, double scale) {
   check_shape("q", q, {-1, -1, -1});
-  check_inputs(q, k, v, spans, cos, sin);
+  check_inputs(q, k, v, spans, cos, sin, scale);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Tensor out = allocate(q, {q.size(0), q.size(1), q.size(2)});
   if (out.numel() > 0) run("node_vectors", q, k, v, spans, cos, sin, 0, 0, scale, &out);
@@ -101,7 +102,7 @@ Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos,
   check(levels >= 1 && levels <= kNodeVectorsMaxLevel, "levels: expected 1 to ", kNodeVectorsMaxLevel, ", got ",
         levels);
   check_shape("q", q, {-1, int64_t{1} << levels, -1, -1});
-  check_inputs(q, k, v, spans, cos, sin);
+  check_inputs(q, k, v, spans, cos, sin, scale);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int64_t n = q.size(0), leaves = q.size(1), heads = q.size(2), size = q.size(3);
   Tensor out = allocate(q, {n, 2 * leaves - 2, heads, size});
@@ -115,7 +116,7 @@ Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos,
 std::tuple<Tensor, Tensor, Tensor> node_vectors_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor spans,
                                                          Tensor cos, Tensor sin, double scale) {
   check_shape("q", q, {-1, -1, -1});
-  check_inputs(q, k, v, spans, cos, sin);
+  check_inputs(q, k, v, spans, cos, sin, scale);
   const int32_t device = q.get_device_index();
   check_cuda_tensor("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), device);
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   check(p.num_groups >= 0, "cu_groups: expected at least 1 element, got 0");
   check_cuda_tensor("group_query", group_query, {p.num_groups}, ScalarType::Long, device);
   check(k >= 0 && k <= kTopkNodesMaxK, "k: expected 0 to ", kTopkNodesMaxK, " (limit of the CUDA kernel), got ", k);
-  check(eps > 0, "eps: expected more than 0, got ", eps);
+  check_lower_bound(eps);
   check(p.num_nodes <= kTopkNodesMaxRows, "nodes: expected at most ", kTopkNodesMaxRows, " rows, got ", p.num_nodes);
   check(p.size <= kTopkNodesMaxSize, "nodes: expected at most ", kTopkNodesMaxSize, " columns, got ", p.size);
   if (valid) check_cuda_tensor("valid", *valid, {p.num_nodes}, ScalarType::Bool, device);
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   p.node_stride = nodes.stride(0);
   p.cu_groups = cu_groups.const_data_ptr<int64_t>();
   p.group_query = group_query.const_data_ptr<int64_t>();
-  p.valid = valid ? valid->const_data_ptr<bool>() : nullptr;
+  p.valid = valid ? static_cast<const uint8_t*>(valid->const_data_ptr()) : nullptr;
   p.indices = indices.mutable_data_ptr<int64_t>();
   p.similarity = similarity.mutable_data_ptr<float>();
   p.k = k;

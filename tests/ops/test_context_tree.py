@@ -417,7 +417,7 @@ INDEX = torch.arange(2)
         (
             lambda: context_tree_layout(NODES, INDEX - 1, 2, 10, 8),
             ValueError,
-            r"chunk_index\[0\]: expected at least 0, got -1",
+            r"chunk_index\[0\]: expected 0 <= value < \d+, got -1",
         ),
         (lambda: split_offsets(-1, 1.0, device="cpu"), ValueError, "num: expected at least 0, got -1"),
         (lambda: split_offsets(1, -1.0, device="cpu"), ValueError, "std: expected a finite .*, got -1"),

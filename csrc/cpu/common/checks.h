@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
@@ -75,13 +77,22 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::in
                      [&] { return torch::stable::new_empty(like, shape, dtype); });
 }
 
+// Memory that torch borrowed from elsewhere may begin at any byte.
+inline bool is_aligned(const torch::stable::Tensor& tensor) {
+  const auto size = static_cast<uintptr_t>(tensor.element_size());
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % size == 0;
+}
+
 inline torch::stable::Tensor contiguous(const torch::stable::Tensor& tensor) {
-  return make_tensor(tensor.sizes(), tensor.scalar_type(), [&] { return torch::stable::contiguous(tensor); });
+  return make_tensor(tensor.sizes(), tensor.scalar_type(), [&] {
+    const torch::stable::Tensor dense = torch::stable::contiguous(tensor);
+    return is_aligned(dense) ? dense : torch::stable::clone(dense);
+  });
 }
 
 // Asking first spares contiguous tensors a call through the dispatcher.
 inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : sharedllm::contiguous(tensor);
+  return tensor.is_contiguous() && is_aligned(tensor) ? tensor : sharedllm::contiguous(tensor);
 }
 
 inline torch::stable::Tensor dense_as(const torch::stable::Tensor& tensor, torch::headeronly::ScalarType dtype) {
@@ -101,7 +112,7 @@ inline void check_shape(const char* name, const torch::stable::Tensor& tensor, s
 
 inline void check_tensor(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> shape,
                          torch::headeronly::ScalarType dtype) {
-  check(tensor.is_cpu(), name, ": expected a tensor on cpu");
+  check(tensor.is_cpu(), name, ": expected a tensor on cpu, got one on another kind of device");
   check(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype_text(dtype), ", got ",
         dtype_text(tensor.scalar_type()));
   check_shape(name, tensor, shape);
@@ -111,6 +122,27 @@ inline void check_float32_or_bfloat16(const char* name, const torch::stable::Ten
   const auto dtype = tensor.scalar_type();
   check(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::BFloat16, name,
         ": expected dtype Float or BFloat16, got ", dtype_text(dtype));
+}
+
+// A factor that float32 holds: with infinity or NaN every result would be NaN.
+inline void check_scale(double scale) {
+  check(std::abs(scale) <= FLT_MAX, "scale: expected a finite number (in float32), got ", scale);
+}
+
+// What a norm adds to its mean square.
+inline void check_eps(double eps) {
+  check(eps >= 0 && eps <= FLT_MAX, "eps: expected a finite number of at least 0, got ", eps);
+}
+
+// The lower bound of a norm that is divided by.
+inline void check_lower_bound(double eps) {
+  check(eps > 0 && eps <= FLT_MAX && static_cast<float>(eps) > 0,
+        "eps: expected a finite number above 0 (in float32), got ", eps);
+}
+
+// Tables [P, R/2] rotate the first R of a head's elements.
+inline void check_rotary_columns(int64_t columns, int64_t head_size) {
+  check(columns <= head_size / 2, "cos: expected at most D/2 = ", head_size / 2, " columns, got ", columns);
 }
 
 // low <= values[i] < high for all i.

@@ -27,7 +27,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows and heads may lie anywhere; the elements of a head must be neighbours.
 inline torch::stable::Tensor dense_heads(const torch::stable::Tensor& x) {
-  return x.stride(2) == 1 || x.size(2) <= 1 ? x : sharedllm::contiguous(x);
+  return (x.stride(2) == 1 || x.size(2) <= 1) && is_aligned(x) ? x : sharedllm::contiguous(x);
 }
 
 }  // namespace sharedllm

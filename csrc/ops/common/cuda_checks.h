@@ -27,10 +27,17 @@ inline void check_cuda_tensor(const char* name, const torch::stable::Tensor& ten
   check_shape(name, tensor, shape);
 }
 
+// Kernels count heads and their elements in 32 bits.
+inline int32_t narrow_size(const char* name, int64_t size) {
+  check(size <= INT32_MAX, name, ": expected sizes of at most ", INT32_MAX, ", got ", size);
+  return static_cast<int32_t>(size);
+}
+
 // The tensor itself if the elements of a row are neighbours in memory, else a copy.
 inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) > 1 && tensor.stride(last) != 1 ? sharedllm::contiguous(tensor) : tensor;
+  return (tensor.size(last) <= 1 || tensor.stride(last) == 1) && is_aligned(tensor) ? tensor
+                                                                                    : sharedllm::contiguous(tensor);
 }
 
 // The tensor itself if its rows are dense and 16-byte aligned at every index, else a copy (rows of whole 16-byte

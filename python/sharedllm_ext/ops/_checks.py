@@ -10,6 +10,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Element types that the C++ CPU kernels take; the other two go to the reference.
 CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def _text(values: Sequence[object]) -> str:
@@ -60,6 +61,16 @@ def check_rotary(cos: Tensor, sin: Tensor, head_size: int, device: torch.device)
     check_tensor("cos", cos, ("P", "R/2"), torch.float32, device)
     check_tensor("sin", sin, (cos.shape[0], cos.shape[1]), torch.float32, device)
     check_that(2 * cos.shape[1] <= head_size, "cos", f"at most D/2 = {head_size // 2} columns", cos.shape[1])
+
+
+def check_scale(scale: float) -> None:
+    """Check the factor on attention scores: with infinity or NaN every result would be NaN."""
+    check_that(abs(scale) <= LARGEST_FLOAT32, "scale", "a finite number (in float32)", scale)
+
+
+def check_eps(eps: float) -> None:
+    """Check what a norm adds to its mean square."""
+    check_that(0 <= eps <= LARGEST_FLOAT32, "eps", "a finite number of at least 0", eps)
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:

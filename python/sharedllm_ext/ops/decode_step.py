@@ -8,7 +8,7 @@ from torch import Tensor
 from .._library import cuda_kernels
 from ..reference import decode_step as _reference
 from ._autocast import outside_autocast
-from ._checks import FLOATS, check_rotary, check_tensor, check_that
+from ._checks import FLOATS, check_eps, check_rotary, check_tensor, check_that
 
 __all__ = ["decode_append", "decode_linear"]
 
@@ -63,10 +63,31 @@ def decode_linear(
 
         torch.cat([F.linear(norm(x), w, b) for w, b in zip(weights, biases)], -1) + residual
     """
-    check_tensor("x", x, ("rows", "K"), FLOATS)
-    check_that(1 <= len(weights) <= MATRICES, "weights", f"1 to {MATRICES} matrices", len(weights))
     matrices: list[Tensor | None] = [*weights]
     offsets: list[Tensor | None] = [None] * len(weights) if biases is None else [*biases]
+    _check_linear(x, weights, offsets, norm_weight, eps, residual, gated)
+    if x.is_cuda and x.dtype == torch.float64:
+        return _reference.decode_linear(
+            x, weights, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
+        )
+    matrices += [None] * (MATRICES - len(matrices))
+    offsets += [None] * (MATRICES - len(offsets))
+    return torch.ops.sharedllm.decode_linear(
+        x, *matrices, *offsets, norm_weight, eps, residual, gated, overlap, prefetch, prefetch_bytes
+    )
+
+
+def _check_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    offsets: Sequence[Tensor | None],
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> None:
+    check_tensor("x", x, ("rows", "K"), FLOATS)
+    check_that(1 <= len(weights) <= MATRICES, "weights", f"1 to {MATRICES} matrices", len(weights))
     check_that(len(offsets) == len(weights), "biases", f"{len(weights)} entries, one for each matrix", len(offsets))
     for i, (weight, bias) in enumerate(zip(weights, offsets, strict=True)):
         check_tensor(f"weights[{i}]", weight, (f"N{i}", x.shape[1]), x.dtype, x.device)
@@ -81,15 +102,7 @@ def decode_linear(
         check_tensor("norm_weight", norm_weight, (x.shape[1],), x.dtype, x.device)
     if residual is not None:
         check_tensor("residual", residual, (x.shape[0], total), x.dtype, x.device)
-    if x.is_cuda and x.dtype == torch.float64:
-        return _reference.decode_linear(
-            x, weights, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
-        )
-    matrices += [None] * (MATRICES - len(matrices))
-    offsets += [None] * (MATRICES - len(offsets))
-    return torch.ops.sharedllm.decode_linear(
-        x, *matrices, *offsets, norm_weight, eps, residual, gated, overlap, prefetch, prefetch_bytes
-    )
+    check_eps(eps)
 
 
 @outside_autocast
@@ -137,6 +150,29 @@ def decode_append(
         TypeError: a dtype that is not the one expected.
         ValueError: a shape, stride or device that does not fit the others.
     """
+    _check_append(qkv, keys, values, length, first, cos, sin, q_norm, k_norm, eps, window)
+    if qkv.is_cuda and qkv.dtype == torch.float64:
+        return _reference.decode_append(
+            qkv, keys, values, length, first, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, window=window
+        )
+    return torch.ops.sharedllm.decode_append(
+        qkv, keys, values, length, first, cos, sin, q_norm, k_norm, eps, window, overlap, prefetch, prefetch_bytes
+    )
+
+
+def _check_append(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    window: int,
+) -> None:
     check_tensor("qkv", qkv, ("B", "(Hq + 2 Hkv) D"), FLOATS)
     rows, device = qkv.shape[0], qkv.device
     check_tensor("keys", keys, (rows, "capacity", "Hkv", "D"), qkv.dtype, device)
@@ -157,13 +193,8 @@ def decode_append(
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
             check_tensor(name, weight, (size,), qkv.dtype, device)
-    if qkv.is_cuda and qkv.dtype == torch.float64:
-        return _reference.decode_append(
-            qkv, keys, values, length, first, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, window=window
-        )
-    return torch.ops.sharedllm.decode_append(
-        qkv, keys, values, length, first, cos, sin, q_norm, k_norm, eps, window, overlap, prefetch, prefetch_bytes
-    )
+    check_eps(eps)
+    check_that(window >= 0, "window", "at least 0 tokens", window)
 
 
 def _plain_linear(
@@ -182,8 +213,13 @@ def _plain_linear(
     prefetch: Tensor | None,
     prefetch_bytes: int,
 ) -> Tensor:
+    # as the CUDA operator: a matrix that is there follows those that are, and brings its bias
+    check_that(weight2 is not None or weight3 is None, "weight3", "none without weight2", "one")
+    for name, matrix, offset in (("weight2", weight2, bias2), ("weight3", weight3, bias3)):
+        check_that(matrix is not None or offset is None, f"bias{name[-1]}", f"none without {name}", "one")
     weights = [matrix for matrix in (weight, weight2, weight3) if matrix is not None]
     biases = [bias, bias2, bias3][: len(weights)]
+    _check_linear(x, weights, biases, norm_weight, eps, residual, gated)
     return _reference.decode_linear(
         x, weights, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
     )
@@ -205,6 +241,7 @@ def _plain_append(
     prefetch: Tensor | None,
     prefetch_bytes: int,
 ) -> tuple[Tensor, Tensor]:
+    _check_append(qkv, keys, values, length, first, cos, sin, q_norm, k_norm, eps, window)
     return _reference.decode_append(
         qkv, keys, values, length, first, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=eps, window=window
     )

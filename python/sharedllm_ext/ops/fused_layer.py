@@ -1,5 +1,6 @@
 """Element-wise work around a decoder layer's matrix products, one pass over memory each; rows as 8-bit floats."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from .._library import cuda_kernels
 from ..reference import fused_layer as _reference
 from ..reference.rotary import compute_dtype
 from ._autocast import outside_autocast
-from ._checks import FLOATS, check_tensor
+from ._checks import FLOATS, check_eps, check_tensor
 
 __all__ = [
     "add_rms_norm",
@@ -64,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Equivalent to ``torch.nn.functional.rms_norm(x, weight.shape, weight, eps)``.
     """
-    _check_norm(x, weight)
+    _check_norm(x, weight, eps)
     if _only_reference(x):
         return _reference.rms_norm(x, weight, eps)
     return torch.ops.sharedllm.rms_norm(x, weight, eps)
@@ -87,8 +88,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         TypeError: a dtype that is not x's.
         ValueError: a shape or device that does not fit.
     """
-    _check_norm(x, weight)
-    check_tensor("residual", residual, tuple(x.shape), x.dtype, x.device)
+    _check_norm(x, weight, eps, residual)
     if _only_reference(x):
         return _reference.add_rms_norm(x, residual, weight, eps)
     return torch.ops.sharedllm.add_rms_norm(x, residual, weight, eps)
@@ -162,7 +162,7 @@ def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
         ValueError: a shape or device that does not fit.
         NotImplementedError: in a backward pass.
     """
-    _check_norm(x, weight)
+    _check_norm(x, weight, eps)
     if _only_reference(x):
         return _reference.rms_norm_fp8(x, weight, eps)
     return torch.ops.sharedllm.rms_norm_fp8(x, weight, eps)
@@ -184,8 +184,7 @@ def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
         ValueError: a shape or device that does not fit.
         NotImplementedError: in a backward pass.
     """
-    _check_norm(x, weight)
-    check_tensor("residual", residual, tuple(x.shape), x.dtype, x.device)
+    _check_norm(x, weight, eps, residual)
     if _only_reference(x):
         return _reference.add_rms_norm_fp8(x, residual, weight, eps)
     return torch.ops.sharedllm.add_rms_norm_fp8(x, residual, weight, eps)
@@ -196,9 +195,48 @@ def _check_product(gate: Tensor, up: Tensor) -> None:
     check_tensor("up", up, tuple(gate.shape), gate.dtype, gate.device)
 
 
-def _check_norm(x: Tensor, weight: Tensor) -> None:
+def _check_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
     check_tensor("x", x, ("T", "d"), FLOATS)
     check_tensor("weight", weight, (x.shape[1],), x.dtype, x.device)
+    if residual is not None:
+        check_tensor("residual", residual, tuple(x.shape), x.dtype, x.device)
+    check_eps(eps)
+
+
+def _plain_norm(name: str) -> Callable[..., Any]:
+    """The operator ``name`` in plain PyTorch, behind the checks of the public function: torch.ops has none."""
+    reference = getattr(_reference, name)
+
+    def plain(x: Tensor, weight: Tensor, eps: float) -> Any:
+        _check_norm(x, weight, eps)
+        return reference(x, weight, eps)
+
+    return plain
+
+
+def _plain_add_norm(name: str) -> Callable[..., Any]:
+    reference = getattr(_reference, name)
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
+        _check_norm(x, weight, eps, residual)
+        return reference(x, residual, weight, eps)
+
+    return plain
+
+
+def _plain_product(name: str) -> Callable[..., Any]:
+    reference = getattr(_reference, name)
+
+    def plain(gate: Tensor, up: Tensor) -> Any:
+        _check_product(gate, up)
+        return reference(gate, up)
+
+    return plain
+
+
+def _plain_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_tensor("x", x, ("T", "n"), FLOATS)
+    return _reference.quantize_rows_fp8(x)
 
 
 def _only_reference(x: Tensor) -> bool:
@@ -285,8 +323,15 @@ for _name in ("quantize_rows_fp8", "silu_product_fp8", "rms_norm_fp8"):
     torch.library.register_autograd(f"sharedllm::{_name}", _no_derivative)
 torch.library.register_autograd("sharedllm::add_rms_norm_fp8", _no_derivative)
 
+_PLAIN = {
+    "quantize_rows_fp8": _plain_quantize,
+    **{name: _plain_product(name) for name in ("silu_product", "silu_product_fp8")},
+    **{name: _plain_norm(name) for name in ("rms_norm", "rms_norm_fp8")},
+    **{name: _plain_add_norm(name) for name in ("add_rms_norm", "add_rms_norm_fp8")},
+}
+
 # the CPU has no kernels of its own for these
 for _name in __all__:
     for _device in ("CPU", "CUDA"):
         if _device == "CPU" or _name not in cuda_kernels():
-            torch.library.impl(f"sharedllm::{_name}", _device, getattr(_reference, _name))
+            torch.library.impl(f"sharedllm::{_name}", _device, _PLAIN[_name])

@@ -20,6 +20,7 @@ from ._checks import (
     check_heads,
     check_inside,
     check_rotary,
+    check_scale,
     check_tensor,
     check_that,
 )
@@ -97,6 +98,7 @@ def injected_attention(
     check_heads(q, k)
     check_batch(cu_q, slot_range, q_position, device)
     check_rotary(cos, sin, size, device)
+    check_scale(scale)
     if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
         _check_values(q, k, cu_q, slot_range, q_position, cos)
         return _reference(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)

@@ -10,7 +10,7 @@ from ..reference.memory_quantization import dequantize_memory as _dequantize
 from ..reference.memory_quantization import quantize_memory as _quantize
 from ..reference.rotary import compute_dtype
 from ._autocast import outside_autocast
-from ._checks import FLOATS, check_batch, check_heads, check_rotary, check_tensor, check_that
+from ._checks import FLOATS, check_batch, check_heads, check_rotary, check_scale, check_tensor, check_that
 from .injected_attention import injected_attention
 
 __all__ = ["dequantize_memory", "injected_attention_8bit", "quantize_memory"]
@@ -104,6 +104,26 @@ def injected_attention_8bit(
 
     Equivalent to ``injected_attention(q, dequantize_memory(k, k_scale, q.dtype), …)`` up to rounding.
     """
+    tables = (cu_q, slot_range, q_position, cos, sin)
+    _check_attention(q, k, v, k_scale, v_scale, *tables, scale)
+    if q.is_cuda and q.dtype == torch.float64:
+        return _restored(q, k, v, k_scale, v_scale, *tables, scale)
+    return torch.ops.sharedllm.injected_attention_8bit(q, k, v, k_scale, v_scale, *tables, scale)
+
+
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    cu_q: Tensor,
+    slot_range: Tensor,
+    q_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+) -> None:
     check_tensor("q", q, ("T", "Hq", "D"), FLOATS)
     device = q.device
     check_tensor("k", k, ("S", "Hkv", q.shape[2]), torch.int8, device)
@@ -113,15 +133,18 @@ def injected_attention_8bit(
         check_tensor(name, tensor, tuple(k.shape[:2]), torch.float32, device)
     check_batch(cu_q, slot_range, q_position, device)
     check_rotary(cos, sin, q.shape[2], device)
-    tables = (cu_q, slot_range, q_position, cos, sin)
-    if q.is_cuda and q.dtype == torch.float64:
-        return _restored(q, k, v, k_scale, v_scale, *tables, scale)
-    return torch.ops.sharedllm.injected_attention_8bit(q, k, v, k_scale, v_scale, *tables, scale)
+    check_scale(scale)
 
 
 def _restored(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check_attention(q, k, v, k_scale, v_scale, *rest)
     keys, values = _dequantize(k, k_scale, q.dtype), _dequantize(v, v_scale, q.dtype)
     return injected_attention(q, keys, values, *rest)
+
+
+def _plain_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_tensor("x", x, ("S", "Hkv", "D"), FLOATS)
+    return _quantize(x)
 
 
 @torch.library.register_fake("sharedllm::quantize_memory")
@@ -144,7 +167,7 @@ torch.library.register_autograd("sharedllm::quantize_memory", _no_derivative)
 torch.library.register_autograd("sharedllm::injected_attention_8bit", _no_derivative)
 
 # the CPU has no kernels of its own for these
-for _name, _plain in (("quantize_memory", _quantize), ("injected_attention_8bit", _restored)):
+for _name, _plain in (("quantize_memory", _plain_quantize), ("injected_attention_8bit", _restored)):
     for _device in ("CPU", "CUDA"):
         if _device == "CPU" or _name not in cuda_kernels():
             torch.library.impl(f"sharedllm::{_name}", _device, _plain)

@@ -12,7 +12,7 @@ from ..reference.node_vectors import tree_node_vectors as _tree_reference
 from ..reference.node_vectors import tree_nodes
 from ..reference.rotary import compute_dtype, rotate
 from ._autocast import outside_autocast
-from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_heads, check_rotary, check_tensor, check_that
+from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_heads, check_rotary, check_scale, check_tensor, check_that
 
 __all__ = ["node_vectors", "tree_node_vectors"]
 
@@ -65,13 +65,8 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
         weights = (torch.einsum("hd,thd->ht", query, keys) * scale).softmax(-1)
         out[i] = torch.einsum("ht,thd->hd", weights, v[s : s + l].repeat_interleave(Hq // Hkv, 1))
     """
-    check_tensor("q", q, ("N", "Hq", "D"), FLOATS)
-    device, size = q.device, q.shape[2]
-    check_tensor("k", k, ("T", "Hkv", size), q.dtype, device)
-    check_tensor("v", v, tuple(k.shape), q.dtype, device)
-    check_heads(q, k)
-    check_tensor("spans", spans, (q.shape[0], 2), torch.int64, device)
-    check_rotary(cos, sin, size, device)
+    _check_nodes(q, k, v, spans, cos, sin, scale)
+    device = q.device
     if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
         _check_values(k, spans, cos.shape[0])
         return _reference(q, k, v, spans, cos, sin, scale)
@@ -125,6 +120,7 @@ def tree_node_vectors(
     check_heads(q[:, 0], k)
     check_tensor("spans", spans, (q.shape[0], 2), torch.int64, device)
     check_rotary(cos, sin, size, device)
+    check_scale(scale)
     if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
         _check_values(k, spans, 2 * cos.shape[0])
         return _tree_reference(q, k, v, spans, cos, sin, levels, scale)
@@ -141,13 +137,29 @@ def _outside_cuda_kernel(q: Tensor) -> bool:
     return q.is_cuda and (q.dtype == torch.float64 or q.shape[-1] > CUDA_KERNEL_MAX_SIZE)
 
 
+def _check_nodes(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> None:
+    check_tensor("q", q, ("N", "Hq", "D"), FLOATS)
+    device, size = q.device, q.shape[2]
+    check_tensor("k", k, ("T", "Hkv", size), q.dtype, device)
+    check_tensor("v", v, tuple(k.shape), q.dtype, device)
+    check_heads(q, k)
+    check_tensor("spans", spans, (q.shape[0], 2), torch.int64, device)
+    check_rotary(cos, sin, size, device)
+    check_scale(scale)
+
+
 def _check_values(k: Tensor, spans: Tensor, longest: int) -> None:
     """What the C++ operator checks by itself, for the reference path."""
     tokens = k.shape[0]
-    for node, (start, length) in enumerate(spans.tolist()):
-        inside = start >= 0 and 0 <= length <= longest and start + length <= tokens
-        expected = f"start >= 0, 0 <= length <= {longest} and start + length <= {tokens}"
-        check_that(inside, f"spans[{node}]", expected, (start, length))
+    start, length = spans.unbind(-1)
+    # no sum: the numbers may be the largest of their type
+    inside = (start >= 0) & (length >= 0) & (length <= min(longest, tokens)) & (start <= tokens - length.clamp(min=0))
+    if not bool(inside.all()):
+        node = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"spans[{node}]: expected start >= 0, 0 <= length <= {longest} and start + length <= {tokens},"
+            f" got {tuple(spans[node].tolist())}"
+        )
 
 
 @torch.library.register_fake("sharedllm::node_vectors")
@@ -192,8 +204,9 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Te
         part = slice(i, i + step)
         start, length = spans[part].unbind(-1)
         last = (length - 1).clamp(min=0)
-        inside = place < length.unsqueeze(1)
-        token = (start.unsqueeze(1) + place).clamp(max=tokens - 1)
+        token = start.unsqueeze(1) + place
+        inside = (place < length.unsqueeze(1)) & (token >= 0) & (token < tokens)
+        token = token.clamp(0, tokens - 1)
         query = rotate(q[part].to(dtype), cos[last], sin[last]).unflatten(1, (heads, -1))
         # a token outside may hold NaN or infinity, and 0 * NaN is NaN
         outside = ~inside[:, :, None, None]
@@ -209,6 +222,9 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Te
 @outside_autocast
 def _plain(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """The operator in plain PyTorch: nodes padded to the tables' length, some nodes at a time."""
+    _check_nodes(q, k, v, spans, cos, sin, scale)
+    if q.device.type == "cpu":
+        _check_values(k, spans, cos.shape[0])
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for nodes in _padded(q, k, v, spans, cos, sin, scale):
         out[nodes.part] = torch.einsum("nhgt,nthd->nhgd", nodes.weights, nodes.values).flatten(1, 2).to(q.dtype)
@@ -224,6 +240,10 @@ _plain_op.register_fake(_fake)
 def _plain_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_nodes(q, k, v, spans, cos, sin, scale)
+    check_tensor("grad_out", grad_out, tuple(q.shape), q.dtype, q.device)
+    if q.device.type == "cpu":
+        _check_values(k, spans, cos.shape[0])
     dtype = compute_dtype(q.dtype)
     grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(k.shape, dtype=dtype, device=q.device) for _ in range(2))

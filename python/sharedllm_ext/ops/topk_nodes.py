@@ -8,7 +8,15 @@ from torch import Tensor
 from .. import _library, reference
 from ..reference.rotary import compute_dtype
 from ._autocast import outside_autocast
-from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_cumulative, check_inside, check_tensor, check_that
+from ._checks import (
+    CPU_KERNEL_DTYPES,
+    FLOATS,
+    LARGEST_FLOAT32,
+    check_cumulative,
+    check_inside,
+    check_tensor,
+    check_that,
+)
 
 #: Largest ``k`` of the CUDA kernel (kTopkNodesMaxK in csrc/kernels/topk_nodes.h).
 CUDA_KERNEL_MAX_K = 1024
@@ -65,6 +73,7 @@ def topk_nodes(
     check_tensor("group_query", group_query, (cu_groups.shape[0] - 1,), torch.int64, device)
     check_that(k >= 0, "k", "at least 0", k)
     check_that(eps > 0, "eps", "more than 0", eps)
+    check_that(eps <= LARGEST_FLOAT32, "eps", "a finite number (in float32)", eps)
     if valid is not None:
         check_tensor("valid", valid, (nodes.shape[0],), torch.bool, device)
     if device.type == "cpu" and nodes.dtype not in CPU_KERNEL_DTYPES:

@@ -16,11 +16,11 @@ def context_tree_split(spans: Tensor, offset: Tensor | None = None) -> Tensor:
         least one; a single token goes right.
     """
     start, length = spans.unbind(-1)
-    half = length.to(torch.float64) / 2
+    half = length // 2
     if offset is not None:
-        half = half - offset.to(torch.float64)
+        half = (length.to(torch.float64) / 2 - offset.to(torch.float64)).floor().to(torch.int64)
     lowest = (length > 1).to(torch.int64)
-    left = torch.minimum(torch.maximum(half.floor().to(torch.int64), lowest), (length - 1).clamp(min=0))
+    left = torch.minimum(torch.maximum(half, lowest), (length - 1).clamp(min=0))
     return torch.stack((torch.stack((start, left), -1), torch.stack((start + left, length - left), -1)), -2)
 
 
