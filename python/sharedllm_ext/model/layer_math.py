@@ -26,6 +26,13 @@ def inference_only(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in _FUSED_DTYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled()
 
 
+def adds_in_place(x: Tensor) -> bool:
+    """Whether sums may go into ``x``: where the fused kernels run, and in float32 on the CPU, where pages are dear."""
+    if x.device.type != "cpu":
+        return inference_only(x)
+    return x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place; -1 for one made in inference mode, which does not count."""
     return -1 if tensor.is_inference() else tensor._version
@@ -63,7 +70,7 @@ def add_linear(hidden: Tensor, module: Any, x: Tensor) -> Tensor:
         module: projection from K to N.
         x: ``[..., K]``.
     """
-    if inference_only(hidden) and hidden.is_contiguous() and is_plain_linear(module, x) and hidden.dtype == x.dtype:
+    if adds_in_place(hidden) and hidden.is_contiguous() and is_plain_linear(module, x) and hidden.dtype == x.dtype:
         hidden.view(-1, hidden.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), module.weight.t())
         return hidden
     return hidden + module(x)
@@ -115,6 +122,8 @@ class _FusedMLP:
         if inference_only(gate) and self.config.hidden_act == "silu":  # type: ignore[attr-defined]
             width = gate.shape[-1]
             return ops.silu_product(gate.view(-1, width), up.view(-1, width)).view(gate.shape)
+        if adds_in_place(gate) and is_plain_linear(self.gate_proj, x) and self.config.hidden_act == "silu":  # type: ignore[attr-defined]
+            return torch.nn.functional.silu(gate, inplace=True).mul_(up)
         return self.act_fn(gate) * up  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

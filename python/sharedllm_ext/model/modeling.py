@@ -59,8 +59,9 @@ from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .stopwatch import Stopwatch
 from .training_mark import TrainingMark, is_training_mark
 
-# Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model.
-_MICRO_BATCH_TOKENS = {"cpu": 16384, "cuda": 32768}
+# Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model. On the CPU activations of
+# more than 32 MiB come from fresh pages each time, which the system clears first.
+_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclasses.dataclass
