@@ -24,5 +24,5 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     # torch.compile counts recompilations by code object, which all wrappers would share
-    run.__code__ = run.__code__.replace(co_name=function.__name__)
+    run.__code__ = run.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return run
