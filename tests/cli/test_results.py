@@ -194,8 +194,10 @@ def test_table_aligns_to_the_right() -> None:
 def test_progress_lines_where_stderr_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_progress, "FIRST_LINE", 0.2)
-    assert _progress.FIRST_LINE < 5
+    assert _progress.FIRST_LINE < _progress.NOTHING_LINE < 5
+    monkeypatch.setattr(_progress, "FIRST_LINE", 0.1)
+    monkeypatch.setattr(_progress, "NOTHING_LINE", 0.3)
+    monkeypatch.setattr(_progress, "REDRAW", 0.05)
     with Progress(True).compression(2_000_000) as tell:
         tell(100_000)
         time.sleep(0.5)
@@ -213,6 +215,18 @@ def test_progress_lines_where_stderr_is_no_terminal(
     with Progress(False).bar("quiet", 5, "B"):
         time.sleep(0.3)
     assert capfd.readouterr().err == ""
+
+
+def test_progress_waits_a_little_for_its_first_estimate(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_progress, "FIRST_LINE", 0.1)
+    monkeypatch.setattr(_progress, "NOTHING_LINE", 1.5)
+    with Progress(True).bar("work", 10, "tokens") as update:
+        time.sleep(0.4)
+        update(5)
+        time.sleep(0.3)
+    assert capfd.readouterr().err.startswith("work: 5 of 10 tokens, ")
 
 
 def test_progress_on_a_terminal_makes_room_for_rows(

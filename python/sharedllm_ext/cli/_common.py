@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sharedllm_ext.cli._progress import Progress
     from sharedllm_ext.evaluation import Texts
 
+#: Context tokens compressed at a time on a CPU: as fast as more of them, and progress is told sooner.
+CPU_MICRO_BATCH = 2048
 #: Seconds to wait for the model hub's first answer.
 HUB_SECONDS = 5.0
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -230,6 +232,8 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: Progres
         raise CommandError(f"{path}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}")
     if dtype == "auto" and device.type == "cpu":
         model = _fast_on_cpu(path, model)
+    if device.type == "cpu" and model.config.micro_batch_tokens is None:
+        model.config.micro_batch_tokens = CPU_MICRO_BATCH
     return model.to(device).eval()
 
 

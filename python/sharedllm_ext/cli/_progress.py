@@ -13,7 +13,9 @@ from sharedllm_ext.cli._output import emit, say
 #: Seconds before the first line where stderr is no terminal; each pause until the next is twice as long.
 FIRST_LINE = 3.0
 LONGEST_PAUSE = 60.0
-#: Seconds between two states of the line on a terminal.
+#: Seconds before the first line says that nothing is done yet, without rate and estimate.
+NOTHING_LINE = 4.5
+#: Seconds between two states of the line on a terminal, and between two looks elsewhere.
 REDRAW = 0.25
 
 
@@ -68,14 +70,19 @@ class Progress:
             emit(text)
 
     def _watch(self, meter: _Meter, over: threading.Event) -> None:
-        pause, said = REDRAW if self.terminal else FIRST_LINE, False
-        while not over.wait(pause):
-            with self._lock:
-                if self.terminal:
+        pause, next_line, said = FIRST_LINE, FIRST_LINE, False
+        while not over.wait(min(REDRAW, FIRST_LINE)):
+            if self.terminal:
+                with self._lock:
                     self._draw(meter.line())
-                else:
-                    say(meter.line())
-                    said, pause = True, min(2 * pause, LONGEST_PAUSE)
+                continue
+            elapsed = meter.elapsed
+            if elapsed < (NOTHING_LINE if meter.waits and not said else next_line):
+                continue
+            with self._lock:
+                say(meter.line())
+            pause = min(2 * pause, LONGEST_PAUSE)
+            said, next_line = True, elapsed + pause
         with self._lock:
             self._clear()
             if said:
@@ -104,9 +111,19 @@ class _Meter:
     def add(self, more: int) -> None:
         self.done += more
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.begin
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing yet to make an estimate of."""
+        return bool(self.unit) and not self.done
+
     def line(self) -> str:
         """The state in one line: done, rate and, where the total is known, the time that is left."""
-        elapsed, done = time.perf_counter() - self.begin, self.done
+        elapsed, done = self.elapsed, self.done
         if not self.unit:
             return f"{self.name}: {clock(elapsed)} so far"
         of = "" if self.total is None else f" of {amount(self.total)}"
@@ -120,7 +137,7 @@ class _Meter:
 
     def summary(self) -> str:
         """What it came to, for those who saw a state before."""
-        elapsed = time.perf_counter() - self.begin
+        elapsed = self.elapsed
         return f"{self.name}: {f'{amount(self.done)} {self.unit} ' if self.unit else ''}in {clock(elapsed)}"
 
 
