@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sharedllm_ext
 from sharedllm_ext import ContextMemory, SharedLLMForCausalLM
 from sharedllm_ext.model import signature
 
@@ -263,6 +264,13 @@ def test_deep_models_in_another_dtype(tmp_path: Path) -> None:
     SharedLLMForCausalLM.from_base(base, **{**builders.TREE, "injection_layers": 16}).save_pretrained(tmp_path)
     one, other = (SharedLLMForCausalLM.from_pretrained(tmp_path, dtype=d) for d in (torch.float32, torch.bfloat16))
     assert accepts(other, one.compress(builders.ids(1, 70)))
+
+
+def test_a_trained_model_in_another_dtype() -> None:
+    folder = Path(sharedllm_ext.__file__).parent / "demo_model"
+    one, other = (SharedLLMForCausalLM.from_pretrained(folder, dtype=d) for d in (torch.float32, torch.bfloat16))
+    context = torch.randint(3, one.config.vocab_size, (1, 1500))
+    assert accepts(other, one.compress(context)) and accepts(one, other.compress(context))
 
 
 def test_threads_autocast_and_modes() -> None:
