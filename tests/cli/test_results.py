@@ -54,6 +54,14 @@ def test_context_from_stdin_is_the_file_s(
     assert (result["answer"], result["context_tokens"]) == (expected["answer"], expected["context_tokens"])
 
 
+def test_undecodable_context_in_json(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text("alpha Beta " * 100)
+    expected = f"{tmp_path}/caf\\xe9.txt"
+    assert cli("ask", checkpoint, "--context", path, *ANSWER, "--json").json["context"] == expected
+    assert cli("perplexity", checkpoint, path, "--points", 1, "--json").json["text"] == expected
+
+
 def test_temperature_0_is_greedy(cli: Cli, checkpoint: Path, text_file: Path) -> None:
     options = ("ask", checkpoint, "--context", text_file, *ANSWER, "--json")
     greedy = cli(*options).json["answer"]
@@ -270,6 +278,7 @@ def test_clock() -> None:
         (100, {}, ([0, 32], 12)),
         (10, {}, ([0, 2], 2)),
         (4, {}, ([0], 2)),
+        (1, {}, ([0], 2)),
         (5_000, {"running": 1000}, ([0, 512], 1000)),
         (5_000, {"scored": 900}, ([0, 1024], 901)),
         (5_000, {"lengths": [0, 4000]}, ([0, 4000], 250)),

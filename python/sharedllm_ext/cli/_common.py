@@ -36,7 +36,8 @@ _EXPECTED = (ValueError, OSError, RuntimeError, TypeError, ImportError)
 def one_line(error: BaseException) -> str:
     """The message of an exception without its line breaks; unforeseen kinds are named."""
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror.lower()}"
+        name = str(error.filename)
+        return f"{name if len(name) <= 400 else name[:400] + ' …'}: {error.strerror.lower()}"
     text = " ".join(str(error).split())
     if len(text) > 400:
         text = text[:400] + " …"
@@ -143,7 +144,7 @@ def prepare_hub(name: str, file: str = "config.json") -> None:
             return
         except Exception as error:
             # of whichever HTTP library the hub's client uses
-            reason = f"{constants.ENDPOINT} cannot be reached: {one_line(error)}"
+            reason = f"{constants.ENDPOINT} cannot be reached: {' '.join(str(error).split()) or type(error).__name__}"
         # or each file would be tried again and again
         constants.HF_HUB_OFFLINE = True
     if not isinstance(try_to_load_from_cache(name, file), str):

@@ -205,11 +205,12 @@ def run(args: argparse.Namespace) -> int:
             # what was read is worth an answer
             print_error(failure)
 
+    sources = [texts.source for texts in contexts or ()]
     report: dict[str, Any] = {
         "model": args.model,
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "context": args.context[0] if args.context is not None and len(args.context) == 1 else args.context,
+        "context": sources[0] if len(sources) == 1 else sources or None,
         "memory_file": args.memory or (args.save_memory if failure is None else None),
         "context_tokens": sum(memory.num_tokens),
         "chunks": sum(memory.num_chunks),

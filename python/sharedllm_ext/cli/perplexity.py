@@ -89,7 +89,7 @@ def fit(
             # a few running texts, and as much again before them
             room = longest - largest if lengths is not None else longest // 2
             shorter = max(room // FEWEST_POINTS, 2, 0 if scored is None else scored + 1)
-            running = min(window, shorter) if room >= shorter else window
+            running = min(window, shorter) if lengths is None or room >= shorter else window
     if lengths is None:
         lengths = [0, *(length for length in DEFAULT_LENGTHS if length + running <= longest)]
         room = longest - FEWEST_POINTS * running
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(
             {
                 "model": args.model,
-                "text": args.text,
+                "text": texts.source,
                 "text_tokens": sum(sizes),
                 "files_skipped": texts.skipped,
                 "files_unreadable": texts.unreadable,
