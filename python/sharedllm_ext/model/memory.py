@@ -2,10 +2,11 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .memory_file import DTYPES, MemoryFile, are_sizes, shorten, tensor_names, write_tensors
@@ -207,3 +208,28 @@ def _check_fields(name: str, fields: dict[str, Any]) -> None:
         expect(least <= slots <= most, f"{least} to {most} slots {where} by its tokens and the tree", slots)
     for row in fields["memory_index"]:
         expect(row < documents, f"memory_index from 0 to {documents - 1}", row)
+
+
+def _flatten(memory: ContextMemory) -> tuple[list[Any], Any]:
+    return [getattr(memory, name) for name in _LEAVES], memory.signature
+
+
+def _flatten_with_keys(memory: ContextMemory) -> tuple[list[Any], Any]:
+    return [(pytree.GetAttrKey(name), getattr(memory, name)) for name in _LEAVES], memory.signature
+
+
+def _unflatten(values: Iterable[Any], signature: Any) -> ContextMemory:
+    return ContextMemory(**dict(zip(_LEAVES, values, strict=True)), signature=signature)
+
+
+# an input of exported programs
+_LEAVES = tuple(field.name for field in dataclasses.fields(ContextMemory) if field.name != "signature")
+pytree.register_pytree_node(
+    ContextMemory,
+    _flatten,
+    _unflatten,
+    serialized_type_name="sharedllm_ext.ContextMemory",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# their sample inputs are read without trust
+torch.serialization.add_safe_globals([ContextMemory])

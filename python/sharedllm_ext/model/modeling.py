@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
@@ -59,6 +60,8 @@ from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .stopwatch import Stopwatch
 from .training_mark import TrainingMark, is_training_mark
 
+# The number of chunks, nodes and slots follows from the ids' values.
+_NOT_TRACED = "compress the context first (memory = model.compress(context_ids, …)) and give forward the memory"
 # Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model. On the CPU activations of
 # more than 32 MiB come from fresh pages each time, which the system clears first.
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -257,6 +260,7 @@ class SharedLLMForCausalLM(ContextGeneration):
 
     # -- compression --------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable(reason=_NOT_TRACED)
     def compress(
         self,
         context_ids: Tensor,
@@ -290,6 +294,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         Raises:
             ValueError: shapes, dtypes, devices or token ids that cannot be; the message names what was expected.
         """
+        if torch.compiler.is_exporting():
+            raise ValueError(f"compress: expected to run outside of torch.export, got a call inside; {_NOT_TRACED}")
         lower = self.lower_model
         check_whole("compress", lower.embed_tokens)
         watch = Stopwatch(self.device)
@@ -546,15 +552,16 @@ class SharedLLMForCausalLM(ContextGeneration):
     def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
         source, scaling = self._rope()
+        if torch.compiler.is_compiling():
+            # whether kept tables are still right is a question for the host
+            return _tables_of(source, scaling, rows, device)
         origin = (source.data_ptr(), version_of(source), scaling)
         tables = self._tables if self._tables_of == origin else None
         if tables is None or tables[0].shape[0] < rows or tables[0].device != device:
             # for training too, though inference mode may be the first to ask
-            with torch.inference_mode(False), torch.no_grad():
-                frequencies = source.to(device=device, dtype=torch.float32)
+            with torch.inference_mode(False):
                 size = 1 << (rows - 1).bit_length()
-                angles = torch.outer(torch.arange(size, device=device, dtype=torch.float32), frequencies)
-                self._tables = tables = (angles.cos() * scaling, angles.sin() * scaling)
+                self._tables = tables = _tables_of(source, scaling, size, device)
             self._tables_of = origin
         return tables
 
@@ -606,7 +613,7 @@ class SharedLLMForCausalLM(ContextGeneration):
                 f"memory: expected device {device} as input_ids, got {memory.device}; use memory.to({str(device)!r})"
             )
         positions = [memory.num_chunks[i] + self.config.query_position_offset for i in memory.memory_index]
-        cos, sin = self._rope_tables(max(positions, default=0) + 1, device)
+        cos, sin = self._rope_tables(max([0, *positions]) + 1, device)
         return InjectedContext(
             keys=memory.keys,
             values=memory.values,
@@ -619,6 +626,7 @@ class SharedLLMForCausalLM(ContextGeneration):
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -759,6 +767,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=self.config.text_config.use_cache if use_cache is None else use_cache,
+            return_dict=True,
             **injected,
             **kwargs,
         )
@@ -792,6 +801,14 @@ class SharedLLMForCausalLM(ContextGeneration):
             attentions=outputs.attentions,
             memory=memory,
         )
+
+
+@torch.no_grad()
+def _tables_of(frequencies: Tensor, scaling: float, rows: int, device: torch.device) -> Tables:
+    """cos and sin of rotary frequencies ``[R/2]`` at positions ``0 .. rows-1``."""
+    frequencies = frequencies.to(device=device, dtype=torch.float32)
+    angles = torch.outer(torch.arange(rows, device=device, dtype=torch.float32), frequencies)
+    return angles.cos() * scaling, angles.sin() * scaling
 
 
 @dataclasses.dataclass(frozen=True)
