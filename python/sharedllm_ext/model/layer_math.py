@@ -87,6 +87,11 @@ def is_untouched(module: Any) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
+def applies_silu(mlp: Any) -> bool:
+    """Whether an MLP's activation is SiLU and nothing else, by the module, which others may have replaced."""
+    return type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and is_untouched(mlp.act_fn)
+
+
 def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
     """A query, key or value projection ``[..., heads * D]`` as ``[..., heads, D]``, with the family's norm on it."""
     out = projected.unflatten(-1, (-1, attention.head_dim))
@@ -119,10 +124,10 @@ class _FusedMLP:
     def activated(self, x: Tensor) -> Tensor:
         """``act(gate_proj(x)) * up_proj(x)``, ``[..., n]``."""
         gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[attr-defined]
-        if inference_only(gate) and self.config.hidden_act == "silu":  # type: ignore[attr-defined]
+        if inference_only(gate) and applies_silu(self):
             width = gate.shape[-1]
             return ops.silu_product(gate.view(-1, width), up.view(-1, width)).view(gate.shape)
-        if adds_in_place(gate) and is_plain_linear(self.gate_proj, x) and self.config.hidden_act == "silu":  # type: ignore[attr-defined]
+        if adds_in_place(gate) and is_plain_linear(self.gate_proj, x) and applies_silu(self):  # type: ignore[attr-defined]
             return torch.nn.functional.silu(gate, inplace=True).mul_(up)
         return self.act_fn(gate) * up  # type: ignore[attr-defined]
 
@@ -277,7 +282,7 @@ class Fp8Products(Products):
 
     def add_mlp(self, hidden: Tensor, mlp: Any, rows: Any) -> Tensor:
         gate, up = self.linear(mlp.gate_proj, rows), self.linear(mlp.up_proj, rows)
-        if mlp.config.hidden_act == "silu":
+        if applies_silu(mlp):
             return self.add_linear(hidden, mlp.down_proj, ops.silu_product_fp8(gate, up))
         return self.add_linear(hidden, mlp.down_proj, self.rows(mlp.act_fn(gate) * up))
 
