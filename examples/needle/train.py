@@ -1,0 +1,203 @@
+"""Train the pick and the reading of what it finds, for a given time, on one GPU.
+
+    python train.py --data data --out adapter.safetensors
+
+A step sees 8 contexts of 7 chunks with 6 questions each and learns three things at once: which of all segments answer a
+question (contrastive, over the whole batch), to answer from passages in the window, and to go on with the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from adapter import load_base, save_adapter
+from batches import IGNORED, Batch, BatchQueue, BatchSizes
+from layout import Layout
+from retriever import Retriever, Shape
+from torch import Tensor, nn
+
+TEXT_WEIGHT = 0.5
+PICKED = 8
+WARMUP_STEPS = 60
+FLOOR = 0.02
+# steps on a side stream before the step is captured
+EAGER_STEPS = 4
+REPORTED = ("answer loss", "pick loss", "text loss", "found in the top 8")
+
+
+class LearningRates(NamedTuple):
+    """Peaks: of the injected blocks and the pick, and of the low-rank updates."""
+
+    blocks: float = 1e-3
+    updates: float = 1e-3
+
+
+def pick_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the scores ``[R, segments]`` against the answer's segments, which share 1."""
+    return -(targets * F.log_softmax(scores, -1)).sum(-1).mean()
+
+
+def found_share(scores: Tensor, targets: Tensor, count: int = PICKED) -> Tensor:
+    """Share of questions with one of the answer's segments among the ``count`` best."""
+    best = scores.topk(min(count, scores.shape[1]), 1).indices
+    return targets.gather(1, best).gt(0).any(1).float().mean()
+
+
+def losses(retriever: Retriever, batch: Batch, contexts: int) -> tuple[Tensor, Tensor]:
+    """The loss to minimise, and ``[4]`` what is reported (REPORTED)."""
+    compressor, decoder = retriever.compressor_weights(), retriever.decoder_weights()
+    memory, raw_keys = retriever.compress(compressor, batch.chunks)
+    scores = retriever.scores(compressor, batch.questions, batch.question_used, raw_keys)
+    pick = pick_loss(scores, batch.targets)
+    placed = retriever.place(memory, batch.chunk_index, contexts)
+    hidden = retriever.decode(decoder, batch.reading, placed, batch.query_position)
+    places = batch.answer_places[..., None].expand(-1, -1, hidden.shape[-1])
+    answer_logits = retriever.logits(hidden.gather(1, places))
+    answer = F.cross_entropy(answer_logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORED)
+    text_logits = retriever.logits(retriever.decode(decoder, batch.running, placed, batch.query_position)[:, :-1])
+    text = F.cross_entropy(text_logits.flatten(0, 1), batch.running[:, 1:].flatten())
+    with torch.no_grad():
+        reported = torch.stack((answer, pick, text, found_share(scores, batch.targets)))
+    return answer + pick + TEXT_WEIGHT * text, reported
+
+
+def rate_factor(step: int, progress: float) -> float:
+    """Linear warm-up over the first steps, times half a cosine over the time (``progress`` 0 to 1)."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Trainer:
+    """One optimiser step after the other; on CUDA the whole step is one graph over buffers that stay in place."""
+
+    def __init__(self, retriever: Retriever, first: Batch, contexts: int, peaks: LearningRates) -> None:
+        self.retriever, self.contexts, self.peaks = retriever, contexts, peaks
+        self.cuda = retriever.device.type == "cuda"
+        self.buffers = Batch(*(torch.from_numpy(array).to(retriever.device) for array in first))
+        # tensors, because a graph reads them anew at every replay
+        self.rates = [torch.tensor(peak, device=retriever.device) for peak in peaks]
+        blocks = [*retriever.injected.parameters(), *retriever.pick.parameters()]
+        updates = [*retriever.lower.parameters(), *retriever.upper.parameters()]
+        self.parameters = blocks + updates
+        self.optimizer = torch.optim.AdamW(
+            [{"params": blocks, "lr": self.rates[0]}, {"params": updates, "lr": self.rates[1]}],
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            fused=self.cuda,
+            capturable=self.cuda,
+        )
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph_reports: Tensor | None = None
+        self.side_stream = torch.cuda.Stream() if self.cuda else None
+
+    def step(self, batch: Batch, progress: float) -> Tensor:
+        """Train on ``batch``; returns ``[4]`` what is reported (REPORTED)."""
+        for rate, peak in zip(self.rates, self.peaks, strict=True):
+            rate.fill_(peak * rate_factor(self.steps, progress))
+        for buffer, array in zip(self.buffers, batch, strict=True):
+            buffer.copy_(torch.from_numpy(array))
+        if self.side_stream is None:
+            reports = self._update()
+        elif self.steps < EAGER_STEPS:
+            self.side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side_stream):
+                reports = self._update()
+            torch.cuda.current_stream().wait_stream(self.side_stream)
+        else:
+            reports = self._replay()
+        self.steps += 1
+        return reports
+
+    def _update(self) -> Tensor:
+        loss, reports = losses(self.retriever, self.buffers, self.contexts)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return reports
+
+    def _replay(self) -> Tensor:
+        if self.graph is None:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graph_reports = self._update()
+            self.graph = graph
+        self.graph.replay()
+        assert self.graph_reports is not None
+        # the graph overwrites its own
+        return self.graph_reports.clone()
+
+
+def train(trainer: Trainer, batches: BatchQueue, seconds: float, max_steps: int | None) -> None:
+    """Steps until the time is up, with a line now and then."""
+    recent: list[Tensor] = []
+    start = time.monotonic()
+    waited = 0.0
+    while max_steps is None or trainer.steps < max_steps:
+        progress = (time.monotonic() - start) / seconds
+        if progress > 1:
+            break
+        asked = time.monotonic()
+        batch = batches.get()
+        waited += time.monotonic() - asked
+        recent = [*recent[-199:], trainer.step(batch, progress)]
+        if trainer.cuda and trainer.steps % 8 == 0:
+            torch.cuda.synchronize()  # the clock must not run ahead of the GPU
+        if trainer.steps in (2, 10, 30) or trainer.steps % 250 == 0:
+            means = torch.stack(recent).mean(0).tolist()
+            if not all(math.isfinite(mean) for mean in means):
+                raise RuntimeError(f"training: expected finite losses, got {means} at step {trainer.steps}")
+            report = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(REPORTED, means, strict=True))
+            elapsed = time.monotonic() - start
+            print(f"step {trainer.steps}, {elapsed:.0f} s: {report}; waited {waited:.0f} s for data", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
+    parser.add_argument("--out", type=Path, required=True, help="the adapter, a safetensors file")
+    parser.add_argument("--seconds", type=float, default=395.0)
+    parser.add_argument("--max-steps", type=int, help="stop earlier (for a quick trial)")
+    parser.add_argument("--contexts", type=int, default=8, help="contexts in a batch")
+    parser.add_argument("--memory-layers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=13, help="processes that make batches")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+
+    layout, sizes = Layout(), BatchSizes(contexts=arguments.contexts)
+    device = torch.device(arguments.device)
+    base = load_base(arguments.data / "base", device)
+    batches = BatchQueue(arguments.data, base.folder, layout, sizes, arguments.workers, arguments.seed)
+    try:
+        torch.manual_seed(arguments.seed)
+        retriever = Retriever(Shape.of(base.config, arguments.memory_layers), layout, base.weights)
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            retriever.compile_elementwise()
+        trainer = Trainer(retriever, batches.get(), sizes.contexts, LearningRates())
+        print(f"{sum(p.numel() for p in trainer.parameters) / 1e6:.2f} M parameters are trained", flush=True)
+        train(trainer, batches, arguments.seconds, arguments.max_steps)
+    finally:
+        batches.close()
+    training = {
+        "steps": trainer.steps,
+        "seconds": arguments.seconds,
+        "seed": arguments.seed,
+        "contexts": sizes.contexts,
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    }
+    save_adapter(arguments.out, retriever, base, training)
+    print(f"wrote {arguments.out}, {arguments.out.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
