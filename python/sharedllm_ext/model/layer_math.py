@@ -17,7 +17,8 @@ NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
 MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
-#: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest.
+#: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest: on hidden
+#: states of a trained model rounding to 8 bits hides the difference (docs/architecture.md).
 FP8_FAST_ACCUMULATION = True
 
 
