@@ -1,11 +1,13 @@
 """Ragged batches, padding, lengths, chunk order, micro-batches, step-by-step decoding."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from sharedllm_ext import SharedLLMForCausalLM
-from sharedllm_ext.model import modeling
+from sharedllm_ext.model import compressor, modeling
 from sharedllm_ext.model.compressor import activation_bytes
 
 from . import builders
@@ -228,6 +230,28 @@ def test_activation_bytes_bound_the_widest_place(model) -> None:
     per_token = activation_bytes(model.lower_model)
     layer = model.lower_model.layers[0]
     assert per_token >= 4 * (2 * layer.self_attn.q_proj.in_features + 3 * layer.mlp.gate_proj.out_features)
+
+
+@torch.no_grad()
+def test_nothing_keeps_layer_0_alive_at_the_widest_place(monkeypatch) -> None:
+    model = builders.model(injection_layers=3)
+    normed, alive = [], []
+
+    def project_embeddings(*arguments):
+        embedded = plain_project(*arguments)
+        normed.append(weakref.ref(embedded.normed))
+        return embedded
+
+    def finish(*arguments):
+        alive.append(normed[-1]() is not None)
+        return plain_finish(*arguments)
+
+    plain_project, plain_finish = compressor.project_embeddings, compressor._finish
+    monkeypatch.setattr(compressor, "project_embeddings", project_embeddings)
+    model.compress(builders.ids(1, 70))
+    monkeypatch.setattr(compressor, "_finish", finish)
+    model.compress(builders.ids(1, 70))
+    assert alive == [False, False]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

@@ -260,9 +260,7 @@ def compress_chunks(
             step = functools.partial(_compress_layer, packing=packing, place=place)
             hidden, memory_key, memory_value = call_layer(layer, step, hidden)
         else:
-            # popped, so that nobody else keeps layer 0's activations alive
-            own = first.pop() if first else None
-            hidden, memory_key, memory_value = _compress_layer(layer, hidden, own, packing=packing, place=place)
+            hidden, memory_key, memory_value = _compress_layer(layer, hidden, first, packing=packing, place=place)
         keys.append(memory_key)
         values.append(memory_value)
     per_chunk = shape.depth + 1
@@ -299,27 +297,27 @@ class _Packing:
 
 
 def _compress_layer(
-    layer: Layer, hidden: Tensor, first: Embedded | None = None, *, packing: _Packing, place: _Place
+    layer: Layer, hidden: Tensor, first: list[Embedded] | None = None, *, packing: _Packing, place: _Place
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """One layer of the compressor.
 
     Args:
         layer: the decoder layer.
         hidden: ``[T, d]`` its input, above layer M-2 at the kept tokens ``[S, d]``; may be overwritten.
-        first: layer 0 up to its keys and values, if they are there already.
+        first: layer 0 up to its keys and values, if they are there already; taken out, so that nobody keeps them alive.
         packing, place: the micro-batch, and where the layer stands.
 
     Returns:
         Its output (``None`` of the last layer, which nothing reads), the slots' keys and values ``[S, Hkv, D]``.
     """
     products, keep_index = packing.products, packing.keep_index
-    if first is None:
+    if not first:
         rows = products.norm(layer.input_layernorm, hidden)
         key, value = project(layer, rows, "k", products), project(layer, rows, "v", products)
     else:
-        _, normed, key, value = first
+        _, normed, key, value = first.pop()
         rows = products.rows(normed) if place.remaining > 1 else normed
-        del first, normed
+        del normed
     if place.remaining == 0:
         # keys and values of the last layer are needed at the kept positions only; above layer 0 no others are left
         kept_alone = place.index > 0
