@@ -129,6 +129,33 @@ def test_number_of_items_counts_what_is_left(model, shifted: bool) -> None:
     torch.testing.assert_close(2 * half, mean, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_shifted_labels_of_rows_of_one_length(model) -> None:
+    text = builders.ids(2, 60)
+    shifted = torch.nn.functional.pad(text[:, 1:], (0, 1), value=-100)
+    want = model(
+        text[:, -WINDOW:],
+        context_ids=text[:, :-WINDOW],
+        labels=text[:, -WINDOW:],
+        shift_labels=shifted[:, -WINDOW:].contiguous(),
+    )
+    torch.testing.assert_close(model(text, labels=text, shift_labels=shifted).loss, want.loss, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        (torch.tensor([59.0]), "integer positions of one dimension"),
+        (torch.tensor([[59]]), "integer positions of one dimension"),
+        (torch.ones(24, dtype=torch.bool), r"a mask of shape \(60,\)"),
+    ],
+    ids=["floats", "two dimensions", "short mask"],
+)
+def test_what_are_no_positions(model, kept: Tensor, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"logits_to_keep: expected {expected}, got dtype"):
+        model(builders.ids(1, 60), logits_to_keep=kept)
+
+
 def test_labels_of_context_alone_are_no_mean_of_none(model) -> None:
     text = builders.ids(1, 60)
     labels = text.clone()

@@ -187,6 +187,27 @@ def test_rows_equal_single_rows(model, side: str, masked: bool, way: dict[str, A
         assert torch.equal(out[row * count : (row + 1) * count, PROMPT:], alone[:, length:])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("columns", [PROMPT, WINDOW], ids=["split", "short"])
+def test_penalties_of_repetition_are_of_a_rows_own_tokens(model, side: str, columns: int) -> None:
+    # padding is a token that may come next, too: a penalty on it would be seen
+    lengths, text = (columns, columns // 2, 5), builders.ids(3, columns)
+    ids, mask = torch.full_like(text, 50), torch.zeros_like(text)
+    for row, length in enumerate(lengths):
+        place = slice(columns - length, columns) if side == "left" else slice(0, length)
+        ids[row, place], mask[row, place] = text[row, :length], 1
+    settings: dict[str, Any] = {**STEPS, "max_new_tokens": 3, "repetition_penalty": 3.0}
+    settings |= {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": 50}
+    for beams in (1, 2):
+        out = model.generate(ids, attention_mask=mask, num_beams=beams, **settings)
+        for row, length in enumerate(lengths):
+            own = text[row : row + 1, :length]
+            alone = model.generate(own, attention_mask=torch.ones_like(own), num_beams=beams, **settings)
+            got, want = out.scores[0][row * beams : (row + 1) * beams], alone.scores[0]
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+            assert torch.equal(out.sequences[row, columns:], alone.sequences[0, length:])
+
+
 @pytest.mark.parametrize("given", ["nothing", "context", "memory"])
 def test_short_rows_padded_on_the_right(model, given: str) -> None:
     lengths, text, context = (12, 7, 1), builders.ids(3, 12), builders.ids(3, 70)

@@ -34,7 +34,14 @@ from .memory import ContextMemory
 from .reading import say_if_it_cannot_read
 from .signature import describe_difference
 from .split import Split, split_rows
-from .split_prompt import RunningTextCandidates, SplitPrompt, for_assistant, remember_prompt, remembered_prompt
+from .split_prompt import (
+    RunningTextCandidates,
+    SplitPrompt,
+    for_assistant,
+    remember_prompt,
+    remembered_prompt,
+    without_padding,
+)
 
 
 @dataclasses.dataclass
@@ -147,7 +154,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             split = self._split(input_ids, generation_config, kwargs)
             if split is not None:
                 context_ids, context_mask = split.context_ids, split.context_mask
-                prompt = SplitPrompt.of(input_ids, split)
+                prompt = SplitPrompt.of(input_ids, split, self._mask_of(input_ids, generation_config, kwargs))
                 if kwargs.get("position_ids") is not None:
                     kwargs["position_ids"] = split.take(kwargs["position_ids"])
         if prompt is None and input_ids is not None and not cached:
@@ -201,16 +208,11 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         """How a fresh prompt is split, ``None`` for one within the window."""
         if input_ids.shape[1] <= self.config.window:
             return None
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = self._mask_of_padding(input_ids, generation_config, kwargs)
-        return split_rows(self.config.window, input_ids, mask)
+        return split_rows(self.config.window, input_ids, self._mask_of(input_ids, generation_config, kwargs))
 
     def _align(self: Any, input_ids: Tensor, generation_config: Any, kwargs: dict[str, Any]) -> SplitPrompt | None:
         """Rows with padding on the right, which would stand between the prompt and its answer; ``None`` without."""
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = self._mask_of_padding(input_ids, generation_config, kwargs)
+        mask = self._mask_of(input_ids, generation_config, kwargs)
         if mask is None or mask.shape != input_ids.shape or bool((mask[:, -1] != 0).all()):
             return None
         prompt, positions = SplitPrompt.aligned(input_ids, mask), kwargs.get("position_ids")
@@ -289,6 +291,13 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         if total > self.config.window and mask is not None and mask.dim() == 2:
             total -= int((mask == 0).sum(1).min())
         say_past_window(self, total, None, None)
+
+    def _mask_of(
+        self: Any, input_ids: Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The caller's mask, or that of padding."""
+        mask = kwargs.get("attention_mask")
+        return self._mask_of_padding(input_ids, generation_config, kwargs) if mask is None else mask
 
     def _mask_of_padding(
         self: Any, input_ids: Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
@@ -398,6 +407,16 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             length = default + kwargs["input_ids_length"]
             prepared.max_length = length if limit is None else min(length, limit + removed)
         return prepared
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        prompt: SplitPrompt | None = model_kwargs.get("split_prompt")
+        parent: Any = super()
+        if prompt is None:
+            return parent._get_logits_processor(*args, **kwargs)
+        # padding is looked for in the mask, which is the running text's, while the processors see the whole
+        kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "attention_mask"}
+        return without_padding(parent._get_logits_processor(*args, **kwargs), prompt)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         parent: Any = super()

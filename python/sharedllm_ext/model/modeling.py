@@ -723,7 +723,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             attention_mask = mask_over_cache(past_key_values, attention_mask, inputs.shape[1])
         prompt = None
         if split is not None:
-            prompt = SplitPrompt.of(inputs, split)
+            prompt = SplitPrompt.of(inputs, split, attention_mask)
             if labels_elsewhere:
                 check_labels_given(self.training, logits_to_keep, counted is not None)
             refuse_packed(kwargs, position_ids, attention_mask)

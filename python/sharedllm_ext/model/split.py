@@ -39,7 +39,8 @@ class Split:
     def take(self, values: Tensor) -> Tensor:
         """The running text's part of something with one value for each column, ``[B or 1, L] -> [B or 1, W]``."""
         if self.columns is None:
-            return values[..., -self.input_ids.shape[1] :]
+            # Transformers' losses flatten targets by a view, which needs them contiguous
+            return values[..., -self.input_ids.shape[1] :].contiguous()
         return values.expand(self.columns.shape[0], -1).gather(1, self.columns)
 
     def take_labels(self, labels: Tensor) -> Tensor:
@@ -97,13 +98,13 @@ class Split:
         """Columns of the text that logits are wanted of, less ``first``.
 
         Raises:
-            ValueError: a position that no row's running text reaches.
+            ValueError: no positions, or one that no row's running text reaches.
         """
         if isinstance(logits_to_keep, int):
             if logits_to_keep < 0:
                 raise ValueError(f"logits_to_keep: expected at least 0, got {logits_to_keep}")
             return slice(max(self.length - logits_to_keep - self.first, 0) if logits_to_keep else 0, None)
-        kept = logits_to_keep.nonzero()[:, 0] if logits_to_keep.dtype == torch.bool else logits_to_keep
+        kept = self._positions(logits_to_keep)
         columns = torch.where(kept < 0, kept + self.length, kept) - self.first
         outside = (columns < 0) | (columns >= self.length - self.first)
         if bool(outside.any()):
@@ -112,6 +113,17 @@ class Split:
                 f"become context, which has no logits), got {int(kept[outside][0])}"
             )
         return columns
+
+    def _positions(self, logits_to_keep: Tensor) -> Tensor:
+        """Positions ``[K]`` in the text, of themselves or of a mask ``[L]`` of booleans."""
+        got = f"dtype {logits_to_keep.dtype} and shape {tuple(logits_to_keep.shape)}"
+        if logits_to_keep.dtype == torch.bool:
+            if logits_to_keep.shape != (self.length,):
+                raise ValueError(f"logits_to_keep: expected a mask of shape ({self.length},), got {got}")
+            return logits_to_keep.nonzero()[:, 0]
+        if logits_to_keep.dtype not in (torch.int64, torch.int32) or logits_to_keep.dim() != 1:
+            raise ValueError(f"logits_to_keep: expected integer positions of one dimension, got {got}")
+        return logits_to_keep
 
     def spread(self, values: Tensor, columns: slice | Tensor) -> Tensor:
         """Put what was computed for each place of the running text back to the text's columns.

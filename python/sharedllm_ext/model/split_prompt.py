@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import LogitsProcessor, LogitsProcessorList, MinLengthLogitsProcessor
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .inputs import check_mask
@@ -26,24 +31,26 @@ class SplitPrompt:
         whole: ``[B, L]``, the prompt as the caller gave it.
         running: ``[B, W]``, its running text, padded on the left.
         mask: ``[B, W]``, 0 for padding, or ``None``.
+        whole_mask: ``[B, L]``, 0 for padding of the prompt as it was given, or ``None``.
     """
 
     whole: Tensor
     running: Tensor
     mask: Tensor | None
+    whole_mask: Tensor | None = None
 
     @classmethod
-    def of(cls, input_ids: Tensor, split: Split) -> "SplitPrompt":
+    def of(cls, input_ids: Tensor, split: Split, whole_mask: Tensor | None = None) -> "SplitPrompt":
         """Of a prompt ``[B, L]`` and how it was split."""
         mask = split.attention_mask
-        return cls(input_ids, split.input_ids, None if mask is None or bool(mask.all()) else mask)
+        return cls(input_ids, split.input_ids, None if mask is None or bool(mask.all()) else mask, whole_mask)
 
     @classmethod
     def aligned(cls, input_ids: Tensor, mask: Tensor) -> "SplitPrompt":
         """Of a prompt ``[B, L]`` without context whose rows are padded on the right, ``mask`` being 0 there."""
         # stable: the tokens keep their order behind the padding
         columns = mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
-        return cls(input_ids, input_ids.gather(1, columns), mask.gather(1, columns))
+        return cls(input_ids, input_ids.gather(1, columns), mask.gather(1, columns), mask)
 
     @property
     def removed(self) -> int:
@@ -72,7 +79,11 @@ class SplitPrompt:
     def followed(self, text: Tensor, mask: Tensor | None) -> "SplitPrompt":
         """The same with more text, ``[B, L + n]`` in all: what became context stays so."""
         check_mask("attention_mask", mask, "input_ids", text)
-        return SplitPrompt(text, self.read(text), self.read_mask(mask, text.shape[1] - self.whole.shape[1]))
+        new = text.shape[1] - self.whole.shape[1]
+        whole_mask = mask
+        if mask is None and self.whole_mask is not None:
+            whole_mask = torch.nn.functional.pad(self.whole_mask, (0, new), value=1)
+        return SplitPrompt(text, self.read(text), self.read_mask(mask, new), whole_mask)
 
     def begins(self, text: Tensor) -> bool:
         """Whether a text ``[B, T]`` begins with this prompt."""
@@ -90,8 +101,9 @@ class SplitPrompt:
         """Every row ``count`` times in a row."""
         if count == 1:
             return self
-        mask = None if self.mask is None else self.mask.repeat_interleave(count, 0)
-        return SplitPrompt(self.whole.repeat_interleave(count, 0), self.running.repeat_interleave(count, 0), mask)
+        mask, whole_mask = (None if m is None else m.repeat_interleave(count, 0) for m in (self.mask, self.whole_mask))
+        whole, running = self.whole.repeat_interleave(count, 0), self.running.repeat_interleave(count, 0)
+        return SplitPrompt(whole, running, mask, whole_mask)
 
     def __copy__(self) -> "SplitPrompt":
         return self
@@ -153,6 +165,30 @@ def for_assistant(processors: Any, prompt: SplitPrompt) -> Any:
     return LogitsProcessorList(
         processor if isinstance(processor, MinLengthLogitsProcessor) else _OfWholeText(processor, prompt)
         for processor in processors or ()
+    )
+
+
+class _OfOwnTokens(LogitsProcessor):
+    """A logits processor of a row's set of tokens, of which padding is none wherever it stands."""
+
+    def __init__(self, inner: Any, prompt: SplitPrompt) -> None:
+        self.inner = inner
+        self.prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        mask, length = self.prompt.whole_mask, self.prompt.whole.shape[1]
+        if mask is not None:
+            # a token that the row has adds nothing to the set
+            own = torch.where(mask.bool(), input_ids[:, :length], self.prompt.running[:, -1:])
+            input_ids = torch.cat((own, input_ids[:, length:]), 1)
+        return self.inner(input_ids, scores)
+
+
+def without_padding(processors: Any, prompt: SplitPrompt) -> Any:
+    """The logits processors of a ``generate``, those that penalise repetition blind to the prompt's padding."""
+    return LogitsProcessorList(
+        _OfOwnTokens(processor, prompt) if type(processor) is RepetitionPenaltyLogitsProcessor else processor
+        for processor in processors
     )
 
 
