@@ -23,6 +23,7 @@ from sharedllm_ext.ops.chunk_compression import chunk_compression, chunk_compres
 from sharedllm_ext.ops.injected_attention import _plain as plain_attention
 from sharedllm_ext.ops.injected_attention import _plain_backward as plain_attention_backward
 from sharedllm_ext.ops.injected_attention import injected_attention
+from sharedllm_ext.ops.node_vectors import _attend as attend_nodes
 from sharedllm_ext.ops.node_vectors import _plain as plain_node_vectors
 from sharedllm_ext.ops.node_vectors import node_vectors
 from sharedllm_ext.reference.rotary import rotate
@@ -584,7 +585,7 @@ def check_node_vectors(arguments: list[Any]) -> str | None:
     step = max(len(q) // SAMPLES, 1) | 1
     part = (q[::step], spans[::step])
     # the tokens' dtype is widened block by block: k and v as a whole in float64 are too large
-    exact = plain_node_vectors(part[0].double(), k, v, part[1], *rest)
+    exact = attend_nodes(part[0].double(), k, v, part[1], *rest)
     return too_far("out", got[::step], plain_node_vectors(part[0], k, v, part[1], *rest), exact)
 
 

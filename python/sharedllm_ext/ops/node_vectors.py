@@ -225,6 +225,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Ten
     _check_nodes(q, k, v, spans, cos, sin, scale)
     if q.device.type == "cpu":
         _check_values(k, spans, cos.shape[0])
+    return _attend(q, k, v, spans, cos, sin, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """:func:`_plain` of arguments that have been checked; ``k`` and ``v`` are widened to q's dtype block by block."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for nodes in _padded(q, k, v, spans, cos, sin, scale):
         out[nodes.part] = torch.einsum("nhgt,nthd->nhgd", nodes.weights, nodes.values).flatten(1, 2).to(q.dtype)
