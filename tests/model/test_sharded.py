@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharedllm_ext.model.managed_layers import recomputes_whole_calls
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
@@ -33,6 +35,9 @@ def results() -> dict[str, str]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_a_sharded_step(results: dict[str, str], tied: bool, reentrant: bool | None, half: bool) -> None:
     result = results[f"gradients tied={tied} reentrant={reentrant} half={half}"]
+    if reentrant and recomputes_whole_calls():
+        assert result.startswith("ValueError: gradient_checkpointing_kwargs: expected use_reentrant=False")
+        return
     assert float(result) < (0.1 if half else 1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from sharedllm_ext.model.cache_name import CACHE_NAME, cache_of
@@ -187,9 +193,15 @@ def test_rows_equal_single_rows(model, side: str, masked: bool, way: dict[str, A
         assert torch.equal(out[row * count : (row + 1) * count, PROMPT:], alone[:, length:])
 
 
+# newer ones are given the length of each row's padding
+_PADDING_IS_KNOWN = "Tensor" in str(inspect.signature(RepetitionPenaltyLogitsProcessor))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("columns", [PROMPT, WINDOW], ids=["split", "short"])
 def test_penalties_of_repetition_are_of_a_rows_own_tokens(model, side: str, columns: int) -> None:
+    if (columns, side) == (WINDOW, "left") and not _PADDING_IS_KNOWN:
+        pytest.skip("this Transformers penalises the padding in front of any model's prompt")
     # padding is a token that may come next, too: a penalty on it would be seen
     lengths, text = (columns, columns // 2, 5), builders.ids(3, columns)
     ids, mask = torch.full_like(text, 50), torch.zeros_like(text)
@@ -333,6 +345,8 @@ def test_a_cache_that_starts_again_forgets(model, text: Tensor) -> None:
     expected = model.generate(short, **STEPS)
     for layer in cache.layers:
         layer.reset()
+    if cache.get_seq_length():
+        pytest.skip("this Transformers' reset keeps the cache's length")
     cached = {CACHE_NAME: cache}
     model(short[:, :5], **cached)
     got = model.generate(short, **cached, **STEPS)

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # by name: importing them takes longer than most models need to be built
 _SHARDED_CLASSES = ("FSDPModule", "FullyShardedDataParallel")
@@ -20,19 +22,31 @@ def is_sharded(layer: Any) -> bool:
     return any(base.__name__ in _SHARDED_CLASSES for base in type(layer).__mro__)
 
 
+def recomputes_whole_calls() -> bool:
+    """Whether this Transformers checkpoints a layer's whole call, with the hooks around its forward in it."""
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
 def check_checkpointing(layer: Any) -> None:
-    """Refuse what FSDP1 cannot recompute: a layer that runs twice in a step, under reentrant checkpointing.
+    """Refuse what FSDP cannot recompute under reentrant checkpointing.
+
+    FSDP1 has no layer run twice in a step; FSDP2 leaves gradients in parts where its hooks are recomputed, too.
 
     Raises:
         ValueError: names the setting.
     """
-    fsdp1 = any(base.__name__ == "FullyShardedDataParallel" for base in type(layer).__mro__)
+    if not layer.gradient_checkpointing or not is_sharded(layer):
+        return
     function = getattr(layer, "_gradient_checkpointing_func", None)
-    if fsdp1 and layer.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
-        raise ValueError(
-            "gradient_checkpointing_kwargs: expected use_reentrant=False for a model in FullyShardedDataParallel, "
-            "got True"
-        )
+    if not getattr(function, "keywords", {}).get("use_reentrant"):
+        return
+    if any(base.__name__ == "FullyShardedDataParallel" for base in type(layer).__mro__):
+        where = "in FullyShardedDataParallel"
+    elif recomputes_whole_calls():
+        where = f"sharded by fully_shard under Transformers {transformers.__version__}"
+    else:
+        return
+    raise ValueError(f"gradient_checkpointing_kwargs: expected use_reentrant=False for a model {where}, got True")
 
 
 def call_layer(layer: Any, step: Callable[..., Any], *tensors: Tensor) -> Any:
