@@ -210,6 +210,7 @@ DOCUMENTS = [
     for path in (
         ROOT / "README.md",
         ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
         CSRC / "README.md",
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("examples/*/README.md"),
