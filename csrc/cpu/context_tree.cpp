@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> select(Tensor children, std::optional<Tensor> choice)
 // Nodes of a chunk that are sorted by insertion: quadratic, but the fastest for a tree's few.
 constexpr int64_t kFewNodes = 64;
 
-// Order of the nodes by start; an empty node comes before the node that starts where it does. Stable.
+// Order of the nodes by start; an empty node comes before the node that starts at the same token. Stable.
 std::vector<int64_t> token_order(const int64_t* node, int64_t chunks, int64_t nodes_per_chunk) {
   const int64_t count = chunks * nodes_per_chunk;
   const auto before = [node](int64_t a, int64_t b) {
@@ -119,7 +119,7 @@ std::vector<int64_t> token_order(const int64_t* node, int64_t chunks, int64_t no
   };
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
-  // chunks lie in token order, so sorting inside each is usually all there is to do
+  // chunks are in token order, so sorting inside each is usually enough
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = chunk * nodes_per_chunk, last = first + nodes_per_chunk;
     if (nodes_per_chunk > kFewNodes) {

@@ -1,7 +1,8 @@
-// Kernels of injected attention; included once for each instruction set, inside its namespace, with `S` its struct.
-//
-// Everything is transposed: a vector holds the same element for 16 (8, 4) queries, so the softmax needs no sum across
-// lanes, keys and values are read one unit at a time as they lie, and all products are one kernel (product.inl).
+// Kernels of injected attention (online softmax, GQA); included once for each instruction set, inside its namespace,
+// with `S` its struct.
+// Everything is transposed: a vector holds the same element for 16 (8, 4) queries, so that the softmax needs no sum
+// across lanes, keys and values are read one unit at a time as they are in memory, and all matmuls are one kernel
+// (product.inl).
 
 template <class T>
 constexpr bool kUsePairs = S::kPairs && sizeof(T) == sizeof(bf16);
@@ -28,8 +29,7 @@ inline void put(float* units, int64_t unit, int64_t part, float x) {
   }
 }
 
-// Scores are scaled in the exponent, to base 2; a negative scale's sign goes to the queries, so that the maximum stays
-// one.
+// Scores are scaled in the exponent, to base 2; a negative scale negates the queries, so that the maximum stays one.
 inline float exponent_scale(const Problem& p) { return std::abs(p.scale) * kLog2E; }
 
 // One query, rotated to the row's position (direction -1 rotates back), times a factor.
@@ -58,7 +58,7 @@ inline void put_column(const float* x, int64_t size, float* panel, int64_t colum
   if (size % kPer) put<T>(panel, size / kPer * kPanel + column, 1, 0.0f);
 }
 
-// Slots as they lie in memory, or copied: units along D (keys against queries), and along the slots (values against
+// Slots as they are in memory, or copied: units along D (keys times queries), and along the slots (values times
 // weights).
 struct Slots {
   const float* along_size;
@@ -67,7 +67,7 @@ struct Slots {
   int64_t along_slots_row;
 };
 
-// Ask for a run of slots ahead of its use: a head's rows are short and far apart, which the hardware does not foresee.
+// Prefetches a run of slots: a head's rows are short and far apart, which the hardware does not foresee.
 template <class T>
 inline void prefetch_slots(const View& view, int64_t first, int64_t count, int64_t head, int64_t size) {
   for (int64_t s = 0; s < count; ++s) {
@@ -76,7 +76,7 @@ inline void prefetch_slots(const View& view, int64_t first, int64_t count, int64
   }
 }
 
-// A run of slots of one head. Copies where the layout or the type needs it, or where `reuse` repays packing them
+// A run of slots of one head. Copied where the layout or the type needs it, or where `reuse` repays packing them
 // densely.
 template <class T>
 inline Slots load_slots(const View& view, int64_t first, int64_t count, int64_t head, int64_t size, bool need_size,
@@ -214,7 +214,7 @@ class ForwardBlock {
     product<E, Start::kScale>(weighted, p_.size, vectors);
   }
 
-  // Scores of a vector of queries become weights, in place (pairs: of two neighbouring slots); their sum.
+  // Turns scores of a vector of queries into weights, in place (pairs: of two neighbouring slots); gives their sum.
   template <class U>
   static inline S::F weigh(float* scores, int64_t count, S::F scale, S::F minus_high) {
     S::F even = S::zero(), odd = S::zero();
@@ -309,7 +309,7 @@ inline void finish_empty(const Forward& p, const QueryBlock& block) {
   }
 }
 
-// A row with few queries reads much memory for little arithmetic: all heads of a run of slots together, as they lie in
+// A row with few queries reads much memory for little arithmetic: all heads of a run of slots together, as they are in
 // memory, and vectors along D, as few queries would leave most lanes of a panel idle.
 constexpr int64_t kFewQueries = 8;  // for each key/value head
 constexpr int64_t kFewSlots = 32;
@@ -389,7 +389,7 @@ inline void few_values(const float* weights, const T* v, int64_t v_row, int64_t 
   for (; d < size; d += S::kLanes) few_values_part<T, R, 1>(weights, v + d, v_row, count, size, sums + d);
 }
 
-// Scores [kFewSlots] of one query become weights; its running maximum, sum and output follow.
+// Turns scores [kFewSlots] of one query into weights; its running maximum, sum and output follow.
 inline void few_weights(float* scores, int64_t count, float exponent, float& top, float& total, float* sums,
                         int64_t size) {
   for (int64_t s = count; s < kFewSlots; ++s) scores[s] = scores[0];
@@ -579,7 +579,7 @@ void forward(const Forward& p) {
   });
 }
 
-// Queries and upstream gradients of some heads, packed for all products of the backward pass.
+// Queries and upstream gradients of some heads, packed for all matmuls of the backward pass.
 template <class T>
 class Packed {
  public:
@@ -755,7 +755,7 @@ class BackwardChunk {
     std::memcpy(to, &bits, sizeof bits);
   }
 
-  // Keeps a unit of keys aside and clears the half outside the range: its weight is 0, but 0 * NaN is NaN.
+  // Saves a unit of keys and clears the half outside the range: its weight is 0, but 0 * NaN is NaN.
   void hide_slot(int64_t unit, uint32_t half, float* aside) {
     float* keys = keys_by_slot_.get() + unit * p_.size;
     std::memcpy(aside, keys, sizeof(float) * p_.size);
@@ -775,7 +775,7 @@ class BackwardChunk {
     }
   }
 
-  // Scores become weights P, and dP becomes dS = P (dP - delta), for one vector of queries. Pairs: both as rows of
+  // Turns scores into weights P, and dP into dS = P (dP - delta), for one vector of queries. Pairs: both as rows of
   // bfloat16, in place, for the sums over queries; dS also paired by slots, for the sum over slots.
   template <class U>
   void differentiate(int64_t from, int64_t to, int64_t c, int64_t index) {

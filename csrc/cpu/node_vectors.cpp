@@ -73,8 +73,8 @@ void run(const Problem& p) {
       break;
   }
 #endif
-  // nodes differ in length: some at a time, so that no thread is left with the long ones; a node's heads stay together,
-  // as they share its tables
+  // nodes differ in length: several at a time, so that no thread is left with the long ones; a node's heads stay
+  // together, as they share its tables
   const int64_t step = p.kv_heads * std::max<int64_t>(1, p.nodes / 256);
   const int64_t total = p.nodes * p.kv_heads;
   run_tasks(ceil_div(total, step), [&](std::atomic<int64_t>& next) {
@@ -106,7 +106,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spa
   }
 }
 
-// Inputs are checked, and the elements of a head lie side by side.
+// Inputs are checked, and the elements of a head are contiguous.
 Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const int64_t* spans, const Tensor& cos,
                   const Tensor& sin, double scale) {
   Tensor out = allocate(q, {q.size(0), q.size(1), q.size(2)});

@@ -46,7 +46,7 @@ inline void add_weighted(const float* weights, int64_t weights_row, const T* v, 
       for (int64_t j = 0; j < kTogether; ++j) sum[j] = j < count ? S::load(sums + (g + j) * size + i) : S::zero();
       for (int64_t t = 0; t < tokens; ++t) {
         const S::F x = S::load(v + t * v_row + i);
-        // beyond the last query: the last one once more, thrown away
+        // past the last query: the last one once more, discarded
         for (int64_t j = 0; j < kTogether; ++j) {
           sum[j] = S::fma(S::set1(weights[(g + std::min(j, count - 1)) * weights_row + t]), x, sum[j]);
         }
@@ -73,8 +73,7 @@ inline void attend(const Problem& p, int64_t node, int64_t head, float* scratch)
         *key = scores + groups * kTokens;
   float *top = key + size, *total = top + groups;
   const T* q = static_cast<const T*>(p.q) + node * p.q_row + head * groups * p.q_head;
-  // scores are scaled in the exponent, to base 2, after the maximum is taken off; a negative scale's sign goes to the
-  // queries
+  // scores are scaled in the exponent, to base 2, after the maximum is subtracted; a negative scale negates the queries
   const float exponent = std::abs(p.scale) * 1.4426950408889634f;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t last = (length - 1) * p.half;

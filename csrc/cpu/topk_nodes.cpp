@@ -82,7 +82,7 @@ SHAREDLLM_FOR_EACH_ISA(similarity_float32, (const Similarity& p, int64_t begin, 
 SHAREDLLM_FOR_EACH_ISA(similarity_bfloat16, (const Similarity& p, int64_t begin, int64_t end), (p, begin, end),
                        similarity_rows<uint16_t>(p, begin, end))
 
-// A sort key of 64 bits that grows from the best to the worst: similarity falling (NaN with -inf), then the index.
+// A 64-bit sort key that ascends from the best to the worst: similarity descending (NaN with -inf), then the index.
 uint64_t rank_key(float score, uint32_t index) {
   if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
   score += 0.0f;  // -0 equals +0

@@ -1,7 +1,7 @@
-// Chunk compression, forward and backward. Both are a few jobs of one kind: every row of an output is a row of one
-// tensor, rotated by the rotary tables, plus a row of another, rotated too; the source's row is the output's or comes
-// from an index. One launch does all jobs of a direction. In the forward the jobs that read the same keys run side by
-// side, so that the second read of a kept key finds it in the L2 cache.
+// Chunk compression, forward and backward: RoPE, selection of the kept positions, packing. Memory-bound.
+// Every job is of one kind: an output row = a row of one tensor, rotated, plus a row of another, rotated. The source
+// row is the output row itself or comes from an index. One launch does all jobs of a direction. In the forward pass the
+// jobs that read the same keys run side by side, so that the second read of a kept key hits the L2 cache.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -14,16 +14,16 @@ namespace sharedllm {
 namespace {
 
 constexpr int kThreads = 256;
-// Heads of a row that a thread rotates by the same angles. It reads its part of the tables once for all of them and has
-// as many pairs of loads in flight.
+// Heads of a row that a thread rotates by the same angles: it reads cos and sin once for all of them, and has as many
+// pairs of loads in flight.
 constexpr int kHeads = 4;
-// Blocks that fit into a multiprocessor: 24 warps with 8 loads of 16 bytes each are enough to cover memory's latency.
-// The sum of two rows holds twice as much.
+// Resident blocks on an SM: 24 warps with 8 loads of 16 bytes each cover the memory latency. The sum of two rows needs
+// twice as many loads.
 constexpr int kBlocks = 3, kSumBlocks = 2;
 
 struct Source {
-  const void* data;         // [count, heads, D]; null: nothing to add
-  const int64_t* index;     // [rows] row of each output row, outside of the source: zeros; null: the same row
+  const void* data;         // [count, heads, D]; null: nothing is added
+  const int64_t* index;     // [rows] source row of each output row, out of range: zeros; null: the same row
   const int64_t* position;  // [rows], or [count] if position_by_source
   int64_t count, row_stride, head_stride;
   bool position_by_source;
@@ -37,12 +37,12 @@ struct Job {
   int32_t half;         // pairs that are rotated, 0 for a copy
   int32_t slices;       // threads that share the heads of a row; slice s has heads s, s + slices, ...
   int32_t tile_rows;    // rows of one block
-  int32_t parts;        // blocks that share a row where one is too small for it,
-  int32_t slice_parts;  // of which so many share the slices
+  int32_t parts;        // blocks that share a row, where one is too small for it,
+  int32_t slice_parts;  // of which this many share the slices
   uint32_t blocks;
 };
 
-// Job 0 runs first. Then comes job 1 with jobs 2 and 3 mixed in: one of their blocks, alternately, after every `period`
+// Job 0 runs first. Then job 1, with jobs 2 and 3 interleaved: one of their blocks, alternately, after every `period`
 // blocks of job 1, so that all three walk through their rows at the same pace.
 struct Jobs {
   Job jobs[4];
@@ -50,12 +50,12 @@ struct Jobs {
   const float* sin;
   int64_t num_positions;
   int32_t size;
-  float sign;  // -1 rotates back
+  float sign;  // -1: rotates by the opposite angle
   uint32_t period;
 };
 
-// 16 bytes, or a single element where sizes or addresses allow no more. Either is worked on in parts of up to four
-// elements, which bounds the registers.
+// 16 bytes, or a single element where sizes or addresses do not allow that. Processed in parts of up to four elements,
+// which bounds the registers.
 template <class T, bool kVector>
 struct Access {
   static constexpr int kWidth = kVector ? 16 / sizeof(T) : 1;
@@ -123,7 +123,8 @@ struct Angles {
     }
   }
 
-  // Each product and sum is rounded, as in PyTorch's expression: a fused multiply-add would give other last bits.
+  // Every product and sum is rounded on its own, as in the PyTorch expression: a fused multiply-add would give other
+  // last bits.
   __device__ __forceinline__ void rotate(float (&low)[kPart], float (&high)[kPart]) const {
 #pragma unroll
     for (int i = 0; i < kPart; ++i) {
@@ -134,14 +135,14 @@ struct Angles {
   }
 };
 
-// Where the two vectors of a thread lie in each of its heads. Offsets and steps count elements.
+// Where the two vectors of a thread are in each of its heads. Offsets and steps count elements.
 struct Places {
-  int heads;      // of this thread, at most kHeads
+  int heads;      // heads of this thread, at most kHeads
   int gap;        // from the first vector to the second
-  bool has_high;  // whether there is a second one
+  bool has_high;  // whether there is a second vector
 };
 
-// A thread's vectors of one row. Elements of the low ones are rotated with those of the high ones.
+// A thread's vectors of one row. Elements of `low` are rotated with those of `high`.
 template <class T, bool kVector>
 struct HeadVectors {
   using A = Access<T, kVector>;
@@ -184,7 +185,7 @@ struct HeadVectors {
     }
   }
 
-  // The sum of both, rotated if wanted, rounded once.
+  // The sum of both, rotated if requested, rounded once.
   __device__ __forceinline__ void rotate_and_add(const Jobs& p, bool rotated, int64_t table, const HeadVectors& other,
                                                  int64_t other_table) {
 #pragma unroll
@@ -217,7 +218,7 @@ struct HeadVectors {
   }
 };
 
-// The source's row for an output row, null if there is none, and where it is rotated to.
+// The source row of an output row (null if there is none), and the position it is rotated to.
 template <class T>
 struct Row {
   const T* data = nullptr;
@@ -229,7 +230,8 @@ struct Row {
     if (job.half > 0) position = __ldg(source.position + (source.position_by_source ? at : row));
   }
 
-  // Begin of its row in the tables. The position is not looked at before: loads that follow need not wait for it.
+  // First element of its row in the tables. The position is first used here, so that the loads before need not wait for
+  // it.
   __device__ __forceinline__ int64_t table(const Jobs& p, const Job& job) const {
     return (position < 0 ? 0 : position >= p.num_positions ? p.num_positions - 1 : position) * job.half;
   }
@@ -270,12 +272,12 @@ __global__ void __launch_bounds__(kThreads, kSum ? kSumBlocks : kBlocks) rotate_
   if (row_in_tile >= job.tile_rows || row >= job.rows || slice >= job.slices || item >= items) return;
 
   const Source &source = job.sources[0], &other = job.sources[1];
-  // asked for before the data of the first source, so that it does not wait for them
+  // requested before the data of the first source, so that it does not wait for them
   int64_t second_at = -1;
   if (kSum && other.data != nullptr) second_at = __ldg(other.index + row);
   const Row<T> first(job, source, row, source.index == nullptr ? row : __ldg(source.index + row));
   const bool rotated = item < half;
-  // what is not rotated is cut in two halves of vectors, of which the second may lack one
+  // columns that are not rotated are cut into two halves of vectors; the second may be one shorter
   const int low_at = (rotated ? item : half + item) * kWidth;
   Places places;
   places.heads = (job.heads - slice + job.slices - 1) / job.slices;
@@ -329,7 +331,7 @@ struct Plan {
 
   static bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-  // All of the sources are known: the shape of a block follows from the access width.
+  // All sources are known now: the shape of a block follows from the access width.
   void choose_block() {
     items = static_cast<int32_t>((jobs.size / (vector ? 16 / element : 1) + 1) / 2);
     block.x = static_cast<unsigned>(std::min(items, kThreads));
@@ -337,14 +339,14 @@ struct Plan {
   }
 
   Source source(const void* data, const int64_t (&stride)[2], int64_t count, int32_t heads, const int64_t* position) {
-    // a stride that is never taken a step of does not matter
+    // a stride along which no step is taken does not matter
     const auto fits = [this](int64_t steps, int64_t length) { return steps <= 1 || length * element % 16 == 0; };
     vector = vector && aligned(data) && fits(count, stride[0]) && fits(heads, stride[1]);
     return {data, nullptr, position, count, stride[0], stride[1], false};
   }
 };
 
-// False if the job needs more blocks than a grid can have.
+// False if the job needs more blocks than a grid may have.
 bool add_job(Plan& plan, int number, const Source& first, const Source& second, void* out, int64_t rows, int32_t heads,
              int32_t half) {
   Job& job = plan.jobs.jobs[number];

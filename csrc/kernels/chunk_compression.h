@@ -1,4 +1,5 @@
-// Chunk compression on the GPU: parameters and launches. No torch header here or in what this includes.
+// Chunk compression on the GPU (RoPE, selection, packing): parameters and launches. No torch header here or in what
+// this includes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,17 +10,17 @@
 
 namespace sharedllm {
 
-// Elements of a head and heads are counted in 32 bits, a few strides beyond the end included.
+// Elements of a head, and heads, are counted in 32 bits, including a few strides past the end.
 constexpr int64_t kChunkCompressionMaxSize = 1 << 30;
 
-// Index values on the device need no check: a position outside of the tables takes the nearest row, a kept token
-// outside of the tokens leaves its slot unused.
+// Index values on the device need no check: a position outside the tables takes the nearest row, and a kept token
+// outside the tokens leaves its slot zero.
 struct ChunkCompressionIndices {
   const float* cos;              // [P, half]
   const float* sin;              // [P, half]
   const int64_t* q_positions;    // [Tq] or null
   const int64_t* positions;      // [T] or null
-  const int64_t* keep_index;     // [S], outside of 0 .. T-1: unused
+  const int64_t* keep_index;     // [S], outside 0 .. T-1: unused
   const int64_t* keep_position;  // [S]
   int64_t num_queries, num_tokens, num_slots, num_positions;
   int32_t q_heads, kv_heads, head_size, half;
@@ -34,7 +35,7 @@ struct ChunkCompressionParams {
   void* k_rotated;                                // [T, Hkv, D], dense; written with positions
   void* memory_k;                                 // [S, Hkv, D], dense
   void* memory_v;                                 // [S, Hkv, D], dense
-  int64_t q_stride[2], k_stride[2], v_stride[2];  // of row and head; elements are neighbours
+  int64_t q_stride[2], k_stride[2], v_stride[2];  // of row and head; elements are contiguous
   FloatType type;
 };
 
@@ -52,8 +53,8 @@ struct ChunkCompressionBackwardParams {
   FloatType type;
 };
 
-// Queue the kernels on the stream. The tables need a row wherever something is rotated. No token may be kept twice:
-// the forward fills all of its slots, the backward counts the last of them alone.
+// Queues the kernels on the stream. The tables need at least one row if anything is rotated. No token may be kept
+// twice: the forward pass fills all of its slots, the backward pass counts only the last.
 cudaError_t launch_chunk_compression(const ChunkCompressionParams& params, cudaStream_t stream);
 cudaError_t launch_chunk_compression_backward(const ChunkCompressionBackwardParams& params, cudaStream_t stream);
 

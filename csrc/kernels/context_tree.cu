@@ -1,6 +1,7 @@
-// Context tree: children of spans, one level's choice, and the layout of the retained nodes. The layout adds up the
-// nodes' lengths and kept tokens in node order (one block if they are few, else blocks that know each other's sums),
-// and then looks up the node of every token and of every slot, a tile at a time.
+// Context tree: children of spans, the choice of one level, and the layout of the retained nodes. Integers only.
+// The layout is a prefix sum over the nodes' lengths and kept tokens in node order (one block if there are few,
+// otherwise blocks that know each other's sums). Then the node of every token and of every slot is looked up, a tile at
+// a time.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -14,15 +15,15 @@ namespace sharedllm {
 namespace {
 
 constexpr int kThreads = 256;
-// Nodes whose sums one block makes, a thread for each: few enough that 1024 chunks of 4 use several multiprocessors.
+// Nodes that one block sums, one thread each: few enough that 1024 chunks of 4 occupy several SMs.
 constexpr int kScanThreads = 512;
-// Up to so many blocks each adds up all nodes before its own, which costs less than a kernel for the blocks' sums.
+// Up to this many blocks, each adds up all nodes before its own, which costs less than a kernel for the blocks' sums.
 constexpr int kDirectBlocks = 16;
-// Blocks of the filling kernel on a multiprocessor: it waits for one search after another.
+// Resident blocks of the fill kernel on an SM: each waits for one search after another.
 constexpr int kFillBlocks = 5;
-// Tokens or slots of a block: few spread over more of the GPU, many need fewer searches for their first node.
+// Tokens or slots of a block: fewer spread over more of the GPU, more need fewer searches for their first node.
 constexpr int kSmallTile = 1024, kLargeTile = 4096;
-// From here on small tiles would come in more than one wave.
+// From here on small tiles would need more than one wave.
 constexpr int64_t kManyElements = 1 << 20;
 
 __device__ __forceinline__ void store_pair(int64_t* to, int64_t first, int64_t second) {
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) context_tree_split(const __grid_cons
   const int64_t* span = p.spans + i * p.span_stride[0];
   const int64_t start = span[0], length = span[p.span_stride[1]];
   int64_t left = length / 2;
-  // rounds down; out of range saturates and NaN gives the lowest number, which the bounds below mend
+  // rounds down; out of range saturates and NaN gives the lowest number, both corrected by the bounds below
   if (p.offset != nullptr) left = __double2ll_rd(static_cast<double>(length) / 2 - offset_at(p, i));
   const int64_t lowest = length > 1 ? 1 : 0, highest = length > 1 ? length - 1 : 0;
   left = left < lowest ? lowest : left > highest ? highest : left;
@@ -73,8 +74,8 @@ __global__ void __launch_bounds__(kThreads) context_tree_select(const __grid_con
 struct Node {
   int64_t start, length;
 
-  // Whether this node comes before another in token order, `first`: it does among equals. An empty node comes before
-  // the node that starts where it does.
+  // Whether this node comes before another in token order; `first` decides between equals. An empty node comes before
+  // the node that starts at the same token.
   __device__ __forceinline__ bool before(const Node& other, bool first) const {
     if (start != other.start) return start < other.start;
     return (length > 0) == (other.length > 0) ? first : length <= 0;
@@ -86,7 +87,7 @@ __device__ __forceinline__ int num_nodes(const ContextTreeLayoutParams& p) {
   return static_cast<int>(p.num_chunks) * static_cast<int>(p.nodes_per_chunk);
 }
 
-// Lengths are kept inside of the tokens, so that sums of the caller's mistakes do not overflow.
+// Lengths are clamped to the number of tokens, so that sums of invalid input do not overflow.
 __device__ __forceinline__ Node node_at(const ContextTreeLayoutParams& p, int chunk, int place) {
   const int64_t* node = p.nodes + chunk * p.node_stride[0] + place * p.node_stride[1];
   const int64_t start = __ldg(node), length = __ldg(node + p.node_stride[2]);
@@ -106,7 +107,7 @@ __device__ __forceinline__ Sums sums_of(const ContextTreeLayoutParams& p, const 
   return {node.length, node.length < p.slots_per_node ? node.length : p.slots_per_node};
 }
 
-// Sum over the lanes of a warp up to and with this one.
+// Inclusive prefix sum over the lanes of a warp.
 __device__ __forceinline__ Sums scan_warp(Sums x, int lane) {
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
@@ -116,14 +117,14 @@ __device__ __forceinline__ Sums scan_warp(Sums x, int lane) {
   return x;
 }
 
-// Sum over the threads up to and with this one, and of all of them; every thread of the block takes part.
+// Inclusive prefix sum over the threads, and the sum of all; every thread of the block takes part.
 __device__ __forceinline__ Sums scan_block(Sums x, Sums* total) {
   constexpr int kWarps = kScanThreads / 32;
   static_assert(kWarps <= 32);
   __shared__ Sums warp_sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   x = scan_warp(x, lane);
-  // of the call before, which another warp may still read
+  // of the previous call, which another warp may still read
   __syncthreads();
   if (lane == 31) warp_sums[warp] = x;
   __syncthreads();
@@ -137,7 +138,7 @@ __device__ __forceinline__ Sums scan_block(Sums x, Sums* total) {
   return x;
 }
 
-// In the workspace behind the cumulative kept tokens: whether a scan block found its nodes out of order, then the sums
+// In the workspace after the cumulative kept tokens: whether a scan block found its nodes out of order, then the sums
 // of its nodes.
 __device__ __forceinline__ int64_t* flags_of(const ContextTreeLayoutParams& p) {
   return p.workspace + num_nodes(p) + 1;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kScanThreads)
   }
 }
 
-// Cumulative sums as if the chunks lay in token order. They do if every node then starts where it should.
+// Cumulative sums as if the chunks were in token order. They are if every node then starts where it should.
 __global__ void __launch_bounds__(kScanThreads)
     context_tree_layout_scan(const __grid_constant__ ContextTreeLayoutParams p) {
   const int count = num_nodes(p), m = static_cast<int>(p.nodes_per_chunk), thread = static_cast<int>(threadIdx.x);
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kScanThreads)
 
   bool wrong = false;
   if (i < count) {
-    // from the lengths before this node to those before its chunk, and on to those before it in token order
+    // from the lengths before this node to those before its chunk, then to those before it in token order
     const int place = i - chunk * m;
     int rank = chunk * m;
     int64_t boundary = until.length;
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 // Chunks in another order than their tokens: the boundaries of this block's share of the nodes, by comparing each with
-// all, and the positions in a tile of tokens. Slow, but no caller needs to be fast here.
+// all, and the positions in a tile of tokens. Slow; only callers outside the contract get here.
 __device__ __forceinline__ void fill_out_of_order(const ContextTreeLayoutParams& p, int64_t first, int64_t end) {
   const int count = num_nodes(p), m = static_cast<int>(p.nodes_per_chunk);
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -234,7 +235,7 @@ __device__ __forceinline__ void fill_out_of_order(const ContextTreeLayoutParams&
     }
     p.cu_nodes[rank] = boundary;
   }
-  // in case that no node holds a token
+  // in case no node holds a token
   for (int64_t i = first + threadIdx.x; i < end; i += kThreads) p.positions[i] = i;
   __syncthreads();
   for (int j = static_cast<int>(threadIdx.x); j < count; j += kThreads) {
@@ -246,7 +247,7 @@ __device__ __forceinline__ void fill_out_of_order(const ContextTreeLayoutParams&
   }
 }
 
-// How many of cumulative[1 .. count] are at most value, if that is known to lie in [low, high].
+// How many of cumulative[1 .. count] are at most value, given that the result is in [low, high].
 __device__ __forceinline__ int count_up_to(const int64_t* cumulative, int low, int high, int64_t value) {
   while (low < high) {
     const int middle = low + (high - low) / 2;

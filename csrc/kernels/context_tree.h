@@ -7,7 +7,7 @@
 
 namespace sharedllm {
 
-// Nodes are counted in 32 bits, a block of them beyond the end included.
+// Nodes are counted in 32 bits, including one block of them past the end.
 constexpr int64_t kContextTreeMaxNodes = 1 << 30;
 
 enum class OffsetType { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -43,7 +43,7 @@ struct ContextTreeLayoutParams {
   int64_t num_chunks, nodes_per_chunk, slots_per_node, num_tokens, num_slots;
 
   // filled by plan_context_tree_layout
-  int64_t scan_blocks;     // blocks that add up the nodes
+  int64_t scan_blocks;     // blocks that sum the nodes
   int64_t workspace_size;  // number of workspace elements
   int64_t* workspace;      // [n * m + 1] cumulative kept tokens, then the blocks' own; allocated after the plan
 };
@@ -51,7 +51,7 @@ struct ContextTreeLayoutParams {
 cudaError_t launch_context_tree_split(const ContextTreeSplitParams& params, cudaStream_t stream);
 cudaError_t launch_context_tree_select(const ContextTreeSelectParams& params, cudaStream_t stream);
 
-// Says how large the workspace must be.
+// Sets the size of the workspace.
 void plan_context_tree_layout(ContextTreeLayoutParams* params);
 
 // Queues the kernels; needs nodes_per_chunk > 0, slots_per_node > 0 and at most kContextTreeMaxNodes nodes. Whatever

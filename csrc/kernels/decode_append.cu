@@ -13,7 +13,7 @@
 namespace sharedllm {
 namespace {
 
-// one warp to a head: few threads that end soon, spread over the device
+// one warp per head: few threads that end soon, spread over the device
 constexpr int kThreads = 64;
 
 template <class T>

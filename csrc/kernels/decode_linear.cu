@@ -1,4 +1,4 @@
-// Matrix products of a few rows: choice of the instance.
+// Fused linear for a few rows: choice of the kernel instance.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

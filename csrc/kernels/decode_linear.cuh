@@ -1,4 +1,5 @@
-// Matrix products of a few rows: a warp to one or two rows of weights, x in shared memory.
+// Fused linear for a few rows (GEMV): one warp per one or two rows of weights, x in shared memory; prologue RMSNorm,
+// epilogue bias, gate or residual.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +15,13 @@
 namespace sharedllm {
 namespace decode_linear {
 
-// One block to a multiprocessor: half of its registers, so that the next kernel's blocks load their first weights
-// beside it.
+// One block per SM, with half of its registers, so that the next kernel's blocks can load their first weights beside it
+// (PDL).
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-// 16-byte loads of a thread in flight: 64 KB a multiprocessor, where the latency times the bandwidth is about 20 KB.
+// 16-byte loads of a thread in flight: 64 KB per SM, where latency times bandwidth is about 20 KB.
 constexpr int kLoads = 8;
-// Shared memory that is not x: the norm's partial sums, and what the system takes.
+// Shared memory other than x: the norm's partial sums, and the system's own.
 constexpr int kStaticBytes = 2048;
 
 template <int kValue>
@@ -29,7 +30,7 @@ using Constant = std::integral_constant<int, kValue>;
 template <class T>
 constexpr int kElements = 16 / static_cast<int>(sizeof(T));
 
-// Weights are read once: not kept in L1, neighbours fetched with them.
+// Weights are read once: not kept in L1, neighbouring sectors fetched with them.
 __device__ __forceinline__ uint4 load_weights(const uint4* from) {
   uint4 x;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -82,7 +83,7 @@ __device__ __forceinline__ const T* find_row(const DecodeLinearParams& p, int n)
       matrix = i + 1;
     }
   }
-  // selects, because an index would put the parameters into local memory
+  // selects, because indexing would put the parameters into local memory
   const void* const base = matrix == 0 ? p.weight[0] : matrix == 1 ? p.weight[1] : p.weight[2];
   const int64_t stride = matrix == 0 ? p.weight_stride[0] : matrix == 1 ? p.weight_stride[1] : p.weight_stride[2];
   return static_cast<const T*>(base) + n * stride;
@@ -102,13 +103,13 @@ __device__ __forceinline__ float find_bias(const DecodeLinearParams& p, int n) {
   return base == nullptr ? 0.0f : to_float(static_cast<const T*>(base)[n]);
 }
 
-// The product of kRows rows. A unit is kUnit rows of weights: neighbours, or (gated) the same row of both matrices.
+// The matmul of kRows rows. A unit is kUnit rows of weights: neighbours, or (gated) the same row of both matrices.
 template <class T, int kRows, int kUnit, bool kGated, bool kVector>
 __global__ void __launch_bounds__(kThreads, kVector&& kRows <= 2 ? 2 : 1)
     multiply(const __grid_constant__ DecodeLinearParams p, const int pitch) {
   static_assert(!kGated || kUnit == 2);
   constexpr int kDepth = kLoads / kUnit;
-  constexpr int kStep = 32 * kElements<T>;  // elements that a warp takes of a row at once
+  constexpr int kStep = 32 * kElements<T>;  // elements of a row that a warp takes at once
   extern __shared__ __align__(16) unsigned char shared[];
   T* const xs = reinterpret_cast<T*>(shared);  // [kRows, pitch], zeros from K on
   T* const norm = xs + kRows * pitch;          // [pitch]
@@ -119,14 +120,14 @@ __global__ void __launch_bounds__(kThreads, kVector&& kRows <= 2 ? 2 : 1)
   const int inner = static_cast<int>(p.inner), outputs = static_cast<int>(p.num_outputs);
   const int units = kGated ? outputs : (outputs + kUnit - 1) / kUnit;
   const int stride = static_cast<int>(gridDim.x) * kWarps;
-  // neighbouring units on different multiprocessors: a last incomplete round is spread over all of them
+  // neighbouring units go to different SMs, so that the last incomplete wave is spread over all of them
   int unit = static_cast<int>(blockIdx.x + gridDim.x * warp);
 
-  // the loads run one group ahead of the products, over the ends of rows
+  // loads run one group ahead of the multiplications, across the ends of rows
   int next_unit = unit;
   int next_group = 0;
   const T* row[kUnit] = {};  // this thread's first element of the next group
-  int left = 0;              // elements of the row from there on, none behind the last unit
+  int left = 0;              // elements of the row from there on, none past the last unit
   const auto find = [&] {
     left = next_unit < units ? inner - lane * kElements<T> : 0;
 #pragma unroll
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kVector&& kRows <= 2 ? 2 : 1)
     if (++next_group == groups) {
       next_group = 0;
       next_unit += stride;
-      // not for rows that are not there
+      // not for rows that do not exist
       if (next_unit < units) {
         find();
       } else {
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kVector&& kRows <= 2 ? 2 : 1)
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) squares += partial[r][i];
       const float inverse = rsqrtf(squares / static_cast<float>(p.inner) + p.eps);
-      // every thread its own chunks; rounded twice, as the modules do
+      // every thread reads its own chunks; rounded twice, as the modules do
       for (int c = threadIdx.x * kElements<T>; c < pitch; c += kThreads * kElements<T>) {
         float values[kElements<T>], factors[kElements<T>];
         to_floats<T>(*reinterpret_cast<const uint4*>(xs + r * pitch + c), values);
@@ -214,15 +215,15 @@ __global__ void __launch_bounds__(kThreads, kVector&& kRows <= 2 ? 2 : 1)
   }
   __syncthreads();
 
-  // of the results of a unit, this thread writes this one
+  // of a unit's results, this thread writes this one
   const int my_row = lane % kRows, my_part = lane / kRows;
   const bool writes = my_row < p.rows && my_part < (kGated ? 1 : kUnit);
   float sums[kRows][kUnit] = {};
-  float added[2] = {};  // bias and residual; gated: both biases
+  float added[2] = {};  // epilogue: bias and residual; gated: both biases
   int group = 0;
   while (unit < units) {
     if (group == 0 && writes) {
-      // loaded early: their latency passes while the row is read
+      // loaded early: their latency is hidden while the row is read
       const int n = kGated ? unit : unit * kUnit + my_part;
       if (kGated) {
         if (p.bias[0] != nullptr) added[0] = to_float(static_cast<const T*>(p.bias[0])[n]);
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kVector&& kRows <= 2 ? 2 : 1)
 template <class T, int kUnit>
 int64_t pitch_of(int64_t inner) {
   constexpr int64_t kGroup = kLoads / kUnit * 32 * kElements<T>;
-  // at least one, so that the loops end where there is nothing to add up
+  // at least one, so that the loops end even if there is nothing to add up
   return std::max<int64_t>((inner + kGroup - 1) / kGroup, 1) * kGroup;
 }
 
@@ -318,7 +319,7 @@ cudaError_t launch(DecodeLinearParams p, int64_t first, const Device& device, cu
                       p.overlap, stream, p, static_cast<int>(pitch));
 }
 
-// As many rows at once as there are and as fit.
+// As many rows at a time as there are and as fit.
 template <class T, bool kGated, bool kVector>
 cudaError_t launch_rows(const DecodeLinearParams& p, const Device& device, cudaStream_t stream) {
   constexpr int kFew = kGated ? 2 : 1;
@@ -335,7 +336,7 @@ cudaError_t launch_rows(const DecodeLinearParams& p, const Device& device, cudaS
   };
   while (first < p.rows && status == cudaSuccess) {
     const int64_t left = p.rows - first;
-    // two rows of weights share each chunk of 8 rows of x: shared memory would be the bound otherwise
+    // two rows of weights share each chunk of 8 rows of x; otherwise shared memory would be the limit
     if (left > (kVector ? 4 : 1) && fits(8, many)) {
       run(Constant<8>{}, Constant<2>{});
     } else if (kVector && left > 2 && fits(4, few)) {

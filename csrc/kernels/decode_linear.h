@@ -1,5 +1,5 @@
-// Matrix products of a few rows (decoding): bound by reading the weights once. Norm in front, bias, gate and residual
-// behind are part of the same kernel.
+// Fused linear for a few rows (decoding): optional RMSNorm, 1 to 3 matmuls, then bias, gate or residual as the
+// epilogue. Bound by reading the weights once.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,31 +14,31 @@ constexpr int kDecodeLinearMatrices = 3;
 
 struct DecodeLinearParams {
   const void* x;                              // [rows, K]
-  const void* weight[kDecodeLinearMatrices];  // [N_i, K]; null behind the last
+  const void* weight[kDecodeLinearMatrices];  // [N_i, K]; null after the last
   const void* bias[kDecodeLinearMatrices];    // [N_i], or null
   const void* norm_weight;                    // [K], or null: x as it is
   const void* residual;                       // [rows, N], or null
   void* out;                                  // [rows, N], contiguous; N = sum N_i, gated: N_0
-  const void* prefetch;                       // what the next kernels read, or null
+  const void* prefetch;                       // what the next kernels read, to be prefetched into L2, or null
   int64_t prefetch_bytes;
   int64_t x_stride;  // elements between rows; the last stride is 1
   int64_t weight_stride[kDecodeLinearMatrices];
   int64_t residual_stride;
-  int64_t outputs[kDecodeLinearMatrices];  // N_i, 0 behind the last
+  int64_t outputs[kDecodeLinearMatrices];  // N_i, 0 after the last
   int64_t num_outputs;                     // N
   int64_t rows;
   int64_t inner;  // K
   float eps;      // of the norm
-  bool gated;     // silu of the first matrix' result times the second's
-  // Launched before the kernel in front has ended (9.0 and later): weights, biases and the norm's weight are read
+  bool gated;     // silu of the first matmul's result times the second's
+  // PDL: launched before the previous kernel has ended (9.0 and later). Weights, biases and the norm's weight are read
   // before that kernel's results are visible, so they must be older than it.
   bool overlap;
   FloatType type;
 };
 
 // Any K up to what one row takes in shared memory (cudaErrorInvalidValue beyond), any N and alignment; 16-byte loads
-// where K, strides and addresses allow them. Reads the weights once for every 8 rows, fewer where their K is too large
-// for shared memory. The same bits in every run. Captures into a CUDA graph.
+// where K, strides and addresses allow them. Reads the weights once for every 8 rows, or fewer where K is too large for
+// shared memory. The same bits in every run. Can be captured into a CUDA graph.
 cudaError_t launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream);
 
 // One element type, defined in kernels/instances.

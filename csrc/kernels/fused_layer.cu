@@ -1,5 +1,5 @@
-// Element-wise work around a decoder layer's matrix products: a row in the registers of a block, any row in two passes,
-// and products of elements.
+// Element-wise work between a decoder layer's matmuls, memory-bound: a row in the registers of a block, any row in two
+// passes, and element-wise products.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -17,21 +17,21 @@
 namespace sharedllm {
 namespace {
 
-constexpr int kUnit = 8;                             // elements of a vector: 16 bytes, of float32 twice that
+constexpr int kUnit = 8;                             // elements of a vector: 16 bytes, twice that in float32
 constexpr float kLargestCode = 448.0f;               // of e4m3
 constexpr float kSmallest = 7.888609052210118e-31f;  // 2^-100: 448 / x stays finite
-constexpr int kWarpRows = 8;                         // short rows, one to a warp: rows of a block
+constexpr int kWarpRows = 8;                         // short rows, one per warp: rows of a block
 constexpr int kGeneralThreads = 256;                 // of the kernels that take any row
 constexpr int kProductThreads = 256;
-// of a thread; 1 and 4 are as fast
+// vectors of a thread; 1 and 4 are as fast
 constexpr int kProductVectors = 2;
 constexpr int64_t kPiece = kProductThreads * kProductVectors * kUnit;
-// of a thread that shares a row; of 2, 4 and 8 the one within 3% of the best for every operator
+// vectors of a thread that shares a row; of 2, 4 and 8 the one within 3% of the best for every operator
 constexpr int kMaxVectors = 4;
-// 128 registers to a thread
+// 128 registers per thread
 constexpr int kMaxThreads = 512;
 
-// 8 neighbouring elements as they lie in memory: converted where they are used, they take half the registers.
+// 8 neighbouring elements as they are in memory: converted where they are used, they take half the registers.
 template <class T>
 struct Vector {
   static constexpr int kUnits = kUnit * sizeof(T) / 16;
@@ -70,7 +70,7 @@ struct Vector {
     }
   }
   __device__ __forceinline__ void store(T* to) const {
-    // said so explicitly, because the compiler splits some plain stores into words
+    // an explicit 16-byte store, because the compiler splits some plain stores into words
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, units[i]);
   }
@@ -83,7 +83,7 @@ __device__ __forceinline__ float silu(float x) {
   return __fdividef(x, 1.0f + exp2_fast(x * -1.44269504f));
 }
 
-// Largest magnitude as bits: magnitudes are ordered like them, and NaN comes out above infinity.
+// Largest magnitude as bits: they are ordered like the magnitudes, and NaN is above infinity.
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(fabsf(x)); }
 
 struct Sums {
@@ -113,7 +113,7 @@ __device__ __forceinline__ Sums reduce(Sums x, bool by_block) {
   return x;
 }
 
-// What a row's elements are multiplied with, from its sums.
+// Factors of a row's elements, from its sums.
 struct RowFactors {
   float norm;   // 1 / root mean square
   float code;   // 448 / largest, 0 if all codes are 0
@@ -142,12 +142,12 @@ __device__ __forceinline__ uint32_t two_codes(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
 }
 
-// Rows of whole vectors: kVectors of them to each of the blockDim.x threads of a row, all loads before the first use.
+// Rows of whole vectors: kVectors for each of the blockDim.x threads of a row, all loads before the first use.
 template <class T, RowFunction kFunction, bool kResidual, bool kCodes, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads) row_in_registers(const FusedLayerParams p) {
   constexpr bool kNorm = kFunction == RowFunction::kRmsNorm, kProduct = kFunction == RowFunction::kSiluProduct;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  // a whole warp, and never one of a block that shares a row
+  // a whole warp, never one of a block that shares a row
   if (row >= p.rows) return;
   const int vectors = static_cast<int>(p.width) / kUnit;
   const T* const x_row = static_cast<const T*>(p.x) + row * p.x_stride;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_in_registers(const FusedLayer
   if (kCodes && threadIdx.x == 0) p.scale[row] = factors.scale;
 }
 
-// Any row: element by element, in two passes, the second of which finds short rows in the caches.
+// Any row: element by element, in two passes; the second hits short rows in the caches.
 template <class T, RowFunction kFunction, bool kResidual, bool kCodes>
 __global__ void __launch_bounds__(kGeneralThreads) any_row(const FusedLayerParams p) {
   constexpr bool kNorm = kFunction == RowFunction::kRmsNorm, kProduct = kFunction == RowFunction::kSiluProduct;
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kProductThreads) silu_product(const FusedLayer
         x[v].store(out_row + column);
       }
     }
-    // what is no whole vector, at the end of the last piece
+    // the remainder that is no whole vector, at the end of the last piece
     if (left < kPiece && threadIdx.x < left % kUnit) one(left / kUnit * kUnit + threadIdx.x);
   } else {
 #pragma unroll
@@ -346,7 +346,7 @@ cudaError_t launch_rows(const FusedLayerParams& p, cudaStream_t stream) {
                            aligned<T>(p.y, p.y_stride, p.rows) && aligned<T>(p.weight, 0, 1) &&
                            p.width <= kUnit * kMaxVectors * kMaxThreads;
   const int64_t units = vectors_fit ? p.width / kUnit : p.width;
-  // a warp to a row up to 1 vector, or 8 elements, of each lane
+  // one warp per row up to 1 vector, or 8 elements, of each lane
   const bool by_warp = units <= 32 * (vectors_fit ? 1 : kUnit);
   const dim3 blocks(static_cast<unsigned>(by_warp ? (p.rows + kWarpRows - 1) / kWarpRows : p.rows));
   if (p.rows > INT32_MAX) return cudaErrorInvalidValue;

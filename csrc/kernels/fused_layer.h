@@ -1,4 +1,4 @@
-// Element-wise work around a decoder layer's matrix products: norms, gated activation, rows as 8-bit floating point.
+// Element-wise work between a decoder layer's matmuls: RMSNorm, gated activation (SwiGLU), quantisation of rows to fp8.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 
 namespace sharedllm {
 
-// What stands before the quantisation, or is the result.
+// What comes before the quantisation, or is the result.
 enum class RowFunction {
   kCopy,         // x
   kRmsNorm,      // x / sqrt(mean(x^2) + eps) * weight
@@ -18,7 +18,7 @@ enum class RowFunction {
 
 struct FusedLayerParams {
   const void* x;       // [T, n]
-  const void* y;       // [T, n]; up of the product, residual of the norm or null
+  const void* y;       // [T, n]; `up` of the product, residual of the norm or null
   const void* weight;  // [n] of the norm
   void* sum;           // [T, n], contiguous; x + y rounded, with a residual
   void* out;           // [T, n], contiguous; of x's type, or codes (float8 e4m3) if there is a scale
@@ -31,10 +31,10 @@ struct FusedLayerParams {
   FloatType type;  // of x, y, weight, sum
 };
 
-// Everything in float32 and rounded once; the norm is that of the rounded sum. codes = value * (1 / largest
-// magnitude * 448) and scale = largest / 448. A largest magnitude below 2^-100 counts as 0: codes 0, scale 1. One that
-// is not finite becomes the scale, with codes of 0, so that the row reads back as NaN. Any strides and addresses; rows
-// of whole 16-byte units (and of at most 16384 elements, but for the product without codes) are fastest.
+// Everything in float32 and rounded once; the norm is that of the rounded sum. codes = value * (1 / largest magnitude *
+// 448) and scale = largest / 448. A largest magnitude below 2^-100 counts as 0: codes 0, scale 1. One that is not
+// finite becomes the scale, with codes of 0, so that the row reads back as NaN. Any strides and addresses. Rows of
+// whole 16-byte units, of at most 16384 elements unless it is the product without codes, are fastest.
 cudaError_t launch_fused_layer(RowFunction function, const FusedLayerParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm

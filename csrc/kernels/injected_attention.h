@@ -1,4 +1,5 @@
-// Injected attention on the GPU: parameters and launches of every path. No torch header here or in what this includes.
+// Injected attention on the GPU: parameters and launches of every path. Cross-attention over the memory's slots with
+// GQA, RoPE at one position per row, no mask. No torch header here or in what this includes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +11,7 @@
 namespace sharedllm {
 
 // A ragged batch of rows: row b owns queries cu_q[b] .. cu_q[b + 1] - 1 and reads slots slot_range[b]. The values are
-// the device's: kernels clamp them into the tensors, so that a caller's mistake never becomes a wild address.
+// on the device: kernels clamp them into the tensors, so that a caller's mistake never becomes a wild address.
 struct InjectedAttentionParams {
   const void* q;              // [T, Hq, D], not rotated
   const void* k;              // [S, Hkv, D]
@@ -21,7 +22,7 @@ struct InjectedAttentionParams {
   const float* cos;           // [P, R/2]
   const float* sin;           // [P, R/2]
   void* out;                  // [T, Hq, D], contiguous
-  float* lse;                 // [T, Hq], contiguous
+  float* lse;                 // [T, Hq], contiguous; log-sum-exp
   int64_t q_stride[2];        // elements between tokens, between heads; the last stride is 1
   int64_t k_stride[2];        // between slots, between heads
   int64_t v_stride[2];
@@ -35,7 +36,7 @@ struct InjectedAttentionParams {
   float scale;
   FloatType type;
 
-  // Slots of a row in how many parts; with more than one, the partial results go to the workspace and
+  // Split-KV: number of parts of a row's slots; with more than one, the partial results go to the workspace and
   // launch_injected_attention_combine merges them.
   int32_t splits;
   float* partial_out;  // [splits, T, Hq, D]; undefined where partial_lse is -inf
@@ -52,16 +53,18 @@ struct InjectedAttentionBackwardParams {
   void* grad_v;                     // [S, Hkv, D], contiguous, or null
 
   // workspace, written by launch_injected_attention_backward_prepare
-  void* q_rotated;      // [T, Hq, D], in q's dtype; null with turns_keys
-  float* delta;         // [T, Hq]
-  float* lse_log2;      // [T, Hq], lse * log2(e); +inf for a row without slots, so that its weights are 0
-  float* grad_q_float;  // [T, Hq, D], zeroed; sum of dS k, not scaled, not rotated back. Null on paths without it
-  // Keys are turned back instead of queries, and sums of dS k are those of the queries as they came.
+  void* q_rotated;  // [T, Hq, D], in q's dtype; null with turns_keys
+  float* delta;     // [T, Hq]
+  float* lse_log2;  // [T, Hq], lse * log2(e); +inf for a row without slots, so that its weights are 0
+  float*
+      grad_q_float;  // [T, Hq, D], zeroed; sum of dS k, not scaled, not rotated back. Null on paths that do not use it
+  // Keys are rotated back instead of queries rotated forward, and sums of dS k are those of the queries as they came.
   bool turns_keys;
 
-  // The queries of a slot tile in how many parts; with more than one, each part sums into its own share.
+  // Number of parts of a slot tile's queries; with more than one, each part sums into its own share.
   int32_t kv_splits;
-  // Or only the tiles of the last round of blocks, cut into this many shares of equal work (SlotTileTail); 0: not cut.
+  // Or only the tiles of the last wave of blocks are cut, into this many shares of equal work (SlotTileTail); 0: not
+  // cut.
   int32_t tail_shares;
   float* partial_grad_k;  // [kv_splits, S, Hkv, D], or [pieces of the tail, slots of a tile, D]
   float* partial_grad_v;

@@ -1,18 +1,18 @@
-// Backward of injected attention on the GPU: kernels that run before and after every path's own.
+// Backward of injected attention on the GPU: kernels that run before and after those of every path.
 #pragma once
 
 #include "kernels/injected_attention.h"
 
 namespace sharedllm {
 
-// Slots of a tile of the kernel for all three gradients.
+// Slots of a tile, in the kernel for all three gradients.
 constexpr int kBackwardSlots = 128;
-// Of a tail; as a kernel's argument they have to stay below 4 KB together with the others.
+// Pieces of a tail; as kernel arguments, all together have to stay below 4 KB.
 constexpr int kMostPieces = 320;
 
-// The tiles of slots of all key/value heads but the last `tiles` are taken by one block each. Those of the last round
-// of blocks would leave multiprocessors idle: laid end to end they are cut into as many equal shares as there are
-// multiprocessors, and at their own ends besides. A piece of a tile sums over its part of the queries.
+// Stream-K for the last wave. One block each takes the tiles of slots of all key/value heads but the last `tiles`. The
+// last wave's tiles are concatenated and split evenly over the SMs, and also at tile boundaries. A piece of a tile sums
+// over its part of the queries.
 struct SlotTileTail {
   int64_t whole = 0;
   int32_t tiles = 0, shares = 0;
@@ -35,11 +35,11 @@ struct SlotTileTail {
     tile_units = shares / divisor;
     share_units = tiles / divisor;
   }
-  // Pieces of the tiles before one of them: each tile has one, and one more for every cut inside of it.
+  // Pieces of the tiles before a tile: one for each tile, and one more for every cut inside it.
   __host__ __device__ int32_t first_piece(int32_t tile) const {
     if (tile == 0) return 0;
     const int32_t cuts = (tile * tile_units + share_units - 1) / share_units - 1;  // before the tile's begin
-    return tile + cuts - (tile - 1) / share_units;                                 // but those at a tile's end
+    return tile + cuts - (tile - 1) / share_units;                                 // except those at a tile's end
   }
   __host__ __device__ int32_t pieces() const { return tiles == 0 ? 0 : first_piece(tiles); }
 };
@@ -51,9 +51,9 @@ inline int64_t injected_attention_backward_partial_elements(const InjectedAttent
   return static_cast<int64_t>(SlotTileTail(p).pieces()) * kBackwardSlots * f.head_size;
 }
 
-// Order of the launches, all on one stream: prepare, the path's kernels, and finish if the path summed into
-// grad_q_float and left it at that. Both take any float16 or bfloat16 problem with D a multiple of 8 up to 256,
-// pointers aligned to 16 bytes and q_stride a multiple of 8 elements; anything else is cudaErrorNotSupported.
+// Order of the launches, all on one stream: prepare, the path's kernels, and finish if the path left its sums in
+// grad_q_float. Both take any float16 or bfloat16 problem with D a multiple of 8 up to 256, pointers aligned to 16
+// bytes and q_stride a multiple of 8 elements; otherwise cudaErrorNotSupported.
 
 // Reads q, out, grad_out, lse, grad_lse; writes delta, lse_log2, and, where these are not null, q_rotated and zeros
 // into grad_q_float.
@@ -69,7 +69,7 @@ cudaError_t launch_injected_attention_backward_finish_packed(const InjectedAtten
                                                              cudaStream_t stream);
 
 // grad_k and grad_v from the shares of kv_splits > 1 parts, or those of a tail's tiles from its pieces, in their order:
-// the same bits every time.
+// the same bits in every run.
 cudaError_t launch_injected_attention_backward_sum_parts(const InjectedAttentionBackwardParams& params,
                                                          cudaStream_t stream);
 

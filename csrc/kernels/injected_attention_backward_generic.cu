@@ -1,5 +1,5 @@
-// Backward of injected attention in float32 arithmetic: a kernel over tiles of queries for grad_q and one over tiles of
-// slots for grad_k and grad_v, each with the weights computed anew.
+// Backward of injected attention in float32 arithmetic, without tensor cores: one kernel over tiles of queries for
+// grad_q, one over tiles of slots for grad_k and grad_v. Each recomputes the weights from lse.
 #include "kernels/common/float_attention.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/common/with_float_type.h"
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncwarp();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      // with one part the tile is still there
+      // with one part the tile is still in shared memory
       if (kParts > 1) {
         __syncthreads();
         load_tile(tile, key_tile, valid, part * kPart, f.head_size);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  // through shared memory, since the two numbers that turn with each other belong to different threads
+  // through shared memory, since the two numbers of a rotated pair belong to different threads
   __syncthreads();
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncwarp();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        // with one part the tile is still there
+        // with one part the tile is still in shared memory
         if (kParts > 1) {
           __syncthreads();
           load_tile(tile, grad, valid, part * kPart, f.head_size);
@@ -278,7 +278,7 @@ cudaError_t launch(const InjectedAttentionBackwardParams& p, cudaStream_t stream
   if (status != cudaSuccess) return status;
   status = cudaFuncSetAttribute(slot_gradient_kernel<T, kParts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  // a batch row adds at most one tile that is not full
+  // a batch row adds at most one partial tile
   const int64_t query_tiles = f.num_queries * (f.q_heads / f.kv_heads) / kRows + f.num_rows;
   const int64_t slot_tiles = p.grad_k == nullptr && p.grad_v == nullptr ? 0 : (f.num_slots + kRows - 1) / kRows;
   const int64_t query_blocks = query_tiles * f.kv_heads, slot_blocks = slot_tiles * f.kv_heads;

@@ -5,8 +5,8 @@
 
 namespace sharedllm {
 
-// What launch_injected_attention_generic takes. Needs no workspace; grad_k and grad_v may each be null. The same bits
-// every time.
+// Takes what launch_injected_attention_generic takes. Needs no workspace; grad_k and grad_v may each be null. The same
+// bits in every run.
 cudaError_t launch_injected_attention_backward_generic(const InjectedAttentionBackwardParams& params,
                                                        cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// Backward of injected attention, portable path: plan and choice of the instance.
+// Backward of injected attention, portable path: plan and choice of the kernel instance.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace {
 
 using namespace backward_portable;
 
-// Blocks beyond this many for each multiprocessor gain nothing, and every part costs a pass over grad_k and grad_v.
+// More blocks per SM than this gain nothing, and every part costs a pass over grad_k and grad_v.
 constexpr int kMaxSplits = 32;
 
 struct Shape {
@@ -48,7 +48,8 @@ cudaError_t plan_injected_attention_backward_portable(InjectedAttentionBackwardP
   const int64_t blocks = (f.num_slots + shape.slots - 1) / shape.slots * f.kv_heads;
   const int64_t places = static_cast<int64_t>(processors) * shape.blocks;
   if (blocks == 0) return cudaSuccess;
-  // A batch row of equal slots has at least this many steps; a part should have 8 of them to be worth its start.
+  // If all rows have equally many slots, each has at least this many steps; a part should have 8 of them to be worth
+  // its start.
   const int64_t steps = f.num_queries * (f.q_heads / f.kv_heads) / shape.rows;
   const int64_t most = std::min<int64_t>(kMaxSplits, steps / 8);
   params->kv_splits = fewest_splits(blocks, places, most, 0, 0.05);

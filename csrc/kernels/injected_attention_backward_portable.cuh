@@ -1,5 +1,6 @@
-// Kernels of the portable backward. Both recompute the weights P = exp2(S scale log2(e) - lse_log2) from the rotated
-// queries and form dS = P (dP - delta) in registers; see docs/kernels/injected_attention_backward_portable.md.
+// Kernels of the portable backward pass (mma.sync, ldmatrix, cp.async). Both recompute the weights P = exp2(S scale
+// log2(e) - lse_log2) from the rotated queries and form dS = P (dP - delta) in registers; see
+// docs/kernels/injected_attention_backward_portable.md.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,15 +20,14 @@ namespace backward_portable {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// ---- products on tiles ----
+// ---- matmuls of tiles ----
 
 struct Nothing {
   __device__ __forceinline__ void operator()(int, int) const {}
 };
 
 // sum [16 kM, 16 kN] += a b^T over kColumns: rows of both tiles are vectors. a is the tile's address + lane_base, b
-// that
-// + pair_lane_base. meanwhile(i, n) is called n times with work for the other units while the tensor cores are busy.
+// that + pair_lane_base. meanwhile(i, n) is called n times with work for other units while the tensor cores are busy.
 template <class T, int kColumns, int kM, int kN, class Function = Nothing>
 __device__ __forceinline__ void multiply_rows(float (&sum)[kM][2 * kN][4], uint32_t a, int a_block, uint32_t b,
                                               int b_block, const Function& meanwhile = Function()) {
@@ -118,8 +118,8 @@ __device__ __forceinline__ void pack_operands(uint32_t (&to)[kM][kK][4], const f
 
 // ---- loads ----
 
-// How the threads of a block share out the 16-byte chunks of a tile: thread t takes chunks t, t + kThreads, …. A whole
-// number of rows at a time keeps each thread in one column, so that its addresses need little arithmetic.
+// How the threads of a block share the 16-byte chunks of a tile: thread t takes chunks t, t + kThreads, …. With a whole
+// number of rows at a time each thread stays in one column, so that its addresses need little arithmetic.
 template <int kColumns, int kRows, int kThreads, class Function>
 __device__ __forceinline__ void for_each_chunk(const Function& function) {
   constexpr int kChunks = kColumns / 8, kTotal = kRows * kChunks;
@@ -139,7 +139,7 @@ __device__ __forceinline__ void for_each_chunk(const Function& function) {
   }
 }
 
-// kRows vectors, stride elements apart, into a tile; zeros from count on.
+// Loads kRows vectors, stride elements apart, into a tile; zeros from count on.
 template <class T, int kColumns, int kRows, int kThreads>
 __device__ __forceinline__ void load_slots(uint32_t tile, const T* from, int64_t stride, int count) {
   using Tile = SwizzledTile<kColumns>;
@@ -149,7 +149,7 @@ __device__ __forceinline__ void load_slots(uint32_t tile, const T* from, int64_t
   });
 }
 
-// Where the packed rows of a tile lie in a [T, Hq, …] tensor: the group's G heads of one query after the other.
+// Where the packed rows of a tile are in a [T, Hq, …] tensor: the group's G heads of one query after the other.
 struct PackedRows {
   int64_t first;        // vector of the first query's first head of the group
   int skip;             // packed rows of that query before the tile
@@ -183,7 +183,8 @@ __device__ __forceinline__ void load_rows(uint32_t q_tile, uint32_t grad_tile, c
 
 // ---- rotation of 8 columns ----
 
-// The tables' values for the 8 columns of a chunk and where their partners are; a chunk that does not turn is its own.
+// cos and sin of the 8 columns of a chunk, and where their partners are; a chunk that is not rotated is its own
+// partner.
 struct ChunkRotation {
   float cos[8], sin[8];  // sin with the sign for forward rotation
   int partner;           // first column of the partner chunk
@@ -213,8 +214,8 @@ struct ChunkRotation {
 
 template <int kHeadSize>
 struct QueryTiles;
-// A warp of 32 rows reads an operand from shared memory once for two products, which is what its bandwidth allows; 32 x
-// D sums and 2 x 32 x slots scores fill the registers. All fit 99 KiB (8.6, 8.9, 12.0), two blocks share 227 KiB.
+// A warp of 32 rows uses an operand from shared memory for two matmuls, which the bandwidth requires; 32 x D sums and 2
+// x 32 x slots scores fill the registers. All fit 99 KiB (8.6, 8.9, 12.0); two blocks share 227 KiB.
 template <>
 struct QueryTiles<64> {
   static constexpr int kWarps = 4, kRowBlocks = 2, kSlots = 64;
@@ -390,7 +391,7 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
       }
     }
     if (step + 1 == steps) {
-      // slots behind the end were loaded as zeros, but their weight need not be finite
+      // slots past the end were loaded as zeros, but their weights need not be finite
       const int count = static_cast<int>(tile.slot_count - step * kSlots);
 #pragma unroll
       for (int n = 0; n < 2 * kN; ++n) {
@@ -414,7 +415,7 @@ __global__ void __launch_bounds__(QueryKernel<T, kHeadSize>::kThreads, 2)
   __syncthreads();
   constexpr int kWarpRows = 16 * kM;
   float* const mine = reinterpret_cast<float*>(shared) + warp * kWarpRows * kHeadSize;
-  const auto place = [](int row, int column) {  // permuted in groups of 4 columns against bank conflicts
+  const auto place = [](int row, int column) {  // swizzled in groups of 4 columns against bank conflicts
     return row * kHeadSize + (((column >> 2) ^ (row & 7)) << 2) + (column & 3);
   };
 #pragma unroll
@@ -481,7 +482,7 @@ struct Walk {
   int slot_begin, slot_end;
 };
 
-// By one whole warp.
+// Called by one whole warp.
 template <int kRows, bool kStaggered>
 __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* walk, Step* step, int64_t slot_tile,
                                         int64_t slot_tiles, int64_t slot, int slots, int64_t head, int splits) {
@@ -539,9 +540,9 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
   }
 }
 
-// Adds a lane's columns 2 t, 2 t + 1 (t = lane % 4) of two neighbouring products [8 rows, 8 columns] to the row at
-// `to`, whose 16 columns these are. Every line of memory that an instruction touches costs a cycle, so lanes exchange
-// halves to add 16 bytes each where the device can.
+// Adds a lane's columns 2 t, 2 t + 1 (t = lane % 4) of two neighbouring matmuls [8 rows, 8 columns] to the row at `to`,
+// whose 16 columns these are. Every cache line that an instruction touches costs a cycle, so lanes exchange halves to
+// add 16 bytes each where the device can.
 __device__ __forceinline__ void add_columns(float* to, bool valid, float left0, float left1, float right0,
                                             float right1) {
   const int t = threadIdx.x % 4;
@@ -576,7 +577,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   using WeightTile = SwizzledTile<kRows>;
   constexpr bool kStaggered = kGradQuery;
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ Step steps[4];  // of the step before, this one and the next two
+  __shared__ Step steps[4];  // of the previous step, this one and the next two
   __shared__ Walk walk;
 
   const InjectedAttentionParams& f = p.forward;
@@ -614,8 +615,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
   float* const poison = reinterpret_cast<float*>(shared + Tiles::kPoison);
   bool poisoned = false;
   if constexpr (kGradQuery) {
-    // Batch rows that do not own a slot multiply its key by 0 for grad_q. A key that is not finite is replaced by 0,
-    // and makes the weights NaN for the rows that own it.
+    // Batch rows that do not own a slot multiply its key by 0 for grad_q. A key that is not finite is therefore
+    // replaced by 0, and makes the weights NaN for the rows that own it.
     for (int i = threadIdx.x; i < kSlots; i += kThreads) {
       constexpr uint32_t kExponent = sizeof(T) == 2 && std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
       bool finite = true;
@@ -670,7 +671,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
       copy4_async(base + Tiles::kDelta + (stage * kRows + row) * 4, p.delta + at, valid);
     }
   };
-  // grad_q of one step from its dS; warps share out rows and columns
+  // grad_q of one step from its dS; the warps divide rows and columns among themselves
   const auto add_grad_query = [&](int i, uint32_t weights) {
     constexpr int kRowWarps = Tiles::kQueryRowWarps, kColumnWarps = Tiles::kWarps / kRowWarps;
     constexpr int kQueryM = kRows / 16 / kRowWarps, kQueryN = kHeadSize / 16 / kColumnWarps;
@@ -719,7 +720,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     __syncthreads();
     const uint32_t q_tile = base + Tiles::kQuery + stage * Tiles::kRowTileBytes;
     const uint32_t grad_tile = base + Tiles::kGrad + stage * Tiles::kRowTileBytes;
-    // one part: dS of the last step is read while this one's is written; more: weights and dS of this step
+    // with one part, dS of the last step is read while this one's is written; with more, weights and dS of this step
     const uint32_t weight_tile = base + Tiles::kWeights;
     const uint32_t grad_weight_tile =
         base + Tiles::kWeights + (kParts > 1 ? Tiles::kWeightBytes : stage * Tiles::kWeightBytes);

@@ -1,4 +1,4 @@
-// Tiles of the portable backward's kernel for grad_k and grad_v, and which device runs which.
+// Tiles of the portable backward kernel for grad_k and grad_v, and which device uses which.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,8 +8,8 @@
 namespace sharedllm {
 namespace backward_portable {
 
-// kSlotWarps x kParts warps. The warps of a slot group each hold a part of the columns of grad_k and grad_v; the scores
-// of the group are shared out among them by rows, and weights go through shared memory if there is more than one part.
+// kSlotWarps x kParts warps. The warps of a slot group each hold a part of the columns of grad_k and grad_v. They
+// divide the scores of the group by rows, and exchange weights through shared memory if there is more than one part.
 template <int kHeadSize_, int kSlotWarps_, int kParts_, int kSlotBlocks_, int kRows_, int kQueryRowWarps_,
           bool kValueInRegisters_, int kBlocks_ = 1>
 struct KeyValueTiles {
@@ -17,12 +17,12 @@ struct KeyValueTiles {
   static constexpr int kRows = kRows_;                    // packed rows of a step
   static constexpr int kQueryRowWarps = kQueryRowWarps_;  // for grad_q: warps along the rows, the others along columns
   static constexpr bool kValueInRegisters = kValueInRegisters_;
-  static constexpr int kBlocks = kBlocks_;  // of one multiprocessor
+  static constexpr int kBlocks = kBlocks_;  // resident blocks on an SM
   static constexpr int kWarps = kSlotWarps * kParts, kThreads = 32 * kWarps;
   static constexpr int kSlots = 16 * kSlotBlocks * kSlotWarps;
   static constexpr int kRowBytes = 2 * kHeadSize;
   static constexpr int kScoreRows = kRows / kParts;
-  // weights and their gradients of so many rows are held at once
+  // weights and their gradients are held for this many rows at once
   static constexpr int kChunkRows = kScoreRows * kSlotBlocks > 64 ? 64 / kSlotBlocks : kScoreRows;
   static constexpr int kRowTileBytes = kRows * kRowBytes, kWeightBytes = kSlots * kRows * 2;
   static constexpr int kWeightTiles = 2;  // weights and dS, or dS of two steps
@@ -42,7 +42,7 @@ struct KeyValueTiles {
 };
 
 // Small fits the 99 KiB of 8.6, 8.9 and 12.0, Large the 163 KiB of 8.0. grad_k and grad_v of a warp take 128 registers
-// a thread in each (96 with D = 96), which leaves room for the scores of 64 rows by 16 slots or as many.
+// per thread each (96 with D = 96), which leaves room for the scores of 64 rows by 16 slots or as many.
 template <int kHeadSize>
 struct KeyValueChoice;
 template <>
@@ -58,7 +58,7 @@ struct KeyValueChoice<96> {
 template <>
 struct KeyValueChoice<128> {
   using Small = KeyValueTiles<128, 8, 1, 1, 32, 1, true>;
-  // two parts: a warp multiplies 32 x 32 blocks and 32 x 64, for which shared memory is nearly fast enough; with one
+  // two parts: a warp multiplies 32 x 32 and 32 x 64 blocks, for which shared memory is nearly fast enough; with one
   // part (128, 8, 1, 1, 64, 2, false) it took 2% longer
   using Large = KeyValueTiles<128, 4, 2, 2, 64, 2, false>;
 };

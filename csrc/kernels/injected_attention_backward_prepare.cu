@@ -1,5 +1,5 @@
-// Before and after the backward kernels: what each query needs once, the rotation of its gradient, the sum of the parts
-// of the slots' gradients. Bound by memory.
+// Before and after the backward kernels: delta, log-sum-exp and RoPE of each query, the rotation of its gradient back,
+// the sum of the parts of the slots' gradients. Memory-bound.
 #include <cuda_runtime.h>
 
 #include "kernels/common/attention_rows.cuh"
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const InjectedAttentio
   *reinterpret_cast<uint4*>(static_cast<T*>(p.grad_q) + vector * f.head_size + first) = pack8(T{}, x);
 }
 
-// The same from the layout of QuerySums: a thread takes two quads of a vector, where it can the two that turn with each
-// other.
+// The same from the layout of QuerySums: a thread takes two quads of a vector, if possible the two that are rotated
+// with each other.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedAttentionBackwardParams p) {
   wait_for_previous_kernel();
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedA
   const RotaryRow rotary = p.turns_keys ? RotaryRow{nullptr, nullptr, 0} : find_rotary_row(f, query);
   const int half = rotary.half;
   const bool whole = half % 16 == 0, turns = whole && thread < half / 4;
-  // neighbouring threads have neighbouring quads
+  // neighbouring threads take neighbouring quads
   const int turning = whole ? half / 4 : 0;
   const int quads[2] = {turns ? thread : thread + turning, turns ? thread + turning : thread + threads};
   float x[2][4];

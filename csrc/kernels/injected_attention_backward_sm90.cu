@@ -1,4 +1,4 @@
-// Backward of injected attention on Hopper: plan and choice of the instance.
+// Backward of injected attention on Hopper: plan and choice of the kernel instance.
 #include "kernels/common/instances.h"
 #include "kernels/injected_attention_backward.h"
 #include "kernels/injected_attention_backward_sm90.h"
@@ -13,7 +13,7 @@ cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaS
 
 namespace {
 
-// Each piece of a tail starts anew and has its share summed up: below this part of all work the gain is lost.
+// Each piece of a tail has its own start, and its share has to be summed: below this part of all work the gain is lost.
 constexpr int64_t kFewestIdleParts = 64;
 
 // The fused kernel has no instance for D of 256.
@@ -44,10 +44,10 @@ cudaError_t plan_injected_attention_backward_sm90(InjectedAttentionBackwardParam
   if (status != cudaSuccess) return status;
   const int64_t blocks = (forward.num_slots + kBackwardSlots - 1) / kBackwardSlots * forward.kv_heads;
   if (blocks == 0) return cudaSuccess;
-  // A part below 16 steps of 64 rows spends too much of its time on its start, and on its shares of grad_k and grad_v.
+  // A part of fewer than 16 steps of 64 rows spends too much time on its start, and on its shares of grad_k and grad_v.
   const int64_t steps = forward.num_queries * (forward.q_heads / forward.kv_heads) / 64;
   const int64_t most = std::min<int64_t>(32, steps / 16);
-  // With one batch row all blocks take equally long, and those of the last round can be cut to measure.
+  // With one batch row all blocks take equally long, and those of the last wave can be cut to fit.
   const int64_t rest = blocks % processors, idle = processors - rest;
   if (forward.num_rows == 1 && blocks > processors && rest > 0 && idle * kFewestIdleParts >= blocks && most > 1 &&
       rest + processors <= kMostPieces) {

@@ -1,5 +1,6 @@
-// dq, dk and dv in one kernel on Hopper: a tile of slots stays in shared memory, query tiles of every batch row that
-// reads it stream past. dk and dv sum up in registers, dq by atomic additions of float32.
+// dq, dk and dv in one kernel on Hopper (WGMMA, TMA, producer and consumer warps). A tile of slots stays in shared
+// memory; the query tiles of every batch row that reads it stream past. dk and dv accumulate in registers, dq by atomic
+// additions of float32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +16,7 @@
 
 namespace sharedllm {
 
-// A query tile on its way through the stages: which rows of the slot tile its batch row reads.
+// A query tile in the pipeline, and the slots of the slot tile that its batch row reads.
 struct QueryStep {
   int64_t first_query;
   int32_t queries;    // of this tile, at most QueryTiling::queries
@@ -25,9 +26,10 @@ struct QueryStep {
 template <int kHeadSize>
 struct KeyValueGradientTile {
   static constexpr int kPanels = (kHeadSize + 63) / 64;
-  // 64 slots to a warpgroup: dK and dV (2 x 64 registers a thread for 128 columns) leave room for S and dP of 64 rows.
+  // 64 slots per warpgroup: dK and dV (2 x 64 registers per thread for 128 columns) leave room for S and dP of 64 rows.
   static constexpr int kWarpgroups = 2, kSlots = 64 * kWarpgroups;
-  // The warpgroups are half a step apart: one begins with the next tile before the other is through with the last.
+  // Ping-pong: the warpgroups are half a step apart, so one begins with the next tile before the other has finished the
+  // last.
   static constexpr int kQueryStages = 3, kGradOutStages = 3, kScoreBuffers = 2;
   static constexpr int kSlotPanelBytes = kSlots * 128, kSlotBytes = kPanels * kSlotPanelBytes;
   static constexpr int kQueryPanelBytes = kTileRows * 128, kQueryBytes = kPanels * kQueryPanelBytes;
@@ -36,8 +38,8 @@ struct KeyValueGradientTile {
   static constexpr int kColumns = kPanels * 64 / kWarpgroups, kSumBytes = kTileRows * kColumns * 4;
   static_assert(kColumns == QuerySums::columns(kHeadSize), "the layout in global memory");
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // Together the 504 that a block of 384 threads starts with. With 128 columns the copying warps spill a little, which
-  // costs them some of the time they wait anyway.
+  // Together the 504 registers that a block of 384 threads starts with. With 128 columns the producer warps spill a
+  // little, which costs time that they would spend waiting.
   static constexpr int kConsumerRegisters = kHeadSize < 128 ? 232 : 240,
                        kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr int kBarriers = 2 * kQueryStages + 2 * kGradOutStages + 3;
@@ -46,7 +48,7 @@ struct KeyValueGradientTile {
                                       kQueryStages * (2 * kTileRows * 4 + sizeof(QueryStep)) + 8 * kBarriers;
 };
 
-// A piece of a tile of slots: which part of each batch row's query tiles it takes.
+// A piece of a tile of slots: the part of each batch row's query tiles that it takes.
 struct SlotTilePiece {
   uint16_t tile, share;  // of the tail; share of partial_grad_k and partial_grad_v
   uint16_t begin, end;   // in the tail's units
@@ -54,10 +56,10 @@ struct SlotTilePiece {
 struct SlotTilePieces {
   uint32_t whole;
   int32_t units;
-  SlotTilePiece piece[kMostPieces];  // the longest first, so that they fill the round evenly
+  SlotTilePiece piece[kMostPieces];  // the longest first, so that they fill the wave evenly
 };
 
-// What a block takes. Of a tile in the tail there is a piece only, and no other split.
+// The work of a block. A tile in the tail has only a piece, and no other split.
 struct BlockWork {
   bool is_piece;
   SlotTilePiece piece;
@@ -108,7 +110,7 @@ class QueryWalk {
     step->high = high_;
     tile_ += stride_;
     at_ += stride_;
-    // a tile behind the row's last one comes from the next row anyway, if the stride is longer than the row
+    // if the stride is longer than the row, a tile past the row's last one is found in the next row
     if (at_ >= tiles_) at_ -= tiles_;
     return true;
   }
@@ -163,8 +165,8 @@ __device__ __forceinline__ bool has_non_finite(__half, uint32_t pair) {
   return (pair & 0x7c00u) == 0x7c00u || (pair & 0x7c000000u) == 0x7c000000u;
 }
 
-// A batch row's dS is 0 at slots it does not read, but 0 * NaN is not, and a tile may hold slots of other rows with
-// anything in them. A row that does read such a slot has NaN as its sum of exponentials, so all its gradients stay NaN.
+// A batch row's dS is 0 at slots it does not read, but 0 * NaN is not, and a tile may hold slots of other rows with any
+// content. A row that does read such a slot has NaN as its sum of exponentials, so all its gradients stay NaN.
 template <class T, int kPanels, int kSlots, int kThreads>
 __device__ __forceinline__ void zero_non_finite_rows(uint8_t* tile, int thread) {
   for (int r = thread / 8; r < kSlots; r += kThreads / 8) {
@@ -184,8 +186,8 @@ __device__ __forceinline__ void zero_non_finite_rows(uint8_t* tile, int thread) 
   }
 }
 
-// Keys turned back in place by the tables' row for the only batch row: (R q) k = q (R^T k). Each warp has the rows that
-// it has in zero_non_finite_rows.
+// Rotates keys back in place by the tables' row for the only batch row: (R q) k = q (R^T k). Each warp has the rows
+// that it has in zero_non_finite_rows.
 template <class T, int kHeadSize, int kSlots, int kThreads>
 __device__ __forceinline__ void turn_keys_back(uint8_t* tile, const RotaryRow& rotary, int thread) {
   constexpr int kPairs = kHeadSize / 16;
@@ -214,7 +216,7 @@ __device__ __forceinline__ void turn_keys_back(uint8_t* tile, const RotaryRow& r
   }
 }
 
-// And their gradients forward again.
+// Rotates their gradients forward again.
 template <int kHeadSize>
 __device__ __forceinline__ void turn_key_sums(float (&sums)[kHeadSize / 2], const RotaryRow& rotary) {
 #pragma unroll
@@ -292,7 +294,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kQueryStages; ++i) {
-      // the leader's and those of the warp that copies the row values
+      // arrivals of the leader and of the warp that copies lse and delta
       barrier_init(query_full + i, 1 + 32);
       barrier_init(query_empty + i, 4 * Tile::kWarpgroups);
     }
@@ -304,7 +306,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     barrier_init(partial_tile, 1);
     barrier_init_fence();
   }
-  // A box may leave the last rows of the tiles unwritten, and the products contract over them; dQ of step -1 is 0.
+  // A box may leave the last rows of the tiles unwritten, and the matmuls contract over them; dQ of step -1 is 0.
   for (uint8_t* x = query_tiles + threadIdx.x * 16; x < query_sum_tiles; x += Tile::kThreads * 16) {
     *reinterpret_cast<uint4*>(x) = uint4{};
   }
@@ -384,7 +386,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         barrier_arrive(query_full + stage);
       }
     } else {
-      // what it prepares, sums of dQ included, comes to the consumers behind this warp's arrivals
+      // the results of prepare, including the zeroed sums of dQ, reach the consumers through this warp's arrivals
       wait_for_previous_kernel();
       while (walk.next(&step)) {
         float* const to = row_values + stage * 2 * kTileRows;
@@ -405,14 +407,14 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     }
   } else {
     raise_registers<Tile::kConsumerRegisters>();
-    // kept in a register: read from its special register once more, it would delay the turns
+    // kept in a register: reading its special register again would delay the ping-pong
     const int thread = static_cast<int>(hidden(threadIdx.x)) % 128;
     const int w = warpgroup - 1, warp = thread / 32, lane = thread % 32;
     float key_sums[kHeadSize / 2], value_sums[kHeadSize / 2];
 #pragma unroll
     for (int i = 0; i < kHeadSize / 2; ++i) key_sums[i] = 0.f, value_sums[i] = 0.f;
 
-    // of keys that turn; found again in the end, instead of registers kept over the loop
+    // of keys that are rotated back; looked up again at the end, instead of registers kept over the loop
     const auto find_rotary = [&](uint32_t zero) {
       if (!p.turns_keys || p.forward.rotary_half == 0) return RotaryRow{nullptr, nullptr, 0};
       const int64_t position = clamp_index(__ldg(p.forward.q_position + zero), 0, p.forward.num_positions - 1);
@@ -425,7 +427,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       turn_keys_back<T, kHeadSize, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, rotary, threadIdx.x - 128);
       __syncwarp();
     }
-    // behind the rotation, which may make a number infinite and never the other way round
+    // after the rotation, which may make a number infinite but never finite
     zero_non_finite_rows<T, Tile::kPanels, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, threadIdx.x - 128);
     async_proxy_fence();
     named_barrier_sync(1, 128 * Tile::kWarpgroups);
@@ -535,7 +537,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         async_proxy_fence();
       };
       // Adds dQ of a step to that of other blocks. Each warp sends its 16 rows, and waits only for what it sent a step
-      // before. Rows behind the batch row's end stay here: they may be NaN.
+      // before. Rows past the batch row's end are not sent: they may be NaN.
       const QuerySums layout(p.forward);
       const auto add_query_sums = [&](int first_query, int rows) {
         fence_registers(query_sums);
@@ -565,7 +567,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         }
       };
 
-      // The products of one warpgroup run while the other takes its exponentials.
+      // Ping-pong: the matmuls of one warpgroup run while the other computes its exponentials.
       const auto take_turn = [&]() { named_barrier_sync(2 + w, 256); };
       const auto give_turn = [&]() { named_barrier_arrive(3 - w, 256); };
       if (w == 1) give_turn();
@@ -580,7 +582,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       wgmma_wait<0>();
       differentiate();
       store_scores(0);
-      // The first warpgroup sums dQ a step later than the second one, which comes after it in every step and finds both
+      // The first warpgroup sums dQ one step later than the second, which follows it in every step and finds both
       // halves of dS.
       int buffer = 0, last_query = 0, last_rows = 0;
       while (true) {
@@ -608,15 +610,15 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         }
 
         barrier_wait(grad_out_full + stage, phase);
-        // With the turn comes the other warpgroup's dS.
+        // From here on the other warpgroup's dS is visible.
         take_turn();
         accumulate(weights, grad_out_tile(done_stage), value_sums);
         multiply_keys(w == 0 ? buffer ^ 1 : buffer);
         accumulate(packed, query_tile(done_stage), key_sums);
-        // dV is there, and the registers of its operand are free for the next scores.
+        // dV is complete, and the registers of its operand are free for the next scores.
         wgmma_wait<2>();
         multiply_rows(keys, query_tile(stage), scores);
-        // dQ is there; its sums go while dK and the scores are in flight.
+        // dQ is complete; its sums are sent while dK and the scores are in flight.
         wgmma_wait<2>();
         add_query_sums(w == 0 ? last_query : done_query, w == 0 ? last_rows : done_rows);
         last_query = done_query, last_rows = done_rows;
@@ -633,7 +635,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
         weigh();
         wgmma_wait<0>();
         differentiate();
-        // Both have read what is there, the other one in its last turn.
+        // Both halves have been read, the other warpgroup's in its last pass.
         buffer ^= 1;
         store_scores(buffer);
       }

@@ -1,9 +1,8 @@
-// Injected attention on Hopper with chained tiles: the consumers of a persistent block never stop between them. The
-// first scores of the next tile and the last product of this one are issued together, and the loading warps find the
-// tiles, load their queries and store their results, so that a consumer knows blocks of slots only. For short memories,
-// where turning queries would be the limit, the keys are turned back by a kernel before, and the copy engine moves
-// queries and results.
-// docs/kernels/injected_attention_prefill.md has the derivation.
+// Injected attention on Hopper with chained tiles: the consumers of a persistent block never stop between tiles. The
+// first scores of the next tile and the last output matmul of this one are issued together. The producer warps find the
+// tiles, load their queries and store their results, so that a consumer only knows blocks of slots. For short memories,
+// where rotating queries would be the limit, an earlier kernel rotates the keys back, and TMA moves queries and
+// results. docs/kernels/injected_attention_prefill.md has the derivation.
 #pragma once
 
 #include "kernels/injected_attention_sm90.cuh"
@@ -12,21 +11,21 @@ namespace sharedllm {
 
 namespace sm90 {
 
-// A tile of packed rows, handed to the consumers with its queries, and back to the loaders with its results.
+// A tile of packed rows, handed to the consumers with its queries, and back to the producers with its results.
 struct ChainedTile {
   int blocks;        // of slots; 0: there are no more tiles
   int valid;         // slots of the last block
   int used;          // packed rows
-  int first_member;  // the first row's place among the heads that share a key/value head
+  int first_member;  // the first row's index among the heads that share a key/value head
   int query, head;   // of member 0 of the first query
 };
 
 struct ChainedMaps {
   CUtensorMap keys, values;  // boxes of a block of slots
-  CUtensorMap queries, out;  // boxes of a tile; for the copy engine only
+  CUtensorMap queries, out;  // boxes of a tile; for TMA only
 };
 
-// Two stages of queries are one in truth for a tile of few blocks: results leave a stage when the next tile has begun.
+// Two query stages behave like one: a stage frees only after the next tile starts. So short tiles need three.
 template <int kHeadSize, bool kBulk>
 struct ChainedShape : Shape<kHeadSize, kBulk ? 3 : Sm90Tile<kHeadSize>::kQueryStages> {
   using S = Shape<kHeadSize, kBulk ? 3 : Sm90Tile<kHeadSize>::kQueryStages>;
@@ -37,7 +36,7 @@ struct ChainedShape : Shape<kHeadSize, kBulk ? 3 : Sm90Tile<kHeadSize>::kQuerySt
   static_assert(S::kSharedBytes % 8 == 0 && kSharedBytes <= 227 * 1024);
 };
 
-// Where the results of a tile's rows stand, [T, Hq].
+// Where the results of a tile's rows go, [T, Hq].
 class ResultRows {
  public:
   __device__ __forceinline__ ResultRows(const InjectedAttentionSm90Params& p, const ChainedTile& tile,
@@ -57,8 +56,8 @@ class ResultRows {
   const int64_t first_;
 };
 
-// Whole rows out of a query stage, or zeros for a tile without slots, by kThreads threads; with `lse` log-sum-exp of
-// the same, or -inf.
+// Stores whole rows out of a query stage, or zeros for a tile without slots, by kThreads threads; with `lse` also its
+// log-sum-exp, or -inf.
 template <class T, int kHeadSize, int kThreads, bool kZeros>
 __device__ __forceinline__ void store_results(const InjectedAttentionSm90Params& p, const ChainedTile& tile,
                                               const uint8_t* from, const float* lse, const Divisor& group, int thread) {
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   uint64_t* const full = reinterpret_cast<uint64_t*>(shared + S::kBarrierOffset);
   uint64_t* const empty = full + S::kStages;
   uint64_t* const query_full = empty + S::kStages;
-  // the queries have been used, and the results stand in their place
+  // the queries have been used, and the results are in their place
   uint64_t* const results_full = query_full + kQueryStages;
   RowTile* const only = reinterpret_cast<RowTile*>(shared + S::kRowOffset);
   ChainedTile* const tiles = reinterpret_cast<ChainedTile*>(shared + S::kTileOffset);
@@ -133,8 +132,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   if (threadIdx.x == 32 && p.num_rows == 1) load_row(p, 0, only);
   __syncthreads();
 
-  // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
-  // 0
+  // a negative scale negates the queries, so that the largest score is always the best one; a scale of 0 makes them 0
   const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
   const Divisor group(p.q_heads / p.kv_heads);
   const auto describe = [&](const Work& work, ChainedTile* tile) {
@@ -155,12 +153,12 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     if (kBulk && warp == 1) {
       const uint32_t bytes = S::kPanels * p.tile_rows * 128;
       Cursor<kQueryStages> query;
-      int handed = 0;  // tiles given to the consumers, up to the number of stages
+      int handed = 0;  // tiles handed to the consumers, up to the number of stages
       const auto store = [&] {
         const ChainedTile& tile = tiles[query.stage];
         const uint8_t* const from = queries + query.stage * S::kQueryBytes;
         if (tile.used < p.tile_rows) {
-          // the copy engine would write queries behind the end of the batch row
+          // TMA would write queries past the end of the batch row
           store_results<T, kHeadSize, 32, false>(p, tile, from, nullptr, group, lane);
         } else if (lane == 0) {
 #pragma unroll
@@ -195,7 +193,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
                            kEvictFirst);
           }
         }
-        // no lane may ask for a phase when the others' tiles have brought the next one
+        // no lane may wait for a phase when the others' tiles have brought the next one
         __syncwarp();
         query.advance();
       }
@@ -215,7 +213,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       const int thread = threadIdx.x - 32;
       const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
       Cursor<kQueryStages> query;
-      int handed = 0;  // tiles given to the consumers, up to the number of stages
+      int handed = 0;  // tiles handed to the consumers, up to the number of stages
       const auto store = [&] {
         store_results<T, kHeadSize, kLoaders, false>(p, tiles[query.stage], queries + query.stage * S::kQueryBytes,
                                                      lse_rows + query.stage * S::kRows, group, thread);
@@ -233,7 +231,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         } else {
           ++handed;
         }
-        // a thread's copies replace what it has just stored
+        // a thread's copies overwrite what it has just stored
         load_queries<T, kHeadSize>(p, work, queries + query.stage * S::kQueryBytes, factor, group, thread);
         if (thread == 0) describe(work, tiles + query.stage);
         barrier_arrive(query_full + query.stage);
@@ -265,7 +263,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       }
       cursor.advance();
     };
-    // the block whose values are to come
+    // the block whose values come next
     int head = -1, slot = 0;
     while (walk.next(&work)) {
       if (lane == 0) {
@@ -281,7 +279,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       __syncwarp();
     }
     if (lane == 0 && head >= 0) {
-      // an empty stage in place of keys, so that values always stand behind one
+      // an empty stage in place of keys, so that values always follow one
       barrier_wait(empty + cursor.stage, cursor.phase ^ 1);
       barrier_arrive(full + cursor.stage);
       cursor.advance();
@@ -299,7 +297,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       named_barrier_arrive(kTurnBarrier + (consumer + other) % kWarpgroups, 128 * kWarpgroups);
     }
   };
-  // the first warpgroup begins: those behind it in the round have already had their turn
+  // the first warpgroup begins: those after it in the round have already had their turn
 #pragma unroll
   for (int ahead = 0; ahead < kWarpgroups - 1; ++ahead) {
     if (consumer > ahead) named_barrier_arrive(kTurnBarrier + ahead, 128 * kWarpgroups);
@@ -334,8 +332,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   const auto release = [&](uint64_t* barrier) {
     if (lane == 0) barrier_arrive(barrier);
   };
-  // Scores of the next block and output of the last one; the scores are there when it returns. What does not need
-  // them goes into `meanwhile`.
+  // Scores of the next block and output of the last one; the scores are complete when it returns. Work that does not
+  // need them goes into `meanwhile`.
   const auto issue = [&](const auto& meanwhile) {
     barrier_wait(full + cursor.stage, cursor.phase);
     named_barrier_sync(turn, 128 * kWarpgroups);
@@ -375,8 +373,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       if (column >= valid) s[j] = -kInfinity;
     }
   };
-  // The slots behind the end belong to somebody else, and a weight of 0 does not silence a NaN. Their values stand
-  // behind the next keys. The barrier before the product that reads them is the caller's.
+  // Slots past the end belong to another row, and a weight of 0 does not silence a NaN. Their values follow the next
+  // keys. The barrier before the matmul that reads them is the caller's.
   const auto silence_values = [&](int valid) {
     if (valid >= kSlots) return;
     Cursor<S::kStages> value = cursor;
@@ -392,7 +390,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     async_proxy_fence();
   };
   const int row = consumer * 64 + warp % 4 * 16 + lane / 4;  // the first of a thread's two
-  // Log-sum-exp of a tile, and what its results have to be multiplied by.
+  // Log-sum-exp of a tile, and the factors of its results.
   const auto finish_sums = [&](int stage, float (&inverse)[2]) {
     const ChainedTile& tile = tiles[stage];
 #pragma unroll
@@ -411,8 +409,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       }
     }
   };
-  // Results into the place of their queries, which the warpgroup has finished with: its warps have met since. Every
-  // thread arrives, not one for all: the copy engine needs each one's fence.
+  // Epilogue: writes results in the place of their queries, which the warpgroup has finished with: its warps have met
+  // since. Every thread arrives, not one for all: TMA needs each one's fence.
   const auto hand_back = [&](int stage, const float (&inverse)[2]) {
     const int place = consumer * 64 + warp % 4 * 16 + lane % 16;
     uint8_t* const to = queries + stage * S::kQueryBytes + place * 128;
@@ -435,7 +433,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 #pragma unroll
   for (int i = 0; i < kHeadSize / 2; ++i) o[i] = 0;
   barrier_wait(full, 0);
-  // in turn, so that the warpgroups do not compute their first weights all at once
+  // alternating, so that the warpgroups do not compute their first weights all at once
   named_barrier_sync(turn, 128 * kWarpgroups);
   fence_registers(s);
   wgmma_fence();
@@ -467,7 +465,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         }
       }
     }
-    // the last product of this tile beside the first scores of the next
+    // the last output matmul of this tile with the first scores of the next
     const int stage = query.stage;
     query.advance();
     barrier_wait(query_full + query.stage, query.phase);

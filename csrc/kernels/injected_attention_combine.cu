@@ -31,7 +31,7 @@ __device__ __forceinline__ void add_weighted(float4& sum, float weight, const fl
   sum.w = fmaf(weight, x.w, sum.w);
 }
 
-// NaN wins, so that a row with NaN does not pass for one without slots.
+// NaN wins, so that a row with NaN is not taken for one without slots.
 __device__ __forceinline__ float max_or_nan(float x, float y) { return x > y || x != x ? x : y; }
 
 __device__ __forceinline__ float max_lanes(float x) {
@@ -40,14 +40,14 @@ __device__ __forceinline__ float max_lanes(float x) {
   return x;
 }
 
-// kRowWarps warps share the parts of one result (a query's head): more than one where there are too few results to fill
+// kRowWarps warps share the parts of one result (a query's head): more than one if there are too few results to fill
 // the GPU.
 template <class T, int kRowWarps>
 __global__ void __launch_bounds__(32 * kBlockWarps) combine(const InjectedAttentionParams p, int64_t results) {
   __shared__ float4 shared[kRowWarps > 1 ? kBlockWarps : 1][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp % kRowWarps;
   const int64_t result = static_cast<int64_t>(blockIdx.x) * (kBlockWarps / kRowWarps) + warp / kRowWarps;
-  // with several warps to a result there is one result to a block, so that all its warps leave together
+  // with several warps per result there is one result per block, so that all its warps leave together
   if (result >= results) return;
   const float* const lse = p.partial_lse + result;
   float maximum = -kInfinity;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps) combine(const InjectedAttent
       const float weight = base + lane < p.splits ? expf(lse[(base + lane) * results] - maximum) : 0.0f;
       const int end = p.splits - base < 32 ? p.splits - base : 32;
       for (int i = part; i < end; i += kLoads * kRowWarps) {
-        // all loads before the first use; what has no weight is never read
+        // all loads before the first use; parts without weight are never read
         float4 x[kLoads];
         float weights[kLoads];
 #pragma unroll
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps) combine(const InjectedAttent
 template <class T>
 cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
   const int64_t results = p.num_queries * p.q_heads;
-  // four warps to a result while that is still fewer warps than the largest GPUs hold at once
+  // four warps per result while that is still fewer warps than the largest GPUs hold at once
   if (p.splits >= 8 && results <= 2048) {
     combine<T, kBlockWarps><<<static_cast<unsigned>(results), 32 * kBlockWarps, 0, stream>>>(p, results);
   } else {

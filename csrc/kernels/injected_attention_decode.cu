@@ -1,4 +1,4 @@
-// Injected attention for a few queries per row: plan, workspace, choice of the instance.
+// Injected attention for a few queries per row: plan, workspace, choice of the kernel instance.
 #include <algorithm>
 
 #include "kernels/common/instances.h"
@@ -24,13 +24,13 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params, bool
   if (status != cudaSuccess) return status;
   // a block with bulk copies takes nearly all shared memory, a portable one between 35 and 100 KB
   const bool bulk = major >= 9 && !portable && p.head_size % 64 == 0;
-  // with three stages (from 220 KB on) one block streams long memories faster: 183.5 against 187.1 us for 537 MB, but
-  // 36.7 against 34.8 us for 67 MB
+  // with three stages (from 220 KB on) one block per SM streams long memories faster: 183.5 against 187.1 us for 537
+  // MB, but 36.7 against 34.8 us for 67 MB
   constexpr int64_t kLarge = int64_t{128} << 20;
   const bool deep = shared_bytes >= 220 * 1024 && decode_tile_rows(p) == 8 && p.head_size != 96 &&
                     4 * p.num_slots * p.kv_heads * p.head_size > kLarge;
   const int blocks = !bulk && !deep && shared_bytes >= 160 * 1024 ? 2 : 1;
-  // one worker for each block that can run; the heads of a worker read neighbouring memory at the same time
+  // one worker for each block that can be resident; the heads of a worker read neighbouring memory at the same time
   p.splits = std::max(1, multiprocessors * blocks / p.kv_heads);
   return cudaSuccess;
 }

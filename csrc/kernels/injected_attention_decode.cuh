@@ -1,7 +1,8 @@
-// Injected attention for a few queries per row. The slots of all rows are cut into blocks and dealt out evenly to
-// workers; a worker walks its blocks, whatever rows they belong to. Rows that several workers share are merged by a
-// second kernel. Scores are computed transposed (slots x packed rows), so that eight packed rows fill a product of the
-// tensor cores. docs/kernels/injected_attention_decode.md has the derivation.
+// Injected attention for a few queries per row (decoding, split-KV). The slots of all rows are cut into blocks and
+// divided evenly among workers; a worker walks its blocks, whatever rows they belong to (stream-K). A producer warp
+// loads keys and values by TMA, consumer warps compute. Rows that several workers share are merged by a second kernel,
+// launched by PDL. Scores are computed transposed (slots x packed rows), so that eight packed rows fill an mma.sync.
+// docs/kernels/injected_attention_decode.md has the derivation.
 #pragma once
 
 #include <algorithm>
@@ -22,10 +23,10 @@ namespace decode {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
-// The maximum is only raised when it grows by a factor of 2^8 in the weights: until then float32 sums lose nothing, and
-// the exchange between lanes and the rescaling of the accumulators are skipped.
+// Online softmax: the maximum is only raised when the weights grow by more than 2^8. Until then float32 sums lose
+// nothing, and lanes need neither exchange maxima nor rescale accumulators.
 constexpr float kGrowth = 8.0f;
-// What the workspace holds before a result is there. The arithmetic units make no such NaN.
+// What the workspace holds before a result is there. Arithmetic never produces this NaN.
 constexpr uint32_t kAbsent = 0xffffffffu;
 
 // ---- which slots a worker reads ----
@@ -51,7 +52,7 @@ __device__ __forceinline__ RowSpan load_span(const InjectedAttentionParams& p, i
 }
 
 // The work of a batch row: its tiles of packed rows times its blocks of slots. A row without slots counts as one block,
-// so that somebody writes its zeros.
+// so that its zeros are written.
 template <int kRows>
 __device__ __forceinline__ uint32_t tiles_of(const RowSpan& span, uint32_t group) {
   return (span.q_count * group + kRows - 1) / kRows;
@@ -62,7 +63,7 @@ __device__ __forceinline__ uint32_t blocks_of(const RowSpan& span) {
   return blocks > 0 ? blocks : 1;
 }
 
-// Where a unit of work (a block of slots of a tile; ordered by rows, then tiles, then blocks) or a tile lies.
+// Where a unit of work (a block of slots of a tile; ordered by rows, then tiles, then blocks) or a tile is.
 struct Place {
   RowSpan span;
   int32_t row;            // -1: there is no such unit
@@ -75,13 +76,13 @@ struct PlaceScan {
   Place found;
 };
 
-// Finds the row of a unit, or of a tile. All threads of the block take part; `target(units of all rows)` is what to
-// find.
+// Finds the row of a unit, or of a tile. All threads of the block take part; `target(units of all rows)` says which one
+// to find.
 template <int kRows, int kSlots, int kThreads, bool kByTile, class Target>
 __device__ __forceinline__ Place find_place_by_block(const InjectedAttentionParams& p, uint32_t group, PlaceScan& scan,
                                                      const Target& target) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  // neighbouring rows to a thread
+  // each thread takes neighbouring rows
   const int32_t rows = static_cast<int32_t>(p.num_rows), each = (rows + kThreads - 1) / kThreads;
   const int32_t first = min(thread * each, rows), end = min(first + each, rows);
   uint64_t units = 0;
@@ -139,7 +140,7 @@ __device__ __forceinline__ Place find_place_by_block(const InjectedAttentionPara
   return scan.found;
 }
 
-// The same for at most 32 rows: each warp for itself, because nobody should wait before the first loads.
+// The same for at most 32 rows: each warp on its own, because nothing should wait before the first loads.
 template <int kRows, int kSlots, bool kByTile, class Target>
 __device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParams& p, uint32_t group,
                                                     const Target& target) {
@@ -163,7 +164,7 @@ __device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParam
       tiles_through += other_tiles;
     }
   }
-  // lanes behind the last row see sums that are not complete where the loop ended early
+  // lanes past the last row have incomplete sums if the loop ended early
   const uint64_t wanted = target(__shfl_sync(0xffffffffu, units_through, static_cast<int>(p.num_rows) - 1));
   const uint64_t through = kByTile ? tiles_through : units_through, inside = kByTile ? tiles : units;
   const unsigned holds = __ballot_sync(0xffffffffu, through - inside <= wanted && wanted < through);
@@ -221,7 +222,7 @@ struct Walk {
       if (++tile == tiles) {
         tile = 0;
         do {
-          // no unit is left behind the last row
+          // no unit is left after the last row
           if (++row >= p.num_rows) return false;
           span = load_span(p, row);
           tiles = tiles_of<kRows>(span, group);
@@ -238,7 +239,7 @@ struct Walk {
 
 // ---- tiles in shared memory ----
 
-// Rows of kRowBytes follow each other; the 16-byte chunks are permuted as the copy engine's 128-byte swizzle does.
+// Rows of kRowBytes follow each other; the 16-byte chunks are permuted as by TMA's 128-byte swizzle.
 __host__ __device__ constexpr uint32_t swizzle(uint32_t offset) { return offset ^ ((offset >> 3) & 0x70); }
 
 // Address of the 16 bytes at row `row`, byte 32 * step + 16 * half. The tile is aligned to 1024 bytes.
@@ -259,14 +260,14 @@ struct TileRow {
 // ---- the kernel ----
 
 // Warps of a block: kSlotWarps x kRowWarps; a warp takes kSlots / kSlotWarps slots of a block and 8 * kRowTiles rows.
-// kBulk: a producer warp and the copy engine, else cp.async. Element: of queries and results; Code: of keys and values,
-// the same or int8 with a scale for each slot and head.
+// kBulk: a producer warp and TMA, else cp.async. Element: type of queries and results; Code: of keys and values, the
+// same or int8 with a scale for each slot and head.
 template <class Element, class Code, int kHeadSize_, int kSlots_, int kSlotWarps_, int kRowWarps_, int kRowTiles_,
           int kStages_, bool kBulk_>
 struct Config {
   using T = Element;
   static constexpr bool kEightBit = sizeof(Code) == 1;
-  using Operand = std::conditional_t<kEightBit, __half, T>;  // of the products
+  using Operand = std::conditional_t<kEightBit, __half, T>;  // of the matmuls
   static constexpr int kHeadSize = kHeadSize_, kSlots = kSlots_, kStages = kStages_;
   static constexpr int kSlotWarps = kSlotWarps_, kRowWarps = kRowWarps_, kRowTiles = kRowTiles_;
   static constexpr bool kBulk = kBulk_;
@@ -287,7 +288,7 @@ struct Config {
   static constexpr int kMergePitch = kMergeColumns + 4;  // no bank conflicts: 2 * pitch = 8 modulo 32
   static constexpr int kMergeBytes = kWarps * 8 * kMergePitch * 4;
   static constexpr int kRingBytes = 2 * kStages * kTileBytes;
-  // the queries' memory serves for the sums, when all scores are computed
+  // the queries' memory is reused for the sums, when all scores are computed
   static constexpr int kScaleOffset = kRingBytes + (kQueryBytes > kMergeBytes ? kQueryBytes : kMergeBytes);
   static constexpr int kStatisticsOffset = kScaleOffset + 2 * kStages * kScaleBytes;
   static constexpr int kRowScaleOffset = kStatisticsOffset + 2 * kSlotWarps * kRows * 4;
@@ -313,7 +314,7 @@ struct Scales {
 };
 struct Nothing {};
 
-// Transposes an 8 x 8 matrix of 16-bit numbers held as accumulators are: what was a row's pair becomes a column's.
+// Transposes an 8 x 8 matrix of 16-bit numbers in accumulator layout (movmatrix): a row's pair becomes a column's.
 __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -336,7 +337,7 @@ __device__ __forceinline__ void sync_consumers() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
-// A box of a four-dimensional tensor, innermost coordinate first.
+// Loads a box of a four-dimensional tensor, innermost coordinate first.
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y,
                                          int32_t z, int32_t w, uint64_t hint) {
   asm volatile(
@@ -346,13 +347,13 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
-// Arrives at the barrier when this thread's cp.async so far are done.
+// Arrives at the barrier when this thread's cp.async so far are complete.
 __device__ __forceinline__ void barrier_arrive_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// What a warp knows of its rows: accumulators transposed (columns x rows), running maximum and sum of weights. A thread
-// holds rows 2 * (lane % 4) and the next of each tile of 8; the sums are those of its own slots until the end.
+// State of a warp's rows: accumulators transposed (columns x rows), running maximum and sum of weights. A thread holds
+// rows 2 * (lane % 4) and the next of each tile of 8; until the end, the sums are those of its own slots.
 template <class C>
 struct WarpState {
   float o[C::kSteps][C::kRowTiles][4];
@@ -375,14 +376,14 @@ struct WarpState {
   }
 };
 
-// Column of accumulator i of step m in a lane. 8-bit values arrive as pairs of columns, which the rows of a product
-// share.
+// Column of accumulator i of step m in a lane. 8-bit values arrive as pairs of columns, which share the rows of a
+// matmul.
 template <class C>
 __device__ __forceinline__ int column_of(int m, int i, int lane) {
   return 16 * m + (C::kEightBit ? lane / 4 * 2 + i / 2 : lane / 4 + i / 2 * 8);
 }
 
-// The queries as operand B, eight rows to a tile: in registers where they fit beside the accumulators.
+// The queries as operand B, eight rows per tile: in registers where they fit beside the accumulators.
 template <class C>
 struct Queries {
   static constexpr bool kInRegisters = C::kRowTiles * C::kHeadSize <= 128;
@@ -432,7 +433,7 @@ __device__ __forceinline__ int warp_slot() {
 template <class C>
 __device__ __forceinline__ void multiply_keys(uint32_t keys, const Queries<C>& queries, Scores<C>& s) {
   const int lane = threadIdx.x % 32;
-  // two sums for even and odd steps where one alone would be a long chain of dependent products
+  // two sums, for even and odd steps, where one alone would be a long chain of dependent matmuls
   constexpr int kChains = C::kSlotTiles * C::kRowTiles < 3 ? 2 : 1;
 #pragma unroll
   for (int t = 0; t < C::kSlotTiles; ++t) {
@@ -450,7 +451,7 @@ __device__ __forceinline__ void multiply_keys(uint32_t keys, const Queries<C>& q
     for (int step = 0; step < C::kSteps; step += 2) {
       uint32_t a[2][4];
       if constexpr (C::kEightBit) {
-        // 16 columns to a register's matrix; the queries' columns are in the order that this makes
+        // a register's matrix holds 16 columns; the queries' columns are in the order that results from this
         uint32_t codes[4];
         load_block(codes, row.at(step / 2));
 #pragma unroll
@@ -516,8 +517,8 @@ __device__ __forceinline__ void scale_scores(const float* key_scales, const floa
   }
 }
 
-// Weights of the scores in place; raises the running maximum and shrinks the accumulators if it has to. 8-bit: with
-// `value_scales` in the weights, and in the maximum, which is that of what goes into the products.
+// Turns scores into weights in place; raises the running maximum and rescales the accumulators if necessary. 8-bit:
+// `value_scales` are part of the weights, and of the maximum, which is that of the matmul's operand.
 template <class C>
 __device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float scale_log2,
                                       const float (&value_scales)[C::kSlotTiles][2]) {
@@ -560,7 +561,7 @@ __device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float s
           highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
         }
         highest = fmaxf(highest, state.maximum[n][i]);
-        // 1 where nothing grows, -inf staying -inf included
+        // 1 where nothing grows, also for a maximum that stays -inf
         const float factor =
             highest > state.maximum[n][i] ? exp2_fast((state.maximum[n][i] - highest) * scale_log2) : 1.0f;
         state.maximum[n][i] = highest;
@@ -647,15 +648,15 @@ __device__ __forceinline__ void multiply_values(uint32_t values, int valid, cons
   }
 }
 
-// The power of 2 that a row's queries are divided by for products with 8-bit keys: in float16 they then keep all bits
-// of float16 and bfloat16. 0 for what is too small to be divided by.
+// The power of 2 by which a row's queries are divided for matmuls with 8-bit keys: in float16 they then keep all bits
+// of float16 and bfloat16. 0 for rows too small to be divided.
 __device__ __forceinline__ float query_divisor(float largest) {
   return __uint_as_float(__float_as_uint(largest) & 0x7f800000u);
 }
 
-// Queries of a tile to shared memory, rotated in float32 and rounded once, rows behind the batch row's end as zeros;
-// the consumers take part. A thread turns pairs (i, i + R/2), then what is behind the rotated columns. 8-bit: divided
-// by query_divisor() of the row's largest, which goes to row_largest.
+// Queries of a tile to shared memory, rotated in float32 and rounded once, rows past the batch row's end as zeros; the
+// consumers take part. A thread rotates pairs (i, i + R/2), then takes the columns past R. 8-bit: divided by
+// query_divisor() of the row's largest, which goes to row_largest.
 template <class C>
 __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, const RowSpan& span, uint32_t tile,
                                              uint32_t group, int head, uint8_t* queries, float factor,
@@ -688,7 +689,7 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
   const auto turn = [&](int r, int pair, const Raw& raw, float (&x)[2]) {
     const float low = to_float(raw.low), high = to_float(raw.high);
     const bool turns = pair < p.rotary_half, inside = tile * C::kRows + r < packed_rows;
-    // a pair that does not turn may be infinite, and 0 times that is NaN
+    // a pair that is not rotated may be infinite, and 0 times that is NaN
     const float first = turns ? low * raw.c - high * raw.s : low, second = turns ? high * raw.c + low * raw.s : high;
     x[0] = inside ? first * factor : 0.0f;
     x[1] = inside ? second * factor : 0.0f;
@@ -711,7 +712,7 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
     }
     sync_consumers<C::kConsumers>();
   }
-  // some items at a time: their loads are in flight together
+  // several items at a time: their loads are in flight together
 #pragma unroll 1
   for (int first = 0; first < kItems; first += kTogether) {
     float x[kTogether][2];
@@ -752,8 +753,8 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
   }
 }
 
-// The warps' results of a segment, merged and written: to out and lse where the segment is the whole tile, else to the
-// workspace, there with zeros where no slot had a weight.
+// Epilogue: merges the warps' results of a segment. A whole tile goes to out and lse, otherwise to the workspace, with
+// zeros where no slot had a weight.
 template <class C>
 __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
                                                const Walk<C::kRows, C::kSlots>& segment, uint32_t group, int head,
@@ -841,7 +842,7 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
         const float maximum = maximum_of(r), total = total_of(r, maximum);
         const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
         sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
-        // -inf alone, or no slot
+        // only -inf, or no slot
         const float lse = total == 0.0f ? -kInfinity : maximum * scale_log2 - C::kWeightShift + log2f(total);
         const int column = round * C::kMergeColumns + 4 * vector;
         if (whole) {
@@ -859,8 +860,8 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
   }
 }
 
-// Marks what a worker may write to the workspace as absent, then lets the merging kernel start, which so never sees
-// what an earlier call left there. Lanes from `first_lane` of one warp take part.
+// Marks what a worker may write to the workspace as absent, then lets the merging kernel start, which therefore never
+// sees the results of an earlier call. Lanes from `first_lane` of one warp take part.
 template <class C>
 __device__ __forceinline__ void mark_absent(const InjectedAttentionParams& p, uint32_t group, int head, int worker,
                                             int first_lane, uint64_t* marked) {
@@ -879,14 +880,14 @@ __device__ __forceinline__ void mark_absent(const InjectedAttentionParams& p, ui
   __syncwarp(0xffffffffu << first_lane);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (lane == first_lane) {
-    // results come behind their marks
+    // results are ordered after their marks
     barrier_arrive(marked);
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   }
 #endif
 }
 
-// Loads of the consumers themselves by cp.async; they run ahead of the products, across segments.
+// cp.async loads by the consumers themselves; they run ahead of the matmuls, across segments.
 template <class C>
 struct Loader {
   Walk<C::kRows, C::kSlots> walk;
@@ -942,7 +943,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
            bool awaited) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr bool kCompiled = true;
-  // the merging kernel may settle beside this one and wait
+  // the merging kernel may become resident beside this one and wait
   if (!C::kMayAwait || !awaited) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #else
   constexpr bool kCompiled = !C::kBulk;
@@ -954,7 +955,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     float* const tile_scales = reinterpret_cast<float*>(shared + C::kScaleOffset);
     float* const statistics = reinterpret_cast<float*>(shared + C::kStatisticsOffset);
     float* const row_largest = reinterpret_cast<float*>(shared + C::kRowScaleOffset);
-    uint64_t* const full = reinterpret_cast<uint64_t*>(shared + C::kBarrierOffset);  // keys, values by turns
+    uint64_t* const full = reinterpret_cast<uint64_t*>(shared + C::kBarrierOffset);  // keys and values alternate
     uint64_t* const empty = full + 2 * C::kStages;
     uint64_t* const queries_issued = empty + 2 * C::kStages;
     uint64_t* const marked = queries_issued + 1;
@@ -962,7 +963,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const int head = blockIdx.x % p.kv_heads, worker = blockIdx.x / p.kv_heads;
     const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
 
-    // A single row mostly reads all slots: the first block is asked for before the row's slots are known.
+    // A single row usually reads all slots: the first block is requested before the row's slots are known.
     int32_t guess = -1;
     if (C::kMayAwait && !C::kEightBit && awaited) {
       const uint32_t units = (static_cast<uint32_t>(p.num_slots) + C::kSlots - 1) / C::kSlots;
@@ -1030,8 +1031,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               uint64_t* const barrier = full + 2 * stage + i;
-              // A block guessed right has its stage already. The consumers may have done with it by now: to wait for
-              // an empty stage would be to wait for its next use.
+              // A block guessed right already has its stage. The consumers may have finished with it by now: waiting
+              // for an empty stage would be waiting for its next use.
               if (!loaded) barrier_wait(empty + 2 * stage + i, phase);
               if ((!C::kEightBit || lane == 0) && !loaded) {
                 barrier_arrive_expect(barrier, C::kTileBytes);
@@ -1055,7 +1056,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
               stage = 0;
               phase ^= 1;
             }
-            // the queries' loads go first: behind a full ring they would take as long as the ring
+            // the queries' loads go first: queued after a full ring they would take as long as the ring
             loaded = false;
             if (C::kEightBit && C::kMayAwait && awaited && first) {
               mark_absent<C>(p, group, head, worker, 0, marked);
@@ -1072,11 +1073,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       }
     }
 
-    // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes
-    // them 0
+    // a negative scale negates the queries, so that the largest score is always the best one; a scale of 0 makes them 0
     const float full_scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
     const float query_factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
-    // 8-bit scores are scaled before
+    // 8-bit scores are already scaled
     const float scale_log2 = C::kEightBit ? 1.0f : full_scale_log2;
     const int row_warp = warp / C::kSlotWarps;
     int stage = 0;
@@ -1158,7 +1158,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         weigh<C>(s, state, scale_log2, value_scales);
         if constexpr (C::kBulk) {
           // An arrival does not wait for loads on their way from shared memory to registers. These keys have arrived,
-          // since a vote on their scores is over, and with them the values of the block before.
+          // since the vote on their scores is over, and with them the values of the previous block.
           if (lane == 0) {
             barrier_arrive(empty + 2 * stage);
             if (n > 0) barrier_arrive(empty + 2 * (stage > 0 ? stage : C::kStages) - 1);
@@ -1188,14 +1188,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 constexpr int kMergeWarps = 4, kMergeThreads = 32 * kMergeWarps, kMergeLoads = 8;
 static_assert(kMergeWarps * kMergeLoads == 32);
-// As long as more parts than this are absent, only their statistics are asked for.
+// While more parts than this are absent, only their statistics are polled.
 constexpr int kFewParts = 4;
-// Questions before the end of the kernel before is waited for after all: some 50 ms. Whatever the parts hold then is
-// taken, so that nothing can keep this kernel from ending.
+// Polls before we give up and wait for the producing kernel (about 50 ms). Then the parts are taken as they are, so
+// that nothing can keep this kernel from ending.
 constexpr int kPatience = 1 << 16;
 
 __device__ __forceinline__ bool is_absent(float x) { return __float_as_uint(x) == kAbsent; }
-// What other blocks write at this time: never from the L1 cache.
+// Loads what other blocks are writing at this time: never from the L1 cache.
 __device__ __forceinline__ float load_strong(const float* from) {
   float x;
   asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
@@ -1213,9 +1213,9 @@ __device__ __forceinline__ void prefetch_line(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
-// One block merges one packed row of one tile that several workers shared; its warps take the parts by turns.
-// kByTile: block -> tile; else block -> worker that has the first part of a shared tile. `rows`: of a tile, those that
-// a batch of this size can fill.
+// One block merges one packed row of one tile that several workers shared; its warps take the parts alternately.
+// kByTile: block -> tile; else block -> worker that has the first part of a shared tile. `rows`: those of a tile that a
+// batch of this size can fill.
 template <class T, int kHeadSize, int kRows, int kSlots, bool kByTile, bool kMayAwait>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_parts(const __grid_constant__ InjectedAttentionParams p, int32_t rows, bool await_parts) {
@@ -1230,7 +1230,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const Place place = find_place<kRows, kSlots, kMergeThreads, kByTile>(p, group, scan, [&](uint64_t units) {
     share = worker_share(units, p.splits);
     if (kByTile) return static_cast<uint64_t>(index);
-    // the worker's last
+    // the worker's last unit
     unit = share * (index + 1) - 1;
     return unit;
   });
@@ -1249,7 +1249,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     token_and_head =
         static_cast<int64_t>(place.span.q_begin + query) * p.q_heads + (head * group + (packed - query * group));
   }
-  // by all blocks, also those without work: whatever comes after this kernel must not overtake the one before it
+  // by all blocks, also those without work: a later kernel must not overtake the one before this
   const auto wait_for_kernel = [] {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -1263,7 +1263,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     return (static_cast<int64_t>(2 * (first_worker + part) + (part == 0 ? 1 : 0)) * p.kv_heads + head) * kRows + r;
   };
 
-  // When waiting for parts, first without them: code and addresses are in the caches when they come.
+  // When waiting for parts, first run without them: code and addresses are then in the caches when they come.
 #pragma unroll 1
   for (int pass = awaits ? 0 : 1; pass < 2; ++pass) {
     const bool rehearsal = pass == 0;
@@ -1275,7 +1275,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     for (int base = 0; base < parts; base += 32) {
       float lse = -kInfinity;
       int patience = kPatience;
-      // only these while most are absent: reading all results again and again would slow the kernel before
+      // only these while most are absent: polling all results would slow the previous kernel down
       if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
       if (awaits && !rehearsal) {
         while (__popc(__ballot_sync(0xffffffffu, is_absent(lse))) > kFewParts && --patience > 0) {
@@ -1402,7 +1402,7 @@ cudaError_t launch_merge(const InjectedAttentionParams& p, bool awaits, cudaStre
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kMergeThreads);
   config.stream = stream;
-  // its blocks come while the last of the kernel before run, find their place and wait
+  // PDL: its blocks become resident while the last blocks of the previous kernel run, find their place and wait
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -1415,7 +1415,7 @@ cudaError_t launch_merge(const InjectedAttentionParams& p, bool awaits, cudaStre
 template <class C>
 cudaError_t encode_map(CUtensorMap* map, const InjectedAttentionParams& p, const void* base,
                        const int64_t (&stride)[2]) {
-  // in units of 16 bits, whatever the elements are
+  // in units of 16 bits, whatever the element type
   constexpr int kUnits = C::kRowBytes / 2, kPiece = 64;
   constexpr int kElements = C::kEightBit ? 2 : 1;  // in a unit
   const int64_t sizes[4] = {kPiece, kUnits / kPiece, p.kv_heads, p.num_slots};
@@ -1425,7 +1425,7 @@ cudaError_t encode_map(CUtensorMap* map, const InjectedAttentionParams& p, const
   return encode_tensor_map_4d(map, FloatType::kFloat16, p.num_slots > 0 ? base : p.q, sizes, strides, box);
 }
 
-// Once for each device: the kernel may take the shared memory that it needs, and it was compiled for this device.
+// Once per device: the kernel may use the shared memory that it needs, and it was compiled for this device.
 template <class C>
 cudaError_t prepare_kernel() {
   static std::atomic<uint64_t> prepared{0};
@@ -1443,7 +1443,8 @@ cudaError_t prepare_kernel() {
   }
   status = cudaFuncSetAttribute(attend<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (status != cudaSuccess) return status;
-  // with another split of L1 cache and shared memory its blocks could not settle beside those of the kernel before
+  // with another split of L1 cache and shared memory its blocks could not be resident beside those of the previous
+  // kernel
   status = prepare_merge(merge_kernel<C, true>);
   if (status != cudaSuccess) return status;
   status = prepare_merge(merge_kernel<C, false>);
@@ -1470,14 +1471,14 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
     if (status != cudaSuccess) return status;
   }
   if constexpr (C::kEightBit) kernel_scales = *scales;
-  // What the caches cannot hold anyway should not push out the rest; much more than that streams faster without the
-  // hint: 36.8 against 40.8 us for 67 MB, 194.6 against 188.5 us for 537 MB.
+  // What the caches cannot hold anyway should not evict the rest; much more than that streams faster without the hint:
+  // 36.8 against 40.8 us for 67 MB, 194.6 against 188.5 us for 537 MB.
   constexpr int64_t kLarge = int64_t{128} << 20;
   const int64_t bytes = 2 * p.num_slots * p.kv_heads * C::kRowBytes;
   constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
   const uint64_t hint = bytes > kLarge ? kEvictNormal : kEvictFirst;
-  // Waiting for parts instead of the kernel's end saves 1 us for 67 MB; for less the merging kernel comes too late, and
-  // for more its asking again and again costs more than it saves (3 us of 183 for 537 MB).
+  // Waiting for parts instead of the kernel's end saves 1 us for 67 MB. For less the merging kernel comes too late; for
+  // more its polling costs more than it saves (3 us of 183 for 537 MB).
   constexpr int64_t kSmall = int64_t{32} << 20;
   const bool awaits = C::kMayAwait && p.splits > 1 && p.num_rows == 1 &&
                       p.num_queries * (p.q_heads / p.kv_heads) <= C::kRows && bytes >= kSmall && bytes <= kLarge;
@@ -1488,11 +1489,11 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
   return launch_merge<C>(p, awaits, stream);
 }
 
-// Chooses the tile. Slots of a block make 16 KB of keys (32 KB for 256 columns of 16 bits).
+// Chooses the tile. The slots of a block make 16 KB of keys (32 KB for 256 columns of 16 bits).
 template <class T, class Code, int kHeadSize>
 cudaError_t launch_bulk(const InjectedAttentionParams& p, const Scales* scales, cudaStream_t stream) {
   constexpr int kBytes = kHeadSize * sizeof(Code);
-  // the copy engine's permutation takes pieces of 128 bytes; the others go by cp.async
+  // TMA's swizzle takes pieces of 128 bytes; other sizes use cp.async
   if constexpr (kBytes % 128 != 0) {
     return cudaErrorNotSupported;
   } else {
@@ -1516,9 +1517,9 @@ cudaError_t launch_bulk(const InjectedAttentionParams& p, const Scales* scales, 
   }
 }
 
-// Two stages: below the 99 KB of the smaller GPUs, and two blocks to a multiprocessor on the larger ones. Three where
-// two blocks of that fit: 34.8 against 35.5 us for 67 MB, and 183.5 against 187.2 us for 537 MB, there one block to a
-// multiprocessor (plan_injected_attention_decode).
+// Two stages: below the 99 KB of the smaller GPUs, and two blocks per SM on the larger ones. Three where two such
+// blocks fit: 34.8 against 35.5 us for 67 MB, and 183.5 against 187.2 us for 537 MB, there with one block per SM
+// (plan_injected_attention_decode).
 template <class T, class Code, int kHeadSize>
 cudaError_t launch_portable(const InjectedAttentionParams& p, const Scales* scales, cudaStream_t stream) {
   constexpr int kBytes = kHeadSize * sizeof(Code);

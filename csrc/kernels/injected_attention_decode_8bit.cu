@@ -1,4 +1,4 @@
-// Injected attention from an 8-bit memory: choice of the instance.
+// Injected attention from an 8-bit memory: choice of the kernel instance.
 #include "kernels/common/instances.h"
 #include "kernels/injected_attention_decode_8bit.h"
 

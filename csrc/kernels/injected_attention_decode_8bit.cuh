@@ -1,5 +1,5 @@
-// The decode kernels with 8-bit keys and values: codes become halves in registers, the keys' scales go to the scores,
-// the values' scales to the weights.
+// The decode kernels with int8 keys and values: codes become halves in registers; the keys' scales are applied to the
+// scores, the values' scales to the weights.
 #pragma once
 
 #include "kernels/injected_attention_decode.cuh"

@@ -1,4 +1,4 @@
-// Injected attention for a few queries per row, from a memory of 8-bit codes (memory_quantization.h): half the bytes.
+// Injected attention for a few queries per row, from a memory of int8 codes (memory_quantization.h): half the bytes.
 #pragma once
 
 #include "kernels/injected_attention.h"

@@ -1,4 +1,5 @@
-// Injected attention in float32 arithmetic, for what the tensor-core kernels do not take.
+// Injected attention in float32 arithmetic, for what the tensor-core kernels do not take. Online softmax over tiles of
+// slots.
 #include "kernels/common/float_attention.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/common/with_float_type.h"
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       load_tile(tile, Vectors<T>{values + slot * p.v_stride[0], p.v_stride[0]}, valid, part * kPart, p.head_size);
       __syncthreads();
-      // a tile's own sum first: rounding grows with the number of tiles, not of slots
+      // a tile's own sum first: rounding then grows with the number of tiles, not of slots
       float product[4][4] = {};
       multiply_columns(product, weights, tile);
 #pragma unroll
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
     const int r = 4 * thread_y() + i;
     if (r >= used_rows) continue;
     const int64_t at = token_and_head(source, r, p.q_heads);
-    // no slots, or -inf scores alone: zeros
+    // no slots, or only -inf scores: zeros
     const bool nothing = sum[i] == 0.0f;
     const float inverse = nothing ? 0.0f : 1.0f / sum[i];
     if (thread_x() == 0) p.lse[at] = nothing ? -kInfinity : maximum[i] + logf(sum[i]);
@@ -121,7 +122,7 @@ cudaError_t launch(const InjectedAttentionParams& p, cudaStream_t stream) {
   const cudaError_t status =
       cudaFuncSetAttribute(generic_kernel<T, kParts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  // a batch row adds at most one tile that is not full
+  // a batch row adds at most one partial tile
   const int64_t tiles = p.num_queries * (p.q_heads / p.kv_heads) / kRows + p.num_rows;
   const int64_t blocks = tiles * p.kv_heads;
   if (blocks == 0) return cudaSuccess;

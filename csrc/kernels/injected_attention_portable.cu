@@ -1,4 +1,5 @@
-// Injected attention on compute capability 8.0 and later: choice of the instance and of the number of splits.
+// Injected attention on compute capability 8.0 and later: choice of the kernel instance and of the number of splits
+// (split-KV).
 #include <algorithm>
 
 #include "kernels/common/instances.h"
@@ -7,7 +8,7 @@
 namespace sharedllm {
 namespace {
 
-// Packed rows of a block and blocks of a multiprocessor on the current device.
+// Packed rows of a block, and resident blocks on an SM, on the current device.
 template <int kHeadSize>
 void describe(const portable::SharedMemory& memory, int* rows, int* blocks) {
   using Choice = portable::TileChoice<kHeadSize>;
@@ -35,7 +36,7 @@ cudaError_t plan_injected_attention_portable(InjectedAttentionParams* params) {
   const int64_t packed = p.num_queries * (p.q_heads / p.kv_heads);
   const int64_t blocks = std::max<int64_t>((packed + rows - 1) / rows, 1) * p.kv_heads;
   const int64_t places = static_cast<int64_t>(multiprocessors) * resident;
-  // a split shorter than this costs more in its beginning, end and merging than it gains
+  // a shorter split costs more in its beginning, end and merging than it gains
   const int64_t most = std::min<int64_t>(p.num_slots / 1024, 32);
   // merging reads and writes the results once more for each part
   p.splits = fewest_splits(blocks, places, most, 0.01, 0.03);

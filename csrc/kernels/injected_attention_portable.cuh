@@ -1,6 +1,6 @@
-// Injected attention with mma.sync. A block of 128 threads takes a tile of packed rows; each warp keeps 16 or 32 of
-// them, their outputs in registers, and goes over the slots in tiles that arrive in a ring of shared memory. The
-// exponentials of a quarter of a tile are computed between the products of the quarter before.
+// Injected attention with mma.sync, ldmatrix and cp.async. A block of 128 threads takes a tile of packed rows (GQA).
+// Each warp keeps 16 or 32 of them, their outputs in registers, and loops over the slots in tiles that arrive in a ring
+// of shared memory. The exponentials of a quarter of a tile are computed between the matmuls of the previous quarter.
 // docs/kernels/injected_attention_portable.md has the derivation.
 #pragma once
 
@@ -13,8 +13,8 @@
 namespace sharedllm {
 namespace portable {
 
-// The maximum is only raised when it grows by a factor of 2^8 in the weights: until then float32 sums lose nothing, and
-// the rescaling of the accumulators is skipped.
+// Online softmax: the maximum is only raised when the weights grow by more than 2^8. Until then float32 sums lose
+// nothing, and accumulators are not rescaled.
 constexpr float kGrowth = 8.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
@@ -37,8 +37,8 @@ __device__ __forceinline__ SlotTiles split_tiles(int64_t slots, int tile, int sp
   return {begin, begin + each < tiles ? begin + each : tiles};
 }
 
-// The next tile of keys or values into a buffer, from this thread's place in it on; zeros behind its valid slots, which
-// belong to somebody else. `anywhere` is an address for copies of nothing.
+// Loads the next tile of keys or values into a buffer, from this thread's place in it on; zeros past its valid slots,
+// which belong to another row. `anywhere` is a valid address for copies of nothing.
 template <class T, class Shape>
 __device__ __forceinline__ void load_slots(uint32_t to, const T*& from, int64_t row_stride, int valid,
                                            const void* anywhere) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_slots(uint32_t to, const T*& from, int64_t 
 }
 
 // Member of a group of heads -> query, without an integer division: a member of a tile is far below 2^22, and the half
-// keeps the rounded quotient on its side.
+// keeps the rounded quotient on the right side.
 struct GroupDivision {
   uint32_t group;
   float inverse;
@@ -79,8 +79,8 @@ struct GroupDivision {
   }
 };
 
-// A warp's packed rows into shared memory, rotated and rounded once. Rows behind the used ones hold anything: nothing
-// of a row reaches another.
+// A warp's packed rows into shared memory, rotated and rounded once. Rows past the used ones hold anything: no row
+// reaches another.
 template <class T, class Shape>
 __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, int64_t position, uint8_t* to,
                                              const WarpRows& rows, int head, uint32_t group, float factor) {
@@ -102,8 +102,8 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, i
     }
     return;
   }
-  // A lane takes two chunks that turn with each other, or two that only pass, in every row of its own; so it needs one
-  // part of the tables, and can ask for all of its rows before it needs the first.
+  // A lane takes two chunks that are rotated with each other, or two that only pass, in every row of its own. So it
+  // needs one part of the tables, and can request all of its rows before it needs the first.
   constexpr int kPairs = Layout::kChunks / 2, kLanes = kPairs <= 4 ? 4 : kPairs <= 8 ? 8 : 16;
   constexpr int kLaneRows = Shape::kWarpRows * kLanes / 32;
   const int pair = lane % kLanes, turning = rotary.half / 8;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // tiles of rows fastest, so that blocks that run together read the same slots
+  // tiles of rows vary fastest, so that blocks that run together read the same slots
   const uint32_t rest = blockIdx.x / tiles;
   const int split = rest % p.splits, head = rest / p.splits;
   const RowTile row = find_row_tile(p, blockIdx.x % tiles, Shape::kRows);
@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const WarpRows asked_rows{row.q_begin + first_packed / group, static_cast<uint32_t>(first_packed % group), used_rows};
   if (lane == 0) kept_rows[warp] = asked_rows;
 
-  // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
-  // 0
+  // a negative scale negates the queries, so that the largest score is always the best one; a scale of 0 makes them 0
   const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
   uint8_t* const my_queries = shared + warp * Shape::kWarpRows * Layout::kPitch;
   const uint32_t ring = shared_address(shared) + Shape::kQueryBytes;
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     const T* value_from =
         static_cast<const T*>(p.v) + copy_slot * p.v_stride[0] + head * p.v_stride[1] + copy_chunk * 8;
     const uint32_t copy_to = ring + Layout::at(copy_row, copy_chunk);
-    // Buffers in the order of their use: keys of a tile, values of it, keys of the next.
+    // Buffers in the order of their use: keys of a tile, its values, keys of the next.
     uint32_t write = 0, read = 0;
     const auto advance = [](uint32_t& buffer) {
       buffer += Shape::kTileBytes;
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
       const uint32_t key_base = ring + read + key_lane_base;
       advance(read);
-      // fragments are loaded one product ahead
+      // fragments are loaded one matmul ahead
       uint32_t a[2][kRowBlocks][4], b[2][4];
       const auto load_query_step = [&](int step) {
         if constexpr (!Shape::kKeepQueries) {
@@ -376,7 +375,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
             multiply_add<T>(o[m][2 * step], a[m], b[0], b[1]);
             multiply_add<T>(o[m][2 * step + 1], a[m], b[2], b[3]);
           }
-          // the next quarter's exponentials fill the gaps between the products
+          // the next quarter's exponentials fill the gaps between the matmuls
           if (j + 1 < kQuarters) {
             constexpr int kEach = (kRowBlocks * 8 + kSteps - 1) / kSteps;
 #pragma unroll
@@ -406,7 +405,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       float total = sum[m][i];
       total += __shfl_xor_sync(kFullWarp, total, 1);
       total += __shfl_xor_sync(kFullWarp, total, 2);
-      // no slots, or -inf scores alone: zeros
+      // no slots, or only -inf scores: zeros
       const bool nothing = total == 0.0f;
       inverse[m][i] = nothing ? 0.0f : 1.0f / total;
       const int r = 16 * m + lane / 4 + 8 * i;
@@ -433,7 +432,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
     return;
   }
-  // through the warp's own queries in shared memory, which it has finished with, so that rows are stored whole
+  // epilogue through the warp's own queries in shared memory, which it has finished with, so that whole rows are stored
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
@@ -463,7 +462,7 @@ cudaError_t launch_tile(const InjectedAttentionParams& p, cudaStream_t stream) {
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (status != cudaSuccess) return status;
-  // a batch row adds at most one tile that is not full
+  // a batch row adds at most one partial tile
   const int64_t tiles = p.num_queries * (p.q_heads / p.kv_heads) / Shape::kRows + p.num_rows;
   const int64_t blocks = tiles * p.splits * p.kv_heads;
   if (blocks == 0) return cudaSuccess;

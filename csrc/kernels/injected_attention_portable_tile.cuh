@@ -8,9 +8,9 @@
 namespace sharedllm {
 namespace portable {
 
-// kRowBlocks: blocks of 16 rows of a warp. kSlots: of a tile. kBuffers: tiles of keys or values in shared memory, which
-// alternate in the ring; with 4, keys and values of one tile arrive together and one barrier a tile suffices. kBlocks:
-// on a multiprocessor.
+// kRowBlocks: blocks of 16 rows of a warp. kSlots: slots of a tile. kBuffers: tiles of keys or values in shared memory,
+// which alternate in the ring; with 4, keys and values of one tile arrive together and one barrier per tile suffices.
+// kBlocks: resident blocks on an SM.
 template <int kHeadSize_, int kWarps_, int kRowBlocks_, int kSlots_, int kBuffers_, int kBlocks_, bool kKeepQueries_>
 struct Tile {
   static constexpr int kHeadSize = kHeadSize_, kWarps = kWarps_, kRowBlocks = kRowBlocks_, kSlots = kSlots_;
@@ -24,14 +24,14 @@ struct Tile {
   static constexpr int kSharedBytes = kQueryBytes + kBuffers * kTileBytes;
   static constexpr bool kPaired = kBuffers == 4;
   using Layout = SwizzledTile<kHeadSize>;
-  // of the copies: threads next to each other read a row's neighbouring chunks
+  // of the copies: adjacent threads read neighbouring chunks of a row
   static constexpr int kCopyRows = kThreads / Layout::kGroup;
   static_assert(kBuffers >= 2 && kBuffers <= 4);
   static_assert(kSlots % 32 == 0 && kSlots % kCopyRows == 0 && kCopyRows % 8 == 0);
 };
 
-// For multiprocessors with 228 KB (9.0), 164 KB (8.0) and 100 KB (8.6, 8.9) of shared memory: the largest tiles of
-// slots of which two blocks fit, so that the products of one run during the exponentials of the other.
+// For SMs with 228 KB (9.0), 164 KB (8.0) and 100 KB (8.6, 8.9) of shared memory: the largest tiles of slots of which
+// two blocks fit, so that the matmuls of one run during the exponentials of the other.
 template <int kHeadSize>
 struct TileChoice;
 template <>
@@ -64,7 +64,7 @@ struct SharedMemory {
   int block, multiprocessor;
   template <class Shape>
   bool fits() const {
-    // the system keeps 1 KB for each block
+    // the system reserves 1 KB for each block
     constexpr int kBytes = Shape::kSharedBytes + kStaticBytes;
     return kBytes <= block && Shape::kBlocks * (kBytes + 1024) <= multiprocessor;
   }

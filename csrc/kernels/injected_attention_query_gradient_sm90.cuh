@@ -1,4 +1,5 @@
-// dq alone on Hopper: tiles of query rows stay in shared memory, keys and values stream past them.
+// dq alone on Hopper (WGMMA, TMA, producer and consumer warps): tiles of query rows stay in shared memory, keys and
+// values stream past them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,19 +16,20 @@ namespace sharedllm {
 template <int kHeadSize>
 struct QueryGradientTile {
   static constexpr int kPanels = (kHeadSize + 63) / 64;
-  // The score tiles S and dP, the sums of dQ and the packed dS together have to stay below about 200 registers a
+  // The score tiles S and dP, the sums of dQ and the packed dS together have to stay below about 200 registers per
   // thread.
   static constexpr int kSlots = kHeadSize == 64 ? 128 : kHeadSize <= 128 ? 96 : 64;
   static constexpr int kWarpgroups = 2;
   // The next tile's queries arrive while the last tile's are in use, where there is room.
   static constexpr int kQueryBuffers = kHeadSize == 256 ? 1 : 2;
-  // A value tile is free once dP is there, a key tile only after dQ: with a head size of 256 there is room for three.
+  // A value tile is free once dP is complete, a key tile only after dQ: with a head size of 256 there is room for
+  // three.
   static constexpr int kKeyBuffers = kHeadSize == 64 ? 3 : 2;
   static constexpr int kValueBuffers = kHeadSize == 64 ? 3 : kHeadSize == 256 ? 1 : 2;
   static constexpr int kQueryPanelBytes = kTileRows * 128, kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr int kSlotPanelBytes = kSlots * 128, kSlotBytes = kPanels * kSlotPanelBytes;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // together the 504 that a block of 384 threads starts with
+  // together the 504 registers that a block of 384 threads starts with
   static constexpr int kConsumerRegisters = kHeadSize < 256 ? 232 : 240,
                        kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr int kBarriers = 2 * (kWarpgroups * kQueryBuffers + kKeyBuffers + kValueBuffers) + 1;
@@ -51,9 +53,8 @@ constexpr int query_gradient_shared_bytes() {
          kQueryGradientSteps * sizeof(QueryGradientStep);
 }
 
-// Rotates the sums of a warpgroup back and writes them. The pairs (i, i + R/2) lie in one thread, since R is a multiple
-// of 32; `sums` is shifted by R/2 columns for that, in steps of powers of two, because a register's index has to be
-// constant.
+// Rotates the sums of a warpgroup back and writes them. The pairs (i, i + R/2) are in one thread, since R is a multiple
+// of 32. `sums` is shifted by R/2 columns for that, in powers of two, because a register's index has to be constant.
 template <class T, int kHeadSize>
 __device__ __forceinline__ void store_query_gradient(const InjectedAttentionBackwardParams& p,
                                                      const QueryGradientStep& step, int first_query, int heads,
@@ -229,7 +230,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
           }
         }
         if (left < kSlots) {
-          // Slots behind the range may hold NaN, and 0 * NaN would reach dQ. Only the last tile is partial.
+          // Slots past the range may hold NaN, and 0 * NaN would reach dQ. Only the last tile is partial.
           barrier_wait(partial_key, partial_phase);
           partial_phase ^= 1;
           zero_rows(keys, Tile::kPanels, Tile::kSlotPanelBytes, left, kSlots);
@@ -303,7 +304,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       const int valid = last_slots - 2 * (lane % 4);
 #pragma unroll
       for (int i = 0; i < kSlots / 2; ++i) scores[i] = exp2_fast(fmaf(scores[i], scale, -lse[i / 2 % 2]));
-      // the weights, not the scores, whose sign the scale may turn
+      // the weights, not the scores, whose sign the scale may flip
       if (last) {
 #pragma unroll
         for (int i = 0; i < kSlots / 2; ++i) {
@@ -346,7 +347,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       store_query_gradient<T, kHeadSize>(p, step, step.first_query + w * tiling.queries, tiling.heads,
                                          tiling.heads * tiling.queries, sums);
     };
-    // The products of one warpgroup run while the other takes its exponentials.
+    // Ping-pong: the matmuls of one warpgroup run while the other computes its exponentials.
     const auto take_turn = [&]() { named_barrier_sync(1 + w, 128 * Tile::kWarpgroups); };
     const auto give_turn = [&]() { named_barrier_arrive(2 - w, 128 * Tile::kWarpgroups); };
 
@@ -361,8 +362,8 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
       differentiate(steps == 1);
     }
     while (more) {
-      // dQ of the last tile of slots, and behind it the scores of the next. No product is in flight across the end of a
-      // loop: ptxas would run all of them one by one.
+      // dQ of the last tile of slots, and after it the scores of the next. No matmul is in flight across the end of a
+      // loop: ptxas would serialise all of them.
       for (int left = steps - 2; left >= 0; --left) {
         take_turn();
         accumulate();
@@ -374,7 +375,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
         differentiate(left == 0);
       }
 
-      // all scores of this tile are done
+      // all scores of this tile are complete
       barrier_arrive(query_empty + query_buffer * Tile::kWarpgroups + w);
       if (++query_buffer == Tile::kQueryBuffers) query_buffer = 0, query_phase ^= 1;
       const int done_index = ring_index;

@@ -1,7 +1,7 @@
-// Injected attention on Hopper. A persistent block takes tiles of 64 packed rows for each of its consumer warpgroups; a
-// producer warp streams the tile's keys and values through shared memory (bulk tensor copies, two stages each). A
-// consumer issues the scores of the next block of slots and the output of the last one together and computes the
-// softmax while the tensor cores work for its neighbour. docs/kernels/injected_attention_prefill.md has the derivation.
+// Injected attention on Hopper (WGMMA, TMA). A persistent block takes tiles of 64 packed rows for each of its consumer
+// warpgroups; a producer warp streams the tile's keys and values through shared memory by TMA. A consumer issues the
+// scores of the next block of slots and the output of the last one together, and computes the softmax while the tensor
+// cores work for the other warpgroup (ping-pong). docs/kernels/injected_attention_prefill.md has the derivation.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +19,10 @@ namespace sm90 {
 
 constexpr int kPanel = 64;  // columns of a panel of 128-byte rows
 constexpr int kLoaders = 96;
-// named barriers; those of turns and warpgroups take up to three each
+// named barriers; the ping-pong and the warpgroups take up to three each
 constexpr int kTurnBarrier = 1, kLoaderBarrier = 7;
-// The maximum is only raised when it grows by a factor of 2^8 in the weights: until then float32 sums lose nothing, and
-// the rescaling of the accumulators is skipped.
+// Online softmax: the maximum is only raised when the weights grow by more than 2^8. Until then float32 sums lose
+// nothing, and accumulators are not rescaled.
 constexpr float kGrowth = 8.0f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_inff();
@@ -42,7 +42,7 @@ struct Shape {
   static constexpr int kRowOffset = kBarrierOffset + 2 * (kStages + kQueryStages) * 8;
   static constexpr int kSharedBytes = kRowOffset + static_cast<int>(sizeof(RowTile));
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // 64K registers: what the loading warpgroup gives up goes to the consumers
+  // 64K registers: what the producer warpgroup gives up goes to the consumers (setmaxnreg)
   static constexpr int kLoaderRegisters = kHeadSize == 256 ? 40 : kWarpgroups == 2 ? 72 : 32;
   static constexpr int kConsumerRegisters = kHeadSize == 256 ? 232 : kWarpgroups == 2 ? 216 : 160;
   static_assert(kStages >= 4 && kSharedBytes <= 227 * 1024);
@@ -67,7 +67,7 @@ __device__ __forceinline__ int swizzled(int row, int column) {
   return column / kPanel * (kRows * 128) + row * 128 + ((column / 8 ^ row) & 7) * 16 + column % 8 * 2;
 }
 
-// Turns four pairs of elements, 8-byte aligned, in place.
+// Rotates four pairs of elements, 8-byte aligned, in place.
 template <class T>
 __device__ __forceinline__ void turn_quad(T* low, T* high, const float4& cos, const float4& sin, float factor) {
   const float c[4] = {cos.x * factor, cos.y * factor, cos.z * factor, cos.w * factor};
@@ -86,7 +86,7 @@ __device__ __forceinline__ void turn_quad(T* low, T* high, const float4& cos, co
   *reinterpret_cast<uint2*>(high) = make_uint2(turned[1][0], turned[1][1]);
 }
 
-// What a persistent block does next: some blocks of slots for one tile of packed rows and one key/value head. Counts
+// The next work of a persistent block: some blocks of slots for one tile of packed rows and one key/value head. Counts
 // fit in 32 bits (the plan sees to it), and registers are short.
 struct Work {
   int q_begin, packed_count;  // queries of the batch row, and how many packed rows they make
@@ -94,7 +94,7 @@ struct Work {
   int slot_begin, slot_count, position;
   int head;
   int begin, end;  // blocks of slots
-  int part;        // where partial results go, -1: the result is whole
+  int part;        // where partial results go, -1: the result is complete
 
   // Takes over what find_row_tile or load_row has found.
   __device__ __forceinline__ void set(const RowTile& row, int group, int rows) {
@@ -107,9 +107,9 @@ struct Work {
   }
 };
 
-// The same sequence for every role of a block. Tiles come fastest, so that blocks that run together read the same
-// slots. With a tail the batch is one row: the tiles that do not fill all blocks once more are cut into equal shares of
-// slots.
+// The same sequence for every role of a block. Tiles vary fastest, so that blocks that run together read the same
+// slots. With a tail (stream-K) the batch is one row: the tiles that do not fill another wave are cut into equal shares
+// of slots.
 class Walk {
  public:
   // `only` is the row of a batch of one.
@@ -144,7 +144,7 @@ class Walk {
     const uint32_t blocks = blocks_of(row.slot_count);
     uint32_t item, segment = segment_++;
     if (blocks == 0) {
-      // nothing to share: the tiles are spread out to be filled with zeros
+      // no slots to split: the tiles are spread out to be filled with zeros
       item = blockIdx.x + segment * shares;
       if (item >= static_cast<uint32_t>(p_.tail_items)) return false;
       work->begin = work->end = 0;
@@ -180,8 +180,8 @@ class Walk {
   uint32_t at_ = 0, segment_ = 0;  // in the tail
 };
 
-// Weights of one block of scores in place; raises the running maximum if it has to and says by which factors the
-// accumulators shrink. A thread holds two rows: elements 4j, 4j + 1 and 4j + 2, 4j + 3.
+// Turns the scores of one block into weights in place; raises the running maximum if necessary, and gives the factors
+// by which the accumulators are rescaled. A thread holds two rows: elements 4j, 4j + 1 and 4j + 2, 4j + 3.
 template <int kCount>
 __device__ __forceinline__ bool weigh(float (&s)[kCount], float (&maximum)[2], float (&sum)[2], float (&factor)[2],
                                       float scale_log2) {
@@ -227,7 +227,7 @@ __device__ __forceinline__ bool weigh(float (&s)[kCount], float (&maximum)[2], f
   return rescale;
 }
 
-// Division of numbers below 2^16 by one that does not change.
+// Division of numbers below 2^16 by a constant divisor.
 class Divisor {
  public:
   __device__ __forceinline__ explicit Divisor(uint32_t by) : by_(by), factor_(0xffffffffu / by + 1) {}
@@ -239,14 +239,14 @@ class Divisor {
   uint32_t by_, factor_;
 };
 
-// The queries of one tile: copied, then turned in place.
+// The queries of one tile: copied, then rotated in place.
 template <class T, int kHeadSize>
 __device__ __forceinline__ void load_queries(const InjectedAttentionSm90Params& p, const Work& work, uint8_t* to,
                                              float factor, const Divisor& group, int thread) {
   using S = Shape<kHeadSize>;
   constexpr int kChunks = kHeadSize / 8, kRowsAtOnce = kLoaders / kChunks;
   static_assert(kLoaders % kChunks == 0);
-  // copies are asynchronous, so unrolling saves issue slots only; where registers are short it would cost more
+  // copies are asynchronous, so unrolling only saves issue slots; where registers are short it would cost more
   constexpr int kUnroll = S::kLoaderRegisters < 64 ? 1 : 4;
   const int used = min(work.packed_count - work.first_packed, S::kRows);
   const uint32_t first_query = work.first_packed / group.by(), first_member = work.first_packed % group.by();
@@ -340,8 +340,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
   Walk walk(p, *only, S::kRows, kSlots);
   Work work;
 
-  // a negative scale turns the queries round, so that the largest score is always the best one; a scale of 0 makes them
-  // 0
+  // a negative scale negates the queries, so that the largest score is always the best one; a scale of 0 makes them 0
   const float scale_log2 = (p.scale == 0 ? 1.0f : fabsf(p.scale)) * kLog2E;
 
   if (warpgroup == 0) {
@@ -395,7 +394,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       named_barrier_arrive(kTurnBarrier + (consumer + other) % kWarpgroups, 128 * kWarpgroups);
     }
   };
-  // the first warpgroup begins: those behind it in the round have already had their turn
+  // the first warpgroup begins: those after it in the round have already had their turn
 #pragma unroll
   for (int ahead = 0; ahead < kWarpgroups - 1; ++ahead) {
     if (consumer > ahead) named_barrier_arrive(kTurnBarrier + ahead, 128 * kWarpgroups);
@@ -462,7 +461,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 
     barrier_wait(query_full + query.stage, query.phase);
     barrier_wait(full + cursor.stage, cursor.phase);
-    // in turn, so that the warpgroups do not compute their first weights all at once
+    // alternating, so that the warpgroups do not compute their first weights all at once
     named_barrier_sync(turn, 128 * kWarpgroups);
     fence_registers(s);
     wgmma_fence();
@@ -481,7 +480,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         const int column = j / 4 * 8 + lane % 4 * 2 + (j & 1);
         if (column >= valid) s[j] = -kInfinity;
       }
-      // The slots behind belong to somebody else, and a weight of 0 does not silence a NaN. Their values stand in the
+      // Slots past the end belong to another row, and a weight of 0 does not silence a NaN. Their values are in the
       // next stage but one if there is another block of keys, else in the next.
       Cursor<S::kStages> value = cursor;
       if (work.end - work.begin > 1) value.advance();
@@ -559,7 +558,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
       sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-      // scores of -inf alone: zeros
+      // only -inf scores: zeros
       const bool nothing = sum[i] == 0.0f;
       inverse[i] = nothing ? 0.0f : 1.0f / sum[i];
       const int r = warp % 4 * 16 + lane / 4 + 8 * i;
@@ -597,8 +596,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         }
       }
     } else {
-      // through the queries' shared memory, as soon as the whole warpgroup has finished with it, so that rows are
-      // stored whole
+      // epilogue through the queries' shared memory, as soon as the whole warpgroup has finished with it, so that whole
+      // rows are stored
       uint8_t* const staging = queries + query.stage * S::kQueryBytes;
       named_barrier_sync(own, 128);
 #pragma unroll
@@ -629,7 +628,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 #endif
 }
 
-// Merges the parts of the tiles that the tail cut up, a warp to a packed row, in the order of the slots.
+// Merges the parts of the tiles that the tail cut, one warp per packed row, in the order of the slots.
 template <class T, int kHeadSize>
 __global__ void __launch_bounds__(256) injected_attention_tail(const __grid_constant__ InjectedAttentionSm90Params p) {
   using S = Shape<kHeadSize>;
@@ -654,7 +653,7 @@ __global__ void __launch_bounds__(256) injected_attention_tail(const __grid_cons
   const auto part_row = [&](uint32_t share) -> int64_t {
     const uint64_t begin = total * share / shares, end = total * (share + 1) / shares;
     if (begin == end) return -1;
-    // a share that begins before this tile has its first part there
+    // a share that begins before this tile has its first part here
     const bool second = begin < first_block;
     return (2 * static_cast<int64_t>(share) + (second ? 1 : 0)) * S::kRows + r;
   };
@@ -695,7 +694,7 @@ cudaError_t encode_slot_map(CUtensorMap* map, const InjectedAttentionSm90Params&
   return encode_tensor_map_3d(map, p.type, slots, sizes, {strides[1], strides[0]}, box);
 }
 
-// Queues the persistent blocks of a plan; with `after` they may start while the kernel before them ends.
+// Queues the persistent blocks of a plan; with `after` (PDL) they may start while the previous kernel ends.
 template <int kHeadSize, class Kernel, class... Maps>
 cudaError_t launch_tiles(Kernel kernel, int shared_bytes, bool after, cudaStream_t stream,
                          const InjectedAttentionSm90Params& p, const Maps&... maps) {

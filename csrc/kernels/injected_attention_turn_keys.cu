@@ -1,5 +1,5 @@
-// Keys turned back by the position of the only batch row: (R q) k = q (R^T k). For short memories, where turning all
-// queries costs more.
+// Rotates keys back (transposed RoPE) by the position of the only batch row: (R q) k = q (R^T k). For short memories,
+// where rotating all queries costs more.
 #include "kernels/common/instances.h"
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/query_rotation.cuh"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// 16 bytes by each thread: more blocks of little work end sooner than fewer that have all loads in flight.
+// 16 bytes per thread: more blocks of little work end sooner than fewer that have all loads in flight.
 template <class T, int kHeadSize>
 __global__ void __launch_bounds__(kThreads)
     turn_keys(const __grid_constant__ InjectedAttentionParams p, float factor, uint4* turned) {

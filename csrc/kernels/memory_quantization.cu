@@ -46,7 +46,7 @@ __device__ __forceinline__ void store8(__half* to, const float (&x)[8]) {
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(pairs);
 }
 
-// kLanes threads to a vector, 8 elements each; those behind its end idle.
+// kLanes threads per vector, 8 elements each; those past its end idle.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads) quantize(const MemoryQuantizationParams p) {
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) quantize(const MemoryQuantizationPar
   if (active) {
     load8(static_cast<const T*>(p.input) + slot * p.stride[0] + head * p.stride[1] + column, x);
   }
-  // as bits, because magnitudes are ordered like them and NaN comes out above infinity
+  // as bits, because they are ordered like magnitudes and NaN is above infinity
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) bits = max(bits, __float_as_uint(fabsf(x[i])));

@@ -1,4 +1,4 @@
-// A memory of 8-bit codes: one float32 scale for each slot and head, value = code * scale.
+// 8-bit memory: int8 codes and one float32 scale for each slot and head, value = code * scale.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,7 @@ struct MemoryQuantizationParams {
   int8_t* codes;            // [S, Hkv, D], contiguous, aligned to 8 bytes
   float* scale;             // [S, Hkv]
   int64_t stride[2];        // of the input: elements between slots, between heads; the last stride is 1
-  int64_t scale_stride[2];  // elements between slots, between heads; decoding is faster with slots next to each other
+  int64_t scale_stride[2];  // elements between slots, between heads; decoding is faster with slots adjacent
   int64_t num_slots;        // S
   int32_t heads;            // Hkv
   int32_t head_size;        // D, a multiple of 8, at most 256

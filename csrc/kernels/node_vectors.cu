@@ -1,5 +1,5 @@
-// Node vectors' attention: the division into tiles, the merge of partial results, the kernel for any element type and
-// head size, and the choice of the kernel.
+// Node vectors' attention: the division into tiles, the merge of partial results (split-KV), the kernel for any element
+// type and head size, and the choice of the kernel.
 #include <algorithm>
 
 #include "kernels/node_vectors.cuh"
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kDivideThreads) node_vectors_divide(const __gr
         if (level == p.first_level) shared_start = start;
       }
       w.leaves[leaf] = {start, static_cast<int32_t>(length), static_cast<int32_t>(start - shared_start)};
-      // an empty leaf gets a tile without keys, so that somebody writes its zeros
+      // an empty leaf gets a tile without keys, so that its zeros are written
       tiles[i] = length > 0 ? (length + kTile - 1) / kTile : 1;
       through += tiles[i];
     }
@@ -108,7 +108,7 @@ template <class T, int kWidth, int kCount>
 __global__ void __launch_bounds__(32 * kMergeWarps, kCount* kWidth > 4 ? 2 : 6)
     node_vectors_merge(const __grid_constant__ NodeVectorsParams p) {
   using Vector = Elements<kWidth>;
-  constexpr int kTogether = kCount * kWidth > 4 ? 2 : 4;  // parts whose loads are under way at a time
+  constexpr int kTogether = kCount * kWidth > 4 ? 2 : 4;  // parts whose loads are in flight at a time
   __shared__ float warp_sums[kMergeWarps][kNodeVectorsMaxSize];
   __shared__ float warp_totals[kMergeWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, levels = num_levels(p);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, kCount* kWidth > 4 ? 2 : 6)
     const bool wanted = own < together && first + own < group;
     float top = -INFINITY, total = 0.0f, sums[kCount][kWidth] = {};
     if (wanted) {
-      // part 0 is what the worker left, the others what the next workers began with
+      // part 0 is what the worker left, the others are what the next workers began with
       const int64_t row = partial_row(p, worker, 0, level, head), step = partial_row(p, 1, 0, 0, 0);
       const int64_t first_row = partial_row(p, worker, 1, level, head);
       const auto row_of = [&](int part) { return part == 0 ? first_row : row + part * step; };
@@ -187,14 +187,14 @@ __global__ void __launch_bounds__(32 * kMergeWarps, kCount* kWidth > 4 ? 2 : 6)
 }
 
 constexpr int kAnyWarps = 8;
-constexpr int kAnyRows = 4;    // query rows of a warp: they, their sums and the keys in flight fill the registers
+constexpr int kAnyRows = 4;    // query rows of a warp: these, their sums and the keys in flight fill the registers
 constexpr int kAnyPairs = 4;   // pairs of elements of a row that a lane holds
 constexpr int kAnyKeys = 2;    // keys that a lane loads at once, to hide the latency
-constexpr int kAnyBlocks = 1;  // of a multiprocessor
+constexpr int kAnyBlocks = 1;  // resident blocks on an SM
 
-// float32, and head sizes or alignments that the tensor cores' kernel does not take. kLanes lanes share a key, so a
-// warp takes 32 / kLanes keys at a time, each group of lanes with a softmax of its own; keys are rotated by their
-// position in each row's own node.
+// For float32, and for head sizes or alignments that the tensor-core kernel does not take. kLanes lanes share a key, so
+// a warp takes 32 / kLanes keys at a time, each group of lanes with an online softmax of its own; keys are rotated by
+// their position in each row's own node.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(32 * kAnyWarps, kAnyBlocks)
     node_vectors_any(const __grid_constant__ NodeVectorsParams p) {
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps, kAnyBlocks)
       int token[kAnyKeys];
 #pragma unroll
       for (int j = 0; j < kAnyKeys; ++j) {
-        // behind the end: the last key once more, without weight
+        // past the end: the last key once more, without weight
         token[j] = min(first + j * kGroups + key_group, count - 1);
         load(from_k + token[j] * p.k_stride[0], raw[j]);
         load(from_v + token[j] * p.v_stride[0], values[j]);
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps, kAnyBlocks)
         const Node node = node_of(p, at.leaf, level);
         const bool ends = leaf_ends && node.last;
         if (!ends && !run_ends) continue;
-        // the groups' softmaxes become one, the same in each of them
+        // the groups' softmaxes are merged, the same in each of them
 #pragma unroll
         for (int offset = kLanes; offset < 32; offset *= 2) {
           const float other = __shfl_xor_sync(kFullWarp, top[r], offset);
@@ -431,7 +431,7 @@ cudaError_t launch_merge(const NodeVectorsParams& p, cudaStream_t stream) {
   return launch_after(kernel, blocks, 32 * kMergeWarps, 0, true, stream, p);
 }
 
-// Bytes of shared memory, 0 for a head size that the tensor cores' kernel does not take.
+// Bytes of shared memory, 0 for a head size that the tensor-core kernel does not take.
 int tensor_shared_bytes(int head_size, int warps, int stages) {
   switch (head_size) {
     case 64:
@@ -479,9 +479,8 @@ cudaError_t plan_node_vectors(NodeVectorsParams* params) {
   if (tensor_cores_fit(p)) {
     // heads of 256 fill the registers with eight columns
     const int columns = rows > 8 && p.head_size <= 128 ? 2 : 1;
-    // As many warps as fit, then as many stages: what is under way hides the latency of memory. With sixteen columns
-    // two stages are faster (797 against 839 us for 28/4 heads and 1024 chunks): the L1 cache keeps more of what
-    // spills.
+    // As many warps as fit, then as many stages: loads in flight hide the memory latency. With sixteen columns two
+    // stages are faster (797 against 839 us for 28/4 heads and 1024 chunks): the L1 cache keeps more of what spills.
     const int most_stages = columns == 2 ? 2 : 3;
     for (p.warps = p.head_size > 128 ? 4 : 8; p.warps >= 2; p.warps /= 2) {
       for (p.stages = most_stages; p.stages >= 2; --p.stages) {

@@ -1,10 +1,8 @@
-// Node vectors' attention: how the tokens are shared out among warps, and the kernel for tensor cores.
-//
-// Leaves are cut into tiles of 16 keys. All tiles of all leaves, in order, are dealt out in equal runs to the workers,
-// so ragged nodes cost what they hold and nothing has to be known on the host. A worker is some warps (units), one for
-// each key/value head and group of query rows. A node that lies inside one run is finished there; of the others each
-// worker leaves a partial result in the workspace, at most two for each level, and a second kernel merges them in
-// order.
+// Node vectors' attention: how the tokens are divided among warps (stream-K), and the tensor-core kernel.
+// Leaves are cut into tiles of 16 keys. All tiles of all leaves, in order, are divided into equal runs, one for each
+// worker, so that ragged nodes cost what they hold and the host needs no lengths. A worker is some warps (units), one
+// for each key/value head and group of query rows. A node inside one run is finished there. Of the others each worker
+// leaves a partial result in the workspace, at most two for each level, and a second kernel merges them in order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +18,7 @@ namespace sharedllm {
 namespace node_vectors {
 
 constexpr int kTile = 16;
-// Windows of keys after which the queries are rotated from the tables again: rounding adds up until then.
+// Windows of keys after which the queries are rotated from the tables again: until then rounding accumulates.
 constexpr int kMaxWindows = 16;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -30,7 +28,7 @@ struct Leaf {
   int32_t position;  // of its first token in the node of first_level
 };
 
-// A node that goes on in the next worker's run.
+// A node that continues in the next worker's run.
 struct Unfinished {
   int64_t node;  // row of out, -1 for none
   int64_t last_worker;
@@ -40,7 +38,7 @@ struct Workspace {
   int64_t* first_tile;     // [leaves + 1]
   Leaf* leaves;            // [leaves]
   Unfinished* unfinished;  // [workers, levels]
-  // what a worker began in the middle of (0) and what it leaves in the middle (1)
+  // what a worker began in the middle of (0) and what it leaves unfinished (1)
   float2* stats;  // [workers, 2, levels, Hq]: maximum of the scores, to base 2, and sum of the weights
   float* sums;    // [workers, 2, levels, Hq, D]: weighted values
 };
@@ -93,7 +91,7 @@ struct Cursor {
     start = found.start;
     length = found.length;
     position = found.position;
-    // the last worker's cursor ends behind the last leaf, where nothing was written
+    // the last worker's cursor ends past the last leaf, where nothing was written
     next = w.leaves[min(leaf + 1, num_leaves(p) - 1)];
   }
   // Every lane of the warp takes part.
@@ -138,7 +136,7 @@ __device__ __forceinline__ int64_t partial_row(const NodeVectorsParams& p, int64
   return ((worker * 2 + kind) * num_levels(p) + level_index) * p.q_heads + head;
 }
 
-// What the worker leaves in the middle; the merge kernel starts from it. Called by one warp of each worker.
+// What the worker leaves unfinished; the merge kernel starts from it. Called by one warp of each worker.
 __device__ __forceinline__ void record_unfinished(const NodeVectorsParams& p, const Workspace& w, int64_t worker,
                                                   const Run& run, int64_t last_leaf_seen, int lane) {
   for (int level = lane; level < num_levels(p); level += 32) {
@@ -155,7 +153,7 @@ __device__ __forceinline__ void record_unfinished(const NodeVectorsParams& p, co
   }
 }
 
-// Where a pair of elements that rotate together lies, for pairs aligned to `width`. Behind the rotated part the
+// Where a pair of elements that are rotated together is, for pairs aligned to `width`. Past the rotated part the
 // elements are paired as they come.
 __device__ __forceinline__ void pair_offsets(int pair, int half, int width, int* low, int* high) {
   const bool rotated = pair < half;
@@ -193,11 +191,11 @@ template <int D>
 struct Tiling {
   // What the registers have room for.
   static constexpr int max_warps(int columns) { return D > 128 ? 6 : columns > 1 || D > 64 ? 8 : 12; }
-  // Keys are rotated by their place in a window of this many positions, and the queries once for each window: the
-  // tables of the keys then stay in shared memory, as reading them for each key would double the traffic.
+  // Keys are rotated by their place in a window of this many positions, and the queries once for each window: the keys'
+  // tables then stay in shared memory. Reading them for each key would double the traffic.
   static constexpr int kWindow = D > 128 ? 32 : 64;
-  // No bank is asked twice at a time: four rows of 32 bytes of k, eight rows of 16 of v, two rows of 64 of the table.
-  // Rows of whole 128 bytes are permuted inside, others padded.
+  // No bank conflicts: four rows of 32 bytes of k, eight rows of 16 of v, two rows of 64 of the table. Rows of whole
+  // 128 bytes are swizzled, others padded.
   static constexpr bool kPermuted = D % 64 == 0;
   static constexpr int kPitchK = kPermuted ? 2 * D : 2 * D + 32, kPitchV = kPermuted ? 2 * D : 2 * D + 16;
   static constexpr int kPitchTable = 4 * D;
@@ -220,7 +218,7 @@ struct Tiling {
 };
 
 // One warp computes S^T = K Q^T (16 keys x 8 columns, a column is a query row) in tf32, each factor split in two so
-// that the scores are as good as in float32, and O^T += V^T P^T in T, the weights split in two likewise.
+// that the scores are as exact as in float32, and O^T += V^T P^T in T, the weights split in two likewise.
 template <class T, int D, int kColumns>
 __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     node_vectors_tensor(const __grid_constant__ NodeVectorsParams p) {
@@ -240,7 +238,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
       c = __ldg(reinterpret_cast<const float4*>(p.cos + static_cast<int64_t>(position) * p.rotary_half + pair));
       s = __ldg(reinterpret_cast<const float4*>(p.sin + static_cast<int64_t>(position) * p.rotary_half + pair));
       if (position == Shape::kWindow) {
-        // tables may hold a common factor, which position 0 shows; turning the queries must not apply it again
+        // tables may hold a common factor, which position 0 shows; rotating the queries must not apply it again
         const float4 one = __ldg(reinterpret_cast<const float4*>(p.cos + pair));
         c = make_float4(c.x / one.x, c.y / one.y, c.z / one.z, c.w / one.w);
         s = make_float4(s.x / one.x, s.y / one.y, s.z / one.z, s.w / one.w);
@@ -275,7 +273,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     const int count = from.count();
     const auto copy = [&](const T* x, int64_t stride, uint32_t x_to, auto offset) {
       if constexpr (32 % kVectors == 0) {
-        // a lane's vectors lie below each other
+        // a lane's vectors are below each other
         constexpr int kRows = 32 / kVectors;
         const T* at = x + (token + lane / kVectors) * stride + lane % kVectors * 8;
 #pragma unroll
@@ -319,7 +317,8 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     key_high[i] = stages + Shape::offset_k(row, 2 * high);
   }
 
-  // the query of column `row`, rotated, times scale * log2(e); in its two parts where the registers have room for them
+  // the query of column `row`, rotated, times scale * log2(e); split in its two parts where the registers have room for
+  // them
   constexpr bool kSplit = kColumns == 1 && D <= 128;
   uint32_t query[kColumns][kGroups * 4][2][kSplit ? 2 : 1];
   const auto set_query = [](uint32_t (&to)[kSplit ? 2 : 1], float x) {
@@ -368,7 +367,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
       }
     }
   };
-  // Turns them back by one window, without a look at memory.
+  // Rotates them back by one window, without reading memory.
   const auto step_queries = [&] {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -400,7 +399,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     }
   }
 
-  // Writes what ends with this tile, and begins it anew.
+  // Writes the nodes that end with this tile, and starts them anew.
   const auto flush = [&](bool leaf_ends, bool run_ends) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -472,7 +471,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     } else {
       wait_copies<0>();
     }
-    // also: the lanes are done with the stage that is filled next
+    // also: the lanes have finished with the stage that is filled next
     __syncwarp();
     if (ahead_tile < run.end) {
       copy_tile(ahead, stage == 0 ? p.stages - 1 : stage - 1);
@@ -487,7 +486,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
     stage_bytes += Shape::kStageBytes;
     if (stage == p.stages) stage = stage_bytes = 0;
 
-    // separate sums of the large and the two small products: three short chains
+    // separate sums of the large and the two small matmuls: three short chains
     float scores[kColumns][3][4];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -560,7 +559,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, offset));
         best = fmaxf(best, top[n][j]);
-        // nothing but -inf so far: any number does
+        // only -inf so far: any number does
         const float reference = best == -INFINITY ? 0.0f : best;
         factor[j] = exp2f(top[n][j] - reference);
         risen |= best > top[n][j];

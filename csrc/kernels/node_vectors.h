@@ -1,4 +1,5 @@
-// Node vectors' attention on the GPU: parameters, plan and launch. No torch header here or in what this includes.
+// Node vectors' attention on the GPU (RoPE, GQA, split-KV): parameters, plan and launch. No torch header here or in
+// what this includes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,11 +15,10 @@ constexpr int32_t kNodeVectorsMaxSize = 256;
 // Leaves of a root are numbered in 32 bits beside its length.
 constexpr int32_t kNodeVectorsMaxLevel = 20;
 
-// Roots are halved level by level, left = floor(length / 2). The nodes of levels first_level .. last_level, 2^level to
-// a root, get a vector each: the attention of their last token over all of their tokens. Level 0 is the root itself, so
-// first_level = last_level = 0 is the plain operator. Nodes of one level-first_level node share one read of its keys
-// and values; a node of a deeper level has the scores of its ancestor, as rotary scores depend on relative positions
-// only.
+// Roots are halved level by level, left = floor(length / 2). The nodes of levels first_level .. last_level, 2^level per
+// root, get a vector each: the attention of their last token over all of their tokens. Level 0 is the root itself, so
+// first_level = last_level = 0 is the plain operator. All nodes inside one node of first_level share one read of its
+// keys and values: a deeper node has the scores of its ancestor, as rotary scores depend on relative positions only.
 struct NodeVectorsParams {
   const void* q;         // [N, 2^last_level, Hq, D]: queries at the last token of each leaf, the nodes of last_level
   const void* k;         // [T, Hkv, D], not rotated
@@ -49,7 +49,7 @@ struct NodeVectorsParams {
   void* workspace;         // allocated by the caller after the plan, 16-byte aligned
 };
 
-// Chooses the kernel for the current device and says how large the workspace must be. Never waits for the device.
+// Chooses the kernel for the current device and sets the size of the workspace. Never waits for the device.
 cudaError_t plan_node_vectors(NodeVectorsParams* params);
 
 // Queues the kernels; needs num_roots > 0, q_heads > 0 and head_size > 0.

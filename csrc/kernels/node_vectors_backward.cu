@@ -1,7 +1,7 @@
-// Gradients of the node vectors' attention. A first kernel, one block to a node and query head, reads the node's keys
-// and values once for the softmax statistics and the query's gradient. A second one, one block to some tokens and a
-// key/value head, collects the nodes that hold these tokens, in order, and adds up what each gives to their keys and
-// values: equal input gives equal output to the last bit, however the spans overlap.
+// Gradients of the node vectors' attention. A first kernel, one block per node and query head, reads the node's keys
+// and values once for the softmax statistics and the query's gradient. A second one, one block per 32 tokens and
+// key/value head, collects the nodes that hold these tokens, in order, and adds up their gradients of keys and values:
+// equal input gives equal output to the last bit, however the spans overlap.
 #include <algorithm>
 
 #include "kernels/common/with_float_type.h"
@@ -54,7 +54,7 @@ struct Pairs {
     }
   }
 
-  // direction -1 turns back
+  // direction -1: rotates back
   __device__ __forceinline__ void rotate(const NodeVectorsParams& p, int64_t position, int lane, float direction,
                                          float (&x)[kPairs][2]) const {
 #pragma unroll
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     float keys[kKeys][kPairs][2], score[kKeys], grad_weight[kKeys], best = top;
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) {
-      // behind the end: the last key once more, without weight
+      // past the end: the last key once more, without weight
       const int64_t token = first + j < length ? first + j : length - 1;
       float value[kPairs][2];
       pairs.load(k + token * p.k_stride[0], keys[j]);
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(32 * kWarps)
           const bool inside = first + j >= start && first + j < start + length;
           const float score = dot(turned[j], query), grad_weight = dot(values[j], upstream);
           const float weight = inside ? exp2f(score - stats.x) : 0.0f;
-          // the query holds the factor log2(e) beside scale
+          // the query holds the factor log2(e) as well as scale
           const float grad_score = inside ? weight * (grad_weight - stats.y) * (1.0f / kLog2e) : 0.0f;
 #pragma unroll
           for (int e = 0; e < kPairs; ++e) {

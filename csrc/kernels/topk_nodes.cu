@@ -1,7 +1,7 @@
-// Top-k node retrieval. The rows are cut into tiles of equal length, whatever the groups are, so that no size has to be
-// known on the host. A block scores the rows of its tile and sorts them by (group, similarity, row): groups inside the
-// tile are finished then; of a group that goes on in the next tile, the best candidates go to the workspace. A second
-// kernel merges those, one block for each such group.
+// Top-k node retrieval. The rows are cut into tiles of equal length, whatever the groups are, so that the host needs no
+// sizes. A block scores the rows of its tile and sorts them by (group, similarity, row). Groups inside the tile are
+// then finished; of a group that continues in the next tile, the best candidates go to the workspace. A second kernel
+// merges those, one block for each such group.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -25,12 +25,12 @@ static_assert(kTopkNodesMaxK + kMergeThreads <= kMergeKeys);
 
 // Candidate between tiles: rank (32 bits) | row (31) | is NaN (1). Smaller is better.
 constexpr uint64_t kNothing = ~uint64_t{0};
-// Ranks of numbers reach from that of +inf, 0x007fffff, to that of -inf, 0xff800000.
+// Ranks of numbers go from that of +inf, 0x007fffff, to that of -inf, 0xff800000.
 constexpr uint32_t kInvalidRank = 0xffffffffu;
 // Key inside a tile: first row of the group (20 bits) | rank (32) | row (11) | is NaN (1), rows counted in the tile.
 constexpr int kRankShift = 12, kGroupShift = 44;
 
-// Rises from the best similarity to the worst; NaN ranks with -inf.
+// Ascends from the best similarity to the worst; NaN ranks with -inf.
 __device__ __forceinline__ uint32_t rank_of(float similarity) {
   if (similarity != similarity) similarity = -__int_as_float(0x7f800000);
   const uint32_t bits = __float_as_uint(similarity + 0.0f);  // -0 equals +0
@@ -60,7 +60,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// Rows of a group. Values outside of the nodes would be the caller's mistake: they must not become wild addresses.
+// Rows of a group. Values outside the nodes would be the caller's mistake: they must not become wild addresses.
 __device__ __forceinline__ Range group_rows(const TopkNodesParams& p, int64_t group) {
   const int64_t begin = clamp_index(p.cu_groups[group], 0, p.num_nodes);
   return {begin, clamp_index(p.cu_groups[group + 1], begin, p.num_nodes)};
@@ -89,7 +89,7 @@ struct Sums {
 // One thread's share of dot product and squared norms.
 template <class T, int kLanes, bool kVector>
 __device__ __forceinline__ Sums partial_sums(const T* node, const T* query, int size, int lane) {
-  // four vectors in flight hide the latency of memory, four chains of sums that of the arithmetic
+  // four vectors in flight hide the memory latency, four chains of sums that of the arithmetic
   constexpr int kUnroll = 4;
   Sums sums[kUnroll];
   int done = 0;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
   const bool last_tile = blockIdx.x + 1 == p.tiles;
   const int rows = static_cast<int>(p.num_nodes - begin < p.tile ? p.num_nodes - begin : p.tile);
 
-  // groups that begin in this tile; those behind the last row (they are empty) belong to the last tile
+  // groups that begin in this tile; those past the last row (they are empty) belong to the last tile
   if (warp < 2) {
     const int64_t bound = warp == 1 && last_tile
                               ? p.num_groups
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
     write_result(p, group * p.k + j, inside ? candidate_of(keys[place], begin) : kNothing);
   }
 
-  // slot 0: the group that comes from the tile before; slot 1: the group that begins here and goes on
+  // slot 0: the group that continues from the previous tile; slot 1: the group that begins here and continues
   for (int slot = 0; slot < 2; ++slot) {
     const int64_t group = slot ? end_group - 1 : first_group - 1;
     if (group < (slot ? first_group : 0)) continue;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kTileThreads) topk_nodes_tile(const __grid_con
   }
 }
 
-// Merges the candidates of a group that lies in more than one tile. Block b takes group b; or, where there are fewer
+// Merges the candidates of a group that is in more than one tile. Block b takes group b; or, where there are fewer
 // borders between tiles than groups, the group whose first border is the one between tiles b and b + 1.
 __global__ void __launch_bounds__(kMergeThreads, 1) topk_nodes_merge(const __grid_constant__ TopkNodesParams p) {
   __shared__ uint64_t keys[kMergeKeys];
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) topk_nodes_merge(const __gri
     const int total = shared_count;
     too_bad = total == count ? too_bad + batch : 0;
     count = total;
-    // room for the next batch, and a limit as early as there can be one
+    // room for the next batch, and a limit as early as possible
     if (count + kMergeThreads > kMergeKeys || (limit == kNothing && count >= p.k)) {
       int sorted = 2;
       while (sorted < count) sorted *= 2;
@@ -317,8 +317,8 @@ cudaError_t plan_topk_nodes(TopkNodesParams* params) {
   p.vector = aligned(p.nodes, p.node_stride) && aligned(p.queries, p.query_stride);
   // eight threads read a short row in at most two vectors each; a whole warp would idle
   p.lanes = p.size * element <= 256 ? 8 : 32;
-  // Eight blocks for each multiprocessor before the tiles grow, more than are resident at a time: some sort while
-  // others read. At least one row for every group of lanes.
+  // Eight blocks per SM before the tiles grow, more than are resident at a time: some sort while others read. At least
+  // one row for every group of lanes.
   const int64_t wanted = p.num_nodes / (8 * std::max(multiprocessors, 1));
   p.tile = kTileThreads / p.lanes;
   while (p.tile < kMaxTile && 2 * p.tile <= wanted) p.tile *= 2;

@@ -9,11 +9,11 @@
 
 namespace sharedllm {
 
-// A group's candidates are merged in shared memory beside one batch of new ones, which bounds k.
+// A group's candidates are merged in shared memory with one batch of new ones, which bounds k.
 constexpr int64_t kTopkNodesMaxK = 1024;
 // A sort key holds the row's index in 31 bits.
 constexpr int64_t kTopkNodesMaxRows = 0x7fffffff;
-// Elements of a row are counted in 32 bits, a few strides beyond the end included.
+// Elements of a row are counted in 32 bits, including a few strides past the end.
 constexpr int64_t kTopkNodesMaxSize = 1 << 30;
 
 struct TopkNodesParams {
@@ -30,17 +30,17 @@ struct TopkNodesParams {
   FloatType type;
 
   // filled by plan_topk_nodes
-  bool vector;      // rows are 16-byte aligned
-  int32_t lanes;    // threads that share one row
-  int32_t tile;     // rows of one block, a power of two
-  int64_t tiles;    // blocks
-  int64_t partial;  // candidates that a tile keeps of a group that it shares with its neighbours
-  int64_t merges;   // blocks of the second kernel: one to a group, or to a border between tiles if these are fewer
+  bool vector;             // rows are 16-byte aligned
+  int32_t lanes;           // threads that share one row
+  int32_t tile;            // rows of one block, a power of two
+  int64_t tiles;           // blocks
+  int64_t partial;         // candidates that a tile keeps of a group that it shares with its neighbours
+  int64_t merges;          // blocks of the second kernel: one per group, or per border between tiles if these are fewer
   int64_t workspace_size;  // number of workspace elements
   uint64_t* workspace;     // [2, partial, tiles]; allocated by the caller after the plan
 };
 
-// Chooses the tile for the current device and says how large the workspace must be. Never waits for the device.
+// Chooses the tile for the current device and sets the size of the workspace. Never waits for the device.
 cudaError_t plan_topk_nodes(TopkNodesParams* params);
 
 // Queues the kernels; needs num_groups > 0 and k > 0.

@@ -25,7 +25,7 @@ void check_sizes(const char* name, const Tensor& tensor) {
         shape_text(tensor.sizes()));
 }
 
-// Address and strides of rows of heads; a tensor without contiguous elements is replaced by its contiguous copy.
+// Address and strides of rows of heads; a tensor whose elements are not contiguous is replaced by its contiguous copy.
 const void* rows_of(Tensor& tensor, int64_t (&stride)[2]) {
   tensor = with_dense_rows(tensor);
   stride[0] = tensor.stride(0);

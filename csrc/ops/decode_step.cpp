@@ -18,7 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Largest piece of a tensor that can be fetched ahead: whole 16-byte units.
+// Largest part of a tensor that can be prefetched: whole 16-byte units.
 void describe_prefetch(const std::optional<Tensor>& tensor, int64_t bytes, const void** from, int64_t* size) {
   *from = nullptr;
   *size = 0;
@@ -98,7 +98,7 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   p.out = out.mutable_data_ptr();
   p.eps = static_cast<float>(eps);
   p.gated = gated;
-  // what the kernel reads before it waits must not be the copy that the kernel in front of it makes
+  // what the kernel reads before it waits must not be a copy made by the previous kernel
   p.overlap = overlap && !copied;
   describe_prefetch(prefetch, prefetch_bytes, &p.prefetch, &p.prefetch_bytes);
   const cudaError_t status = launch_decode_linear(p, current_stream(device));

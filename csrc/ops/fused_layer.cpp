@@ -17,7 +17,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What a call has of each: sum and scale are absent in most.
+// Results of a call: sum and scale are absent in most.
 struct Results {
   std::optional<Tensor> sum;
   Tensor out;

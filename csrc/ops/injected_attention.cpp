@@ -91,7 +91,7 @@ struct Arguments {
     p.scale = static_cast<float>(scale);
     p.splits = 1;
 
-    // the copy engine and 16-byte loads need aligned rows; the generic kernels need only dense ones
+    // TMA and 16-byte loads need aligned rows; the generic kernels only need dense ones
     const bool aligned = has_tensor_core_kernel(p.type, p.head_size);
     for (Tensor* x : {&q, &k, &v}) *x = aligned ? with_aligned_rows(*x) : with_dense_rows(*x);
     for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = dense(*x);
@@ -109,7 +109,7 @@ struct Arguments {
     return p;
   }
 
-  // Strides of a dimension of one element say nothing: those of a dense tensor are always valid.
+  // The stride of a dimension of one element says nothing: that of a dense tensor is always valid.
   static void head_strides(const Tensor& x, int64_t (&strides)[2]) {
     strides[1] = x.size(1) > 1 ? x.stride(1) : x.size(2);
     strides[0] = x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     check_launch(name, launch_injected_attention_backward_generic(p, stream));
     return {grad_q, grad_k, grad_v};
   }
-  // the fused kernel for Hopper keeps two gradients of a tile in registers, and the heads of a query together
+  // the fused Hopper kernel keeps two gradients of a tile in registers, and the heads of a query together
   if (slots_wanted && (f.head_size == 256 || f.q_heads / f.kv_heads > 64)) path = Path::kPortable;
   p.kv_splits = 1;
   Tensor turned_keys;
@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   }
 #endif
   if (status == cudaErrorNotSupported) {
-    // the queries' gradient alone needs nothing prepared there
+    // the portable kernel for the queries' gradient alone needs nothing prepared
     if (slots_wanted && (path != Path::kSm90 || p.turns_keys)) {
       p.turns_keys = false;
       p.tail_shares = 0;
@@ -310,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   return {grad_q, grad_k, grad_v};
 }
 
-// Memory of 8-bit codes: read directly by a few queries, through a copy in the queries' type by many.
+// 8-bit memory: read directly for a few queries, through a copy in the queries' type for many.
 std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
                                                    Tensor cu_q, Tensor slot_range, Tensor q_position, Tensor cos,
                                                    Tensor sin, double scale) {

@@ -16,13 +16,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Whole 16-byte units: a copy of rows that are not aligned costs less than the kernel without tensor cores.
+// Whole 16-byte units: copying rows that are not aligned costs less than the kernel without tensor cores.
 Tensor rows(const Tensor& x) {
   const bool whole = x.size(2) * static_cast<int64_t>(x.element_size()) % 16 == 0;
   return whole && x.numel() > 0 ? with_aligned_rows(x) : with_dense_rows(x);
 }
 
-// q: [leaves, Hq, D]. The tensors must outlive the launch, so those that had to be copied are put in their place.
+// q: [leaves, Hq, D]. The tensors must outlive the launch, so those that had to be copied are replaced by their copies.
 NodeVectorsParams params_of(Tensor* q, Tensor* k, Tensor* v, Tensor* spans, Tensor* cos, Tensor* sin, double scale) {
   for (Tensor* x : {q, k, v}) *x = rows(*x);
   for (Tensor* x : {spans, cos, sin}) *x = sharedllm::contiguous(*x);
@@ -52,7 +52,7 @@ NodeVectorsParams params_of(Tensor* q, Tensor* k, Tensor* v, Tensor* spans, Tens
 
 void run(const char* name, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos, Tensor sin, int64_t first_level,
          int64_t last_level, double scale, Tensor* out) {
-  // tables without rows have room for empty nodes only, and no row for the kernels to read
+  // tables without rows are only valid for empty nodes, and have no row for the kernels to read
   if (cos.size(0) == 0) {
     torch::stable::zero_(*out);
     return;

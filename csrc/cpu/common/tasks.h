@@ -25,7 +25,7 @@ inline void run_tasks(int64_t tasks, const Worker& worker) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows and heads may lie anywhere; the elements of a head must be neighbours.
+// Rows and heads may be anywhere; the elements of a head must be contiguous.
 inline torch::stable::Tensor dense_heads(const torch::stable::Tensor& x) {
   return (x.stride(2) == 1 || x.size(2) <= 1) && is_aligned(x) ? x : sharedllm::contiguous(x);
 }

@@ -58,7 +58,7 @@ SHAREDLLM_INLINE Float16 load16(const uint16_t* from) {
   return (Float16)bits;
 }
 
-// The first `count` of sixteen elements, zeros behind them.
+// The first `count` of sixteen elements, zeros after them.
 template <class T>
 SHAREDLLM_INLINE Float16 load_upto16(const T* from, int64_t count) {
   if (count >= kLanes) return load16(from);

@@ -1,4 +1,5 @@
-// Which queries and slots a tile of the ragged batch covers. The lengths lie on the device, so each tile finds its row.
+// GQA tiles of a ragged (varlen) batch: which queries and slots a tile covers. The lengths are on the device, so each
+// tile finds its row by itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,8 +9,8 @@
 
 namespace sharedllm {
 
-// The packed rows of one key/value head: a row's queries times the G = Hq / Hkv query heads that share it, query-major:
-// packed row r of a batch row is query q_begin + r / G, head kv_head * G + r % G.
+// Packed rows of one key/value head: a batch row's queries times the G = Hq / Hkv query heads that share it (GQA),
+// query-major. Packed row r of a batch row is query q_begin + r / G, head kv_head * G + r % G.
 struct RowTile {
   int64_t row;         // batch row, -1 if there is no such tile
   int64_t tile;        // tile inside the batch row
@@ -29,8 +30,8 @@ __device__ __forceinline__ void load_row(const InjectedAttentionParams& p, int64
   found->position = clamp_index(p.q_position[row], 0, p.num_positions - 1);
 }
 
-// Tile `index` of all batch rows' tiles of `tile_rows` packed rows each. Every lane of one warp takes part and gets the
-// result. Tiles that any batch can have: at most T * G / tile_rows + B.
+// Tile `index` among the tiles of all batch rows, `tile_rows` packed rows each. Every lane of one warp takes part and
+// gets the result. Upper bound of the number of tiles: T * G / tile_rows + B.
 __device__ __forceinline__ RowTile find_row_tile(const InjectedAttentionParams& p, int64_t index, int tile_rows) {
   RowTile found{};
   found.row = -1;

@@ -1,12 +1,12 @@
-// Sorting in shared memory by one block.
+// Bitonic sort in shared memory by one block.
 #pragma once
 
 #include <cstdint>
 
 namespace sharedllm {
 
-// Sorts keys[0 .. count) in rising order; count is a power of two. The caller synchronises before; all threads of the
-// block see the result after.
+// Sorts keys[0 .. count) in ascending order; count is a power of two. The caller synchronises before; all threads of
+// the block see the result after.
 template <int kThreads>
 __device__ __forceinline__ void sort_by_block(uint64_t* keys, int count) {
   for (int size = 2; size <= count; size *= 2) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ void sort_by_block(uint64_t* keys, int count) {
           keys[high] = a;
         }
       }
-      // a warp's pairs with strides up to 32 lie in 64 keys of its own
+      // with strides up to 32 a warp's pairs are in 64 keys of its own
       const int next = stride > 1 ? stride / 2 : size;
       if (stride > 32 || next > 32 || (stride == 1 && size == count)) {
         __syncthreads();

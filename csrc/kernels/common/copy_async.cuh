@@ -1,4 +1,4 @@
-// Asynchronous copies by threads (compute capability 8.0 and later), which cost no registers.
+// cp.async: asynchronous copies by threads (compute capability 8.0 and later), which cost no registers.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, not through the L1 cache.
+// 16 bytes from global to shared memory, bypassing the L1 cache.
 __device__ __forceinline__ void copy16_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// Zeros where not valid; then nothing is read, but `from` must still point into some allocation.
+// Zeros if not valid; then nothing is read, but `from` must still point into some allocation.
 __device__ __forceinline__ void copy16_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
@@ -22,12 +22,12 @@ __device__ __forceinline__ void copy4_async(uint32_t to, const void* from, bool 
 }
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's groups are on their way; other threads' copies need a barrier as well.
+// Waits until at most kPending of this thread's groups are in flight; other threads' copies need a barrier as well.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-// Until all of this thread's copies have arrived, in groups or not.
+// Waits until all of this thread's copies have arrived, in groups or not.
 __device__ __forceinline__ void wait_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace sharedllm

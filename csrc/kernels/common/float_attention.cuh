@@ -1,8 +1,7 @@
-// Attention without tensor cores: products of float32 tiles in shared memory, loads of any element type and stride.
-//
-// A block of 128 threads keeps 32 rows of one side (queries or slots), all columns, and goes over the other side in
+// Attention without tensor cores: float32 matmuls of tiles in shared memory, for any element type and stride.
+// A block of 128 threads keeps 32 rows of one side (queries or slots), all columns, and loops over the other side in
 // tiles of 64 rows, 64 columns at a time. Thread (y, x) = (index / 16, index % 16) computes 4 x 4 numbers: rows 4 y ..
-// 4 y + 3 against tile rows x, x + 16, x + 32, x + 48, or against columns 4 x .. 4 x + 3.
+// 4 y + 3 with tile rows x, x + 16, x + 32, x + 48, or with columns 4 x .. 4 x + 3.
 #pragma once
 
 #include "kernels/common/attention_rows.cuh"
@@ -12,10 +11,10 @@ namespace sharedllm {
 namespace float_attention {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 32;  // kept
+constexpr int kRows = 32;  // rows that a block keeps
 constexpr int kTile = 64;  // rows of a tile of the other side
 constexpr int kPart = 64;  // columns at a time
-// 16 bytes more than the columns: the same column of rows next to each other lies in different banks
+// 16 bytes more than the columns: the same column of adjacent rows is in different banks
 constexpr int kTilePitch = kPart + 4;
 constexpr float kInfinity = __builtin_inff();
 
@@ -33,7 +32,7 @@ constexpr int kWeightFloats = kRows * kTilePitch;
 __device__ __forceinline__ int thread_x() { return threadIdx.x % 16; }
 __device__ __forceinline__ int thread_y() { return threadIdx.x / 16; }
 
-// Vectors [rows][columns] of slots or of something packed like them.
+// Vectors [rows][columns] of slots, or of a tensor packed like them.
 template <class T>
 struct Vectors {
   const T* first;
@@ -49,7 +48,7 @@ struct PackedVectors {
   int64_t strides[2];  // between queries, between heads
   int64_t first_query;
   uint32_t first_member, group;
-  int head;  // of the key/value side
+  int head;  // key/value head
   __device__ __forceinline__ const T* row(int r) const {
     const uint32_t member = first_member + r, query = member / group;
     return base + (first_query + query) * strides[0] +
@@ -96,7 +95,7 @@ __device__ __forceinline__ RotatedVectors<T> rotated_vectors(const InjectedAtten
   rotated.half = p.rotary_half;
   return rotated;
 }
-// Place of packed row r in [T, Hq].
+// Index of packed row r in [T, Hq].
 template <class T>
 __device__ __forceinline__ int64_t token_and_head(const PackedVectors<T>& rows, int r, int q_heads) {
   const uint32_t member = rows.first_member + r, query = member / rows.group;
@@ -131,8 +130,8 @@ __device__ __forceinline__ void load_tile(float* to, const Source& source, int v
   }
 }
 
-// sum[i][j] += kept row 4 y + i times tile row x + 16 j, over a part's columns, behind which there are zeros. 16
-// columns are summed by themselves first: rounding grows with the length of a chain of additions.
+// sum[i][j] += kept row 4 y + i times tile row x + 16 j, over the columns of a part, padded with zeros. 16 columns are
+// summed on their own first: rounding grows with the length of a chain of additions.
 template <int kParts>
 __device__ __forceinline__ void multiply_rows(float (&sum)[4][4], const float* kept, const float* tile, int first,
                                               int columns) {

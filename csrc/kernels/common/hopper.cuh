@@ -1,4 +1,4 @@
-// Hopper's asynchronous machinery: transaction barriers, bulk tensor copies, warpgroup matrix products (sm_90a only).
+// Hopper's asynchronous instructions: mbarriers, TMA copies, WGMMA operands (sm_90a only).
 #pragma once
 
 #include <cuda.h>
@@ -11,13 +11,13 @@
 
 namespace sharedllm {
 
-// ---- transaction barriers ----
+// ---- mbarriers (transaction barriers) ----
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to TMA.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -45,7 +45,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
       : "memory");
 }
 
-// Barriers among some warps of a block; threads counts all that arrive or wait.
+// Named barrier of some warps of a block; `threads` counts all that arrive or wait.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -53,26 +53,26 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Ordinary stores to shared memory become visible to the tensor cores and the copy engine.
+// Makes ordinary stores to shared memory visible to the tensor cores and to TMA.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Four matrices of 8 x 8 two-byte elements: lane l gives the address of 16 bytes, row l % 8 of matrix l / 8.
+// Four matrices of 8 x 8 two-byte elements (stmatrix): lane l gives the address of 16 bytes, row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(void* to, const uint32_t* x) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(x[0]),
                "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
 }
 
-// ---- bulk tensor copies ----
+// ---- TMA ----
 
-// Hints of what the L2 cache should keep, as the copy engine encodes them.
+// Cache hints for L2, as TMA encodes them.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
 
-// A box of a three-dimensional tensor, innermost coordinate first.
+// Loads a box of a three-dimensional tensor, innermost coordinate first.
 __device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x,
                                                int32_t y, int32_t z, uint64_t hint) {
   asm volatile(
@@ -82,7 +82,7 @@ __device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map,
       : "memory");
 }
 
-// A box on its way back: shared memory has to be visible to the copy engine (async_proxy_fence).
+// Stores a box: shared memory has to be visible to TMA first (async_proxy_fence).
 __device__ __forceinline__ void tensor_store_3d(const void* from, const CUtensorMap* map, int32_t x, int32_t y,
                                                 int32_t z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
@@ -91,10 +91,10 @@ __device__ __forceinline__ void tensor_store_3d(const void* from, const CUtensor
                : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// The calling thread's bulk copies have read shared memory.
+// Waits until the calling thread's bulk copies have read shared memory.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// ---- warpgroup matrix products ----
+// ---- WGMMA ----
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -103,14 +103,12 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared-memory operand in 128-byte swizzle: rows of 128 bytes, atoms of 8 rows (1024 bytes), the base 1024-byte
-// aligned.
-//
-// K-major (the contraction index runs along the 128-byte rows): 8-row atoms follow each other every 1024 bytes, which
-// is the stride offset; the leading offset is not used. The next 16 elements of k are 32 bytes further.
-//
-// MN-major (the output index runs along the 128-byte rows, the contraction index over the rows): 8 rows of k further is
-// `stride_bytes` (1024 in a panel whose rows follow each other), the next 64 output elements `leading_bytes`.
+// WGMMA operand in shared memory, 128-byte swizzle: rows of 128 bytes, atoms of 8 rows (1024 bytes), base aligned to
+// 1024 bytes.
+// K-major (the contraction index runs along the 128-byte rows): atoms of 8 rows follow each other every 1024 bytes,
+// which is the stride offset; the leading offset is unused. The next 16 elements of k are 32 bytes further.
+// MN-major (the output index runs along the 128-byte rows, the contraction index across the rows): 8 rows of k further
+// is `stride_bytes` (1024 in a panel whose rows follow each other), the next 64 output elements `leading_bytes`.
 __device__ __forceinline__ uint64_t swizzled_operand(const void* shared, uint32_t leading_bytes,
                                                      uint32_t stride_bytes) {
   uint64_t descriptor = (shared_address(shared) & 0x3ffff) >> 4;
@@ -119,7 +117,7 @@ __device__ __forceinline__ uint64_t swizzled_operand(const void* shared, uint32_
   return descriptor | uint64_t{1} << 62;
 }
 
-// Keeps the compiler from moving uses of accumulators across asynchronous products.
+// Keeps the compiler from moving uses of accumulators across asynchronous matmuls.
 template <int kCount>
 __device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// What the Hopper kernels of the injected attention's backward share: query tiles, products with a transposed A
+// Shared by the Hopper kernels of injected attention's backward pass: query tiles, TMA maps, WGMMA with a transposed A
 // operand.
 #pragma once
 
@@ -10,9 +10,9 @@
 
 namespace sharedllm {
 
-// A tile of at most 64 packed rows: `heads` query heads of one key/value head times `queries` queries, query-major,
-// never from the middle of a query, so that one box of a tensor map holds it whatever the group is (63 rows for a group
-// of 7). A group of more than 64 heads is cut into `chunks`, and each of them counts as a key/value head of its own.
+// A tile of at most 64 packed rows: `heads` query heads of one key/value head times `queries` queries, query-major. It
+// never begins inside a query, so that one TMA box holds it for any group size (63 rows for a group of 7). A group of
+// more than 64 heads is cut into `chunks`, each of which counts as a key/value head of its own.
 struct QueryTiling {
   int32_t heads;
   int32_t queries;
@@ -29,7 +29,7 @@ __host__ __device__ __forceinline__ QueryTiling make_query_tiling(int group) {
   return tiling;
 }
 
-// Query tensors are seen as [T, kv heads, group, D], so that the heads behind a group's end arrive as zeros.
+// Query tensors are seen as [T, kv heads, group, D], so that heads past a group's end arrive as zeros.
 struct BackwardTensorMaps {
   CUtensorMap query, grad_out;  // boxes of a query tile
   CUtensorMap key, value;       // boxes of `slots` slots
@@ -58,7 +58,7 @@ inline cudaError_t encode_backward_maps(BackwardTensorMaps* maps, const Injected
   return encode_tensor_map_3d(&maps->value, p.type, p.v, slot_sizes, value_strides, slot_box);
 }
 
-// A box of a four-dimensional tensor, innermost coordinate first.
+// Loads a box of a four-dimensional tensor, innermost coordinate first.
 __device__ __forceinline__ void tensor_load_4d(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x,
                                                int32_t y, int32_t z, int32_t w, uint64_t hint) {
   asm volatile(
@@ -68,7 +68,8 @@ __device__ __forceinline__ void tensor_load_4d(void* to, const CUtensorMap* map,
       : "memory");
 }
 
-// Adds contiguous float32, a multiple of 16 bytes, to global memory. The order of additions by several blocks is open.
+// Adds contiguous float32, a multiple of 16 bytes, to global memory by TMA. The order of additions by several blocks is
+// not defined.
 __device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t bytes) {
   asm volatile(
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
@@ -77,8 +78,8 @@ __device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t 
 }
 
 // Low word of the descriptor of an operand in 128-byte swizzle (swizzled_operand); the high word is the same for all.
-// Kernels short of registers keep these and hide them from the compiler, which otherwise computes the descriptor of
-// every instruction ahead of the loop.
+// Kernels short of registers keep these and hide them from the compiler, which would otherwise compute every
+// instruction's descriptor before the loop.
 __device__ __forceinline__ uint32_t operand_word(const void* shared, uint32_t leading_bytes = 16) {
   return (shared_address(shared) & 0x3ffff) >> 4 | leading_bytes >> 4 << 16;
 }
@@ -91,7 +92,7 @@ __device__ __forceinline__ uint32_t hidden(uint32_t x) {
   return x;
 }
 
-// c = a^T b or c += a^T b: both operands lie with the contraction index over their rows (MN-major).
+// c = a^T b or c += a^T b: in both operands the contraction index runs across the rows (MN-major).
 template <class T, int kColumns>
 struct TransposedAtom;
 
@@ -120,14 +121,14 @@ __device__ __forceinline__ void copy_float_async(float* to, const float* from, b
                : "memory");
 }
 
-// Arrives once the calling thread's copies are there.
+// Arrives when the calling thread's copies have completed.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Accumulator pairs of columns become quads: of each two neighbouring groups of 8 columns the even lane of a pair keeps
-// the first, the odd lane the second. `x` are two pairs of one row; the quad starts at column 8 * odd + lane % 4 / 2
-// * 4.
+// Converts accumulator pairs of columns to quads: of two neighbouring groups of 8 columns, the even lane of a pair of
+// lanes keeps the first, the odd lane the second. `x` holds two pairs of one row; the quad starts at column 8 * odd +
+// lane % 4 / 2 * 4.
 __device__ __forceinline__ float4 exchange_pairs(float x0, float x1, float y0, float y1) {
   const bool odd = threadIdx.x & 1;
   const float a = __shfl_xor_sync(0xffffffffu, odd ? x0 : y0, 1);
@@ -135,8 +136,8 @@ __device__ __forceinline__ float4 exchange_pairs(float x0, float x1, float y0, f
   return odd ? make_float4(a, b, y0, y1) : make_float4(x0, x1, a, b);
 }
 
-// Sets rows [first, end) of a tile of 128-byte panels to zero; every lane of one warp takes part. The swizzle permutes
-// only inside a row of 128 bytes.
+// Sets rows [first, end) of a tile of 128-byte panels to zero; every lane of one warp takes part. The swizzle only
+// permutes within a row of 128 bytes.
 __device__ __forceinline__ void zero_rows(uint8_t* tile, int panels, int panel_bytes, int first, int end) {
   const int lane = threadIdx.x % 32;
   for (int panel = 0; panel < panels; ++panel) {

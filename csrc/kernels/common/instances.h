@@ -1,4 +1,4 @@
-// Which instance of a kernel runs, and into how many parts its work is cut.
+// Choice of a kernel instance (element type, head size), and of the number of splits (split-KV).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 
 namespace sharedllm {
 
-// launch(size) with the head size as an integral constant; cudaErrorNotSupported for a size without tensor-core
+// Calls launch(size) with the head size as an integral constant; cudaErrorNotSupported for a size without tensor-core
 // kernels.
 template <class Launch>
 cudaError_t with_head_size(int32_t head_size, const Launch& launch) {
@@ -31,7 +31,7 @@ cudaError_t with_head_size(int32_t head_size, const Launch& launch) {
   }
 }
 
-// launch(number, size) with a number of the element type besides; cudaErrorNotSupported for float32, too.
+// Calls launch(number, size), with a number of the element type as well; cudaErrorNotSupported also for float32.
 template <class Launch>
 cudaError_t with_instance(FloatType type, int32_t head_size, const Launch& launch) {
   switch (type) {
@@ -50,8 +50,8 @@ inline cudaError_t current_attribute(cudaDeviceAttr attribute, int* value) {
   return status != cudaSuccess ? status : cudaDeviceGetAttribute(value, attribute, device);
 }
 
-// The fewest parts, at most `most`, that leave the fewest of `places` idle over all rounds of blocks * parts. One more
-// part has to gain `gain` of all places after paying `cost`, the share of the whole that each further part takes.
+// The smallest number of splits, at most `most`, that leaves the fewest of `places` idle over all waves of blocks *
+// splits. Each further split costs `cost`, a share of the whole, and has to gain more than `gain` of all places.
 inline int32_t fewest_splits(int64_t blocks, int64_t places, int64_t most, double cost, double gain) {
   int32_t chosen = 1;
   double best = 0;

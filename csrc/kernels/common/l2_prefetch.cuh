@@ -1,11 +1,11 @@
-// Memory that a later kernel reads, fetched into L2 while this one leaves the memory idle (compute capability 9.0).
+// L2 prefetch of memory that a later kernel reads, while this one leaves the memory idle (compute capability 9.0).
 #pragma once
 
 #include <cstdint>
 
 namespace sharedllm {
 
-// The block's share of `bytes` (a multiple of 16, at an address that is one too); nothing on older devices.
+// Prefetches the block's share of `bytes` (a multiple of 16, like the address); does nothing on older devices.
 __device__ __forceinline__ void prefetch_share(const void* from, int64_t bytes) {
 #if __CUDA_ARCH__ >= 900
   constexpr int64_t kPiece = 8192;

@@ -1,5 +1,5 @@
-// Tensor-core products of one warp (compute capability 8.0 and later): asynchronous copies into swizzled tiles of
-// shared memory, fragment loads, mma.sync of 16 x 8 x 16 with float32 accumulation.
+// Warp-level matmuls on tensor cores (compute capability 8.0 and later): swizzled tiles in shared memory, fragment
+// loads (ldmatrix), mma.sync of 16 x 8 x 16 with float32 accumulation.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,13 @@ namespace sharedllm {
 
 // ---- tiles ----
 
-// Rows of kColumns 16-bit numbers. The 16-byte chunks of a row are permuted in groups, so that the same chunk of 8
-// neighbouring rows, which one matrix of ldmatrix reads, lies in different banks. The tile is 128-byte aligned.
+// Rows of kColumns 16-bit numbers. The 16-byte chunks of a row are swizzled in groups, so that the same chunk of 8
+// adjacent rows, which one matrix of ldmatrix reads, is in different banks. The tile is aligned to 128 bytes.
 template <int kColumns>
 struct SwizzledTile {
   static constexpr int kPitch = 2 * kColumns;  // bytes
   static constexpr int kChunks = kColumns / 8;
-  // a row of an odd number of 64 bytes already shifts every other row by half of the banks
+  // with an odd number of 64-byte units a row already shifts every other row by half of the banks
   static constexpr int kGroup = kChunks % 8 == 0 ? 8 : 4;
   static_assert(kChunks % kGroup == 0, "a row is a multiple of 64 bytes");
 
@@ -29,8 +29,8 @@ struct SwizzledTile {
   }
   // A lane's part of a fragment's address: 16 rows by lane % 16, two chunks by lane / 16.
   static __device__ __forceinline__ uint32_t lane_base(int lane) { return at(lane % 16, lane / 16); }
-  // The same for operand B stored as [n][k], the two products' in registers 0, 1 and 2, 3: aligned pairs, which the
-  // products take without moves.
+  // The same for operand B stored as [n][k]. Its two matmuls take registers 0, 1 and 2, 3: aligned pairs, which need no
+  // moves.
   static __device__ __forceinline__ uint32_t pair_lane_base(int lane) {
     return at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
@@ -44,15 +44,15 @@ struct SwizzledTile {
 };
 
 // A block of 16 x 16 as four matrices of 8 x 8: upper left, lower left, upper right, lower right. That is operand A
-// [m][k] of a product; stored as [n][k], operand B of two products: registers 0, 2 and 1, 3 (0, 1 and 2, 3
-// with pair_lane_base).
+// [m][k] of a matmul; stored as [n][k], operand B of two matmuls: registers 0, 2 and 1, 3 (0, 1 and 2, 3 with
+// pair_lane_base).
 __device__ __forceinline__ void load_block(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address)
                : "memory");
 }
-// The same with each matrix transposed: stored as [k][n], operand B of two products: registers 0, 1 and 2, 3; stored as
+// The same with each matrix transposed: stored as [k][n], operand B of two matmuls: registers 0, 1 and 2, 3; stored as
 // [k][m], operand A with registers 1 and 2 exchanged.
 __device__ __forceinline__ void load_block_transposed(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -61,7 +61,7 @@ __device__ __forceinline__ void load_block_transposed(uint32_t (&to)[4], uint32_
                : "memory");
 }
 
-// ---- products ----
+// ---- matmuls ----
 
 // sum [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = lane % 4, sum holds rows g (0, 1) and g + 8 (2, 3),
 // columns 2 t and 2 t + 1.
@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply_add<__half>(float (&sum)[4], const uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two neighbouring sums [16, 8] rounded to an operand A [16, 16].
+// Rounds two neighbouring sums [16, 8] to an operand A [16, 16].
 template <class T>
 __device__ __forceinline__ void pack_operand(uint32_t (&to)[4], const float (&left)[4], const float (&right)[4]) {
   to[0] = pack_pair(T{}, left[0], left[1]);

@@ -1,4 +1,5 @@
-// Kernels that start while the one before them on the stream ends (compute capability 9.0 and later).
+// PDL (programmatic dependent launch): a kernel starts while the one before it on the stream ends (compute capability
+// 9.0 and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,23 +8,23 @@
 
 namespace sharedllm {
 
-// The results of the kernel before are seen from here on. Every block of a kernel launched with overlap calls it, even
-// one that has nothing to do: its end would otherwise count as the end of the kernel before, too.
+// Waits for the previous kernel: its results are visible from here on. Every block of a kernel launched with overlap
+// calls this, even one without work: otherwise its end would also count as the end of the previous kernel.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next kernel may start as soon as every block has called this or ended.
+// Lets the next kernel start as soon as every block has called this or ended.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Whether the code of a kernel that this device runs waits for the kernel before it: what was compiled for less than
-// 9.0, for an older device or as PTX for newer ones, does not.
+// Whether the code that this device runs waits for the previous kernel. Code compiled for less than 9.0 (for an older
+// device, or as PTX for newer ones) does not.
 template <class Kernel>
 cudaError_t code_waits(Kernel kernel, bool* waits) {
   cudaFuncAttributes attributes{};
@@ -32,7 +33,7 @@ cudaError_t code_waits(Kernel kernel, bool* waits) {
   return status;
 }
 
-// Launches a kernel; with `overlap` it may start while the one before it ends, if its code waits for that.
+// Launches a kernel; with `overlap` it may start while the previous one ends, if its code waits for that.
 template <class Kernel, class... Params>
 cudaError_t launch_after(Kernel kernel, int64_t blocks, int threads, int shared_bytes, bool overlap,
                          cudaStream_t stream, const Params&... params) {

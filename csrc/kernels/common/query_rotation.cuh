@@ -1,4 +1,5 @@
-// Queries on their way into shared memory: rotated by the position of their batch row in float32, rounded once.
+// RoPE of the queries on their way into shared memory: rotated in float32 by the position of their batch row, rounded
+// once.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +11,8 @@
 
 namespace sharedllm {
 
-// One row of the rotary tables: element i < half turns with element i + half, what lies behind passes through.
+// One row of the rotary tables: element i < half is rotated with element i + half; elements past both halves pass
+// through.
 struct RotaryRow {
   const float* cos;
   const float* sin;
@@ -49,8 +51,8 @@ __device__ __forceinline__ uint4 pack8(__half, const float (&from)[8]) {
   return to;
 }
 
-// Elements 8 * chunk .. 8 * chunk + 7 of a head's vector (16-byte aligned), rotated, times a factor; with kBack by the
-// transposed rotation.
+// Elements 8 * chunk .. 8 * chunk + 7 of a head's vector (aligned to 16 bytes), rotated, times a factor; with kBack by
+// the transposed rotation.
 template <class T, bool kBack = false>
 __device__ __forceinline__ uint4 rotated_chunk(const T* vector, int chunk, const RotaryRow& rotary, float factor) {
   const int first = 8 * chunk, half = rotary.half;

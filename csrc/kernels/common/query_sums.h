@@ -1,5 +1,5 @@
-// Where the fused backward for Hopper sums dQ: the columns of each consumer warpgroup apart, so that what a warp adds
-// is one piece of contiguous memory.
+// Layout in which the fused Hopper backward pass accumulates dQ: the columns of each consumer warpgroup are separate,
+// so that what a warp adds is one contiguous piece of memory.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace sharedllm {
 
-// [part][kv heads][T * group][width], float32, T * Hq * D of them. A row is in quads, in the order of a warpgroup's
-// accumulators: pairs of columns 2 l and 2 l + 1 of two neighbouring groups of 8 make one quad. Odd rows have the
-// halves of each 8 quads exchanged; then the stores of a warp to shared memory, which has the same layout, meet no bank
-// twice.
+// [part][kv heads][T * group][width], float32, T * Hq * D of them. A row consists of quads, in the order of a
+// warpgroup's accumulators: columns 2 l and 2 l + 1 of two neighbouring groups of 8 make one quad. In odd rows the
+// halves of each 8 quads are exchanged; then a warp's stores to shared memory, which has the same layout, have no bank
+// conflicts.
 struct QuerySums {
   int64_t rows;  // of a kv head
   int32_t kv_heads, head_size;
@@ -28,7 +28,7 @@ struct QuerySums {
   __host__ __device__ int64_t offset(int part, int kv_head, int64_t row) const {
     return part * rows * kv_heads * columns(head_size) + (kv_head * rows + row) * width(part);
   }
-  // in a row of a part: which quad holds columns 2 l, 2 l + 1 of groups 2 i and 2 i + 1
+  // in a row of a part: the quad that holds columns 2 l, 2 l + 1 of groups 2 i and 2 i + 1
   static __host__ __device__ constexpr int quad(int64_t row, int i, int l) {
     return (4 * i + l) ^ (static_cast<int>(row & 1) << 2);
   }

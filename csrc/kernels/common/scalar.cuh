@@ -1,11 +1,11 @@
-// Small functions of numbers.
+// Small functions of scalars.
 #pragma once
 
 #include <cstdint>
 
 namespace sharedllm {
 
-// Index values are the caller's: clamped, they never become wild addresses.
+// Index values come from the caller: clamped, they never become wild addresses.
 __device__ __forceinline__ int64_t clamp_index(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }

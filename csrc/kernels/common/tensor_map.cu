@@ -33,7 +33,7 @@ cudaError_t encode_tensor_map(CUtensorMap* map, FloatType type, const void* base
     element_stride[i] = 1;
   }
   for (int i = 1; i < rank; ++i) {
-    // torch leaves the stride of a dimension of size 1 open, and the driver wants a valid one
+    // torch leaves the stride of a dimension of size 1 undefined, and the driver wants a valid one
     const int64_t stride = size[i] > 1 ? strides[i - 1] : 8;
     stride_bytes[i - 1] = static_cast<cuuint64_t>(stride * element_bytes);
   }

@@ -1,4 +1,4 @@
-// Tensor maps: how the copy engine of a Hopper GPU sees a tensor, encoded on the host. No torch header here.
+// TMA tensor maps: how Hopper's copy engine sees a tensor, encoded on the host. No torch header here.
 #pragma once
 
 #include <cuda.h>
@@ -11,9 +11,9 @@
 namespace sharedllm {
 
 // A map of `rank` (3 or 4) dimensions, innermost first, loaded in boxes with 128-byte swizzle. `strides` holds the
-// elements between neighbours of dimensions 1 .. rank - 1; the innermost one is contiguous. What a box holds outside
-// the sizes arrives as zeros, and counts as transferred bytes. box[0] is at most 128 bytes, the others
-// at most 256 elements. The base and the strides have to be aligned to 16 bytes. Sizes of 0 are mapped as 1.
+// elements between neighbours of dimensions 1 .. rank - 1; the innermost one is contiguous. Elements of a box outside
+// the sizes arrive as zeros, and count as transferred bytes. box[0] is at most 128 bytes, the others at most 256
+// elements. The base and the strides have to be aligned to 16 bytes. Sizes of 0 are mapped as 1.
 cudaError_t encode_tensor_map(CUtensorMap* map, FloatType type, const void* base, int rank, const int64_t* sizes,
                               const int64_t* strides, const int32_t* box);
 

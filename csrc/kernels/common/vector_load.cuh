@@ -8,7 +8,7 @@
 
 namespace sharedllm {
 
-// Data read once: do not push what is reused (the queries) out of the caches.
+// Data that is read once: do not evict what is reused (the queries) from the caches.
 __device__ __forceinline__ uint4 load_streaming(const uint4* from) { return __ldcs(from); }
 __device__ __forceinline__ uint4 load_cached(const uint4* from) { return __ldg(from); }
 

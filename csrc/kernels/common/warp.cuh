@@ -1,4 +1,4 @@
-// Work shared by the threads of one warp.
+// Warp-level primitives: sum, search.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ __device__ __forceinline__ float sum_lanes(float x) {
   return x;
 }
 
-// First index in [0, count] whose value is not below target, count if there is none. 32 probes a step, since each step
-// costs the latency of a load from memory. Ends, inside [0, count], on values that are not sorted too.
+// First index in [0, count] whose value is not below target, or count. 32 probes a step, since each step costs a load's
+// latency. Terminates, inside [0, count], even if the values are not sorted.
 __device__ __forceinline__ int64_t lower_bound_by_warp(const int64_t* values, int64_t count, int64_t target, int lane) {
   int64_t low = 0, high = count;
   while (low < high) {

@@ -1,8 +1,9 @@
-// Warpgroup matrix products of one tile: accumulators in registers, CUTLASS's instruction wrappers (sm_90a only).
+// WGMMA: matmuls of one tile by a warpgroup, accumulators in registers, through CUTLASS's instruction wrappers (sm_90a
+// only).
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
-// after the file above, whose types it uses
+// after the header above, whose types it uses
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 #include <utility>
 

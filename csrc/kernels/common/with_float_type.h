@@ -1,4 +1,4 @@
-// Which instance of a kernel an element type takes.
+// Choice of a kernel instance by element type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +9,7 @@
 
 namespace sharedllm {
 
-// launch(number) with a number of the element type.
+// Calls launch(number) with a number of the element type.
 template <class Launch>
 cudaError_t with_float_type(FloatType type, const Launch& launch) {
   switch (type) {

@@ -33,7 +33,7 @@ inline int32_t narrow_size(const char* name, int64_t size) {
   return static_cast<int32_t>(size);
 }
 
-// The tensor itself if the elements of a row are neighbours in memory, else a copy.
+// The tensor itself if the elements of a row are contiguous, else a copy.
 inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return (tensor.size(last) <= 1 || tensor.stride(last) == 1) && is_aligned(tensor) ? tensor
@@ -49,12 +49,12 @@ inline torch::stable::Tensor with_aligned_rows(const torch::stable::Tensor& tens
   };
   bool aligned = aligned_base(tensor) && (tensor.size(last) == 1 || tensor.stride(last) == 1);
   for (int64_t i = 0; i < last; ++i) {
-    // a tensor that repeats itself (stride 0) is no tensor to the copy engine
+    // TMA takes no stride of 0 (a broadcast tensor)
     aligned = aligned && (tensor.size(i) <= 1 || (tensor.stride(i) > 0 && tensor.stride(i) % unit == 0));
   }
   if (aligned) return tensor;
   const torch::stable::Tensor dense = sharedllm::contiguous(tensor);
-  // which may still be the tensor itself, at an odd address
+  // which may still be the tensor itself, at an unaligned address
   if (aligned_base(dense)) return dense;
   return make_tensor(dense.sizes(), dense.scalar_type(), [&] { return torch::stable::clone(dense); });
 }
