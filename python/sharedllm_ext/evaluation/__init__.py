@@ -1,5 +1,6 @@
-"""Perplexity with growing context, the reading of texts, and the memory that it took."""
+"""Perplexity with growing context, questions about long contexts, the reading of texts, and the memory that it took."""
 
+from sharedllm_ext.evaluation.metrics import METRICS, score
 from sharedllm_ext.evaluation.peak_memory import PeakMemory, keep_no_freed_blocks, measure_peak
 from sharedllm_ext.evaluation.perplexity import (
     LengthResult,
@@ -8,13 +9,18 @@ from sharedllm_ext.evaluation.perplexity import (
     pick_points,
     running_losses,
 )
+from sharedllm_ext.evaluation.records import Record
+from sharedllm_ext.evaluation.suites import SUITES, read_suite
 from sharedllm_ext.evaluation.texts import TextError, Texts, read_texts
 from sharedllm_ext.evaluation.tokenising import encode, read_tokens
 
 __all__ = [
+    "METRICS",
+    "SUITES",
     "LengthResult",
     "PeakMemory",
     "PerplexityReport",
+    "Record",
     "TextError",
     "Texts",
     "encode",
@@ -22,7 +28,9 @@ __all__ = [
     "keep_no_freed_blocks",
     "measure_peak",
     "pick_points",
+    "read_suite",
     "read_texts",
     "read_tokens",
     "running_losses",
+    "score",
 ]
