@@ -1,4 +1,4 @@
-"""Stored times of one GPU model, and what is slower than they are. Plain Python: no GPU and no torch needed."""
+"""Stored times of one GPU model, and the comparison with them. Plain Python: no GPU and no torch needed."""
 
 import json
 import math

@@ -385,7 +385,7 @@ def kind(kernel: str) -> str:
     name = kernel.lower()
     if "sharedllm" in name:
         return "this package's kernels"
-    # before the products: attention kernels have their libraries' names in theirs
+    # before the matmuls: attention kernels have their libraries' names in theirs
     if any(word in name for word in ("flash", "fmha", "attention", "sdpa")):
         return "attention of PyTorch"
     if any(word in name for word in ("gemm", "nvjet", "cutlass", "gemv", "cublas", "splitk")):

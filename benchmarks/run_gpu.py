@@ -290,7 +290,7 @@ def header() -> dict[str, str]:
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or "unknown",
         "cuda": torch.version.cuda or "none",
         "torch": torch.__version__,
-        # of the build that runs, which the checkout may have left behind
+        # of the build that runs, which may be older than the checkout
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -22,7 +22,7 @@ COMMANDS = (init, ask, perplexity, demo, info)
 
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Find a positional that may be left out behind the options too, where argparse gives it up."""
+        """Find an optional positional also after the options, where argparse no longer looks for it."""
         namespace, rest = super().parse_known_args(args, namespace)
         for action in self._get_positional_actions():
             missed = action.nargs == argparse.OPTIONAL and getattr(namespace, action.dest, None) is None

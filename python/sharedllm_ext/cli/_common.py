@@ -25,7 +25,7 @@ CPU_MICRO_BATCH = 2048
 HUB_SECONDS = 5.0
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
-#: What MODEL may be called to mean that one.
+#: The name by which MODEL means the shipped model.
 DEMO_NAME = "demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # "gpt2" is one as well as "somebody/some-model"
@@ -122,7 +122,7 @@ def quiet_transformers(progress: bool) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    # it tells of every retry in two lines
+    # it logs two lines for every retry
     hub_logging.set_verbosity_error()
     if not progress:
         logging.disable_progress_bar()
@@ -292,11 +292,11 @@ def characters(texts: Texts) -> int:
 
 
 def warn_if_silent(model: Any, path: str) -> None:
-    """Say so where no injected block can add anything: such a model answers as if there were no context."""
+    """Warn if no injected block can add anything: such a model answers as if there were no context."""
     from sharedllm_ext.model.reading import can_read_context
 
     if not can_read_context(model):
-        # the model would say it once more
+        # the model would warn a second time
         model._said_it_cannot_read = True
         say(
             f"sharedllm: warning: {path}: every injected output projection is zero, so the context changes nothing: "

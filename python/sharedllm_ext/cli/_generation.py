@@ -30,7 +30,7 @@ class TimedStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is final."""
+        """Print the text that can no longer change."""
         if self.show:
             emit(text, end="\n" if stream_end else "")
 

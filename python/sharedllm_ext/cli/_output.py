@@ -1,4 +1,4 @@
-"""Results on stdout, everything else on stderr: nothing that was worked for is lost where either cannot be written."""
+"""Results on stdout, everything else on stderr: no result is lost where either cannot be written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UsageError(CommandError):
 
 
 def say(message: str = "") -> None:
-    """One line on stderr, where everything goes that is not the result."""
+    """Write one line to stderr, as everything that is not the result."""
     # print would take stdout where stderr is closed
     if sys.stderr is not None:
         # a full disk under the notes must not end the work
@@ -33,7 +33,7 @@ def print_error(message: str) -> None:
 
 
 def emit(text: str, end: str = "\n") -> None:
-    """Write a result to stdout; characters that its encoding has not come as escapes.
+    """Write a result to stdout; characters that its encoding lacks become escapes.
 
     Raises:
         BrokenPipeError: the reader has closed.
@@ -54,7 +54,7 @@ def emit(text: str, end: str = "\n") -> None:
 
 
 def flush_stdout() -> None:
-    """Write what is left, while an error can still be told; raises :class:`CommandError` where it cannot."""
+    """Flush stdout while an error can still be reported; raises :class:`CommandError` if that fails."""
     if sys.stdout is None:
         return
     try:
@@ -67,7 +67,7 @@ def flush_stdout() -> None:
 
 
 def abandon_stdout() -> None:
-    """Let what is left of stdout go nowhere: the interpreter must not write to it again at exit."""
+    """Discard what is left of stdout: the interpreter must not write to it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

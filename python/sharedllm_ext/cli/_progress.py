@@ -1,4 +1,4 @@
-"""How far the work is: a line that is rewritten on a terminal, a line now and then elsewhere, both on stderr."""
+"""Progress on stderr: a line that is rewritten on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Progress:
     def bar(
         self, name: str, total: int | None, unit: str, *, lines_only: bool = False
     ) -> Iterator[Callable[[int], object]]:
-        """Yield a function that is told how much more is done.
+        """Yield a function to call with how much more is done.
 
-        ``total`` is ``None`` where that is not known, ``unit`` empty where nothing is counted; with ``lines_only`` a
-        terminal is left to others, who draw there.
+        ``total`` is ``None`` if unknown, ``unit`` empty if nothing is counted; ``lines_only`` leaves the terminal to
+        others that draw there.
         """
         meter = _Meter(name, total, unit)
         over = threading.Event()
@@ -52,7 +52,7 @@ class Progress:
 
     @contextlib.contextmanager
     def compression(self, tokens: int) -> Iterator[Callable[[int], None]]:
-        """A bar whose function takes the tokens done so far, as ``compress`` tells them."""
+        """A bar whose function takes the tokens done so far, as ``compress`` reports them."""
         with self.bar("compressing", tokens, "tokens") as update:
             told = 0
 
@@ -118,7 +118,7 @@ class _Meter:
 
     @property
     def waits(self) -> bool:
-        """Whether there is nothing yet to make an estimate of."""
+        """Whether there is nothing yet to base an estimate on."""
         return bool(self.unit) and not self.done
 
     def line(self) -> str:
@@ -136,7 +136,7 @@ class _Meter:
         return f"{line}, {100 * done // self.total}%, about {clock((self.total - done) / rate)} left"
 
     def summary(self) -> str:
-        """What it came to, for those who saw a state before."""
+        """The final state, if an earlier one was shown."""
         elapsed = self.elapsed
         return f"{self.name}: {f'{amount(self.done)} {self.unit} ' if self.unit else ''}in {clock(elapsed)}"
 

@@ -108,7 +108,7 @@ def _check_characters(question: str) -> None:
         question.encode()
     except UnicodeEncodeError as error:
         code = ord(question[error.start])
-        # how Python passes on bytes of the command line that it cannot decode
+        # bytes of the command line that Python cannot decode arrive in this form
         came = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
         raise UsageError(
             f"QUESTION: expected text in {sys.getfilesystemencoding()}, got {came} at character {error.start}"
@@ -126,7 +126,7 @@ def _question_ids(tokenizer: Any, question: str, chat: bool | None) -> list[int]
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:
-        # a template may raise what it likes
+        # a template may raise anything
         raise CommandError(
             f"--chat-template: expected a template that takes one user message, got {one_line(error)} "
             "(--no-chat-template does without)"
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
             failure = f"--save-memory: {one_line(error)}"
             if question is None:
                 raise CommandError(failure) from error
-            # what was read is worth an answer
+            # the context has been read: answer all the same
             print_error(failure)
 
     sources = [texts.source for texts in contexts or ()]

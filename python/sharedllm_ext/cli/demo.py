@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _continue(args: argparse.Namespace, model: Any, tokenizer: Any, tokens: Any, progress: Progress) -> dict[str, Any]:
-    """Continue the text's last running text, with the context before it."""
+    """Continue the last running text of the text, with the context before it."""
     import torch
 
     from sharedllm_ext.cli._generation import generate

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             plot(report, args.plot)
         except Exception as error:
-            # the result stands already, whatever matplotlib or the disk has against the drawing
+            # the result is complete, whatever error matplotlib or the disk raises
             print_error(f"--plot: {one_line(error)}")
             return EXIT_ERROR
         if not args.json:

@@ -1,8 +1,8 @@
-"""What a file that is not UTF-8 text is, and how to make text of it."""
+"""What kind of file it is, if not UTF-8 text, and how to convert it to text."""
 
 from __future__ import annotations
 
-# first bytes, what they are, and the command that makes text of such a FILE
+# first bytes, the kind of file, and the command that converts such a FILE to text
 _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"%PDF-", "a PDF file", "pdftotext FILE FILE.txt"),
     (b"%!PS", "a PostScript file", "ps2ascii FILE FILE.txt"),
@@ -32,7 +32,7 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def binary_format(start: bytes) -> str | None:
-    """What a file is that begins with ``start``, with a hint how to make text of it; ``None`` if it may be text."""
+    """The kind of a file that begins with ``start``, and how to convert it to text; ``None`` if it may be text."""
     for magic, name, hint in _FORMATS:
         if start.startswith(magic):
             return f"{name} ({hint})" if hint else name
@@ -40,7 +40,7 @@ def binary_format(start: bytes) -> str | None:
 
 
 def encoding_hint() -> str:
-    """How to convert text in an encoding of one byte a character, which no byte of it names."""
+    """How to convert text in an encoding of one byte per character, which its bytes do not name."""
     return " (in another encoding: iconv -f LATIN1 -t UTF-8 FILE > FILE.txt)"
 
 

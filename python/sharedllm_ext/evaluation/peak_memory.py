@@ -1,4 +1,4 @@
-"""The most memory that a piece of work held."""
+"""Peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def measure_peak(device: torch.device) -> Iterator[PeakMemory]:
-    """Measure the highest memory of what runs inside.
+    """Measure the peak memory of the ``with`` block.
 
     CUDA: torch's allocated peak on the device. CPU: the process's resident memory, through the kernel's high-water
     mark where it can be reset (Linux), else sampled every 5 ms. Elsewhere the mark of the whole process, which cannot

@@ -48,7 +48,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class LengthResult:
-    """What one context length gave.
+    """Result of one context length.
 
     ``losses`` is the mean loss (nats for each scored token) of every point; ``change`` the perplexity over that of the
     first length, less 1, and ``change_interval`` its paired 95% confidence interval over the points.
@@ -147,7 +147,7 @@ def _ids(tokens: Tokens, device: torch.device) -> Tensor:
 
 
 def check_lengths(context_lengths: Sequence[int], running: int, scored: int | None, window: int) -> int:
-    """The scored tokens of a point, by default all that can be predicted; ``ValueError`` on lengths that cannot be."""
+    """The scored tokens of a point, by default all that can be predicted; ``ValueError`` for impossible lengths."""
     scored = running - 1 if scored is None else scored
     if not context_lengths or min(context_lengths) < 0:
         raise ValueError(f"context_lengths: expected numbers of at least 0, got {list(context_lengths)}")
@@ -173,7 +173,7 @@ def evaluate_perplexity(
 ) -> PerplexityReport:
     """Perplexity of the same running tokens with each of several context lengths before them.
 
-    The context of a point is what stands right before its running text, cut from the left. It is compressed without
+    The context of a point is the text right before its running text, cut from the left. It is compressed without
     a query: the last running token would tell the tree about tokens that are scored.
 
     Args:
@@ -189,7 +189,7 @@ def evaluate_perplexity(
         on_result: called with the result of each length as soon as it is known.
 
     Raises:
-        ValueError: lengths that cannot be, or a loss that is not a number.
+        ValueError: impossible lengths, or a loss that is not a number.
     """
     scored = check_lengths(context_lengths, running, scored, int(model.config.window))
     places = pick_points(
@@ -222,7 +222,7 @@ def _measure(
     progress: Callable[[int], object] | None,
     on_result: Callable[[LengthResult], object] | None,
 ) -> tuple[list[LengthResult], str]:
-    """What each context length gives, and what its peak memory is the peak of."""
+    """Results of all context lengths, and what their peak memory measures."""
     device = next(model.parameters()).device
     results: list[LengthResult] = []
     peak_kind = ""

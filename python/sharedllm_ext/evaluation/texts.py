@@ -53,7 +53,7 @@ class Texts:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as text: bytes of its name that are not UTF-8 come as ``\\xe9``."""
+    """A path as text: bytes of its name that are not UTF-8 become ``\\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -102,12 +102,12 @@ def _not_utf8(name: str, error: UnicodeDecodeError, offset: int) -> TextError:
 
 
 def _read_file(path: Path | int, name: str, progress: Progress | None = None, limit: int | None = None) -> str:
-    """A file's text; whatever the system refuses names the file."""
+    """A file's text; errors of the system name the file."""
     try:
         with open(path, "rb", closefd=not isinstance(path, int)) as file:
             return _read_text(file, name, limit, progress)
     except OSError as error:
-        # errors of reading, other than those of opening, do not know the file
+        # errors while reading, unlike those while opening, do not name the file
         raise OSError(error.errno, error.strerror, name if isinstance(path, int) else shown(path)) from None
 
 
@@ -127,8 +127,8 @@ def _read_pipe(path: Path | None, name: str, progress: Progress | None) -> Texts
 def text_files(folder: Path, failed: Callable[[OSError], object] | None = None) -> Iterator[Path]:
     """Files below ``folder``, ordered by their path; hidden files and folders of caches are left out.
 
-    Links to files are followed, links to folders are not. What is neither a file nor a folder (a pipe, a device) is
-    left out, a link to nothing is not: reading it says so. ``failed`` is told of folders that cannot be listed.
+    Links to files are followed, links to folders are not. Pipes and devices are left out. A broken link is not: reading
+    it raises an error. ``failed`` is called with folders that cannot be listed.
     """
     found: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=failed):
@@ -234,7 +234,7 @@ def _read_token_array(path: Path) -> Texts:
         except OSError as error:
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), source) from None
         except Exception as error:
-            # numpy evaluates the header: what comes of a damaged one can be of any kind
+            # numpy evaluates the header: a damaged one can raise any error
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TextError(f"{source}: expected a .npy array of token ids: {reason}") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":

@@ -55,13 +55,13 @@ def text_only(tokenizer: Any) -> Any:
     """The tokenizer, or a twin of it, whose control tokens never come from text under ``split_special_tokens=True``.
 
     That option skips the added tokens that are marked special. In a twin the other control tokens, and those that the
-    model itself would find, bear names that no text holds.
+    model itself would find, have names that no text contains.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer
     control = _control_tokens(tokenizer)
-    # merges never make a control token, whole words and the pieces of a unigram model may
+    # merges never produce a control token; whole words and pieces of a unigram model may
     merges = type(backend.model).__name__ == "BPE" and not backend.model.ignore_merges
     found = not merges and any(backend.model.token_to_id(name) is not None for name in control)
     if not found and all(token.special for token in control.values()):
@@ -132,7 +132,7 @@ class _Encoder:
         """(characters, ids) of consecutive parts of the document."""
         _refuse_surrogates(text, name)
         if not self.fast:
-            # no offsets to find seams by
+            # without offsets seams cannot be found
             yield len(text), np.asarray(self._call([text])["input_ids"][0], dtype=np.int32)
             return
         cuts = [0]
@@ -188,7 +188,7 @@ class _Encoder:
         # verbose=False: no warning about the length of the text, which is the point here
         options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
         if type(self.tokenizer).__name__ != "MistralCommonBackend":
-            # that one refuses the option: it has no other way
+            # this tokenizer refuses the option, and has no other way
             options |= {"split_special_tokens": True, "return_attention_mask": False}
         return self.tokenizer(texts, **options)
 
@@ -215,7 +215,7 @@ def encode(
     progress: Progress | None = None,
     names: Sequence[str] = (),
 ) -> list[Tokens]:
-    """Token ids of every text, without special tokens: what is written like one is tokenised as the text it is.
+    """Token ids of every text, without special tokens: text that looks like one is tokenised as text.
 
     Long texts go through the tokenizer in pieces that overlap, joined where both agree, so the ids are those of the
     whole text.

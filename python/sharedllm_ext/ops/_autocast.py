@@ -1,4 +1,4 @@
-"""Operators compute in their arguments' dtypes: autocast, which would round inside of them, ends where they begin."""
+"""Operators compute in their arguments' dtypes: autocast, which would round inside them, is off while they run."""
 
 import functools
 from collections.abc import Callable

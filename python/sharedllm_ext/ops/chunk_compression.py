@@ -54,8 +54,8 @@ def chunk_compression(
         memory_v = v[keep_index]
 
     The CPU kernel takes float32 and bfloat16; float16 and float64 on the CPU take the reference, and so does float64 on
-    CUDA. The CUDA kernel takes the rest; it never looks at index values on the host: a position outside of the tables
-    takes the nearest row, a ``keep_index`` outside of the tokens counts as -1.
+    CUDA. The CUDA kernel takes the rest; it never reads index values on the host: a position outside the tables takes
+    the nearest row, a ``keep_index`` outside the tokens counts as -1.
     """
     check_tensor("k", k, ("T", "Hkv", "D"), FLOATS)
     tokens, heads, size = k.shape

@@ -1,4 +1,4 @@
-"""Operators of one decoding step: matrix products of a few rows, and the cache's new entry."""
+"""Operators of one decoding step: fused linear for a few rows, and the KV cache's new entry."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from ._checks import FLOATS, check_eps, check_rotary, check_tensor, check_that
 
 __all__ = ["decode_append", "decode_linear"]
 
-#: Matrices of one product.
+#: Most matrices of one fused linear.
 MATRICES = 3
 
 
@@ -30,12 +30,12 @@ def decode_linear(
     prefetch: Tensor | None = None,
     prefetch_bytes: int = 0,
 ) -> Tensor:
-    """Products of a few rows with one to three matrices, with what stands before and behind them in a decoder layer.
+    """Fused linear for a few rows: optional RMSNorm, 1 to 3 matmuls, then bias, gate or residual as the epilogue.
 
     ``norm(x) [W_0; W_1; W_2]^T + [b_0; b_1; b_2] + residual``, or with ``gated``
     ``silu(norm(x) W_0^T + b_0) * (norm(x) W_1^T + b_1)``; ``norm`` is the root mean square norm, if it has a weight. On
-    CUDA one kernel that accumulates in float32 and reads the weights once for every 8 rows at the speed of memory; the
-    same bits in every run. Elsewhere, and for float64, plain PyTorch. Not differentiable.
+    CUDA one kernel accumulates in float32 and reads the weights once for every 8 rows; it gives the same bits in every
+    run. Elsewhere, and for float64, plain PyTorch. Not differentiable.
 
     Args:
         x: ``[rows, K]`` float32, bfloat16, float16 or float64; on CUDA a row must fit into shared memory.
@@ -45,8 +45,8 @@ def decode_linear(
         eps: added to the mean square.
         residual: ``[rows, sum N_i]``; not with ``gated``.
         gated: see above.
-        overlap: on GPUs of compute capability 9.0, begin while the kernel in front of this one still runs. The caller
-            promises that weights, biases and norm are older than that kernel.
+        overlap: begin while the previous kernel still runs (programmatic dependent launch, compute capability 9.0). The
+            caller promises that weights, biases and norm are older than that kernel.
         prefetch: a contiguous tensor of which CUDA fetches the first ``prefetch_bytes`` bytes into its L2 cache at the
             end, for a later kernel (compute capability 9.0; elsewhere nothing happens).
         prefetch_bytes: see ``prefetch``.
@@ -123,7 +123,7 @@ def decode_append(
     prefetch: Tensor | None = None,
     prefetch_bytes: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Between the projections and the attention of one new token a row: head norms, rotation, the cache's new entry.
+    """Between the projections and the attention of one new token a row: head norms, RoPE, the KV cache's new entry.
 
     The token goes to ``length[b]`` of the cache, its rotary position is ``length[b] - first[b]``. Nothing waits for the
     device: out-of-range values are clamped, and a row whose cache is full is not written. ``keys`` and ``values`` are
@@ -133,12 +133,12 @@ def decode_append(
         qkv: ``[B, (Hq + 2 Hkv) D]``: all query heads, all key heads, all value heads.
         keys, values: ``[B, capacity, Hkv, D]``, a head's elements adjacent in memory.
         length: ``[B]`` int64, tokens that the cache holds of each row.
-        first: ``[B]`` int64, how many of them are padding, in front.
+        first: ``[B]`` int64, how many of them are left padding.
         cos, sin: ``[P, R/2]`` float32, ``R <= D``.
         q_norm, k_norm: ``[D]``, weights of a root mean square norm over each query or key head; ``None``: no norm.
         eps: of those norms.
-        window: tokens that a query sees, itself among them; 0: all.
-        overlap: begin while the kernel in front still runs (9.0); its results are waited for, so this is always safe.
+        window: tokens that a query sees, including itself; 0: all.
+        overlap: begin while the previous kernel still runs (9.0); its results are waited for, so this is always safe.
         prefetch, prefetch_bytes: as for :func:`decode_linear`.
 
     Returns:
@@ -213,7 +213,7 @@ def _plain_linear(
     prefetch: Tensor | None,
     prefetch_bytes: int,
 ) -> Tensor:
-    # as the CUDA operator: a matrix that is there follows those that are, and brings its bias
+    # as in the CUDA operator: matrices that are given come first, each with its bias
     check_that(weight2 is not None or weight3 is None, "weight3", "none without weight2", "one")
     for name, matrix, offset in (("weight2", weight2, bias2), ("weight3", weight3, bias3)):
         check_that(matrix is not None or offset is None, f"bias{name[-1]}", f"none without {name}", "one")

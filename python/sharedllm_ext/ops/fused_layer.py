@@ -1,4 +1,4 @@
-"""Element-wise work around a decoder layer's matrix products, one pass over memory each; rows as 8-bit floats."""
+"""Element-wise work between a decoder layer's matmuls, one pass over memory each; rows as 8-bit floats."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
     Args:
         gate, up: ``[T, n]`` float32, bfloat16, float16 or float64; rows may be parts of longer ones, such as the halves
-            of one product. On CUDA rows of whole 16-byte units are fastest.
+            of one matmul's result. On CUDA rows of whole 16-byte units are fastest.
 
     Returns:
         ``[T, n]``, contiguous, in gate's dtype.
@@ -114,7 +114,7 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: another shape.
         NotImplementedError: in a backward pass.
 
-    A product of quantised rows and weights, ``x @ weight.T`` on GPUs of compute capability 8.9 and newer, with both
+    A matmul of quantised rows and weights, ``x @ weight.T`` on GPUs of compute capability 8.9 and newer, with both
     widths multiples of 16::
 
         (a, a_scale), (b, b_scale) = quantize_rows_fp8(x), quantize_rows_fp8(weight)
@@ -204,7 +204,7 @@ def _check_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None =
 
 
 def _plain_norm(name: str) -> Callable[..., Any]:
-    """The operator ``name`` in plain PyTorch, behind the checks of the public function: torch.ops has none."""
+    """The operator ``name`` in plain PyTorch, after the checks of the public function: torch.ops has none."""
     reference = getattr(_reference, name)
 
     def plain(x: Tensor, weight: Tensor, eps: float) -> Any:

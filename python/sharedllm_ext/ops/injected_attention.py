@@ -27,7 +27,7 @@ from ._checks import (
 
 __all__ = ["injected_attention", "injected_attention_path"]
 
-#: Kernels on CUDA: Hopper's, that of compute capability 8.0 and newer, the one for few queries, the one for everything.
+#: Kernels on CUDA: Hopper's, the one from compute capability 8.0 on, the one for few queries, the general one.
 PATHS = ("auto", "sm90", "portable", "decode", "generic")
 #: Largest head size of the CUDA kernels.
 MAX_CUDA_HEAD_SIZE = 256
@@ -111,7 +111,7 @@ def injected_attention(
 def injected_attention_path(name: str) -> Iterator[None]:
     """Force a CUDA kernel of :func:`injected_attention` for the whole process, for tests and benchmarks.
 
-    A path that cannot run a call (another GPU, element type or head size) leaves it to the usual choice. The two passes
+    Where a path cannot run a call (another GPU, element type or head size), the usual choice is made. The two passes
     of one problem belong on one path: gradients round scores as that path's forward pass does.
 
     Args:
@@ -206,7 +206,7 @@ torch.library.register_autograd("sharedllm::injected_attention_backward", _no_se
 
 
 class _Block(NamedTuple):
-    """Queries that the plain path takes at once: rows of equal length and equally many slots, heads in front."""
+    """Queries that the plain path takes at once: rows of equal length and equally many slots, heads first."""
 
     queries: list[slice]
     slots: list[slice]
@@ -275,7 +275,7 @@ def _plain(
     sin: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The operator in plain PyTorch: matrix products in the input dtype, softmax in float32."""
+    """The operator in plain PyTorch: matmuls in the input dtype, softmax in float32."""
     dtype = compute_dtype(q.dtype)
     query = rotate(q.to(dtype), *_query_tables(q, cu_q, q_position, cos, sin)).to(q.dtype)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)

@@ -36,9 +36,10 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
 
     On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
     :mod:`sharedllm_ext.reference`. On CUDA, float32, bfloat16 and float16 with ``D <= 256`` run in a CUDA kernel, whose
-    work is shared out evenly whatever the lengths are; the rest runs in plain PyTorch, in time proportional to
-    ``N * P``. Neither waits for the device. The CUDA kernel for 16-bit numbers turns queries and keys by the difference
-    of their positions, so the tables must be those of angles proportional to the position (times a common factor).
+    work is divided evenly whatever the lengths are; the rest runs in plain PyTorch, in time proportional to
+    ``N * P``. Neither waits for the device. The CUDA kernel for 16-bit numbers rotates queries and keys by the
+    difference of their positions, so the tables must be those of angles proportional to the position (times a common
+    factor).
 
     Args:
         q: ``[N, Hq, D]``, the query projections of each node's last token, not rotated.

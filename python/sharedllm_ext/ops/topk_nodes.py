@@ -55,7 +55,7 @@ def topk_nodes(
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, device or number is wrong; on the CPU also ``cu_groups`` that fall or do not end at N and a
-            ``group_query`` outside of the queries.
+            ``group_query`` outside the queries.
 
     Equivalent to (one group)::
 

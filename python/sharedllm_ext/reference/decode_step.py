@@ -1,4 +1,4 @@
-"""References of the operators of one decoding step: products of a few rows, and the cache's new entry."""
+"""References of the operators of one decoding step: fused linear for a few rows, and the KV cache's new entry."""
 
 from collections.abc import Sequence
 
@@ -70,11 +70,11 @@ def decode_append(
         qkv: ``[B, (Hq + 2 Hkv) D]``: query heads, key heads, value heads.
         keys, values: ``[B, capacity, Hkv, D]``, written at token ``length[b]``; a full row stays as it is.
         length: ``[B]`` int64, tokens that the cache holds.
-        first: ``[B]`` int64, how many of them are padding, in front; the token's position is ``length - first``.
+        first: ``[B]`` int64, how many of them are left padding; the token's position is ``length - first``.
         cos, sin: ``[P, R/2]`` float32.
         q_norm, k_norm: ``[D]``, weights of a norm over each head, before the rotation; ``None``: none.
         eps: the norms'.
-        window: tokens that a query sees, itself among them; 0: all.
+        window: tokens that a query sees, including itself; 0: all.
 
     Returns:
         q ``[B, Hq, D]``; slot_range ``[B, 2]`` int64: what the token sees of the cache as ``[B * capacity, Hkv, D]``.
@@ -91,7 +91,7 @@ def decode_append(
         tables = cos[position], sin[position]
         q, k = (rotate(x.to(dtype), *tables).to(qkv.dtype) for x in (q, k))
     row = torch.arange(rows, device=qkv.device)
-    # where there is no room the last entry is written again, with what it has
+    # where there is no room the last entry is written again, unchanged
     at = length.clamp(max=max(capacity - 1, 0))
     room = (length < capacity)[:, None, None]
     if capacity:

@@ -1,4 +1,4 @@
-"""References of the element-wise work around a decoder layer's matrix products."""
+"""References of the element-wise work between a decoder layer's matmuls."""
 
 import torch
 from torch import Tensor

@@ -38,7 +38,7 @@ def topk_nodes(
     query, node = queries.to(dtype)[group_query[owner]], nodes.to(dtype)
     norms = query.norm(dim=-1).clamp(min=eps) * node.norm(dim=-1).clamp(min=eps)
     score = (query * node).sum(-1) / norms
-    # NaN ranks last among the valid; what is not valid ranks behind it and is cut off
+    # NaN ranks last among the valid; what is not valid ranks after it and is cut off
     rank = torch.where(score.isnan(), -torch.inf, score).detach()
     usable = torch.ones_like(rank, dtype=torch.bool) if valid is None else valid
     # the keys' least significant criterion first: similarity descending, then usable, then group
