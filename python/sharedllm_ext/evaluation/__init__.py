@@ -1,5 +1,14 @@
 """Perplexity with growing context, questions about long contexts, the reading of texts, and the memory that it took."""
 
+from sharedllm_ext.evaluation.generators import (
+    TASKS,
+    Sources,
+    generate_records,
+    make_record,
+    read_hotpotqa,
+    read_squad,
+)
+from sharedllm_ext.evaluation.haystacks import Haystack, haystack_of
 from sharedllm_ext.evaluation.metrics import METRICS, score
 from sharedllm_ext.evaluation.peak_memory import PeakMemory, keep_no_freed_blocks, measure_peak
 from sharedllm_ext.evaluation.perplexity import (
@@ -9,6 +18,7 @@ from sharedllm_ext.evaluation.perplexity import (
     pick_points,
     running_losses,
 )
+from sharedllm_ext.evaluation.prompts import Prompts
 from sharedllm_ext.evaluation.records import Record
 from sharedllm_ext.evaluation.suites import SUITES, read_suite
 from sharedllm_ext.evaluation.texts import TextError, Texts, read_texts
@@ -17,17 +27,26 @@ from sharedllm_ext.evaluation.tokenising import encode, read_tokens
 __all__ = [
     "METRICS",
     "SUITES",
+    "TASKS",
+    "Haystack",
     "LengthResult",
     "PeakMemory",
     "PerplexityReport",
+    "Prompts",
     "Record",
+    "Sources",
     "TextError",
     "Texts",
     "encode",
     "evaluate_perplexity",
+    "generate_records",
+    "haystack_of",
     "keep_no_freed_blocks",
+    "make_record",
     "measure_peak",
     "pick_points",
+    "read_hotpotqa",
+    "read_squad",
     "read_suite",
     "read_texts",
     "read_tokens",
