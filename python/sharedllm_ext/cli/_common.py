@@ -200,9 +200,9 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: Progres
     """
     family = checkpoint_type(path)
     if family not in (None, "sharedllm"):
-        from sharedllm_ext.model.configuration import BASE_MODEL_TYPES
+        from sharedllm_ext.model.families import FAMILIES
 
-        advice = f" (make one from it: sharedllm init {path} OUT)" if family in BASE_MODEL_TYPES else ""
+        advice = f" (make one from it: sharedllm init {path} OUT)" if family in FAMILIES else ""
         raise CommandError(f"{path}: expected a sharedllm checkpoint, got a {family} one{advice}")
     import torch
 

@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sharedllm_ext.model import SharedLLMForCausalLM
-    from sharedllm_ext.model.configuration import BASE_MODEL_TYPES
+    from sharedllm_ext.model.families import FAMILIES
 
-    if family is not None and family not in BASE_MODEL_TYPES:
+    if family is not None and family not in FAMILIES:
         # before its weights are read
-        raise CommandError(f"{args.base}: expected a base of type {', '.join(BASE_MODEL_TYPES)}, got {family!r}")
+        raise CommandError(f"{args.base}: expected a base of type {', '.join(FAMILIES)}, got {family!r}")
     progress = Progress(not args.json)
     quiet_transformers(progress.terminal)
     if not base.exists() and (not from_gguf or args.gguf_file is not None):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .configuration import BASE_MODEL_TYPES, SharedLLMConfig
+from .configuration import SharedLLMConfig
+from .families import attention_norm, check_family
 from .gguf_checkpoint import complete_config, find_gguf, read_header
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def assemble(
     model.model.rotary_emb = copy.deepcopy(inner.rotary_emb)
     _share(model, base)
     for layer in model.model.layers[: config.injection_layers]:
-        norm = layer.input_layernorm.weight
+        norm = attention_norm(layer).weight
         layer.injection.to_empty(device=norm.device).to(norm.dtype)
         layer.injection.start_from(layer)
     if model.compressor is not None:
@@ -145,17 +146,13 @@ def _check_names(fields: dict[str, Any]) -> None:
 
 def _check_family(base: str, stored: dict[str, Any]) -> None:
     family = stored.get("model_type")
-    if family not in BASE_MODEL_TYPES:
-        raise ValueError(
-            f"{base}: expected a base checkpoint of type {', '.join(BASE_MODEL_TYPES)}, got {family!r}"
-            + ("; it is one already, load it with from_pretrained" if family == "sharedllm" else "")
-        )
+    advice = "; it is one already, load it with from_pretrained" if family == "sharedllm" else ""
+    check_family(base, family, advice=advice)
 
 
 def _check_model(base: PreTrainedModel) -> None:
     family = base.config.model_type
-    if family not in BASE_MODEL_TYPES:
-        raise ValueError(f"base: expected a base checkpoint of type {', '.join(BASE_MODEL_TYPES)}, got {family!r}")
+    check_family("base", family)
     if not hasattr(base, "model") or not hasattr(base, "lm_head"):
         raise ValueError(f"base: expected a causal language model ({family} …ForCausalLM), got {type(base).__name__}")
     for name, module in base.named_modules():

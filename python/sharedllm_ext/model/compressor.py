@@ -24,6 +24,7 @@ from ..ops import (
     topk_nodes,
     tree_node_vectors,
 )
+from .families import attention_norm, mlp_norm, projection, sliding_window
 from .layer_math import Products, is_untouched, split_heads
 from .managed_layers import call_layer, check_checkpointing, is_managed
 from .stopwatch import Stopwatch
@@ -85,26 +86,19 @@ def activation_bytes(model: LowerModel) -> int:
     """Bytes that :func:`compress_chunks` needs for each token of a micro-batch at its widest place, rounded up."""
     layer = model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
-    hidden, width = attention.q_proj.in_features, attention.q_proj.out_features
+    query, key, gate = projection(attention, "q"), projection(attention, "k"), projection(mlp, "gate")
+    hidden, width = query.in_features, query.out_features
     # gate, up and their product beside the residual stream, its norm and the attention's output; layer 0 adds what the
     # choice of nodes reads
-    numbers = 5 * hidden + width + 2 * attention.k_proj.out_features + 3 * mlp.gate_proj.out_features
+    numbers = 5 * hidden + width + 2 * key.out_features + 3 * gate.out_features
     return numbers * model.embed_tokens.weight.element_size()
 
 
 def project(layer: Layer, normed: Any, name: str, products: Products | None = None) -> Tensor:
     """One of the layer's query, key or value projections, with the family's norm on it: ``[T, heads, D]``."""
-    projection = getattr(layer.self_attn, f"{name}_proj")
-    out = projection(normed) if products is None else products.linear(projection, normed)
+    module = projection(layer.self_attn, name)
+    out = module(normed) if products is None else products.linear(module, normed)
     return split_heads(layer.self_attn, out, name)
-
-
-def sliding_window(layer: Layer) -> int | None:
-    """Tokens that a query of this layer may look back on, itself included; ``None`` without a limit."""
-    attention = layer.self_attn
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return attention.config.sliding_window if attention.config.model_type == "mistral" else None
 
 
 class Embedded(NamedTuple):
@@ -132,7 +126,7 @@ def embed_tokens(model: LowerModel, ids: Tensor) -> Tensor:
 def project_embeddings(model: LowerModel, embeddings: Tensor) -> Embedded:
     """Layer 0's keys and values of embeddings ``[T, d]``."""
     layer = model.layers[0]
-    normed = layer.input_layernorm(embeddings)
+    normed = attention_norm(layer)(embeddings)
     return Embedded(embeddings, normed, project(layer, normed, "k"), project(layer, normed, "v"))
 
 
@@ -312,7 +306,7 @@ def _compress_layer(
     """
     products, keep_index = packing.products, packing.keep_index
     if not first:
-        rows = products.norm(layer.input_layernorm, hidden)
+        rows = products.norm(attention_norm(layer), hidden)
         key, value = project(layer, rows, "k", products), project(layer, rows, "v", products)
     else:
         _, normed, key, value = first.pop()
@@ -327,7 +321,7 @@ def _compress_layer(
         # the layer below the last one needs its output at the kept positions only
         _, _, memory_key, memory_value = packing.keep(None, key, value, keep_index)
         hidden = hidden.index_select(0, keep_index)
-        query = project(layer, products.norm(layer.input_layernorm, hidden), "q", products)
+        query = project(layer, products.norm(attention_norm(layer), hidden), "q", products)
         attend = packing.nodes.attend_from_kept
     else:
         query, key, memory_key, memory_value = packing.keep(project(layer, rows, "q", products), key, value, keep_index)
@@ -645,9 +639,10 @@ def _attend_and_finish(
 
 def _finish(layer: Layer, hidden: Tensor, attended: Tensor, products: Products) -> Tensor:
     """Output projection and MLP with their residual sums; ``hidden`` may be overwritten."""
-    hidden = products.add_linear(hidden, layer.self_attn.o_proj, products.rows(attended))
-    rows = products.norm(layer.post_attention_layernorm, hidden)
-    if not is_untouched(layer.post_attention_layernorm):
+    hidden = products.add_linear(hidden, projection(layer.self_attn, "o"), products.rows(attended))
+    norm = mlp_norm(layer)
+    rows = products.norm(norm, hidden)
+    if not is_untouched(norm):
         # a hook may have kept what the sum would overwrite
         hidden = hidden.clone()
     return products.add_mlp(hidden, layer.mlp, rows)

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .families import FAMILIES, check_family
 from .peft_defaults import register_target_modules
 
 PRECISIONS = ("model", "fp8")
-BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # What other libraries ask a language model's configuration for; the base checkpoint's answers.
 _OF_THE_BASE = frozenset(
     (
@@ -96,11 +96,11 @@ class SharedLLMConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)
             family = fields.pop("model_type", "llama")
-            _check_family(family)
+            check_family("text_config", family)
             self.text_config = AutoConfig.for_model(family, **fields)
         elif self.text_config is None:
             self.text_config = AutoConfig.for_model("llama")
-        _check_family(getattr(self.text_config, "model_type", type(self.text_config).__name__))
+        check_family("text_config", getattr(self.text_config, "model_type", type(self.text_config).__name__))
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
         self.auto_map = {auto_class: f"{_STUB}.{name}" for auto_class, name in _AUTO_CLASSES.items()}
@@ -115,7 +115,7 @@ class SharedLLMConfig(PreTrainedConfig):
         """
         family = config_dict.get("model_type", cls.model_type)
         if family != cls.model_type:
-            advice = "; make one from it with from_base" if family in BASE_MODEL_TYPES else ""
+            advice = "; make one from it with from_base" if family in FAMILIES else ""
             raise ValueError(f"model_type: expected a {cls.model_type} checkpoint, got a {family} one{advice}")
         return super().from_dict(config_dict, **kwargs)
 
@@ -181,10 +181,3 @@ class SharedLLMConfig(PreTrainedConfig):
         noise = self.split_noise
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0.0 <= noise < float("inf"):
             raise ValueError(f"split_noise: expected a finite standard deviation of at least 0 tokens, got {noise!r}")
-
-
-def _check_family(model_type: str) -> None:
-    if model_type not in BASE_MODEL_TYPES:
-        raise ValueError(
-            f"text_config: expected a base checkpoint of type {', '.join(BASE_MODEL_TYPES)}, got {model_type!r}"
-        )

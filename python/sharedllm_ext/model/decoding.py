@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .._library import cuda_kernels
 from ..ops import decode_append, decode_linear, injected_attention
 from .cache_name import CACHE_NAME
-from .compressor import sliding_window
-from .layer_math import ATTENTIONS, MLPS, NORMS, version_of
+from .families import attention_norm, family_of, mlp_norm, projection, sliding_window
+from .layer_math import version_of
 from .memory import ContextMemory
 
 if TYPE_CHECKING:
@@ -42,7 +38,6 @@ KEPT_BYTES = 1 << 30
 #: For tests: run the step, without a graph, on the CPU too.
 RUN_ON_CPU = False
 
-_LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -457,16 +452,17 @@ class DecodeRunner:
             injection = getattr(layer, "injection", None)
             if injection is not None and self._context is not None:
                 x = self._inject(x, injection)
-            norm, mlp = layer.post_attention_layernorm, layer.mlp
-            hidden = _product(x, (mlp.gate_proj, mlp.up_proj), norm, gated=True)
-            x = _product(hidden, (mlp.down_proj,), residual=x)
+            gate, up, down = (projection(layer.mlp, name) for name in ("gate", "up", "down"))
+            hidden = _product(x, (gate, up), mlp_norm(layer), gated=True)
+            x = _product(hidden, (down,), residual=x)
         logits = _product(x, (model.lm_head,), model.model.norm)
         self._length.add_(1)
         return logits
 
     def _attend(self, x: Tensor, layer: Any, keys: Tensor, values: Tensor) -> Tensor:
         attention = layer.self_attn
-        qkv = _product(x, (attention.q_proj, attention.k_proj, attention.v_proj), layer.input_layernorm)
+        query, key, value, output = (projection(attention, name) for name in "qkvo")
+        qkv = _product(x, (query, key, value), attention_norm(layer))
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         q, slot_range = decode_append(
             qkv,
@@ -480,7 +476,7 @@ class DecodeRunner:
             eps=0.0 if q_norm is None else q_norm.variance_epsilon,
             window=sliding_window(layer) or 0,
             overlap=True,
-            prefetch=attention.o_proj.weight,
+            prefetch=output.weight,
             prefetch_bytes=PREFETCH_BYTES,
         )
         out, _ = injected_attention(
@@ -493,7 +489,7 @@ class DecodeRunner:
             *self._no_rotation,
             attention.scaling,
         )
-        return _product(out.flatten(1), (attention.o_proj,), residual=x)
+        return _product(out.flatten(1), (output,), residual=x)
 
     def _inject(self, x: Tensor, injection: Any) -> Tensor:
         context: Any = self._context
@@ -548,7 +544,7 @@ def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple
     numbers = []
     for layer in model.model.layers:
         attention, injection = layer.self_attn, getattr(layer, "injection", None)
-        norms = [layer.input_layernorm, layer.post_attention_layernorm, getattr(attention, "q_norm", None)]
+        norms = [attention_norm(layer), mlp_norm(layer), getattr(attention, "q_norm", None)]
         norms += [] if injection is None else [injection.norm]
         numbers += [attention.scaling, sliding_window(layer), None if injection is None else injection.scaling]
         numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
@@ -605,19 +601,21 @@ def supports(model: "SharedLLMForCausalLM") -> bool:
         return False
     if type(model.model.embed_tokens) is not nn.Embedding or model.model.embed_tokens.max_norm is not None:
         return False
-    linear, norms = [model.lm_head], [model.model.norm]
+    family, linear, norms = family_of(model.model.layers[0]), [model.lm_head], [model.model.norm]
+    if family.not_decoded is not None:
+        return False
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        if not (isinstance(layer, _LAYERS) and isinstance(attention, ATTENTIONS) and isinstance(mlp, MLPS)):
+        parts = (layer, family.layer), (attention, family.attention), (mlp, family.mlp)
+        if not all(isinstance(part, its) for part, its in parts):
             return False
-        norms += [layer.input_layernorm, layer.post_attention_layernorm]
-        linear += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        norms += [attention_norm(layer), mlp_norm(layer)]
+        linear += [getattr(attention if name in "qkvo" else mlp, its) for name, its in family.projections.items()]
         injection: Any = getattr(layer, "injection", None)
         if injection is not None:
             linear += [injection.q_proj, injection.o_proj]
             norms.append(injection.norm)
-    if any(type(module) is not nn.Linear for module in linear) or any(not isinstance(n, NORMS) for n in norms):
+    if any(type(module) is not nn.Linear for module in linear) or any(not isinstance(n, family.norm) for n in norms):
         return False
     return all(
         type(parameter) is nn.Parameter and parameter.device == device and parameter.dtype == dtype

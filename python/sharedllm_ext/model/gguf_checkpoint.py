@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .configuration import BASE_MODEL_TYPES
+from .families import FAMILIES, check_family
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+\.gguf)", re.IGNORECASE)
 # ggml's names of the types that hold plain numbers
@@ -117,10 +117,7 @@ def read_header(path: Path) -> GgufHeader:
             f"{path}: expected a whole GGUF file, got one of {values['split.count']} parts "
             "(llama-gguf-split --merge joins them)"
         )
-    if header.architecture not in BASE_MODEL_TYPES:
-        raise ValueError(
-            f"{path}: expected a GGUF file of architecture {', '.join(BASE_MODEL_TYPES)}, got {header.architecture!r}"
-        )
+    check_family(str(path), header.architecture, "a GGUF file of architecture")
     return header
 
 
@@ -144,16 +141,17 @@ def complete_config(config: PreTrainedConfig, header: GgufHeader) -> None:
     settings.rope_parameters = _rope_parameters(dict(settings.rope_parameters), header, settings)
     window = header.of("attention.sliding_window")
     name = str(header.values.get("general.name", "")) + str(header.values.get("general.basename", ""))
-    if settings.model_type == "mistral":
+    takes_window = FAMILIES[settings.model_type].gguf_window
+    if takes_window:
         # Transformers puts its own default there, which most Mistral models do not have
         settings.sliding_window = int(window) if window else None
-    if window is None and (settings.model_type == "mistral" or "mistral" in name.lower()):
+    if window is None and (takes_window or "mistral" in name.lower()):
         warnings.warn(
             f"{header.path.name}: a Mistral GGUF file names no sliding window, so every layer sees all running text; "
             "Mistral 7B v0.1 looks back on 4096 tokens only: keep `window` and what is generated within them there",
             stacklevel=2,
         )
-    elif window and settings.model_type != "mistral":
+    elif window and not takes_window:
         raise ValueError(
             f"{header.path}: expected a {settings.model_type} file without a sliding window, which Transformers "
             f"would lose, got one of {window} tokens; load the original checkpoint instead"

@@ -5,12 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from ..ops import injected_attention
+from .families import FAMILIES, attention_norm, mlp_norm, projection
 from .layer_math import add_linear, add_mlp, is_untouched, linear_weight, version_of
 from .managed_layers import RunsSteps
 
@@ -45,13 +42,13 @@ class InjectedAttention(nn.Module):
     def __init__(self, layer: Any, layer_index: int) -> None:
         super().__init__()
         attention = layer.self_attn
-        hidden, width = attention.q_proj.in_features, attention.q_proj.out_features
-        eps = layer.input_layernorm.variance_epsilon
+        query, norm = projection(attention, "q"), attention_norm(layer)
+        hidden, width, eps = query.in_features, query.out_features, norm.variance_epsilon
         self.layer_index = layer_index
         self.head_dim = attention.head_dim
         self.scaling = attention.scaling
-        self.norm = type(layer.input_layernorm)(hidden, eps=eps)
-        self.q_proj = nn.Linear(hidden, width, bias=attention.q_proj.bias is not None)
+        self.norm = type(norm)(hidden, eps=eps)
+        self.q_proj = nn.Linear(hidden, width, bias=query.bias is not None)
         self.q_norm = type(attention.q_norm)(self.head_dim, eps=eps) if hasattr(attention, "q_norm") else None
         self.o_proj = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.o_proj.weight)
@@ -60,11 +57,11 @@ class InjectedAttention(nn.Module):
     @torch.no_grad()
     def start_from(self, layer: Any) -> None:
         """Copy the layer's own norm and query projection, zero the output: the model starts equal to its base."""
-        self.norm.load_state_dict(layer.input_layernorm.state_dict())
-        projection = layer.self_attn.q_proj
-        self.q_proj.weight.copy_(linear_weight(projection))
+        self.norm.load_state_dict(attention_norm(layer).state_dict())
+        query = projection(layer.self_attn, "q")
+        self.q_proj.weight.copy_(linear_weight(query))
         if self.q_proj.bias is not None:
-            self.q_proj.bias.copy_(projection.bias)
+            self.q_proj.bias.copy_(query.bias)
         if self.q_norm is not None:
             self.q_norm.load_state_dict(layer.self_attn.q_norm.state_dict())
         self.o_proj.weight.zero_()
@@ -110,11 +107,11 @@ class InjectedAttention(nn.Module):
 
     def _check_projection(self) -> None:
         """Refuse DoRA on a zero output projection, where it gives NaN; looked at once for a weight."""
-        projection: Any = self.o_proj
-        if not len(getattr(projection, "lora_magnitude_vector", ())):
+        output: Any = self.o_proj
+        if not len(getattr(output, "lora_magnitude_vector", ())):
             return
-        weight = projection.get_base_layer().weight
-        state = (id(projection), weight.data_ptr(), version_of(weight))
+        weight = output.get_base_layer().weight
+        state = (id(output), weight.data_ptr(), version_of(weight))
         if state == self._checked_projection:
             return
         zeros = int((weight.detach() == 0).all(1).sum())
@@ -154,49 +151,32 @@ class _InjectedLayer:
     ) -> Any:
         if compressor_step is not None:
             return compressor_step(self, hidden_states)
-        normed = self.input_layernorm(hidden_states)  # type: ignore[attr-defined]
+        normed = attention_norm(self)(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)  # type: ignore[attr-defined]
         hidden_states = hidden_states + attended
         if injected_context is not None:
             injection = self.injection  # type: ignore[attr-defined]
             hidden_states = self._own(injection(hidden_states, injected_context, memory_key, memory_value), injection)
-        normed = self.post_attention_layernorm(hidden_states)  # type: ignore[attr-defined]
-        return add_mlp(self._own(hidden_states, self.post_attention_layernorm), self.mlp, normed)  # type: ignore[attr-defined]
+        norm = mlp_norm(self)
+        normed = norm(hidden_states)
+        return add_mlp(self._own(hidden_states, norm), self.mlp, normed)  # type: ignore[attr-defined]
 
     def _own(self, hidden_states: Tensor, module: nn.Module) -> Tensor:
         """The tensor, or a copy if a hook of the module that saw it may have kept it: sums are made in place."""
         return hidden_states if is_untouched(module) else hidden_states.clone()
 
 
-class InjectedLlamaDecoderLayer(_InjectedLayer, LlamaDecoderLayer):  # type: ignore[misc]
-    """Llama layer that reads the context memory."""
+def _classes(prefix: str, mixin: type) -> dict[type, type]:
+    """For each family's decoder layer one that is the mixin too."""
+    layers = [family.layer for family in FAMILIES.values()]
+    fields = {"__module__": __name__, "__doc__": mixin.__doc__}
+    return {layer: type(f"{prefix}{layer.__name__}", (mixin, layer), dict(fields)) for layer in layers}
 
 
-class InjectedMistralDecoderLayer(_InjectedLayer, MistralDecoderLayer):  # type: ignore[misc]
-    """Mistral layer that reads the context memory."""
-
-
-class InjectedQwen2DecoderLayer(_InjectedLayer, Qwen2DecoderLayer):  # type: ignore[misc]
-    """Qwen2 and Qwen2.5 layer that reads the context memory."""
-
-
-class InjectedQwen3DecoderLayer(_InjectedLayer, Qwen3DecoderLayer):  # type: ignore[misc]
-    """Qwen3 layer that reads the context memory."""
-
-
-def _step_class(layer_class: type) -> type:
-    return type(f"Compressor{layer_class.__name__}", (RunsSteps, layer_class), {"__module__": __name__})
-
-
-_INJECTED_CLASS = {
-    LlamaDecoderLayer: InjectedLlamaDecoderLayer,
-    MistralDecoderLayer: InjectedMistralDecoderLayer,
-    Qwen2DecoderLayer: InjectedQwen2DecoderLayer,
-    Qwen3DecoderLayer: InjectedQwen3DecoderLayer,
-}
-_COMPRESSOR_CLASS = {layer_class: _step_class(layer_class) for layer_class in _INJECTED_CLASS}
+_INJECTED_CLASS = _classes("Injected", _InjectedLayer)
+_COMPRESSOR_CLASS = _classes("Compressor", RunsSteps)
 # pickle looks classes up by name
-globals().update({step_class.__name__: step_class for step_class in _COMPRESSOR_CLASS.values()})
+globals().update({made.__name__: made for made in (*_INJECTED_CLASS.values(), *_COMPRESSOR_CLASS.values())})
 
 
 def install_injection(layers: Any, count: int) -> None:

@@ -5,17 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 from .. import ops
 from .cache_name import CACHE_NAME
+from .families import FAMILIES, attention_norm, family_of, mlp_norm, projection
 
-NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
-ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
-MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 #: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest: on hidden
 #: states of a trained model rounding to 8 bits hides the difference (docs/architecture.md).
@@ -104,7 +98,7 @@ def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
 def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
     """``hidden + mlp(x)``, as :func:`add_linear`."""
     if isinstance(mlp, _FusedMLP) and type(mlp).forward is _FusedMLP.forward and is_untouched(mlp):
-        return add_linear(hidden, mlp.down_proj, mlp.activated(x))  # type: ignore[attr-defined]
+        return add_linear(hidden, projection(mlp, "down"), mlp.activated(x))
     return hidden + mlp(x)
 
 
@@ -124,16 +118,17 @@ class _FusedMLP:
 
     def activated(self, x: Tensor) -> Tensor:
         """``act(gate_proj(x)) * up_proj(x)``, ``[..., n]``."""
-        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[attr-defined]
+        gate_proj = projection(self, "gate")
+        gate, up = gate_proj(x), projection(self, "up")(x)
         if inference_only(gate) and applies_silu(self):
             width = gate.shape[-1]
             return ops.silu_product(gate.view(-1, width), up.view(-1, width)).view(gate.shape)
-        if adds_in_place(gate) and is_plain_linear(self.gate_proj, x) and applies_silu(self):  # type: ignore[attr-defined]
+        if adds_in_place(gate) and is_plain_linear(gate_proj, x) and applies_silu(self):
             return torch.nn.functional.silu(gate, inplace=True).mul_(up)
         return self.act_fn(gate) * up  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activated(x))  # type: ignore[attr-defined]
+        return projection(self, "down")(self.activated(x))
 
 
 class _FusedAttention:
@@ -160,7 +155,7 @@ class _FusedAttention:
             )
         batch, length, _ = hidden_states.shape
         query, key, value = (
-            split_heads(self, getattr(self, f"{name}_proj")(hidden_states), name).flatten(0, 1) for name in "qkv"
+            split_heads(self, projection(self, name)(hidden_states), name).flatten(0, 1) for name in "qkv"
         )
         half = self.head_dim // 2  # type: ignore[attr-defined]
         tables = (table[..., :half].expand(batch, -1, -1).flatten(0, 1) for table in position_embeddings)  # type: ignore[union-attr]
@@ -179,7 +174,7 @@ class _FusedAttention:
             scale=self.scaling,  # type: ignore[attr-defined]
             enable_gqa=True,
         )
-        return self.o_proj(attended.transpose(1, 2).flatten(2)), None  # type: ignore[attr-defined]
+        return projection(self, "o")(attended.transpose(1, 2).flatten(2)), None
 
     def _is_plain(self, x: Tensor, tables: Any, mask: Tensor | None, options: dict[str, Any]) -> bool:
         """Whether Transformers would call PyTorch's causal attention without a mask."""
@@ -202,14 +197,12 @@ def _fused_class(mixin: type, family_class: type) -> type:
     )
 
 
+_FUSED_MIXINS = {"norm": _FusedRMSNorm, "attention": _FusedAttention, "mlp": _FusedMLP}
 _FUSED_CLASS: dict[type, type] = {
-    family_class: _fused_class(mixin, family_class)
-    for mixin, family_classes in (
-        (_FusedRMSNorm, NORMS),
-        (_FusedAttention, ATTENTIONS),
-        (_FusedMLP, MLPS),
-    )
-    for family_class in family_classes
+    getattr(family, part): _fused_class(mixin, getattr(family, part))
+    for family in FAMILIES.values()
+    for part, mixin in _FUSED_MIXINS.items()
+    if part not in family.not_fused
 }
 # pickle looks classes up by name
 globals().update({fused.__name__: fused for fused in _FUSED_CLASS.values()})
@@ -282,10 +275,11 @@ class Fp8Products(Products):
         return hidden.add_(self.linear(module, rows))
 
     def add_mlp(self, hidden: Tensor, mlp: Any, rows: Any) -> Tensor:
-        gate, up = self.linear(mlp.gate_proj, rows), self.linear(mlp.up_proj, rows)
+        gate_proj, up_proj, down_proj = (projection(mlp, name) for name in ("gate", "up", "down"))
+        gate, up = self.linear(gate_proj, rows), self.linear(up_proj, rows)
         if applies_silu(mlp):
-            return self.add_linear(hidden, mlp.down_proj, ops.silu_product_fp8(gate, up))
-        return self.add_linear(hidden, mlp.down_proj, self.rows(mlp.act_fn(gate) * up))
+            return self.add_linear(hidden, down_proj, ops.silu_product_fp8(gate, up))
+        return self.add_linear(hidden, down_proj, self.rows(mlp.act_fn(gate) * up))
 
     def _quantized(self, module: Any) -> tuple[Tensor, Tensor]:
         weight = module.weight
@@ -303,7 +297,7 @@ def refuse_fp8(layers: Any) -> None:
     Raises:
         ValueError: a device, dtype, size or module that the products do not take.
     """
-    weight = layers[0].self_attn.q_proj.weight
+    weight = projection(layers[0].self_attn, "q").weight
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 9):
         raise ValueError(
             "compressor_precision='fp8': expected a CUDA device of compute capability 8.9 or newer, got "
@@ -313,7 +307,8 @@ def refuse_fp8(layers: Any) -> None:
         raise ValueError("compressor_precision='fp8': expected no autocast, got one")
     for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
-        norms = {"input_layernorm": layer.input_layernorm, "post_attention_layernorm": layer.post_attention_layernorm}
+        family = family_of(layer)
+        norms = {family.attention_norm: attention_norm(layer), family.mlp_norm: mlp_norm(layer)}
         for name, module in {**norms, "mlp": mlp}.items():
             dtypes = {parameter.dtype for parameter in module.parameters()}
             if not is_untouched(module) or dtypes != {torch.bfloat16}:
@@ -321,8 +316,8 @@ def refuse_fp8(layers: Any) -> None:
                 raise ValueError(
                     f"compressor_precision='fp8': expected a plain bfloat16 module as layer {index}'s {name}, got {got}"
                 )
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-            module = getattr(attention if hasattr(attention, name) else mlp, name)
+        for part, name in family.projections.items():
+            module = projection(attention if part in "qkvo" else mlp, part)
             if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not is_untouched(module):
                 got = f"{type(module).__name__}, {getattr(getattr(module, 'weight', None), 'dtype', None)}"
                 raise ValueError(

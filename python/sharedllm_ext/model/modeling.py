@@ -32,6 +32,7 @@ from .compressor import (
 )
 from .configuration import SharedLLMConfig
 from .decoding import removed_tokens
+from .families import projection
 from .generation import ContextGeneration
 from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
 from .inputs import (
@@ -474,8 +475,8 @@ class SharedLLMForCausalLM(ContextGeneration):
 
     def _memory_store(self, lower: LowerModel, slots: int, device: torch.device) -> list[Tensor]:
         attention, layers = lower.layers[0].self_attn, len(lower.layers)
-        dtype = self._memory_dtype(attention.v_proj, device)
-        shape = (slots, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+        dtype = self._memory_dtype(projection(attention, "v"), device)
+        shape = (slots, projection(attention, "k").out_features // attention.head_dim, attention.head_dim)
         try:
             return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
         except torch.OutOfMemoryError:
@@ -489,9 +490,9 @@ class SharedLLMForCausalLM(ContextGeneration):
             "chunk_size or a shorter context needs less"
         )
 
-    def _memory_dtype(self, projection: Any, device: torch.device) -> torch.dtype:
+    def _memory_dtype(self, module: Any, device: torch.device) -> torch.dtype:
         """Dtype of the keys and values that a compressor's value projection gives."""
-        weight = getattr(projection, "weight", None)
+        weight = getattr(module, "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             return torch.get_autocast_dtype(device.type)

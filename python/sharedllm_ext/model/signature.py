@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..ops._autocast import outside_autocast
-from .compressor import Chunk, LowerModel, Tables, TreeShape, compress_chunks, query_vectors, sliding_window
+from .compressor import Chunk, LowerModel, Tables, TreeShape, compress_chunks, query_vectors
+from .families import attention_norm, mlp_norm, projection, sliding_window
 from .layer_math import version_of
 from .managed_layers import device_of, is_managed, is_sharded, stored_parameters
 from .memory_file import shorten
@@ -102,7 +103,7 @@ def memory_signature(config: Any, subject: Subject, identity: dict[str, Any]) ->
         "model_type": text_config.model_type,
         "hidden_size": text_config.hidden_size,
         "injection_layers": config.injection_layers,
-        "num_key_value_heads": attention.k_proj.out_features // attention.head_dim,
+        "num_key_value_heads": projection(attention, "k").out_features // attention.head_dim,
         "head_dim": attention.head_dim,
         "chunk_size": config.chunk_size,
         "tree_depth": config.tree_depth,
@@ -260,7 +261,7 @@ def _settings(subject: Subject) -> str:
 def _settings_of(layer: Any, chunk_size: int) -> str:
     window = sliding_window(layer)
     entries = {
-        "norms": f"{_epsilon_of(layer.input_layernorm)} and {_epsilon_of(layer.post_attention_layernorm)}",
+        "norms": f"{_epsilon_of(attention_norm(layer))} and {_epsilon_of(mlp_norm(layer))}",
         "activation": getattr(layer.mlp, "config", layer.self_attn.config).hidden_act,
         "scale": f"{layer.self_attn.scaling:.6g}",
         # no node reaches beyond a longer one

@@ -1,0 +1,184 @@
+"""The base families: one row for each, and the only place where one is added.
+
+A row says which Transformers classes a family is made of, what is particular about it, and which of the fast paths it
+does not take, with the reason. Everything else in this package asks the row. A new family is a row here, a builder in
+``tests/model/builders.py``, and its name in the texts that ``tests/model/test_family_rows.py`` looks at.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralMLP,
+    MistralRMSNorm,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
+
+_EACH_ITS_OWN = MappingProxyType({name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")})
+
+
+def no_window(attention: Any) -> int | None:
+    """Every query sees all tokens before it."""
+    return None
+
+
+def window_of_layer(attention: Any) -> int | None:
+    """Each layer's attention has its own window, or none."""
+    window: int | None = attention.sliding_window
+    return window
+
+
+def window_of_config(attention: Any) -> int | None:
+    """One window for all layers, in the configuration alone."""
+    window: int | None = attention.config.sliding_window
+    return window
+
+
+class LinearPart:
+    """Some of the outputs of a linear module that joins several projections; a view, to read and to compute with.
+
+    Args:
+        whole: the module, ``K`` to ``N``.
+        outputs: which of its ``N`` outputs.
+    """
+
+    def __init__(self, whole: Any, outputs: slice) -> None:
+        self.whole, self.outputs = whole, outputs
+        self.in_features, self.out_features = whole.in_features, outputs.stop - outputs.start
+
+    @property
+    def weight(self) -> Tensor:
+        """``[outputs, K]``; a parameter's own memory where that holds plain numbers."""
+        weight: Tensor = self.whole.weight[self.outputs]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[outputs]``, or ``None``."""
+        return None if self.whole.bias is None else self.whole.bias[self.outputs]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [..., K]`` to ``[..., outputs]``."""
+        if type(self.whole) is nn.Linear and not self.whole._forward_hooks and not self.whole._forward_pre_hooks:
+            return F.linear(x, self.weight, self.bias)
+        # quantised, adapted or watched: its own product is the only one there is
+        out: Tensor = self.whole(x)[..., self.outputs]
+        return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """A row of the table.
+
+    Attributes:
+        model_type: Transformers' name of the family, and llama.cpp's.
+        title: its name in texts for readers.
+        layer, attention, mlp, norm: the classes of a decoder layer and of what it is made of.
+        window: tokens that a query of an attention may look back on, itself included; ``None`` without a limit.
+        projections: attribute of each projection of an attention (``q, k, v, o``) and of an MLP (``gate, up, down``);
+            those of one attribute are joined in it, in this order.
+        attention_norm, mlp_norm: attributes of the norms that stand before attention and MLP.
+        gguf_window: whether the configuration takes a GGUF file's sliding window; elsewhere such a file is refused.
+        not_fused: of ``norm``, ``attention`` and ``mlp`` those without a fused class, with the reason.
+        not_decoded: why decoding steps run by the layers' own forward, "expected …, got …"; ``None``: they need not.
+    """
+
+    model_type: str
+    title: str
+    layer: type
+    attention: type
+    mlp: type
+    norm: type
+    window: Callable[[Any], int | None] = no_window
+    projections: Mapping[str, str] = dataclasses.field(default_factory=lambda: _EACH_ITS_OWN)
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    gguf_window: bool = False
+    not_fused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    not_decoded: str | None = None
+
+    def projection(self, module: Any, name: str) -> Any:
+        """A projection of an attention or MLP: a linear module, or its part of a joined one."""
+        attribute, joined = self._places[name]
+        whole = getattr(module, attribute)
+        if len(joined) == 1:
+            return whole
+        sizes = {"q": module.config.num_attention_heads, "k": module.config.num_key_value_heads}
+        sizes["v"] = sizes["k"]
+        shares = [sizes.get(other, 1) for other in joined]
+        unit = whole.out_features // sum(shares)
+        begin = sum(shares[: joined.index(name)]) * unit
+        return LinearPart(whole, slice(begin, begin + shares[joined.index(name)] * unit))
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[str, list[str]]]:
+        """Of each projection its attribute and all that share it."""
+        named = self.projections.items()
+        return {name: (its, [other for other, one in named if one == its]) for name, its in named}
+
+
+_ROWS = (
+    Family("llama", "Llama", LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm),
+    Family(
+        "mistral",
+        "Mistral",
+        MistralDecoderLayer,
+        MistralAttention,
+        MistralMLP,
+        MistralRMSNorm,
+        window=window_of_config,
+        gguf_window=True,
+    ),
+    Family("qwen2", "Qwen2/2.5", Qwen2DecoderLayer, Qwen2Attention, Qwen2MLP, Qwen2RMSNorm, window=window_of_layer),
+    Family("qwen3", "Qwen3", Qwen3DecoderLayer, Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, window=window_of_layer),
+)
+#: The rows by ``model_type``.
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ROWS})
+
+
+def family_of(module: Any) -> Family:
+    """The row of a decoder layer, or of its attention or MLP, however it may be wrapped."""
+    # by configuration: wrappers pass attributes on, their classes say nothing
+    config = getattr(module, "config", None)
+    if config is None:
+        config = module.self_attn.config
+    return FAMILIES[config.model_type]
+
+
+def projection(module: Any, name: str) -> Any:
+    """A projection of an attention (``q, k, v, o``) or MLP (``gate, up, down``) of any family."""
+    return family_of(module).projection(module, name)
+
+
+def attention_norm(layer: Any) -> Any:
+    """The norm before a layer's attention."""
+    return getattr(layer, family_of(layer).attention_norm)
+
+
+def mlp_norm(layer: Any) -> Any:
+    """The norm before a layer's MLP."""
+    return getattr(layer, family_of(layer).mlp_norm)
+
+
+def sliding_window(layer: Any) -> int | None:
+    """Tokens that a query of this layer may look back on, itself included; ``None`` without a limit."""
+    return family_of(layer.self_attn).window(layer.self_attn)
+
+
+def check_family(name: str, model_type: Any, what: str = "a base checkpoint of type", advice: str = "") -> None:
+    """Refuse a family without a row.
+
+    Raises:
+        ValueError: "name: expected what …, got …", and the advice.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"{name}: expected {what} {', '.join(FAMILIES)}, got {model_type!r}{advice}")
