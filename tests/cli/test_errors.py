@@ -298,7 +298,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("plot of another kind", (*PERPLEXITY, "--plot", "x.gif"), 2, r"--plot: expected a file name that ends in .png"),
     ("plot into nowhere", (*PERPLEXITY, "--plot", "{nothing}/x.png"), 1, r"--plot: no such folder: {nothing}"),
     ("init from nowhere", ("init", "{nothing}", "{out}"), 1, r"{nothing}: no such folder"),
-    ("init from another family", ("init", "{bert}", "{out}"), 1, r"llama, mistral, qwen2, qwen3, got 'bert'"),
+    ("init from another family", ("init", "{bert}", "{out}"), 1, r"llama, mistral, qwen2, qwen3, .* got 'bert'"),
     ("init from itself", ("init", "{model}", "{out}"), 1, r"{model}: expected a base checkpoint, got a sharedllm one"),
     ("init onto itself", ("init", "{base}", "{base}", "--force"), 2, r"OUT: expected another folder than BASE"),
     ("init onto a file", ("init", "{base}", "{text}"), 1, r"{text}: expected a folder to write, got a file"),

@@ -173,6 +173,7 @@ def test_a_mistral_file_says_that_it_has_no_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"architecture": "smollm3"}, "qwen2, qwen3, got 'smollm3'; load the original checkpoint instead"),
         ({"architecture": "gemma2"}, "expected a GGUF file of architecture llama, mistral, qwen2, qwen3, got 'gemma2'"),
         ({"values": {"split.count": 3}}, r"expected a whole GGUF file, got one of 3 parts"),
         ({"values": {"llama.attention.sliding_window": 64}}, r"without a sliding window, .* got one of 64 tokens"),

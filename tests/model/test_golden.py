@@ -45,7 +45,7 @@ def test_memory(name: str, device: str) -> None:
     sizes, tensors, model = _load(name, device)
     chunks = tensors["context_ids"].shape[1]
     memory = model.compress(tensors["context_ids"].flatten(1), query_ids=tensors["input_ids"])
-    tables = model._rope_tables(64, torch.device(tensors["context_ids"].device))
+    tables = model._rope_tables(64, torch.device(tensors["context_ids"].device)).of(model.model.layers[0])
     slots = (sizes["tree_depth"] + 1) * sizes["slots_per_node"]
     assert memory.num_slots == chunks * slots
     for layer in range(sizes["injection_layers"]):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sharedllm_ext.model import compressor
+from sharedllm_ext.model.rotary import LayerTables
 
 from .builders import ids, model
 
@@ -38,7 +39,7 @@ def test_choosing_nodes_never_waits() -> None:
     lower, device = shared.lower_model, torch.device("cuda")
     chunks = compressor.cut_into_chunks([96, 64], 32)
     query = torch.randn(2, 64, device=device, dtype=torch.bfloat16)
-    tables = tuple(torch.randn(64, 8, device=device) for _ in range(2))
+    tables = LayerTables({"": (torch.randn(64, 8, device=device), torch.randn(64, 8, device=device))})
     with torch.no_grad():
         embedded = compressor.embed(lower, ids(160).to(device))
         torch.cuda.set_sync_debug_mode("error")

@@ -38,7 +38,7 @@ FIELDS = (
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    text = "build a SharedLLM checkpoint from a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint or GGUF file"
+    text = "build a SharedLLM checkpoint from a Llama, Mistral, Qwen2/2.5, Qwen3 or SmolLM3 checkpoint or GGUF file"
     parser = commands.add_parser("init", help=text, description=text)
     parser.add_argument(
         "base", type=some_path, metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub"

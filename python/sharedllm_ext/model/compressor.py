@@ -27,9 +27,9 @@ from ..ops import (
 from .families import attention_norm, mlp_norm, projection, sliding_window
 from .layer_math import Products, is_untouched, split_heads
 from .managed_layers import call_layer, check_checkpointing, is_managed
+from .rotary import LayerTables
 from .stopwatch import Stopwatch
 
-Tables = tuple[Tensor, Tensor]
 # a Transformers decoder layer, whose submodules nn.Module's typing does not know
 Layer = Any
 
@@ -135,7 +135,7 @@ def embed(model: LowerModel, ids: Tensor) -> Embedded:
     return project_embeddings(model, embed_tokens(model, ids))
 
 
-def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tables: Tables) -> Tensor:
+def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tables: LayerTables) -> Tensor:
     """Final-norm output of layer 0 at the last token of each span, positions counted from the span's start.
 
     Only the last token's query, attention output and MLP are computed; keys and values are shared by all spans.
@@ -157,12 +157,12 @@ def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tab
     last = _last_token(spans)
     hidden = embedded.embeddings.index_select(0, last)
     query = project(layer, embedded.normed.index_select(0, last), "q")
-    attended = node_vectors(query, embedded.key, embedded.value, spans, *tables, layer.self_attn.scaling)
+    attended = node_vectors(query, embedded.key, embedded.value, spans, *tables.of(layer), layer.self_attn.scaling)
     return model.norm(_finish(layer, hidden, attended.flatten(1), Products()))
 
 
 @torch.no_grad()
-def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables: Tables) -> Tensor:
+def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables: LayerTables) -> Tensor:
     """Query vector of each row: layer 0 of the decoder, without injection, at the row's last token.
 
     Args:
@@ -188,7 +188,7 @@ def compress_chunks(
     ids: Tensor,
     chunks: Sequence[Chunk],
     shape: TreeShape,
-    tables: Tables,
+    tables: LayerTables,
     query: Tensor | None,
     has_query: Sequence[bool] | None,
     generator: torch.Generator | None = None,
@@ -203,7 +203,7 @@ def compress_chunks(
         ids: ``[T]`` the chunks' tokens.
         chunks: where each chunk lies; ``chunks[0].start`` is the packed position of ``ids[0]``.
         shape: the tree.
-        tables: cos and sin, ``[P, R/2]``.
+        tables: cos and sin of each layer.
         query: ``[documents, d]`` query vectors, or ``None`` for the fixed policy (always the right child).
         has_query: for each document, whether its query counts; documents without one use the fixed policy.
         generator: source of the split noise.
@@ -278,16 +278,17 @@ class _Packing:
     positions: Tensor
     keep_index: Tensor
     keep_position: Tensor
-    tables: Tables
+    tables: LayerTables
     products: Products
     checkpointing: bool
 
     def keep(
-        self, query: Tensor | None, key: Tensor, value: Tensor, index: Tensor
+        self, layer: Layer, query: Tensor | None, key: Tensor, value: Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rotated query and key (empty without a query), and the slots' keys and values, from tokens ``index``."""
         where = None if query is None else self.positions
-        return chunk_compression(query, key, value, *self.tables, where, where, index, self.keep_position)
+        tables = self.tables.of(layer)
+        return chunk_compression(query, key, value, *tables, where, where, index, self.keep_position)
 
 
 def _compress_layer(
@@ -316,15 +317,16 @@ def _compress_layer(
         # keys and values of the last layer are needed at the kept positions only; above layer 0 no others are left
         kept_alone = place.index > 0
         index = torch.arange(keep_index.shape[0], device=keep_index.device) if kept_alone else keep_index
-        return None, *packing.keep(None, key, value, index)[2:]
+        return None, *packing.keep(layer, None, key, value, index)[2:]
     if place.remaining == 1:
         # the layer below the last one needs its output at the kept positions only
-        _, _, memory_key, memory_value = packing.keep(None, key, value, keep_index)
+        _, _, memory_key, memory_value = packing.keep(layer, None, key, value, keep_index)
         hidden = hidden.index_select(0, keep_index)
         query = project(layer, products.norm(attention_norm(layer), hidden), "q", products)
         attend = packing.nodes.attend_from_kept
     else:
-        query, key, memory_key, memory_value = packing.keep(project(layer, rows, "q", products), key, value, keep_index)
+        query = project(layer, rows, "q", products)
+        query, key, memory_key, memory_value = packing.keep(layer, query, key, value, keep_index)
         attend = packing.nodes.attend
     if packing.checkpointing:
         arguments = (attend, layer, hidden, query, key, value, products)
@@ -366,7 +368,7 @@ def grow_tree(
     embedded: Embedded,
     chunks: Sequence[Chunk],
     shape: TreeShape,
-    tables: Tables,
+    tables: LayerTables,
     query: Tensor | None,
     has_query: Sequence[bool] | None,
     generator: torch.Generator | None = None,
@@ -441,7 +443,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _reads_once(
-    model: LowerModel, chunks: Sequence[Chunk], shape: TreeShape, tables: Tables, device: torch.device
+    model: LowerModel, chunks: Sequence[Chunk], shape: TreeShape, tables: LayerTables, device: torch.device
 ) -> bool:
     """Whether to compute the attention of every node that could be picked in one pass over keys and values.
 
@@ -452,7 +454,7 @@ def _reads_once(
     longest = max(chunk.length for chunk in chunks)
     half = longest - longest // 2
     window = sliding_window(model.layers[0])
-    fits = half <= tables[0].shape[0] and (window is None or half <= window)
+    fits = half <= tables.of(model.layers[0])[0].shape[0] and (window is None or half <= window)
     return device.type == "cuda" and 2 <= shape.depth - 1 <= 4 and shape.split_noise == 0 and fits
 
 
@@ -469,7 +471,7 @@ class _Candidates(NamedTuple):
 
 
 def _attend_to_candidates(
-    model: LowerModel, embedded: Embedded, roots: Tensor, levels: int, tables: Tables
+    model: LowerModel, embedded: Embedded, roots: Tensor, levels: int, tables: LayerTables
 ) -> _Candidates:
     layer = model.layers[0]
     nodes = [roots.unsqueeze(1)]
@@ -478,7 +480,7 @@ def _attend_to_candidates(
     query = project(layer, embedded.normed.index_select(0, _last_token(nodes[-1]).flatten()), "q")
     query = query.unflatten(0, nodes[-1].shape[:2])
     scale = layer.self_attn.scaling
-    attended = tree_node_vectors(query, embedded.key, embedded.value, roots, *tables, levels, scale)
+    attended = tree_node_vectors(query, embedded.key, embedded.value, roots, *tables.of(layer), levels, scale)
     return _Candidates(torch.cat(nodes[1:], 1), attended)
 
 
@@ -505,7 +507,7 @@ class _Nodes:
         tree: the nodes.
         positions, cu_nodes, keep_index: from :func:`context_tree_layout`; every slot is used.
         longest: no node has more tokens.
-        tables: cos and sin.
+        tables: cos and sin of each layer.
     """
 
     def __init__(
@@ -515,7 +517,7 @@ class _Nodes:
         cu_nodes: Tensor,
         keep_index: Tensor,
         longest: int,
-        tables: Tables,
+        tables: LayerTables,
     ) -> None:
         # with a single query of each node FlashAttention would fold heads into rows, which it can't for packed nodes
         self._tree, self._tables, self._longest = tree, tables, max(longest, 2)
@@ -550,7 +552,7 @@ class _Nodes:
             visible = length.clamp(max=window)
             start, length = start + length - visible, visible
         spans = torch.stack((start, length), 1)
-        return node_vectors(query, key, value, spans, *self._tables, layer.self_attn.scaling).flatten(1)
+        return node_vectors(query, key, value, spans, *self._tables.of(layer), layer.self_attn.scaling).flatten(1)
 
     def _attend_packed(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         window = sliding_window(layer)

@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from .._library import cuda_kernels
 from ..ops import decode_append, decode_linear, injected_attention
 from .cache_name import CACHE_NAME
-from .families import attention_norm, family_of, mlp_norm, projection, sliding_window
+from .families import attention_norm, family_of, mlp_norm, projection, rotation_of, sliding_window
 from .layer_math import version_of
 from .memory import ContextMemory
 
@@ -275,7 +275,8 @@ class DecodeRunner:
         self._memory: ContextMemory | None = None
         self._storages = [layer.storage for layer in cache.layers]
         self._context = None if memory is None else model._injected_context(memory, batch, 1, device)
-        self._tables = model._rope_tables(cache.layers[0].capacity, device)
+        tables = model._rope_tables(cache.layers[0].capacity, device, model.model.layers)
+        self._tables = [tables.of(layer) for layer in model.model.layers]
         size = model.model.layers[0].self_attn.head_dim
         # queries are rotated when the cache gets their key
         # not in the default dtype, which may be another one
@@ -288,7 +289,7 @@ class DecodeRunner:
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._vocabulary = model.model.embed_tokens.num_embeddings
         self._use_graph = graph
-        self._kernels = _kernels_of(self.state, batch, device, self._storages[0][0], self._tables[0])
+        self._kernels = _kernels_of(self.state, batch, device, self._storages[0][0], self._tables[0][0])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -447,8 +448,8 @@ class DecodeRunner:
     def _step(self) -> Tensor:
         model: Any = self._model()
         x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
-        for layer, storage in zip(model.model.layers, self._storages, strict=True):
-            x = self._attend(x, layer, *storage)
+        for layer, storage, tables in zip(model.model.layers, self._storages, self._tables, strict=True):
+            x = self._attend(x, layer, storage, tables)
             injection = getattr(layer, "injection", None)
             if injection is not None and self._context is not None:
                 x = self._inject(x, injection)
@@ -459,8 +460,8 @@ class DecodeRunner:
         self._length.add_(1)
         return logits
 
-    def _attend(self, x: Tensor, layer: Any, keys: Tensor, values: Tensor) -> Tensor:
-        attention = layer.self_attn
+    def _attend(self, x: Tensor, layer: Any, storage: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor]) -> Tensor:
+        attention, (keys, values) = layer.self_attn, storage
         query, key, value, output = (projection(attention, name) for name in "qkvo")
         qkv = _product(x, (query, key, value), attention_norm(layer))
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
@@ -470,7 +471,7 @@ class DecodeRunner:
             values,
             self._length,
             self._first,
-            *self._tables,
+            *tables,
             q_norm=None if q_norm is None else q_norm.weight,
             k_norm=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.variance_epsilon,
@@ -504,8 +505,8 @@ class DecodeRunner:
             context.cu_q,
             context.slot_range,
             context.q_position,
-            context.cos,
-            context.sin,
+            context.cos[injection.layer_index],
+            context.sin[injection.layer_index],
             injection.scaling,
         )
         return _product(out.flatten(1), (injection.o_proj,), residual=x)
@@ -548,9 +549,10 @@ def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple
         norms += [] if injection is None else [injection.norm]
         numbers += [attention.scaling, sliding_window(layer), None if injection is None else injection.scaling]
         numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
-    rotary = model.model.rotary_emb
-    numbers += [model.model.norm.variance_epsilon, rotary.inv_freq.data_ptr(), rotary.attention_scaling]
-    numbers.append(version_of(rotary.inv_freq))
+        numbers.append(rotation_of(layer))
+    numbers.append(model.model.norm.variance_epsilon)
+    for rotation in model._rotations(model.model.layers).values():
+        numbers += [rotation.frequencies.data_ptr(), version_of(rotation.frequencies), rotation.scaling]
     if memory is None:
         return (id(model), parameters, tuple(numbers))
     tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))

@@ -22,7 +22,15 @@ from transformers.models.mistral.modeling_mistral import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.smollm3.modeling_smollm3 import (
+    SmolLM3Attention,
+    SmolLM3DecoderLayer,
+    SmolLM3MLP,
+    SmolLM3RMSNorm,
+)
 
+#: Name of the rotation of layers without rotary embedding.
+STILL = "none"
 _EACH_ITS_OWN = MappingProxyType({name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")})
 
 
@@ -41,6 +49,16 @@ def window_of_config(attention: Any) -> int | None:
     """One window for all layers, in the configuration alone."""
     window: int | None = attention.config.sliding_window
     return window
+
+
+def one_rotation(attention: Any) -> str:
+    """All layers turn by the model's one rotary embedding."""
+    return ""
+
+
+def rotation_or_none(attention: Any) -> str:
+    """Layers that do not use the rotary embedding are not turned at all."""
+    return "" if attention.use_rope else STILL
 
 
 class LinearPart:
@@ -87,6 +105,8 @@ class Family:
         projections: attribute of each projection of an attention (``q, k, v, o``) and of an MLP (``gate, up, down``);
             those of one attribute are joined in it, in this order.
         attention_norm, mlp_norm: attributes of the norms that stand before attention and MLP.
+        rotation: name of an attention's rotary embedding, see :mod:`.rotary`.
+        gguf: whether GGUF files of it are read.
         gguf_window: whether the configuration takes a GGUF file's sliding window; elsewhere such a file is refused.
         not_fused: of ``norm``, ``attention`` and ``mlp`` those without a fused class, with the reason.
         not_decoded: why decoding steps run by the layers' own forward, "expected …, got …"; ``None``: they need not.
@@ -102,6 +122,8 @@ class Family:
     projections: Mapping[str, str] = dataclasses.field(default_factory=lambda: _EACH_ITS_OWN)
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    rotation: Callable[[Any], str] = one_rotation
+    gguf: bool = True
     gguf_window: bool = False
     not_fused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     not_decoded: str | None = None
@@ -140,6 +162,17 @@ _ROWS = (
     ),
     Family("qwen2", "Qwen2/2.5", Qwen2DecoderLayer, Qwen2Attention, Qwen2MLP, Qwen2RMSNorm, window=window_of_layer),
     Family("qwen3", "Qwen3", Qwen3DecoderLayer, Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, window=window_of_layer),
+    Family(
+        "smollm3",
+        "SmolLM3",
+        SmolLM3DecoderLayer,
+        SmolLM3Attention,
+        SmolLM3MLP,
+        SmolLM3RMSNorm,
+        window=window_of_layer,
+        rotation=rotation_or_none,
+        gguf=False,
+    ),
 )
 #: The rows by ``model_type``.
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ROWS})
@@ -174,11 +207,31 @@ def sliding_window(layer: Any) -> int | None:
     return family_of(layer.self_attn).window(layer.self_attn)
 
 
-def check_family(name: str, model_type: Any, what: str = "a base checkpoint of type", advice: str = "") -> None:
+def rotation_of(layer: Any) -> str:
+    """The name of a layer's rotation."""
+    return family_of(layer.self_attn).rotation(layer.self_attn)
+
+
+def check_gguf_family(name: str, architecture: Any) -> None:
+    """Refuse a GGUF file of a family that is not read from one.
+
+    Raises:
+        ValueError: "name: expected …, got …".
+    """
+    read = [family.model_type for family in FAMILIES.values() if family.gguf]
+    if architecture not in read:
+        advice = "; load the original checkpoint instead" if architecture in FAMILIES else ""
+        raise ValueError(
+            f"{name}: expected a GGUF file of architecture {', '.join(read)}, got {architecture!r}{advice}"
+        )
+
+
+def check_family(name: str, model_type: Any, advice: str = "") -> None:
     """Refuse a family without a row.
 
     Raises:
-        ValueError: "name: expected what …, got …", and the advice.
+        ValueError: "name: expected a base checkpoint …, got …", and the advice.
     """
     if model_type not in FAMILIES:
-        raise ValueError(f"{name}: expected {what} {', '.join(FAMILIES)}, got {model_type!r}{advice}")
+        names = ", ".join(FAMILIES)
+        raise ValueError(f"{name}: expected a base checkpoint of type {names}, got {model_type!r}{advice}")

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from .families import FAMILIES, check_family
+from .families import FAMILIES, check_gguf_family
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+\.gguf)", re.IGNORECASE)
 # ggml's names of the types that hold plain numbers
@@ -117,7 +117,7 @@ def read_header(path: Path) -> GgufHeader:
             f"{path}: expected a whole GGUF file, got one of {values['split.count']} parts "
             "(llama-gguf-split --merge joins them)"
         )
-    check_family(str(path), header.architecture, "a GGUF file of architecture")
+    check_gguf_family(str(path), header.architecture)
     return header
 
 

@@ -15,6 +15,8 @@ from .managed_layers import RunsSteps
 class InjectedContext:
     """What the injected blocks of one forward pass read; see :func:`sharedllm_ext.ops.injected_attention`.
 
+    Keys, values and rotary tables are lists, one entry a block.
+
     No dataclass: FSDP looks into those and would round the rotary tables to its parameters' dtype.
     """
 
@@ -25,8 +27,8 @@ class InjectedContext:
         cu_q: Tensor,
         slot_range: Tensor,
         q_position: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: list[Tensor],
+        sin: list[Tensor],
     ) -> None:
         self.keys, self.values = keys, values
         self.cu_q, self.slot_range, self.q_position = cu_q, slot_range, q_position
@@ -96,8 +98,8 @@ class InjectedAttention(nn.Module):
             context.cu_q,
             context.slot_range,
             context.q_position,
-            context.cos,
-            context.sin,
+            context.cos[self.layer_index],
+            context.sin[self.layer_index],
             self.scaling,
         )
         # a hook of this block may have kept its input

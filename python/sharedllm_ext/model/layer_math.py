@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .cache_name import CACHE_NAME
-from .families import FAMILIES, attention_norm, family_of, mlp_norm, projection
+from .families import FAMILIES, STILL, attention_norm, family_of, mlp_norm, projection
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 #: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest: on hidden
@@ -157,12 +157,13 @@ class _FusedAttention:
         query, key, value = (
             split_heads(self, projection(self, name)(hidden_states), name).flatten(0, 1) for name in "qkv"
         )
-        half = self.head_dim // 2  # type: ignore[attr-defined]
-        tables = (table[..., :half].expand(batch, -1, -1).flatten(0, 1) for table in position_embeddings)  # type: ignore[union-attr]
-        cos, sin = (table.float().contiguous() for table in tables)
-        rows = torch.arange(batch * length, device=query.device)
-        none = rows[:0]
-        query, key, _, _ = ops.chunk_compression(query, key, value, cos, sin, rows, rows, none, none)
+        if family_of(self).rotation(self) != STILL:
+            half = self.head_dim // 2  # type: ignore[attr-defined]
+            tables = (table[..., :half].expand(batch, -1, -1).flatten(0, 1) for table in position_embeddings)  # type: ignore[union-attr]
+            cos, sin = (table.float().contiguous() for table in tables)
+            rows = torch.arange(batch * length, device=query.device)
+            none = rows[:0]
+            query, key, _, _ = ops.chunk_compression(query, key, value, cos, sin, rows, rows, none, none)
         query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from .cached_memory import forget_memory, has_read, remember_memory, remembered_
 from .compressor import (
     Chunk,
     LowerModel,
-    Tables,
     TreeShape,
     activation_bytes,
     choose_nodes,
@@ -50,11 +49,12 @@ from .inputs import (
     query_of,
     say_past_window,
 )
-from .layer_math import Fp8Products, Products, install_fused, refuse_fp8, version_of
+from .layer_math import Fp8Products, Products, install_fused, refuse_fp8
 from .loading import check_loaded
 from .managed_layers import check_whole, device_of
 from .memory import ContextMemory
 from .reading import say_if_it_cannot_read
+from .rotary import LayerTables, RopeTables, Rotation, rotations_of
 from .signature import Fingerprint, Subject, describe_difference, has_details, memory_signature
 from .split import refuse_packed, split_open_end, split_rows
 from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
@@ -105,8 +105,7 @@ class SharedLLMForCausalLM(ContextGeneration):
         install_fused(self)
         self._watch: Stopwatch | None = None
         self._fp8_products: Fp8Products | None = None
-        self._tables: tuple[Tensor, Tensor] | None = None
-        self._tables_of: tuple[Any, ...] | None = None
+        self._tables = RopeTables()
         self._fingerprint = Fingerprint()
         self._training_mark = TrainingMark()
         self._said_past_window = self._said_it_cannot_read = False
@@ -159,8 +158,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         equals its base checkpoint until it is trained.
 
         Args:
-            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5 or Qwen3 checkpoint, a ``.gguf`` file of
-                one, which is dequantised, or such a model; its parameters are shared, not copied. Layers that
+            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5, Qwen3 or SmolLM3 checkpoint, a ``.gguf``
+                file of one, which is dequantised, or such a model; its parameters are shared, not copied. Layers that
                 bitsandbytes, torchao or others have quantised stay so; the new blocks are not quantised.
             dtype: dtype of the parameters (``base`` a path); default: the checkpoint's own, float32 for quantised GGUF.
             gguf_file: name of the GGUF file, where ``base`` is the folder or hub name that holds it.
@@ -544,27 +543,14 @@ class SharedLLMForCausalLM(ContextGeneration):
             return query.flatten(0, 1), [query.shape[1]] * documents
         return query[used], used.sum(1).tolist()
 
-    def _rope(self) -> tuple[Tensor, float]:
-        """The rotary frequencies and the factor of cos and sin."""
-        rotary = self.model.rotary_emb
-        # rope types that follow the sequence length start from the original frequencies
-        return getattr(rotary, "original_inv_freq", rotary.inv_freq), rotary.attention_scaling
+    def _rotations(self, layers: Iterable[Any] | None = None) -> dict[str, Rotation]:
+        """The rotations of decoder layers by name; default: those that read the memory."""
+        own = self.model.layers[: self.config.injection_layers] if layers is None else layers
+        return rotations_of(self.model.rotary_emb, own)
 
-    def _rope_tables(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 ``[P, R/2]`` with ``P >= rows``; one growing pair for all uses."""
-        source, scaling = self._rope()
-        if torch.compiler.is_compiling():
-            # whether kept tables are still right is a question for the host
-            return _tables_of(source, scaling, rows, device)
-        origin = (source.data_ptr(), version_of(source), scaling)
-        tables = self._tables if self._tables_of == origin else None
-        if tables is None or tables[0].shape[0] < rows or tables[0].device != device:
-            # for training too, though inference mode may be the first to ask
-            with torch.inference_mode(False):
-                size = 1 << (rows - 1).bit_length()
-                self._tables = tables = _tables_of(source, scaling, size, device)
-            self._tables_of = origin
-        return tables
+    def _rope_tables(self, rows: int, device: torch.device, layers: Iterable[Any] | None = None) -> LayerTables:
+        """cos and sin of decoder layers, at least ``rows`` positions; default: of those that read the memory."""
+        return self._tables.get(self._rotations(layers), rows, device)
 
     # -- memories and models ------------------------------------------------------------------------------------------
 
@@ -577,7 +563,7 @@ class SharedLLMForCausalLM(ContextGeneration):
             details: whether to tell more than sizes and weights. That runs the compressor on a few fixed tokens, once
                 for as long as nothing in it changes.
         """
-        subject = Subject(self.lower_model, self._rope(), self._rope_tables, self.config.chunk_size)
+        subject = Subject(self.lower_model, self._rotations(), self._rope_tables, self.config.chunk_size)
         if fingerprint:
             return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details))
         return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})
@@ -614,15 +600,16 @@ class SharedLLMForCausalLM(ContextGeneration):
                 f"memory: expected device {device} as input_ids, got {memory.device}; use memory.to({str(device)!r})"
             )
         positions = [memory.num_chunks[i] + self.config.query_position_offset for i in memory.memory_index]
-        cos, sin = self._rope_tables(max([0, *positions]) + 1, device)
+        layers = self.model.layers[: self.config.injection_layers]
+        tables = self._rope_tables(max([0, *positions]) + 1, device)
         return InjectedContext(
             keys=memory.keys,
             values=memory.values,
             cu_q=torch.arange(batch + 1, device=device) * length,
             slot_range=upload(torch.tensor(memory.slot_ranges(), dtype=torch.int64).view(batch, 2), device),
             q_position=upload(torch.tensor(positions, dtype=torch.int64), device),
-            cos=cos,
-            sin=sin,
+            cos=[tables.of(layer)[0] for layer in layers],
+            sin=[tables.of(layer)[1] for layer in layers],
         )
 
     # -- decoding -----------------------------------------------------------------------------------------------------
@@ -804,14 +791,6 @@ class SharedLLMForCausalLM(ContextGeneration):
         )
 
 
-@torch.no_grad()
-def _tables_of(frequencies: Tensor, scaling: float, rows: int, device: torch.device) -> Tables:
-    """cos and sin of rotary frequencies ``[R/2]`` at positions ``0 .. rows-1``."""
-    frequencies = frequencies.to(device=device, dtype=torch.float32)
-    angles = torch.outer(torch.arange(rows, device=device, dtype=torch.float32), frequencies)
-    return angles.cos() * scaling, angles.sin() * scaling
-
-
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """What one call of compress works on: packed tokens, their documents and chunks, tables, query vectors."""
@@ -820,7 +799,7 @@ class _Work:
     lengths: list[int]
     chunks: list[Chunk]
     counts: list[int]
-    tables: Tables
+    tables: LayerTables
     query: Tensor | None
     has_query: list[bool] | None
 

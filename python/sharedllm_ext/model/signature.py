@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..ops._autocast import outside_autocast
-from .compressor import Chunk, LowerModel, Tables, TreeShape, compress_chunks, query_vectors
-from .families import attention_norm, mlp_norm, projection, sliding_window
+from .compressor import Chunk, LowerModel, TreeShape, compress_chunks, query_vectors
+from .families import attention_norm, mlp_norm, projection, rotation_of, sliding_window
 from .layer_math import version_of
 from .managed_layers import device_of, is_managed, is_sharded, stored_parameters
 from .memory_file import shorten
+from .rotary import LayerTables, Rotation
 
 _SIZES = (
     "hidden_size",
@@ -51,14 +52,14 @@ class Subject:
 
     Attributes:
         lower: the compressor's modules.
-        rope: the rotary frequencies, ``[R/2]``, and the factor of cos and sin.
+        rope: the layers' rotations by name.
         tables: gives cos and sin for so many positions on a device.
         chunk_size: tokens in a chunk; no node is longer.
     """
 
     lower: LowerModel
-    rope: tuple[Tensor, float]
-    tables: Callable[[int, torch.device], Tables]
+    rope: dict[str, Rotation]
+    tables: Callable[[int, torch.device], LayerTables]
     chunk_size: int
 
 
@@ -86,14 +87,17 @@ class Fingerprint:
         if not details:
             return {"weights": known[1]}
         if known[2] is None:
-            frequencies, scaling = subject.rope
             told = {
-                "rope": [_rounded(value) for value in (scaling, *frequencies.tolist())],
+                "rope": [_rounded(value) for rotation in subject.rope.values() for value in _numbers_of(rotation)],
                 "settings": _settings(subject),
                 "probe": _probe(subject),
             }
             self._known = known = *known[:2], told
         return {"weights": known[1], **(known[2] or {})}
+
+
+def _numbers_of(rotation: Rotation) -> list[float]:
+    return [rotation.scaling, *rotation.frequencies.tolist()] if rotation.turns else []
 
 
 def memory_signature(config: Any, subject: Subject, identity: dict[str, Any]) -> dict[str, Any]:
@@ -181,8 +185,7 @@ def state_of(subject: Subject) -> tuple[Any, ...]:
     """Equal as long as nothing has changed that could change what the compressor computes."""
     lower, configs = subject.lower, set()
     state: list[Any] = [
-        _identity(subject.rope[0]),
-        subject.rope[1],
+        *((name, _identity(frequencies), *rest) for name, (frequencies, *rest) in subject.rope.items()),
         subject.chunk_size,
         torch.get_float32_matmul_precision(),
     ]
@@ -267,6 +270,8 @@ def _settings_of(layer: Any, chunk_size: int) -> str:
         # no node reaches beyond a longer one
         "window": window if window is not None and window < chunk_size else None,
     }
+    if rotation_of(layer):
+        entries["rotation"] = rotation_of(layer)
     adapters = _adapters(layer)
     if adapters:
         entries["adapters"] = adapters

@@ -36,7 +36,7 @@ def compress(model: "SharedLLMForCausalLM", context_ids: Tensor, query_ids: Tens
     layers = [source.layers[i] for i in range(config.injection_layers)]
     query = None
     if config.query_aware and query_ids is not None and query_ids.numel():
-        first = _layer(model.model.layers[0], model.model.embed_tokens(query_ids), _frequencies(model))[0]
+        first = _layer(model, model.model.layers[0], _embed(model.model, query_ids))[0]
         query = model.model.norm(first)[-1]
     memory = ReferenceMemory([], [], [[] for _ in layers], [[] for _ in layers])
     for index, chunk in enumerate(context_ids.split(config.chunk_size)):
@@ -45,12 +45,12 @@ def compress(model: "SharedLLMForCausalLM", context_ids: Tensor, query_ids: Tens
         memory.similarity.append(similarities)
         kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
         for node in nodes:
-            hidden = source.embed_tokens(node)
+            hidden = _embed(source, node)
             count = min(node.numel(), config.slots_per_node)
             places = torch.tensor([j * node.numel() // count for j in range(count)], dtype=torch.int64)
             for number, layer in enumerate(layers):
-                hidden, key, value = _layer(layer, hidden, _frequencies(model))
-                rotated = _rope(key[places], places + index, _frequencies(model))
+                hidden, key, value = _layer(model, layer, hidden)
+                rotated = _rope(key[places], places + index, _frequencies(model, layer))
                 kept[number].append((rotated, value[places]))
         for number, pairs in enumerate(kept):
             memory.keys[number].append(torch.cat([key for key, _ in pairs]))
@@ -60,24 +60,28 @@ def compress(model: "SharedLLMForCausalLM", context_ids: Tensor, query_ids: Tens
 
 def logits(model: "SharedLLMForCausalLM", input_ids: Tensor, memory: ReferenceMemory | None) -> Tensor:
     """Logits ``[L, vocabulary]`` of one running text ``[L]`` that reads a memory."""
-    hidden = model.model.embed_tokens(input_ids)
+    hidden = _embed(model.model, input_ids)
     for number, layer in enumerate(model.model.layers):
         block = layer.injection if number < model.config.injection_layers and memory is not None else None
         if block is None:
-            hidden = _layer(layer, hidden, _frequencies(model))[0]
+            hidden = _layer(model, layer, hidden)[0]
             continue
-        hidden = hidden + _self_attention(layer, hidden, _frequencies(model))[0]
+        hidden = _add_attended(layer, hidden, _self_attention(model, layer, hidden)[0])
         chunks = len(memory.choices)  # type: ignore[union-attr]
         if chunks:
             query = block.q_proj(block.norm(hidden)).view(hidden.shape[0], -1, block.head_dim)
             query = query if block.q_norm is None else block.q_norm(query)
             position = torch.full((hidden.shape[0],), chunks + model.config.query_position_offset)
-            query = _rope(query, position, _frequencies(model))
+            query = _rope(query, position, _frequencies(model, layer))
             keys, values = torch.cat(memory.keys[number]), torch.cat(memory.values[number])  # type: ignore[union-attr]
             visible = torch.ones(hidden.shape[0], keys.shape[0], dtype=torch.bool)
             hidden = hidden + block.o_proj(_attention(query, keys, values, visible, block.scaling))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(model.model.norm(hidden))
+        hidden = _feed_forward(layer, hidden)
+    scores, config = model.lm_head(model.model.norm(hidden)), model.config.text_config
+    if config.model_type == "granite":
+        return scores / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
 def _tree(
@@ -95,7 +99,7 @@ def _tree(
                 if child.numel() == 0:
                     scores.append(float("nan"))
                     continue
-                vector = source.norm(_layer(layer, source.embed_tokens(child), _frequencies(model))[0])[-1]
+                vector = source.norm(_layer(model, layer, _embed(source, child))[0])[-1]
                 scores.append(torch.cosine_similarity(vector, query, dim=0, eps=1e-6).item())
             similarities.append((scores[0], scores[1]))
             choice = 0 if children[1].numel() == 0 or scores[0] >= scores[1] else 1
@@ -106,29 +110,55 @@ def _tree(
     return [node for node in (*leaves, *retained) if node.numel()], choices, similarities
 
 
-def _layer(layer: Any, hidden: Tensor, frequencies: tuple[Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
+def _embed(source: Any, ids: Tensor) -> Tensor:
+    """Embeddings ``[l, d]`` as the first layer takes them."""
+    embedded = source.embed_tokens(ids)
+    return embedded * source.config.embedding_multiplier if source.config.model_type == "granite" else embedded
+
+
+def _layer(model: "SharedLLMForCausalLM", layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One whole layer on ``[l, d]``: its output, its raw keys and its values ``[l, Hkv, D]``."""
-    attended, key, value = _self_attention(layer, hidden, frequencies)
-    hidden = hidden + attended
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), key, value
+    attended, key, value = _self_attention(model, layer, hidden)
+    return _feed_forward(layer, _add_attended(layer, hidden, attended)), key, value
 
 
-def _self_attention(layer: Any, hidden: Tensor, frequencies: tuple[Tensor, float]) -> tuple[Tensor, Tensor, Tensor]:
-    attention, length = layer.self_attn, hidden.shape[0]
+def _add_attended(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    if hasattr(layer, "post_feedforward_layernorm"):
+        attended = layer.post_attention_layernorm(attended)
+    return hidden + attended * getattr(layer, "residual_multiplier", 1.0)
+
+
+def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
+    between = hasattr(layer, "post_feedforward_layernorm")
+    norm = layer.pre_feedforward_layernorm if between else layer.post_attention_layernorm
+    # an MLP of experts takes rows of texts only
+    out = layer.mlp(norm(hidden).unsqueeze(0)).squeeze(0)
+    out = layer.post_feedforward_layernorm(out) if between else out
+    return hidden + out * getattr(layer, "residual_multiplier", 1.0)
+
+
+def _self_attention(model: "SharedLLMForCausalLM", layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention, length, config = layer.self_attn, hidden.shape[0], layer.self_attn.config
     normed = layer.input_layernorm(hidden)
-    query, key, value = (
-        getattr(attention, f"{name}_proj")(normed).view(length, -1, attention.head_dim) for name in "qkv"
-    )
+    if hasattr(attention, "qkv_proj"):
+        counts = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        whole = attention.qkv_proj(normed).view(length, -1, attention.head_dim)
+        query, key, value = whole.split(counts, 1)
+    else:
+        query, key, value = (
+            getattr(attention, f"{name}_proj")(normed).view(length, -1, attention.head_dim) for name in "qkv"
+        )
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     positions = torch.arange(length)
     back = positions.unsqueeze(1) - positions
     visible = back >= 0
     window = getattr(attention, "sliding_window", None)
-    if attention.config.model_type == "mistral":
-        window = attention.config.sliding_window
+    if config.model_type in ("mistral", "phi3"):
+        window = config.sliding_window
     if window is not None:
         visible &= back < window
+    frequencies = _frequencies(model, layer)
     rotated_query, rotated_key = _rope(query, positions, frequencies), _rope(key, positions, frequencies)
     return attention.o_proj(_attention(rotated_query, rotated_key, value, visible, attention.scaling)), key, value
 
@@ -144,16 +174,21 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale
     return torch.cat(heads, -1)
 
 
-def _frequencies(model: "SharedLLMForCausalLM") -> tuple[Tensor, float]:
-    rotary = model.model.rotary_emb
-    return rotary.original_inv_freq, float(rotary.attention_scaling)
+def _frequencies(model: "SharedLLMForCausalLM", layer: Any) -> tuple[Tensor, float]:
+    """Rotary frequencies ``[R/2]`` of a layer, and the factor of cos and sin."""
+    rotary, attention = model.model.rotary_emb, layer.self_attn
+    if not getattr(attention, "use_rope", True):
+        return torch.empty(0), 1.0
+    kind = f"{attention.layer_type}_" if hasattr(rotary, "layer_types") else ""
+    return getattr(rotary, f"{kind}original_inv_freq"), float(getattr(rotary, f"{kind}attention_scaling"))
 
 
 def _rope(x: Tensor, positions: Tensor, frequencies: tuple[Tensor, float]) -> Tensor:
-    """Rotate ``[l, heads, D]`` as complex numbers whose real parts are the first half of a head."""
+    """Rotate the first ``R`` elements of ``[l, heads, D]`` as complex numbers, real parts first; the rest passes."""
     inverse, scaling = frequencies
     angle = torch.outer(positions.to(torch.float32), inverse.to(torch.float32)).unsqueeze(1)
     # the tables are float32 by contract of the operators, whatever the model's dtype
     cos, sin = (angle.cos() * scaling).to(x.dtype), (angle.sin() * scaling).to(x.dtype)
-    real, imaginary = x.chunk(2, -1)
-    return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
+    half = inverse.numel()
+    real, imaginary, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos, rest), -1)
