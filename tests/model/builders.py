@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -32,6 +34,18 @@ FAMILIES = {
         SmolLM3ForCausalLM,
         {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 12},
     ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.15,
+            "logits_scaling": 3.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
     "llama_tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "attention_bias": True}),
     "llama_rope_scaling": (
         LlamaConfig,
@@ -48,6 +62,10 @@ FAMILIES = {
         },
     ),
 }
+# built with norms whose weights are one
+_UNIT_NORMS = ("llama", "mistral", "qwen2", "qwen3", "llama_tied", "llama_rope_scaling")
+#: Those with something of their own in layers, rotation or logits.
+LATER = [family for family in FAMILIES if family not in _UNIT_NORMS]
 VOCABULARY = 128
 TREE = {"injection_layers": 2, "chunk_size": 32, "tree_depth": 3, "slots_per_node": 4, "window": 24}
 
@@ -68,7 +86,12 @@ def base(family: str = "llama", **fields: Any) -> PreTrainedModel:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return model_class(config_class(**{**sizes, **own, **fields})).eval()
+    built = model_class(config_class(**{**sizes, **own, **fields})).eval()
+    if family not in _UNIT_NORMS:
+        for module in built.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                torch.nn.init.normal_(module.weight, mean=float(module.weight.detach().mean()), std=0.2)
+    return built
 
 
 def model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **fields: Any) -> SharedLLMForCausalLM:

@@ -1,7 +1,9 @@
 """Training: gradients, labels, collator, Trainer, gradient checkpointing."""
 
 import copy
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,11 +94,16 @@ def test_memory_of_a_model_in_training_holds_until_the_next_step(tmp_path: Path,
         optimizer.step()
 
 
-def test_gradient_against_finite_differences() -> None:
-    model = builders.model(query_aware=False, dtype=torch.float64).train()
+@pytest.mark.parametrize("family", ["llama", *builders.LATER])
+def test_gradient_against_finite_differences(family: str) -> None:
+    model = builders.model(family, query_aware=False, dtype=torch.float64).train()
     text, context = builders.ids(1, 6), builders.ids(1, 40)
     found = _gradients(model, text, context)
-    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"):
+    names = [
+        name for name in found if re.search(r"layers\.(0.self_attn.(k|qkv)|1.self_attn.(v|qkv))_proj.weight", name)
+    ]
+    assert len(names) == 2
+    for name in names:
         parameter = dict(model.named_parameters())[name]
         direction = torch.randn_like(parameter)
         step, losses = 1e-3, []
@@ -106,8 +113,8 @@ def test_gradient_against_finite_differences() -> None:
                 losses.append(model(text, context_ids=context, labels=text).loss.item())
                 parameter.sub_(direction, alpha=sign * step)
         expected = (losses[0] - losses[1]) / (2 * step)
-        # Transformers' norms round to float32, which bounds the difference quotient
-        assert (found[name] * direction).sum().item() == pytest.approx(expected, rel=2e-3, abs=1e-4)
+        # Transformers' norms and loss round to float32, which bounds the difference quotient
+        assert (found[name] * direction).sum().item() == pytest.approx(expected, rel=2e-3, abs=5e-4)
 
 
 def test_frozen_compressor_builds_no_graph(model) -> None:
@@ -122,8 +129,12 @@ def test_frozen_compressor_builds_no_graph(model) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("fields", [{}, {"tie_compressor": False}, {"query_aware": False}])
-def test_gradient_checkpointing_changes_nothing(fields: dict[str, bool], reentrant: bool) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"tie_compressor": False}, {"query_aware": False}, *({"family": family} for family in builders.LATER)],
+    ids=str,
+)
+def test_gradient_checkpointing_changes_nothing(fields: dict[str, Any], reentrant: bool) -> None:
     model = builders.model(**fields).train()
     text, context = builders.ids(2, 10), builders.ids(2, 70)
     expected = _gradients(model, text, context)

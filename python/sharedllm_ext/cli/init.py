@@ -38,7 +38,8 @@ FIELDS = (
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    text = "build a SharedLLM checkpoint from a Llama, Mistral, Qwen2/2.5, Qwen3 or SmolLM3 checkpoint or GGUF file"
+    families = "Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM3 or Granite"
+    text = f"build a SharedLLM checkpoint from a {families} checkpoint, or a GGUF file of the first four"
     parser = commands.add_parser("init", help=text, description=text)
     parser.add_argument(
         "base", type=some_path, metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub"

@@ -24,7 +24,7 @@ from ..ops import (
     topk_nodes,
     tree_node_vectors,
 )
-from .families import attention_norm, mlp_norm, projection, sliding_window
+from .families import attention_norm, embedding_factor, mlp_norm, projection, sliding_window
 from .layer_math import Products, is_untouched, split_heads
 from .managed_layers import call_layer, check_checkpointing, is_managed
 from .rotary import LayerTables
@@ -119,8 +119,15 @@ def embed_tokens(model: LowerModel, ids: Tensor) -> Tensor:
     """Embed tokens ``[T]``: ``[T, d]``, nobody else's."""
     # a row of tokens, as hooks of an embedding know it
     embeddings = model.embed_tokens(ids.unsqueeze(0)).squeeze(0)
+    scaled = _scaled(model, embeddings)
     # a hook may have kept what the layers' sums will overwrite
-    return embeddings if is_untouched(model.embed_tokens) else embeddings.clone()
+    return scaled if scaled is not embeddings or is_untouched(model.embed_tokens) else embeddings.clone()
+
+
+def _scaled(model: LowerModel, embeddings: Tensor) -> Tensor:
+    """Embeddings as the first layer takes them."""
+    factor = embedding_factor(model.layers[0])
+    return embeddings if factor == 1.0 else embeddings * factor
 
 
 def project_embeddings(model: LowerModel, embeddings: Tensor) -> Embedded:
@@ -179,7 +186,8 @@ def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables
         inside = LowerModel(model.embed_tokens, [layer], model.norm)
         return last_token_vectors(inside, project_embeddings(inside, embeddings), spans, tables)
 
-    embeddings = embed_tokens(model, ids) if ids.dim() == 1 else ids.to(model.norm.weight.dtype)
+    given = None if ids.dim() == 1 else ids.to(model.norm.weight.dtype)
+    embeddings = embed_tokens(model, ids) if given is None else _scaled(model, given)
     return call_layer(model.layers[0], vectors, embeddings)
 
 
@@ -641,10 +649,10 @@ def _attend_and_finish(
 
 def _finish(layer: Layer, hidden: Tensor, attended: Tensor, products: Products) -> Tensor:
     """Output projection and MLP with their residual sums; ``hidden`` may be overwritten."""
-    hidden = products.add_linear(hidden, projection(layer.self_attn, "o"), products.rows(attended))
+    hidden = products.add_attention(hidden, layer, products.rows(attended))
     norm = mlp_norm(layer)
     rows = products.norm(norm, hidden)
     if not is_untouched(norm):
         # a hook may have kept what the sum would overwrite
         hidden = hidden.clone()
-    return products.add_mlp(hidden, layer.mlp, rows)
+    return products.add_mlp(hidden, layer, rows)

@@ -48,7 +48,7 @@ class SharedLLMConfig(PreTrainedConfig):
     """Configuration of :class:`SharedLLMForCausalLM`.
 
     Args:
-        text_config: configuration of the base checkpoint (Llama, Mistral, Qwen2/2.5, Qwen3 or SmolLM3), or its
+        text_config: configuration of the base checkpoint (Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM3 or Granite), or its
             dictionary.
         injection_layers: ``M``, how many of the lowest layers compress the context and read the memory (paper: 4 for
             language modelling, 16 for instruction following).

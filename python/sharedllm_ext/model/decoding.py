@@ -13,7 +13,16 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from .._library import cuda_kernels
 from ..ops import decode_append, decode_linear, injected_attention
 from .cache_name import CACHE_NAME
-from .families import attention_norm, family_of, mlp_norm, projection, rotation_of, sliding_window
+from .families import (
+    attention_norm,
+    embedding_factor,
+    family_of,
+    mlp_norm,
+    projection,
+    residual_factor,
+    rotation_of,
+    sliding_window,
+)
 from .layer_math import version_of
 from .memory import ContextMemory
 
@@ -448,6 +457,8 @@ class DecodeRunner:
     def _step(self) -> Tensor:
         model: Any = self._model()
         x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
+        factor = embedding_factor(model.model.layers[0])
+        x = x if factor == 1.0 else x * factor
         for layer, storage, tables in zip(model.model.layers, self._storages, self._tables, strict=True):
             x = self._attend(x, layer, storage, tables)
             injection = getattr(layer, "injection", None)
@@ -455,8 +466,9 @@ class DecodeRunner:
                 x = self._inject(x, injection)
             gate, up, down = (projection(layer.mlp, name) for name in ("gate", "up", "down"))
             hidden = _product(x, (gate, up), mlp_norm(layer), gated=True)
-            x = _product(hidden, (down,), residual=x)
+            x = _sum(x, hidden, down, layer)
         logits = _product(x, (model.lm_head,), model.model.norm)
+        logits = family_of(model.model.layers[0]).logits(logits, model.config.text_config)
         self._length.add_(1)
         return logits
 
@@ -490,7 +502,7 @@ class DecodeRunner:
             *self._no_rotation,
             attention.scaling,
         )
-        return _product(out.flatten(1), (output,), residual=x)
+        return _sum(x, out.flatten(1), output, layer)
 
     def _inject(self, x: Tensor, injection: Any) -> Tensor:
         context: Any = self._context
@@ -537,6 +549,14 @@ def _product(
     )
 
 
+def _sum(hidden: Tensor, x: Tensor, module: Any, layer: Any) -> Tensor:
+    """``hidden`` and the layer's last linear module of ``x``, added as the layer does."""
+    factor = residual_factor(layer)
+    if factor == 1.0:
+        return _product(x, (module,), residual=hidden)
+    return hidden.add(_product(x, (module,)), alpha=factor)
+
+
 def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple[Any, ...]:
     """What a graph has baked in: where parameters and memory lie, which rows read what, the layers' constants."""
     parameters = tuple(
@@ -549,8 +569,8 @@ def _state(model: "SharedLLMForCausalLM", memory: ContextMemory | None) -> tuple
         norms += [] if injection is None else [injection.norm]
         numbers += [attention.scaling, sliding_window(layer), None if injection is None else injection.scaling]
         numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
-        numbers.append(rotation_of(layer))
-    numbers.append(model.model.norm.variance_epsilon)
+        numbers += [rotation_of(layer), residual_factor(layer)]
+    numbers += [model.model.norm.variance_epsilon, embedding_factor(model.model.layers[0])]
     for rotation in model._rotations(model.model.layers).values():
         numbers += [rotation.frequencies.data_ptr(), version_of(rotation.frequencies), rotation.scaling]
     if memory is None:

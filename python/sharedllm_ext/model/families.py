@@ -13,6 +13,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.granite.modeling_granite import (
+    GraniteAttention,
+    GraniteDecoderLayer,
+    GraniteMLP,
+    GraniteRMSNorm,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import (
     MistralAttention,
@@ -61,6 +67,16 @@ def rotation_or_none(attention: Any) -> str:
     return "" if attention.use_rope else STILL
 
 
+def plain_logits(scores: Tensor, config: Any) -> Tensor:
+    """Logits are what the output projection gives."""
+    return scores
+
+
+def divided_logits(scores: Tensor, config: Any) -> Tensor:
+    """Logits are divided by a number of the configuration."""
+    return scores / config.logits_scaling
+
+
 class LinearPart:
     """Some of the outputs of a linear module that joins several projections; a view, to read and to compute with.
 
@@ -106,6 +122,9 @@ class Family:
             those of one attribute are joined in it, in this order.
         attention_norm, mlp_norm: attributes of the norms that stand before attention and MLP.
         rotation: name of an attention's rotary embedding, see :mod:`.rotary`.
+        embedding_factor: field of the configuration that the model multiplies its embeddings by, or ``None``.
+        residual_factor: attribute of a layer that it multiplies by what attention and MLP add, or ``None``.
+        logits: of what the output projection gives, and the configuration.
         gguf: whether GGUF files of it are read.
         gguf_window: whether the configuration takes a GGUF file's sliding window; elsewhere such a file is refused.
         not_fused: of ``norm``, ``attention`` and ``mlp`` those without a fused class, with the reason.
@@ -123,6 +142,9 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     rotation: Callable[[Any], str] = one_rotation
+    embedding_factor: str | None = None
+    residual_factor: str | None = None
+    logits: Callable[[Tensor, Any], Tensor] = plain_logits
     gguf: bool = True
     gguf_window: bool = False
     not_fused: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -173,6 +195,18 @@ _ROWS = (
         rotation=rotation_or_none,
         gguf=False,
     ),
+    Family(
+        "granite",
+        "Granite",
+        GraniteDecoderLayer,
+        GraniteAttention,
+        GraniteMLP,
+        GraniteRMSNorm,
+        embedding_factor="embedding_multiplier",
+        residual_factor="residual_multiplier",
+        logits=divided_logits,
+        gguf=False,
+    ),
 )
 #: The rows by ``model_type``.
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ROWS})
@@ -210,6 +244,19 @@ def sliding_window(layer: Any) -> int | None:
 def rotation_of(layer: Any) -> str:
     """The name of a layer's rotation."""
     return family_of(layer.self_attn).rotation(layer.self_attn)
+
+
+def embedding_factor(layer: Any) -> float:
+    """What a model multiplies its embeddings by, in front of its first layer; asked of any of its layers."""
+    attention = layer.self_attn
+    name = family_of(attention).embedding_factor
+    return 1.0 if name is None else float(getattr(attention.config, name))
+
+
+def residual_factor(layer: Any) -> float:
+    """What a layer multiplies the outputs of attention and MLP by, before it adds them."""
+    name = family_of(layer).residual_factor
+    return 1.0 if name is None else float(getattr(layer, name))
 
 
 def check_gguf_family(name: str, architecture: Any) -> None:

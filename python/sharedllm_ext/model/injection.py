@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import injected_attention
 from .families import FAMILIES, attention_norm, mlp_norm, projection
-from .layer_math import add_linear, add_mlp, is_untouched, linear_weight, version_of
+from .layer_math import add_linear, add_mlp, add_output, adds_plainly, is_untouched, linear_weight, version_of
 from .managed_layers import RunsSteps
 
 
@@ -155,13 +155,16 @@ class _InjectedLayer:
             return compressor_step(self, hidden_states)
         normed = attention_norm(self)(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)  # type: ignore[attr-defined]
-        hidden_states = hidden_states + attended
+        hidden_states = add_output(self, hidden_states, attended)
         if injected_context is not None:
             injection = self.injection  # type: ignore[attr-defined]
             hidden_states = self._own(injection(hidden_states, injected_context, memory_key, memory_value), injection)
         norm = mlp_norm(self)
         normed = norm(hidden_states)
-        return add_mlp(self._own(hidden_states, norm), self.mlp, normed)  # type: ignore[attr-defined]
+        mlp: Any = self.mlp  # type: ignore[attr-defined]
+        if not adds_plainly(self):
+            return add_output(self, hidden_states, mlp(normed))
+        return add_mlp(self._own(hidden_states, norm), mlp, normed)
 
     def _own(self, hidden_states: Tensor, module: nn.Module) -> Tensor:
         """The tensor, or a copy if a hook of the module that saw it may have kept it: sums are made in place."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .cache_name import CACHE_NAME
-from .families import FAMILIES, STILL, attention_norm, family_of, mlp_norm, projection
+from .families import FAMILIES, STILL, attention_norm, family_of, mlp_norm, projection, residual_factor
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 #: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest: on hidden
@@ -100,6 +100,17 @@ def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
     if isinstance(mlp, _FusedMLP) and type(mlp).forward is _FusedMLP.forward and is_untouched(mlp):
         return add_linear(hidden, projection(mlp, "down"), mlp.activated(x))
     return hidden + mlp(x)
+
+
+def adds_plainly(layer: Any) -> bool:
+    """Whether a layer adds what attention and MLP give as it is."""
+    return residual_factor(layer) == 1.0
+
+
+def add_output(layer: Any, hidden: Tensor, output: Tensor) -> Tensor:
+    """``hidden`` and what the layer's attention or MLP gives, added as the family does."""
+    factor = residual_factor(layer)
+    return hidden + (output if factor == 1.0 else output * factor)
 
 
 class _FusedRMSNorm:
@@ -236,9 +247,18 @@ class Products:
         """``hidden + module(rows)``; ``hidden`` may be overwritten where no gradient is needed."""
         return add_linear(hidden, module, rows)
 
-    def add_mlp(self, hidden: Tensor, mlp: Any, rows: Any) -> Tensor:
-        """``hidden + mlp(rows)``; ``hidden`` may be overwritten where no gradient is needed."""
-        return add_mlp(hidden, mlp, rows)
+    def add_mlp(self, hidden: Tensor, layer: Any, rows: Any) -> Tensor:
+        """``hidden`` and the layer's MLP of ``rows``; ``hidden`` may be overwritten where no gradient is needed."""
+        if not adds_plainly(layer):
+            return add_output(layer, hidden, layer.mlp(rows))
+        return add_mlp(hidden, layer.mlp, rows)
+
+    def add_attention(self, hidden: Tensor, layer: Any, rows: Any) -> Tensor:
+        """``hidden`` and the layer's output projection of ``rows``; ``hidden`` may be overwritten, as above."""
+        output = projection(layer.self_attn, "o")
+        if not adds_plainly(layer):
+            return add_output(layer, hidden, self.linear(output, rows))
+        return self.add_linear(hidden, output, rows)
 
 
 class Fp8Products(Products):
@@ -275,7 +295,8 @@ class Fp8Products(Products):
     def add_linear(self, hidden: Tensor, module: Any, rows: Any) -> Tensor:
         return hidden.add_(self.linear(module, rows))
 
-    def add_mlp(self, hidden: Tensor, mlp: Any, rows: Any) -> Tensor:
+    def add_mlp(self, hidden: Tensor, layer: Any, rows: Any) -> Tensor:
+        mlp = layer.mlp
         gate_proj, up_proj, down_proj = (projection(mlp, name) for name in ("gate", "up", "down"))
         gate, up = self.linear(gate_proj, rows), self.linear(up_proj, rows)
         if applies_silu(mlp):
@@ -308,6 +329,11 @@ def refuse_fp8(layers: Any) -> None:
         raise ValueError("compressor_precision='fp8': expected no autocast, got one")
     for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
+        if not adds_plainly(layer):
+            raise ValueError(
+                f"compressor_precision='fp8': expected layers that add what attention and MLP give as it is, got "
+                f"{type(layer).__name__} (layer {index})"
+            )
         family = family_of(layer)
         norms = {family.attention_norm: attention_norm(layer), family.mlp_norm: mlp_norm(layer)}
         for name, module in {**norms, "mlp": mlp}.items():

@@ -31,7 +31,7 @@ from .compressor import (
 )
 from .configuration import SharedLLMConfig
 from .decoding import removed_tokens
-from .families import projection
+from .families import FAMILIES, projection
 from .generation import ContextGeneration
 from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
 from .inputs import (
@@ -158,9 +158,10 @@ class SharedLLMForCausalLM(ContextGeneration):
         equals its base checkpoint until it is trained.
 
         Args:
-            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5, Qwen3 or SmolLM3 checkpoint, a ``.gguf``
-                file of one, which is dequantised, or such a model; its parameters are shared, not copied. Layers that
-                bitsandbytes, torchao or others have quantised stay so; the new blocks are not quantised.
+            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM3 or Granite checkpoint, a
+                ``.gguf`` file of one of the first four, which is dequantised, or such a model; its parameters are
+                shared, not copied. Layers that bitsandbytes, torchao or others have quantised stay so; the new blocks
+                are not quantised.
             dtype: dtype of the parameters (``base`` a path); default: the checkpoint's own, float32 for quantised GGUF.
             gguf_file: name of the GGUF file, where ``base`` is the folder or hub name that holds it.
             revision, token, device_map, attn_implementation, quantization_config: as for Transformers'
@@ -612,6 +613,11 @@ class SharedLLMForCausalLM(ContextGeneration):
             sin=[tables.of(layer)[1] for layer in layers],
         )
 
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[…, vocabulary]`` of the last layer's normed output ``[…, d]``."""
+        text_config = self.config.text_config
+        return FAMILIES[text_config.model_type].logits(self.lm_head(hidden), text_config)
+
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     @can_return_tuple
@@ -772,10 +778,10 @@ class SharedLLMForCausalLM(ContextGeneration):
         if split is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None:
-            logits = self.lm_head(hidden[:, kept] if split is None else split.spread(hidden, kept))
+            logits = self._logits(hidden[:, kept] if split is None else split.spread(hidden, kept))
         else:
             # the loss is of all labels, whichever logits are returned
-            logits = self.lm_head(hidden)
+            logits = self._logits(hidden)
             counting = labels if split is None else split.drop_first(labels)
             loss = self.loss_function(logits=logits, labels=counting, vocab_size=self.config.vocab_size, **kwargs)
             logits = logits[:, kept] if split is None else split.spread(logits, kept)

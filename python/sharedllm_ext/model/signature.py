@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from ..ops._autocast import outside_autocast
 from .compressor import Chunk, LowerModel, TreeShape, compress_chunks, query_vectors
-from .families import attention_norm, mlp_norm, projection, rotation_of, sliding_window
+from .families import attention_norm, mlp_norm, projection, residual_factor, rotation_of, sliding_window
 from .layer_math import version_of
 from .managed_layers import device_of, is_managed, is_sharded, stored_parameters
 from .memory_file import shorten
@@ -272,6 +272,8 @@ def _settings_of(layer: Any, chunk_size: int) -> str:
     }
     if rotation_of(layer):
         entries["rotation"] = rotation_of(layer)
+    if residual_factor(layer) != 1.0:
+        entries["residual"] = f"{residual_factor(layer):.6g}"
     adapters = _adapters(layer)
     if adapters:
         entries["adapters"] = adapters
