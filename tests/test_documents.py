@@ -10,6 +10,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "csrc" / "README.md",
+    *sorted((ROOT / "examples").glob("*/README.md")),
     *sorted(path for path in (ROOT / "docs").glob("**/*.md") if path.name != "evaluation.md"),
 ]
 #: Columns of README.md, so that its source can be read in a terminal.
