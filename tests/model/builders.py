@@ -16,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -46,6 +48,18 @@ FAMILIES = {
             "mlp_bias": True,
         },
     ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
     "llama_tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "attention_bias": True}),
     "llama_rope_scaling": (
         LlamaConfig,
@@ -66,6 +80,8 @@ FAMILIES = {
 _UNIT_NORMS = ("llama", "mistral", "qwen2", "qwen3", "llama_tied", "llama_rope_scaling")
 #: Those with something of their own in layers, rotation or logits.
 LATER = [family for family in FAMILIES if family not in _UNIT_NORMS]
+#: Those whose decoding steps run by their own operators.
+DECODED = [family for family in FAMILIES if family not in ("qwen3_moe",)]
 VOCABULARY = 128
 TREE = {"injection_layers": 2, "chunk_size": 32, "tree_depth": 3, "slots_per_node": 4, "window": 24}
 
@@ -94,9 +110,19 @@ def base(family: str = "llama", **fields: Any) -> PreTrainedModel:
     return built
 
 
-def model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **fields: Any) -> SharedLLMForCausalLM:
+def model(
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    base_fields: dict[str, Any] | None = None,
+    **fields: Any,
+) -> SharedLLMForCausalLM:
     """A SharedLLM model whose injected blocks matter."""
-    built = SharedLLMForCausalLM.from_base(base(family).to(dtype), **{**TREE, **fields})
+    checkpoint = base(family, **(base_fields or {})).to(dtype)
+    if dtype == torch.float64 and checkpoint._can_set_experts_implementation():
+        # the other ways have no products in float64
+        checkpoint.set_experts_implementation("eager")
+    built = SharedLLMForCausalLM.from_base(checkpoint, **{**TREE, **fields})
     for block in built.injected_blocks:
         torch.nn.init.normal_(block.o_proj.weight, std=0.1)
     return built

@@ -63,7 +63,7 @@ def _ordinary(model: Any, *args: Any, **kwargs: Any) -> Any:
     return model.generate(*args, **kwargs, disable_compile=True)
 
 
-@pytest.mark.parametrize("family", list(builders.FAMILIES))
+@pytest.mark.parametrize("family", builders.DECODED)
 @pytest.mark.parametrize("with_memory", [False, True])
 @pytest.mark.parametrize("padding", [0, 4])
 def test_greedy(counted: list[int], family: str, with_memory: bool, padding: int) -> None:

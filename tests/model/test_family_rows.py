@@ -41,7 +41,8 @@ def test_injected(row: Family) -> None:
     assert {type(layer).__name__ for layer in model.compressor.layers} == {f"Compressor{row.layer.__name__}"}
     assert all(isinstance(layer, row.layer) for layer in (*lowest, *model.compressor.layers))
     assert {type(layer) for layer in above} == {row.layer}
-    assert all(family_of(module) is row for layer in lowest for module in (layer, layer.self_attn, layer.mlp))
+    assert all(family_of(module) is row for layer in lowest for module in (layer, layer.self_attn))
+    assert all(family_of(layer.mlp) is row for layer in lowest if isinstance(layer.mlp, row.mlp))
     for module in (lowest[0], model.compressor.layers[0], lowest[0].mlp, lowest[0].self_attn, model.model.norm):
         assert pickle.loads(pickle.dumps(type(module))) is type(module)
 
@@ -50,7 +51,10 @@ def test_injected(row: Family) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_fused_or_why_not(row: Family, part: str) -> None:
     family_class = getattr(row, part)
-    names = {type(module).__name__ for module in _modules(builders.model(row.model_type), part)}
+    modules = _modules(builders.model(row.model_type), part)
+    experts = [module for module in modules if row.experts is not None and isinstance(module, row.experts)]
+    assert bool(experts) == (part == "mlp" and row.experts is not None)
+    names = {type(module).__name__ for module in modules if module not in experts}
     if part in row.not_fused:
         assert names == {family_class.__name__} and "expected" in row.not_fused[part]
     else:

@@ -250,7 +250,10 @@ def test_peft(peft_model: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_dtype_is_the_same_model(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     builders.model(family).save_pretrained(tmp_path)
-    models = [SharedLLMForCausalLM.from_pretrained(tmp_path, dtype=d) for d in (torch.float32, torch.float64, dtype)]
+    # experts have no other products in float64
+    options = {"experts_implementation": "eager"} if family == "qwen3_moe" else {}
+    dtypes = (torch.float32, torch.float64, dtype)
+    models = [SharedLLMForCausalLM.from_pretrained(tmp_path, dtype=d, **options) for d in dtypes]
     memories = [model.compress(builders.ids(1, 70)) for model in models]
     for model in models:
         # their weights are digested in bfloat16, which float16 cannot always follow

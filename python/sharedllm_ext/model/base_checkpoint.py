@@ -184,6 +184,7 @@ def _config_of(base: PreTrainedModel, quantised: bool, fields: dict[str, Any]) -
     config = SharedLLMConfig(text_config=text_config, **fields)
     # set last: it goes on to the base's configuration
     config._attn_implementation = base.config._attn_implementation
+    config.text_config._experts_implementation = base.config._experts_implementation
     config.dtype = base.dtype
     if not quantised:
         return config

@@ -24,7 +24,7 @@ from ..ops import (
     topk_nodes,
     tree_node_vectors,
 )
-from .families import attention_norm, embedding_factor, mlp_norm, projection, sliding_window
+from .families import attention_norm, embedding_factor, mlp_norm, mlp_width, projection, sliding_window
 from .layer_math import Products, is_untouched, split_heads
 from .managed_layers import call_layer, check_checkpointing, is_managed
 from .rotary import LayerTables
@@ -84,13 +84,12 @@ def micro_batch(chunks: Sequence[Chunk], first: int, tokens: int) -> Sequence[Ch
 
 def activation_bytes(model: LowerModel) -> int:
     """Bytes that :func:`compress_chunks` needs for each token of a micro-batch at its widest place, rounded up."""
-    layer = model.layers[0]
-    attention, mlp = layer.self_attn, layer.mlp
-    query, key, gate = projection(attention, "q"), projection(attention, "k"), projection(mlp, "gate")
+    attention = model.layers[0].self_attn
+    query, key = projection(attention, "q"), projection(attention, "k")
     hidden, width = query.in_features, query.out_features
     # gate, up and their product beside the residual stream, its norm and the attention's output; layer 0 adds what the
     # choice of nodes reads
-    numbers = 5 * hidden + width + 2 * key.out_features + 3 * gate.out_features
+    numbers = 5 * hidden + width + 2 * key.out_features + 3 * max(map(mlp_width, model.layers))
     return numbers * model.embed_tokens.weight.element_size()
 
 

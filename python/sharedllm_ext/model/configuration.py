@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .families import FAMILIES, check_family
+from .families import FAMILIES, check_family, check_settings
 from .peft_defaults import register_target_modules
 
 PRECISIONS = ("model", "fp8")
@@ -48,8 +48,8 @@ class SharedLLMConfig(PreTrainedConfig):
     """Configuration of :class:`SharedLLMForCausalLM`.
 
     Args:
-        text_config: configuration of the base checkpoint (Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM3 or Granite), or its
-            dictionary.
+        text_config: configuration of the base checkpoint, or its dictionary; of the families Llama, Mistral, Qwen2/2.5,
+            Qwen3, Qwen3-MoE, SmolLM3 or Granite.
         injection_layers: ``M``, how many of the lowest layers compress the context and read the memory (paper: 4 for
             language modelling, 16 for instruction following).
         chunk_size: ``c``, context tokens in a chunk (paper: 1024).
@@ -102,6 +102,7 @@ class SharedLLMConfig(PreTrainedConfig):
         elif self.text_config is None:
             self.text_config = AutoConfig.for_model("llama")
         check_family("text_config", getattr(self.text_config, "model_type", type(self.text_config).__name__))
+        check_settings("text_config", self.text_config)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
         self.auto_map = {auto_class: f"{_STUB}.{name}" for auto_class, name in _AUTO_CLASSES.items()}

@@ -28,6 +28,13 @@ from transformers.models.mistral.modeling_mistral import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeMLP,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeSparseMoeBlock,
+)
 from transformers.models.smollm3.modeling_smollm3 import (
     SmolLM3Attention,
     SmolLM3DecoderLayer,
@@ -77,6 +84,18 @@ def divided_logits(scores: Tensor, config: Any) -> Tensor:
     return scores / config.logits_scaling
 
 
+def takes_all(config: Any) -> str | None:
+    """Nothing in the configuration is refused."""
+    return None
+
+
+def without_router_logits(config: Any) -> str | None:
+    """The experts' balancing loss is not computed."""
+    if config.output_router_logits:
+        return "output_router_logits: expected False (the experts' balancing loss is not computed), got True"
+    return None
+
+
 class LinearPart:
     """Some of the outputs of a linear module that joins several projections; a view, to read and to compute with.
 
@@ -122,9 +141,11 @@ class Family:
             those of one attribute are joined in it, in this order.
         attention_norm, mlp_norm: attributes of the norms that stand before attention and MLP.
         rotation: name of an attention's rotary embedding, see :mod:`.rotary`.
+        experts: class that stands in the place of the MLP in some layers, or ``None``: experts chosen token by token.
         embedding_factor: field of the configuration that the model multiplies its embeddings by, or ``None``.
         residual_factor: attribute of a layer that it multiplies by what attention and MLP add, or ``None``.
         logits: of what the output projection gives, and the configuration.
+        refused: what in a configuration cannot be honoured, "field: expected …, got …", or ``None``.
         gguf: whether GGUF files of it are read.
         gguf_window: whether the configuration takes a GGUF file's sliding window; elsewhere such a file is refused.
         not_fused: of ``norm``, ``attention`` and ``mlp`` those without a fused class, with the reason.
@@ -142,9 +163,11 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     rotation: Callable[[Any], str] = one_rotation
+    experts: type | None = None
     embedding_factor: str | None = None
     residual_factor: str | None = None
     logits: Callable[[Tensor, Any], Tensor] = plain_logits
+    refused: Callable[[Any], str | None] = takes_all
     gguf: bool = True
     gguf_window: bool = False
     not_fused: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -194,6 +217,19 @@ _ROWS = (
         window=window_of_layer,
         rotation=rotation_or_none,
         gguf=False,
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3-MoE",
+        Qwen3MoeDecoderLayer,
+        Qwen3MoeAttention,
+        Qwen3MoeMLP,
+        Qwen3MoeRMSNorm,
+        window=window_of_layer,
+        experts=Qwen3MoeSparseMoeBlock,
+        refused=without_router_logits,
+        gguf=False,
+        not_decoded="base family: expected one MLP in every layer, got experts that a router chooses (qwen3_moe)",
     ),
     Family(
         "granite",
@@ -246,6 +282,20 @@ def rotation_of(layer: Any) -> str:
     return family_of(layer.self_attn).rotation(layer.self_attn)
 
 
+def mlp_width(layer: Any) -> int:
+    """Numbers between the two products of a layer's MLP for each token, of all experts that a token goes to."""
+    mlp = layer.mlp
+    if has_experts(layer):
+        return int(mlp.gate.top_k * mlp.experts.down_proj.shape[-1])
+    return int(projection(mlp, "gate").out_features)
+
+
+def has_experts(layer: Any) -> bool:
+    """Whether a layer has experts instead of one MLP."""
+    experts = family_of(layer).experts
+    return experts is not None and isinstance(layer.mlp, experts)
+
+
 def embedding_factor(layer: Any) -> float:
     """What a model multiplies its embeddings by, in front of its first layer; asked of any of its layers."""
     attention = layer.self_attn
@@ -257,6 +307,17 @@ def residual_factor(layer: Any) -> float:
     """What a layer multiplies the outputs of attention and MLP by, before it adds them."""
     name = family_of(layer).residual_factor
     return 1.0 if name is None else float(getattr(layer, name))
+
+
+def check_settings(name: str, config: Any) -> None:
+    """Refuse settings of a base checkpoint's configuration that cannot be honoured.
+
+    Raises:
+        ValueError: "name.field: expected …, got …".
+    """
+    refusal = FAMILIES[config.model_type].refused(config)
+    if refusal is not None:
+        raise ValueError(f"{name}.{refusal}")
 
 
 def check_gguf_family(name: str, architecture: Any) -> None:

@@ -99,7 +99,12 @@ def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
     """``hidden + mlp(x)``, as :func:`add_linear`."""
     if isinstance(mlp, _FusedMLP) and type(mlp).forward is _FusedMLP.forward and is_untouched(mlp):
         return add_linear(hidden, projection(mlp, "down"), mlp.activated(x))
-    return hidden + mlp(x)
+    return hidden + apply_mlp(mlp, x)
+
+
+def apply_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """``mlp(x)`` of ``x [..., d]``; experts take rows of texts alone."""
+    return mlp(x) if x.dim() == 3 else mlp(x.unsqueeze(0)).squeeze(0)
 
 
 def adds_plainly(layer: Any) -> bool:
@@ -250,7 +255,7 @@ class Products:
     def add_mlp(self, hidden: Tensor, layer: Any, rows: Any) -> Tensor:
         """``hidden`` and the layer's MLP of ``rows``; ``hidden`` may be overwritten where no gradient is needed."""
         if not adds_plainly(layer):
-            return add_output(layer, hidden, layer.mlp(rows))
+            return add_output(layer, hidden, apply_mlp(layer.mlp, rows))
         return add_mlp(hidden, layer.mlp, rows)
 
     def add_attention(self, hidden: Tensor, layer: Any, rows: Any) -> Tensor:
@@ -335,6 +340,11 @@ def refuse_fp8(layers: Any) -> None:
                 f"{type(layer).__name__} (layer {index})"
             )
         family = family_of(layer)
+        if not isinstance(mlp, family.mlp):
+            raise ValueError(
+                f"compressor_precision='fp8': expected {family.mlp.__name__} as layer {index}'s mlp, got "
+                f"{type(mlp).__name__}"
+            )
         norms = {family.attention_norm: attention_norm(layer), family.mlp_norm: mlp_norm(layer)}
         for name, module in {**norms, "mlp": mlp}.items():
             dtypes = {parameter.dtype for parameter in module.parameters()}

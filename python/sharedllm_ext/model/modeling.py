@@ -158,10 +158,10 @@ class SharedLLMForCausalLM(ContextGeneration):
         equals its base checkpoint until it is trained.
 
         Args:
-            base: a local folder or hub name of a Llama, Mistral, Qwen2/2.5, Qwen3, SmolLM3 or Granite checkpoint, a
-                ``.gguf`` file of one of the first four, which is dequantised, or such a model; its parameters are
-                shared, not copied. Layers that bitsandbytes, torchao or others have quantised stay so; the new blocks
-                are not quantised.
+            base: a local folder or hub name of a checkpoint of one of the families (Llama, Mistral, Qwen2/2.5, Qwen3,
+                Qwen3-MoE, SmolLM3 or Granite), a ``.gguf`` file of one of the first four, which is dequantised, or such
+                a model; its parameters are shared, not copied. Layers that bitsandbytes, torchao or others have
+                quantised stay so; the new blocks are not quantised.
             dtype: dtype of the parameters (``base`` a path); default: the checkpoint's own, float32 for quantised GGUF.
             gguf_file: name of the GGUF file, where ``base`` is the folder or hub name that holds it.
             revision, token, device_map, attn_implementation, quantization_config: as for Transformers'
@@ -676,6 +676,11 @@ class SharedLLMForCausalLM(ContextGeneration):
         compiling = torch.compiler.is_compiling()
         if kwargs and not compiling:
             check_keywords(kwargs)
+            if kwargs.get("output_router_logits") and FAMILIES[self.config.text_config.model_type].experts is not None:
+                raise ValueError(
+                    "output_router_logits: expected False (logits of experts are not returned), got "
+                    f"{kwargs['output_router_logits']}"
+                )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "input_ids, inputs_embeds: expected exactly one of them, got "

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from ..ops._autocast import outside_autocast
 from .compressor import Chunk, LowerModel, TreeShape, compress_chunks, query_vectors
-from .families import attention_norm, mlp_norm, projection, residual_factor, rotation_of, sliding_window
+from .families import attention_norm, has_experts, mlp_norm, projection, residual_factor, rotation_of, sliding_window
 from .layer_math import version_of
 from .managed_layers import device_of, is_managed, is_sharded, stored_parameters
 from .memory_file import shorten
@@ -321,6 +321,9 @@ def _probe(subject: Subject) -> dict[str, Any] | None:
     keys, values, _ = compress_chunks(lower, ids, [chunk], TreeShape(1, _PROBE_TOKENS), tables, None, None)
     vector = query_vectors(lower, ids, [_PROBE_TOKENS], tables)
     sketches = torch.stack([_sketch(tensor).cpu() for tensor in (*keys, *values, vector)])
+    # a rounding error may choose another expert, after which no outputs can be compared
+    chosen = [any(map(has_experts, lower.layers[:index])) for index in range(len(keys))]
+    sketches[torch.tensor([*chosen, *chosen, has_experts(lower.layers[0])])] = math.nan
     return {
         "epsilon": _rounded(_epsilon(keys[0].dtype)),
         "values": [[_rounded(value) if math.isfinite(value) else None for value in row] for row in sketches.tolist()],
