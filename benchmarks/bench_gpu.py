@@ -14,9 +14,11 @@ import torch
 from cases import CASES, Built, Case, Unavailable
 from device_time import ITERATIONS, WARMUP, DeviceClock
 
+from tests.support import needs_cuda
+
 clock = DeviceClock()
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    needs_cuda,
     pytest.mark.benchmark(timer=clock),
 ]
 

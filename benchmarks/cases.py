@@ -6,9 +6,11 @@
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +29,10 @@ from sharedllm_ext.ops.node_vectors import _attend as attend_nodes
 from sharedllm_ext.ops.node_vectors import _plain as plain_node_vectors
 from sharedllm_ext.ops.node_vectors import node_vectors
 from sharedllm_ext.reference.rotary import rotate
+
+# a script's own folder is all that Python looks into, and the tests are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.tolerance import oracle, too_far
 
 Call = Callable[[], object]
 
@@ -94,23 +100,6 @@ def path(name: str) -> AbstractContextManager[Any]:
     if "injected_attention" not in cuda_kernels():
         raise Unavailable("the CUDA library has no kernel of injected_attention")
     return ops.injected_attention_path(name)
-
-
-def too_far(name: str, got: Tensor, same: Tensor, exact: Tensor) -> str | None:
-    """The tests' measure: at most twice the root mean square error of the same-dtype expression, at the worst element
-    four times; a few float32 roundings where that one happens to be exact."""
-    infinite = exact.isinf()
-    if got.shape != exact.shape or not torch.equal(got.isinf(), infinite):
-        return f"{name}: expected shape {tuple(exact.shape)} and the same infinities, got {tuple(got.shape)}"
-    got, same, exact = (x.double()[~infinite] for x in (got, same, exact))
-    if exact.numel() == 0:
-        return None
-    floor = 4 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
-    for what, factor, norm in (("rms", 2, lambda x: x.square().mean().sqrt()), ("worst", 4, lambda x: x.abs().max())):
-        error, allowed = norm(got - exact).item(), factor * norm(same - exact).item() + floor
-        if not error <= allowed:
-            return f"{name}: {what} error {error:.3g}, allowed {allowed:.3g}"
-    return None
 
 
 def first_wrong(*messages: str | None) -> str | None:
@@ -200,11 +189,6 @@ class Attention:
         return [tuple(x.unsqueeze(0).transpose(1, 2) for x in row) for row in zip(*parts, strict=True)]  # type: ignore[misc]
 
 
-def widened(arguments: list[Any]) -> list[Any]:
-    """The same arguments in float64."""
-    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-
-
 def fused(backend: str, problem: Attention, arguments: list[Any]) -> Call:
     """PyTorch's fused attention on rotated queries; it returns no log-sum-exp."""
     rows = problem.heads_first(arguments)
@@ -267,14 +251,14 @@ def check_attention(problem: Attention, arguments: list[Any], call: Callable[[],
     if not (out.isfinite().all() and lse.isfinite().all()):
         return "out, lse: expected numbers, got NaN or infinity"
     index, part = sampled(problem, arguments)
-    exact, same = plain_attention(*widened(part)), plain_attention(*part)
+    exact, same = plain_attention(*oracle(part)), plain_attention(*part)
     got = (out[index], lse[index])
     return first_wrong(*map(too_far, ("out", "lse"), got, same, exact))
 
 
 def check_attention_backward(arguments: list[Any], need_grad_kv: bool, call: Callable[[], Any], grad: Tensor) -> Any:
     """All gradients against float64."""
-    wide = widened(arguments)
+    wide = oracle(arguments)
     exact = plain_attention_backward(
         grad.double(), None, *wide[:3], *plain_attention(*wide), *wide[3:], need_grad_kv=need_grad_kv
     )
@@ -322,7 +306,7 @@ def build_attention_8bit(problem: Attention) -> Built:
         pairs = ((keys, key_scale), (values, value_scale))
         wide = [q, *(ops.dequantize_memory(*pair, torch.float64) for pair in pairs), *rest]
         narrow = [q, *(ops.dequantize_memory(*pair, q.dtype) for pair in pairs), *rest]
-        exact, same = plain_attention(*widened(wide)), plain_attention(*narrow)
+        exact, same = plain_attention(*oracle(wide)), plain_attention(*narrow)
         return first_wrong(*map(too_far, ("out", "lse"), (out, lse), same, exact))
 
     prepare: dict[str, Callable[[], Call]] = {"ours": lambda: ours}
@@ -461,7 +445,7 @@ def blocks_of_tokens(arguments: dict[str, Any], per_token: tuple[str, ...], per_
 
 def wide_items(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same arguments in float64."""
-    return dict(zip(arguments, widened(list(arguments.values())), strict=True))
+    return dict(zip(arguments, oracle(list(arguments.values())), strict=True))
 
 
 def check_compression(arguments: dict[str, Any]) -> str | None:
@@ -819,11 +803,11 @@ def build_fused(operator: str, rows: int, width: int) -> Built:
         if operator.endswith("_fp8"):
             results = [(*total, codes.double() * scale.double()) for *total, codes, scale in results]
         plain = operator.removesuffix("_fp8")
-        exact = as_tuple(first[0].double() if plain == "quantize_rows" else fused_eager(plain, widened(first)))
+        exact = as_tuple(first[0].double() if plain == "quantize_rows" else fused_eager(plain, oracle(first)))
         if plain == "add_rms_norm":
             # the norm is that of the rounded sum
             total = (first[0] + first[1]).double()
-            exact = exact[0], fused_eager("rms_norm", [total, *widened(first[2:])])
+            exact = exact[0], fused_eager("rms_norm", [total, *oracle(first[2:])])
         names = [f"result {i}" for i in range(len(exact))]
         return first_wrong(*map(too_far, names, *results, exact))
 

@@ -1,10 +1,18 @@
 """What the benchmarks share: their file names, the device, and one benchmark of an expression."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# "pytest benchmarks" looks into that folder alone, and the tests are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support import device
+
+__all__ = ["device"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,19 +25,6 @@ def pytest_report_header() -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     capability = torch.backends.cpu.get_cpu_capability()
     return [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}, {device}"]
-
-
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-        ),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that the operators run on."""
-    return torch.device(request.param)
 
 
 @pytest.fixture

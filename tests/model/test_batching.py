@@ -10,6 +10,7 @@ from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.model import compressor, modeling
 from sharedllm_ext.model.compressor import activation_bytes
 
+from ..support import needs_cuda
 from . import builders
 
 
@@ -254,7 +255,7 @@ def test_nothing_keeps_layer_0_alive_at_the_widest_place(monkeypatch) -> None:
     assert alive == [False, False]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@needs_cuda
 @torch.no_grad()
 def test_memory_that_really_runs_out() -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -19,10 +19,10 @@ from sharedllm_ext.model import decoding, generation
 from sharedllm_ext.model.cache_name import CACHE_NAME
 from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache
 
+from ..support import needs_cuda
 from . import builders
 
 STEPS = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 
 @pytest.fixture
@@ -649,7 +649,7 @@ def test_cache_takes_assigned_tensors() -> None:
 # -- on CUDA -----------------------------------------------------------------------------------------------------------
 
 
-@NEEDS_CUDA
+@needs_cuda
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_graph_and_operators_agree(family: str, with_memory: bool) -> None:
@@ -683,7 +683,7 @@ def test_graph_and_operators_agree(family: str, with_memory: bool) -> None:
     assert (logits[0] - logits[2]).norm() / logits[2].norm() < 0.03
 
 
-@NEEDS_CUDA
+@needs_cuda
 def test_generate_on_cuda_uses_a_graph() -> None:
     base = builders.base("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
     model = builders.SharedLLMForCausalLM.from_base(base.to("cuda", torch.bfloat16), **builders.TREE)
@@ -702,7 +702,7 @@ def test_generate_on_cuda_uses_a_graph() -> None:
         assert (got - expected).norm() / expected.norm() < 0.03
 
 
-@NEEDS_CUDA
+@needs_cuda
 def test_steps_ahead_on_cuda(ahead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "_LOADED", set())
     base = builders.base("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
@@ -755,7 +755,7 @@ while begin is None or time.monotonic() < begin + 4:
 """
 
 
-@NEEDS_CUDA
+@needs_cuda
 @pytest.mark.parametrize(("heads", "tokens"), [(32, 4096), (8, 16384)])
 def test_steps_over_a_long_cache_end(heads: int, tokens: int) -> None:
     """Some thousand calls over 67 MB a layer, right behind a prompt each time, where blocks of a kernel start at

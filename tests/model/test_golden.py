@@ -8,10 +8,6 @@ from sharedllm_ext import ops
 
 from .. import golden
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
 TOLERANCE = 2e-4
 
 pytestmark = pytest.mark.skipif(not golden.names(), reason=f"no golden files in {golden.FOLDER}")
@@ -22,12 +18,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def _load(name: str, device: str):
+def _load(name: str, device: torch.device):
     sizes, tensors = golden.load(name)
     return sizes, {key: value.to(device) for key, value in tensors.items()}, golden.build(sizes, tensors).to(device)
 
@@ -41,7 +32,7 @@ def _chunk_keys(keys: Tensor, sizes: dict, chunk: int, tables: tuple[Tensor, Ten
     return torch.cat((low * cos + high * sin, high * cos - low * sin), -1).transpose(0, 1)
 
 
-def test_memory(name: str, device: str) -> None:
+def test_memory(name: str, device: torch.device) -> None:
     sizes, tensors, model = _load(name, device)
     chunks = tensors["context_ids"].shape[1]
     memory = model.compress(tensors["context_ids"].flatten(1), query_ids=tensors["input_ids"])
@@ -56,14 +47,14 @@ def test_memory(name: str, device: str) -> None:
             torch.testing.assert_close(values, tensors[f"memory.{layer}.value"][chunk], atol=TOLERANCE, rtol=0)
 
 
-def test_logits(name: str, device: str) -> None:
+def test_logits(name: str, device: torch.device) -> None:
     _, tensors, model = _load(name, device)
     with torch.no_grad():
         logits = model(tensors["input_ids"], context_ids=tensors["context_ids"].flatten(1)).logits[0]
     torch.testing.assert_close(logits, tensors["logits"], atol=TOLERANCE, rtol=0)
 
 
-def test_decode_logits(name: str, device: str) -> None:
+def test_decode_logits(name: str, device: torch.device) -> None:
     _, tensors, model = _load(name, device)
     with torch.no_grad():
         first = model(tensors["input_ids"], context_ids=tensors["context_ids"].flatten(1), use_cache=True)
@@ -75,7 +66,7 @@ def test_decode_logits(name: str, device: str) -> None:
     torch.testing.assert_close(torch.stack(steps), tensors["decode_logits"], atol=TOLERANCE, rtol=0)
 
 
-def test_greedy_tokens(name: str, device: str) -> None:
+def test_greedy_tokens(name: str, device: torch.device) -> None:
     _, tensors, model = _load(name, device)
     steps = tensors["decode_input_ids"].numel()
     out = model.generate(
@@ -88,7 +79,7 @@ def test_greedy_tokens(name: str, device: str) -> None:
     assert out[0, -steps:].tolist() == tensors["decode_input_ids"].tolist()
 
 
-def test_chosen_children(name: str, device: str) -> None:
+def test_chosen_children(name: str, device: torch.device) -> None:
     """The golden similarities lead the operators to the golden choices, and the model's own nodes follow them."""
     sizes, tensors, model = _load(name, device)
     if not sizes["query_aware"]:

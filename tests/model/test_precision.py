@@ -10,19 +10,11 @@ from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.model import compressor
 from sharedllm_ext.reference import model as reference
 
+from ..support import needs_cuda
 from . import builders
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 TREE = {"injection_layers": 3, "chunk_size": 256, "slots_per_node": 16, "window": 64}
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
-]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def build(family: str = "llama", **fields) -> SharedLLMForCausalLM:
@@ -40,7 +32,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @torch.no_grad()
-def test_greedy_tokens_equal_the_oracle(device: str, family: str) -> None:
+def test_greedy_tokens_equal_the_oracle(device: torch.device, family: str) -> None:
     model = build(family)
     context, text = builders.ids(1, 1000), builders.ids(1, 12)
     oracle = copy.deepcopy(model).double()
@@ -56,7 +48,7 @@ def test_greedy_tokens_equal_the_oracle(device: str, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 @torch.no_grad()
-def test_half_precision_error_is_at_most_twice_plain_pytorch(device: str, family: str) -> None:
+def test_half_precision_error_is_at_most_twice_plain_pytorch(device: torch.device, family: str) -> None:
     # the fixed policy: a tie of two nodes that rounding decides would be an error of another kind
     model = build(family, query_aware=False).to(torch.bfloat16)
     context, text = builders.ids(1, 1000), builders.ids(1, 40)
@@ -76,7 +68,7 @@ def test_half_precision_error_is_at_most_twice_plain_pytorch(device: str, family
     assert error(output.logits[0], exact) <= 2 * error(plain, exact)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("length", [1000, 256, 37, 1])
 @torch.no_grad()
@@ -90,7 +82,7 @@ def test_packed_nodes_equal_nodes_by_length(family: str, length: int, monkeypatc
         assert error(got, want.double().cpu()) < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_packed_nodes_have_the_gradients_of_nodes_by_length(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(family, tie_compressor=False, query_aware=False).to("cuda", torch.bfloat16).train()

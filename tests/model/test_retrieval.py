@@ -7,6 +7,7 @@ from torch import Tensor
 from sharedllm_ext.model import compressor
 from sharedllm_ext.model.rotary import LayerTables
 
+from ..support import needs_cuda
 from .builders import ids, model
 
 
@@ -33,7 +34,7 @@ def test_one_pass_equals_level_by_level(family: str, depth: int, tokens: int, mo
             torch.testing.assert_close(similarity, want)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@needs_cuda
 def test_choosing_nodes_never_waits() -> None:
     shared = model(tree_depth=3).cuda().bfloat16()
     lower, device = shared.lower_model, torch.device("cuda")

@@ -14,8 +14,8 @@ from sharedllm_ext.ops.context_tree import (
     context_tree_split,
     split_offsets,
 )
+from tests.support import needs_cuda
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 #: plain PyTorch ends the process's use of the GPU where the kernel bounds an index
 NEEDS_KERNEL = pytest.mark.skipif(
     "context_tree_layout" not in _library.cuda_kernels(), reason="the CUDA kernel of context_tree_layout is not loaded"
@@ -249,7 +249,7 @@ def test_plain_path_never_asks_the_host() -> None:
         assert [x.shape[0] for x in layout] == [100, 13, 48, 48, 7]
 
 
-@NEEDS_CUDA
+@needs_cuda
 def test_cuda_never_waits() -> None:
     spans = chunk_spans([10, 3, 0, 8]).cuda()
     offset, choice = torch.ones(4, device="cuda"), torch.tensor([0, 1, 0, 1], device="cuda")
@@ -261,7 +261,7 @@ def test_cuda_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@NEEDS_CUDA
+@needs_cuda
 @pytest.mark.parametrize("chunks", [7, 2000])
 def test_cuda_side_stream_and_graph(chunks: int, generator: torch.Generator) -> None:
     lengths = torch.randint(1, 50, (chunks,), generator=generator)
@@ -310,7 +310,7 @@ def test_cuda_offsets_out_of_range() -> None:
     assert context_tree_split(spans, offset)[:, 0, 1].tolist() == [1, 1, 4, 1, 0, 0]
 
 
-@NEEDS_CUDA
+@needs_cuda
 def test_cuda_more_than_2_31_tokens() -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 40e9:

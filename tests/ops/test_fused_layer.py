@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_injected_attention import check_error
 from torch import Tensor
 from torch.nn import functional
 
 from sharedllm_ext import ops
 from sharedllm_ext.reference import fused_layer as reference
+from tests.support import needs_cuda
+from tests.tolerance import check_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
@@ -43,7 +44,6 @@ SHAPES = [
     (2, 16392),
     (1, 30001),
 ]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 
 def arguments(

@@ -10,6 +10,7 @@ from torch import Tensor
 from sharedllm_ext import reference
 from sharedllm_ext.ops import injected_attention as module_function
 from sharedllm_ext.ops.injected_attention import _plain, _plain_backward, injected_attention
+from tests.tolerance import check_error, oracle
 
 #: What the C++ kernels take; float16 in a CUDA kernel only.
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -71,28 +72,6 @@ def problem(
 ) -> list[Any]:
     """Arguments of the operator, by the case's name."""
     return build(CASES[case], dtype, device, generator, scale)
-
-
-def oracle(arguments: list[Any]) -> list[Any]:
-    """The same arguments in float64."""
-    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-
-
-def check_error(name: str, got: Tensor, same: Tensor, exact: Tensor) -> None:
-    """Root mean square error at most twice that of the same-dtype expression; the worst element, one draw, four times.
-
-    Four float32 roundings are allowed where the other expression happens to be exact.
-    """
-    assert got.shape == exact.shape
-    infinite = exact.isinf()
-    assert torch.equal(got.isinf(), infinite), name
-    got, same, exact = (x.double()[~infinite] for x in (got, same, exact))
-    assert not got.isnan().any(), name
-    if exact.numel():
-        floor = 4 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
-        for factor, norm in ((2, lambda x: x.square().mean().sqrt()), (4, lambda x: x.abs().max())):
-            error, allowed = norm(got - exact).item(), factor * norm(same - exact).item() + floor
-            assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def check_same_gradient(name: str, got: Tensor, want: Tensor) -> None:

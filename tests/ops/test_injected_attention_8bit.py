@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_injected_attention import build, check_error
+from test_injected_attention import build
 from torch import Tensor
 
 from sharedllm_ext import reference
 from sharedllm_ext.ops import dequantize_memory, injected_attention, injected_attention_8bit, quantize_memory
 from sharedllm_ext.reference.memory_quantization import quantize_memory as reference_quantize
+from tests.support import needs_cuda
+from tests.tolerance import check_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # queries of each row, slots of each row, number of slots, Hq, Hkv, D, R
@@ -108,7 +110,7 @@ def test_backward_is_refused(device: torch.device, generator: torch.Generator) -
         injected_attention_8bit(*arguments)[0].sum().backward()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", ["decode", "many queries"])
 def test_cuda_graph_without_waiting(name: str, generator: torch.Generator) -> None:
     arguments, _ = problem(name, torch.bfloat16, "cuda", generator)

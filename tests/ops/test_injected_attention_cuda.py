@@ -13,11 +13,9 @@ from test_injected_attention import (
     Spec,
     backward_op,
     build,
-    check_error,
     check_same_gradient,
     compare,
     forward_op,
-    oracle,
 )
 from torch import Tensor
 
@@ -26,8 +24,10 @@ from sharedllm_ext._library import cuda_kernels
 from sharedllm_ext.ops import dequantize_memory, injected_attention_8bit, quantize_memory
 from sharedllm_ext.ops.injected_attention import _plain, injected_attention, injected_attention_path
 from tests import sanitize
+from tests.support import needs_cuda
+from tests.tolerance import check_error, oracle
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+pytestmark = needs_cuda
 
 CUDA = torch.device("cuda")
 HALVES = (torch.bfloat16, torch.float16)

@@ -1,0 +1,47 @@
+"""What tests and benchmarks share: devices and the marks of what cannot run here, fresh memory filled with NaN."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+NO_CUDA = "torch sees no CUDA device"
+#: Mark of a test that needs a CUDA device.
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+#: Parameters of a test that runs on every device.
+DEVICES = ("cpu", pytest.param("cuda", marks=needs_cuda))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that the operators run on."""
+    return torch.device(request.param)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh memory with NaN (integers: the largest value), so that leftovers never pass for results."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # PyTorch fills memory in this mode only; a warning of an operator that has no deterministic form changes nothing
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def scale_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its keyword ``scale`` as the last positional argument, as in the operator's schema."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments[:-1], scale=arguments[-1])
+
+    return call
