@@ -285,7 +285,7 @@ def on_path(name: str | None, call: Callable[[], Any]) -> Callable[[], Any]:
 
 def build_attention(problem: Attention, forced: str | None) -> Built:
     arguments = problem.arguments()
-    call = on_path(forced, lambda: injected_attention(*arguments))
+    call = on_path(forced, lambda: injected_attention(*arguments[:-1], scale=arguments[-1]))
     prepare: dict[str, Callable[[], Call]] = {"ours": lambda: call}
     prepare |= {backend: partial(fused, backend, problem, arguments) for backend in BACKENDS}
     prepare["padded"] = partial(fused_padded, problem, arguments)
@@ -299,7 +299,7 @@ def build_attention_8bit(problem: Attention) -> Built:
     stored = (keys, values, key_scale, value_scale)
 
     def ours() -> tuple[Tensor, Tensor]:
-        return ops.injected_attention_8bit(q, *stored, *rest)
+        return ops.injected_attention_8bit(q, *stored, *rest[:-1], scale=rest[-1])
 
     def check() -> str | None:
         out, lse = ours()
@@ -310,14 +310,14 @@ def build_attention_8bit(problem: Attention) -> Built:
         return first_wrong(*map(too_far, ("out", "lse"), (out, lse), same, exact))
 
     prepare: dict[str, Callable[[], Call]] = {"ours": lambda: ours}
-    prepare["bfloat16"] = lambda: lambda: injected_attention(q, k, v, *rest)
+    prepare["bfloat16"] = lambda: lambda: injected_attention(q, k, v, *rest[:-1], scale=rest[-1])
     return Built(prepare, check)
 
 
 def build_attention_backward(problem: Attention, need_grad_kv: bool) -> Built:
     q, k, v, *rest = arguments = problem.arguments()
     leaves = [x.detach().requires_grad_() for x in ((q, k, v) if need_grad_kv else (q,))]
-    out, lse = injected_attention(*leaves, *(() if need_grad_kv else (k, v)), *rest)
+    out, lse = injected_attention(*leaves, *(() if need_grad_kv else (k, v)), *rest[:-1], scale=rest[-1])
     grad = random(*out.shape, dtype=out.dtype, seed=4)
 
     def ours() -> tuple[Tensor, ...]:
@@ -563,7 +563,7 @@ def keys_and_values(chunks: int) -> list[Tensor]:
 
 def check_node_vectors(arguments: list[Any]) -> str | None:
     q, k, v, spans, *rest = arguments
-    got = node_vectors(*arguments)
+    got = node_vectors(*arguments[:-1], scale=arguments[-1])
     if not got.isfinite().all():
         return "out: expected numbers, got NaN or infinity"
     step = max(len(q) // SAMPLES, 1) | 1
@@ -577,10 +577,10 @@ def build_node_vectors(chunks: int, level: int) -> Built:
     spans = node_spans(chunks, level)
     q = random(len(spans), Q_HEADS, SIZE, dtype=torch.bfloat16, seed=1)
     arguments = [q, *keys_and_values(chunks), spans, *tables(CHUNK >> level, SIZE), SIZE**-0.5]
-    return Built(
-        {"ours": lambda: lambda: node_vectors(*arguments), "eager": lambda: lambda: plain_node_vectors(*arguments)},
-        lambda: check_node_vectors(arguments),
-    )
+    *tensors, scale = arguments
+    prepare: dict[str, Callable[[], Call]] = {"ours": lambda: lambda: node_vectors(*tensors, scale=scale)}
+    prepare["eager"] = lambda: lambda: plain_node_vectors(*arguments)
+    return Built(prepare, lambda: check_node_vectors(arguments))
 
 
 def check_topk(query: Tensor, nodes: Tensor, k: int, call: Callable[[], Any]) -> str | None:
@@ -698,13 +698,13 @@ def build_retrieval(chunks: int) -> Built:
     def by_level(attend: Callable[..., Tensor]) -> Callable[[int, Tensor, Tensor], Tensor]:
         def vectors(level: int, children: Tensor, first: Tensor) -> Tensor:
             leaf = (first + pair + 1) * (4 >> level) - 1
-            attended = attend(query[every, leaf].flatten(0, 1), k, v, children.flatten(0, 1), *halves, SIZE**-0.5)
+            attended = attend(query[every, leaf].flatten(0, 1), k, v, children.flatten(0, 1), *halves, scale=SIZE**-0.5)
             return attended.view(chunks, 2, -1)
 
         return vectors
 
     def ours() -> Any:
-        attended = ops.tree_node_vectors(query, k, v, spans, *halves, 2, SIZE**-0.5).flatten(2)
+        attended = ops.tree_node_vectors(query, k, v, spans, *halves, 2, scale=SIZE**-0.5).flatten(2)
         return run(OURS, ops.topk_nodes, lambda level, _, first: attended[every, first + pair + 2 * (level - 1)])
 
     def levels() -> Any:

@@ -108,7 +108,7 @@ def attention_8bit(rows: int, queries: int, slots: int, size: int, dtype: torch.
 
     def run() -> None:
         (k, k_scale), (v, v_scale) = map(ops.quantize_memory, memory)
-        ops.injected_attention_8bit(q, k, v, k_scale, v_scale, *rest, size**-0.5)
+        ops.injected_attention_8bit(q, k, v, k_scale, v_scale, *rest, scale=size**-0.5)
 
     return run
 
@@ -208,7 +208,7 @@ def decode_step(rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype
             qkv, keys, values, length, first, *angles, q_norm=head_norm, k_norm=head_norm, eps=1e-5, window=50, **early
         )
         flat = (cache.flatten(0, 1) for cache in (keys, values))
-        out, _ = ops.injected_attention(q, *flat, batch[0], slots, batch[1], *angles, size**-0.5)
+        out, _ = ops.injected_attention(q, *flat, batch[0], slots, batch[1], *angles, scale=size**-0.5)
         hidden = ops.decode_linear(out.flatten(1), [back], residual=x, overlap=True)
         ops.decode_linear(hidden, [gate, up], [None, gate[:, 0].contiguous()], norm_weight=norm, gated=True, **early)
 

@@ -17,12 +17,12 @@ def _tables() -> tuple[Tensor, Tensor]:
 def _injected_attention(dtype: torch.dtype) -> Tensor:
     q, k, v = (torch.randn(6, heads, 8, dtype=dtype) for heads in (4, 2, 2))
     rows = torch.tensor([0, 6]), torch.tensor([[0, 6]]), torch.tensor([3])
-    return ops.injected_attention(q, k, v, *rows, *_tables(), 0.3)[0]
+    return ops.injected_attention(q, k, v, *rows, *_tables(), scale=0.3)[0]
 
 
 def _node_vectors(dtype: torch.dtype) -> Tensor:
     q, k, v = torch.randn(2, 4, 8, dtype=dtype), *torch.randn(2, 9, 2, 8, dtype=dtype)
-    return ops.node_vectors(q, k, v, torch.tensor([[0, 5], [5, 4]]), *_tables(), 0.3)
+    return ops.node_vectors(q, k, v, torch.tensor([[0, 5], [5, 4]]), *_tables(), scale=0.3)
 
 
 def _topk_nodes(dtype: torch.dtype) -> Tensor:

@@ -10,12 +10,14 @@ from torch import Tensor
 from sharedllm_ext import reference
 from sharedllm_ext.ops import injected_attention as module_function
 from sharedllm_ext.ops.injected_attention import _plain, _plain_backward, injected_attention
+from tests.support import scale_last
 from tests.tolerance import check_error, oracle
 
 #: What the C++ kernels take; float16 in a CUDA kernel only.
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 KERNEL_DTYPES = (*CPU_DTYPES, *((torch.float16,) if torch.cuda.is_available() else ()))
 Spec = tuple[list[int], list[tuple[int, int]], int, int, int, int, int]
+attend = scale_last(injected_attention)
 forward_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sharedllm.injected_attention
 backward_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.sharedllm.injected_attention_backward
 
@@ -87,7 +89,7 @@ def check_same_gradient(name: str, got: Tensor, want: Tensor) -> None:
 def compare(arguments: list[Any], generator: torch.Generator) -> None:
     """Forward and both kinds of backward against the oracle."""
     q, k, v, *rest = arguments
-    out, lse = injected_attention(*arguments)
+    out, lse = attend(*arguments)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     assert out.is_contiguous() and lse.is_contiguous()
     same_out, same_lse = _plain(*arguments)
@@ -126,7 +128,7 @@ def test_scales(scale: float, dtype: torch.dtype, device: torch.device, generato
 def test_scores_far_apart(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     # scores of some thousands: exponentials underflow, and the maximum keeps changing
     arguments = problem("slots in parts", dtype, device, generator, 100.0)
-    out, lse = injected_attention(*arguments)
+    out, lse = attend(*arguments)
     same_out, same_lse = _plain(*arguments)
     exact_out, exact_lse = reference.injected_attention(*oracle(arguments))
     check_error("out", out, same_out, exact_out)
@@ -135,7 +137,7 @@ def test_scores_far_apart(dtype: torch.dtype, device: torch.device, generator: t
 
 def test_strided_inputs(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = problem("odd sizes", dtype, device, generator)
-    plain = injected_attention(*arguments)
+    plain = attend(*arguments)
     for part in range(3):
         x = arguments[part]
         wide = torch.full((x.shape[0], x.shape[1] + 1, x.shape[2] + 3), torch.nan, dtype=dtype, device=device)
@@ -146,11 +148,11 @@ def test_strided_inputs(dtype: torch.dtype, device: torch.device, generator: tor
             x.repeat(1, 1, 2)[..., : x.shape[2]],
         ):
             assert not strided.is_contiguous()
-            changed = injected_attention(*arguments[:part], strided, *arguments[part + 1 :])
+            changed = attend(*arguments[:part], strided, *arguments[part + 1 :])
             assert all(map(torch.equal, changed, plain))
     arguments[3:6] = [torch.stack((x, x), -1)[..., 0] for x in arguments[3:6]]
     arguments[6:8] = [x.t().contiguous().t() for x in arguments[6:8]]
-    assert all(map(torch.equal, injected_attention(*arguments), plain))
+    assert all(map(torch.equal, attend(*arguments), plain))
 
 
 def test_strided_gradients(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
@@ -192,12 +194,12 @@ def test_same_bits_with_any_number_of_threads(case: str, dtype: torch.dtype, gen
 
 def test_rows_do_not_see_each_other(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, cu_q, slot_range, position, cos, sin, scale = problem("ragged batch", torch.float32, device, generator)
-    out, _ = injected_attention(q, k, v, cu_q, slot_range, position, cos, sin, scale)
+    out, _ = attend(q, k, v, cu_q, slot_range, position, cos, sin, scale)
     single = torch.tensor([0, 3], device=device)
-    alone, _ = injected_attention(q[5:8], k, v, single, slot_range[1:2], position[1:2], cos, sin, scale)
+    alone, _ = attend(q[5:8], k, v, single, slot_range[1:2], position[1:2], cos, sin, scale)
     torch.testing.assert_close(out[5:8], alone, rtol=0, atol=1e-6)
     k[300:] = torch.nan  # the third row's memory
-    again, _ = injected_attention(q, k, v, cu_q, slot_range, position, cos, sin, scale)
+    again, _ = attend(q, k, v, cu_q, slot_range, position, cos, sin, scale)
     assert torch.equal(again[:8], out[:8]) and again[8:].isnan().all()
 
 
@@ -208,7 +210,7 @@ def test_infinite_scores(device: torch.device, generator: torch.Generator) -> No
     rest[-2].fill_(0)
     k[5:400, 0] = -torch.inf  # whole blocks of slots whose weight is 0
     v[5:400, 0] = 1e30
-    out, lse = injected_attention(q, k, v, *rest)
+    out, lse = attend(q, k, v, *rest)
     want, want_lse = reference.injected_attention(q, k, v, *rest)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, want_lse)
@@ -293,7 +295,7 @@ def test_autograd_equals_the_reference(
     arguments = problem(case, dtype, device, generator)
     tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 2e-2}[dtype]
     results = []
-    for function in (injected_attention, reference.injected_attention):
+    for function in (attend, reference.injected_attention):
         inputs = [x.clone().requires_grad_() for x in arguments[:3]]
         out, lse = function(*inputs, *arguments[3:])
         finite = lse.isfinite()
@@ -306,11 +308,11 @@ def test_autograd_equals_the_reference(
 def test_needed_gradients_only(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, *rest = problem("ragged batch", torch.float32, device, generator)
     q.requires_grad_()
-    out, lse = injected_attention(q, k, v, *rest)
+    out, lse = attend(q, k, v, *rest)
     (alone,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
     (through_lse,) = torch.autograd.grad(lse.sum(), q)
     v.requires_grad_()
-    out, lse = injected_attention(q, k, v, *rest)
+    out, lse = attend(q, k, v, *rest)
     grad_q, grad_v = torch.autograd.grad(out.sum(), (q, v))
     check_same_gradient("grad_q", alone, grad_q)
     assert grad_v.shape == v.shape
@@ -320,7 +322,7 @@ def test_needed_gradients_only(device: torch.device, generator: torch.Generator)
 def test_second_derivative_is_refused(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, *rest = problem("ragged batch", torch.float32, device, generator)
     q.requires_grad_()
-    (grad,) = torch.autograd.grad(injected_attention(q, k, v, *rest)[0].sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(attend(q, k, v, *rest)[0].sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="injected_attention: expected to be differentiated once"):
         grad.sum().backward()
 
@@ -362,11 +364,11 @@ def test_opcheck(case: str, dtype: torch.dtype, device: torch.device, generator:
 
 
 def test_compile(device: torch.device, generator: torch.Generator) -> None:
-    compiled = torch.compile(injected_attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for case in ("ragged batch", "rows share slots"):
         arguments = problem(case, torch.float32, device, generator)
         inputs = [[x.clone().requires_grad_() for x in arguments[:3]] for _ in range(2)]
-        for function, leaves in zip((compiled, injected_attention), inputs, strict=True):
+        for function, leaves in zip((compiled, attend), inputs, strict=True):
             out, lse = function(*leaves, *arguments[3:])
             (out.sum() + lse.sum()).backward()
         for x, y in zip(*inputs, strict=True):
@@ -444,13 +446,13 @@ def test_memory_that_does_not_suffice(device: torch.device, generator: torch.Gen
     arguments[0] = torch.zeros(1, 1, 1, device=device).expand(2**46, 1, 1)
     arguments[3] = torch.tensor([0, 2**46], device=device)
     with pytest.raises(RuntimeError, match=r"out of memory: expected room for a tensor of shape \[\d+"):
-        injected_attention(*arguments)
+        attend(*arguments)
 
 
 def test_table_with_more_columns_than_half_the_head(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, cu_q, slot_range, position, cos, sin, scale = problem("ragged batch", torch.float32, device, generator)
     with pytest.raises(ValueError, match="cos: expected at most D/2 = 32 columns, got 48"):
-        injected_attention(q, k, v, cu_q, slot_range, position, cos.repeat(1, 3), sin.repeat(1, 3), scale)
+        attend(q, k, v, cu_q, slot_range, position, cos.repeat(1, 3), sin.repeat(1, 3), scale)
 
 
 @pytest.mark.parametrize(

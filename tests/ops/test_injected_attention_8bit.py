@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_injected_attention import build
+from test_injected_attention import attend, build
 from torch import Tensor
 
 from sharedllm_ext import reference
-from sharedllm_ext.ops import dequantize_memory, injected_attention, injected_attention_8bit, quantize_memory
+from sharedllm_ext.ops import dequantize_memory, injected_attention_8bit, quantize_memory
 from sharedllm_ext.reference.memory_quantization import quantize_memory as reference_quantize
-from tests.support import needs_cuda
+from tests.support import needs_cuda, scale_last
 from tests.tolerance import check_error
 
+attend_8bit = scale_last(injected_attention_8bit)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # queries of each row, slots of each row, number of slots, Hq, Hkv, D, R
 SPECS = {
@@ -44,19 +45,19 @@ def problem(
 @pytest.mark.parametrize("name", SPECS)
 def test_error_against_float64(name: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments, oracle = problem(name, dtype, device, generator)
-    out, lse = injected_attention_8bit(*arguments)
+    out, lse = attend_8bit(*arguments)
     assert out.dtype == dtype and lse.dtype == torch.float32
     exact_out, exact_lse = reference.injected_attention(*oracle)
     # the same-dtype expression: codes restored in q's dtype, products in that dtype
     restored = [dequantize_memory(c, s, dtype) for c, s in zip(arguments[1:3], arguments[3:5], strict=True)]
-    same_out, same_lse = injected_attention(arguments[0], *restored, *arguments[5:])
+    same_out, same_lse = attend(arguments[0], *restored, *arguments[5:])
     if dtype == torch.float32:
         torch.testing.assert_close(out.double(), exact_out, rtol=0, atol=3e-6)
         torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=3e-5)
     else:
         check_error("out", out, same_out, exact_out)
         check_error("lse", lse, same_lse, exact_lse)
-    again, _ = injected_attention_8bit(*arguments)
+    again, _ = attend_8bit(*arguments)
     assert torch.equal(again, out)
 
 
@@ -79,18 +80,18 @@ def test_quantize_equals_the_reference(
 
 def test_other_slots_do_not_leak(device: torch.device, generator: torch.Generator) -> None:
     arguments, _ = problem("decode", torch.bfloat16, device, generator)
-    out, lse = injected_attention_8bit(*arguments)
+    out, lse = attend_8bit(*arguments)
     for scales in arguments[3:5]:
         scales[700:] = torch.nan
-    again, again_lse = injected_attention_8bit(*arguments)
+    again, again_lse = attend_8bit(*arguments)
     assert torch.equal(again, out) and torch.equal(again_lse, lse)
 
 
 def test_what_it_costs(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, *rest = build(([2], [(0, 900)], 900, 8, 2, 128, 128), torch.float32, device, generator)
-    exact, _ = injected_attention(q, k, v, *rest)
+    exact, _ = attend(q, k, v, *rest)
     (keys, key_scale), (values, value_scale) = quantize_memory(k), quantize_memory(v)
-    got, _ = injected_attention_8bit(q, keys, values, key_scale, value_scale, *rest)
+    got, _ = attend_8bit(q, keys, values, key_scale, value_scale, *rest)
     assert 0 < (got - exact).norm() / exact.norm() < 0.015
 
 
@@ -99,32 +100,32 @@ def test_opcheck_and_compile(name: str, device: torch.device, generator: torch.G
     arguments, _ = problem(name, torch.bfloat16, device, generator)
     torch.library.opcheck(torch.ops.sharedllm.injected_attention_8bit.default, tuple(arguments))
     torch.library.opcheck(torch.ops.sharedllm.quantize_memory.default, (arguments[0],))
-    compiled = torch.compile(injected_attention_8bit, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, compiled(*arguments), injected_attention_8bit(*arguments)))
+    compiled = torch.compile(attend_8bit, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(*arguments), attend_8bit(*arguments)))
 
 
 def test_backward_is_refused(device: torch.device, generator: torch.Generator) -> None:
     arguments, _ = problem("decode", torch.float32, device, generator)
     arguments[0].requires_grad_()
     with pytest.raises(NotImplementedError, match="8-bit memory: expected to be read without gradients"):
-        injected_attention_8bit(*arguments)[0].sum().backward()
+        attend_8bit(*arguments)[0].sum().backward()
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["decode", "many queries"])
 def test_cuda_graph_without_waiting(name: str, generator: torch.Generator) -> None:
     arguments, _ = problem(name, torch.bfloat16, "cuda", generator)
-    want = injected_attention_8bit(*arguments)
+    want = attend_8bit(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            injected_attention_8bit(*arguments)
+            attend_8bit(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out, _ = injected_attention_8bit(*arguments)
+            out, _ = attend_8bit(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     out.fill_(torch.nan)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_injected_attention import (
     Spec,
+    attend,
     backward_op,
     build,
     check_same_gradient,
@@ -22,13 +23,14 @@ from torch import Tensor
 from sharedllm_ext import reference
 from sharedllm_ext._library import cuda_kernels
 from sharedllm_ext.ops import dequantize_memory, injected_attention_8bit, quantize_memory
-from sharedllm_ext.ops.injected_attention import _plain, injected_attention, injected_attention_path
+from sharedllm_ext.ops.injected_attention import _plain, injected_attention_path
 from tests import sanitize
-from tests.support import needs_cuda
+from tests.support import needs_cuda, scale_last
 from tests.tolerance import check_error, oracle
 
 pytestmark = needs_cuda
 
+attend_8bit = scale_last(injected_attention_8bit)
 CUDA = torch.device("cuda")
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL_SIZES = (64, 96, 128, 256)
@@ -155,7 +157,7 @@ def test_one_row_of_a_long_memory(
             codes, scales = zip(quantize_memory(k), quantize_memory(v), strict=True)
             same_arguments = [q, *(dequantize_memory(*x, dtype) for x in zip(codes, scales, strict=True)), *rest]
             exact_arguments[1:3] = (dequantize_memory(*x, torch.float64) for x in zip(codes, scales, strict=True))
-            arguments, operator = [q, *codes, *scales, *rest], injected_attention_8bit
+            arguments, operator = [q, *codes, *scales, *rest], attend_8bit
         else:
             owned = torch.zeros(slots, dtype=torch.bool)
             owned[begin:end] = True
@@ -271,7 +273,7 @@ def test_scores_far_apart(path: str, dtype: torch.dtype, generator: torch.Genera
     spec, _ = ragged([3, 4] if path == "decode" else [70, 3], [1300, 64], (8, 2), 128)
     arguments = build(spec, dtype, CUDA, generator, 100.0)
     with on_path(path):
-        out, lse = injected_attention(*arguments)
+        out, lse = attend(*arguments)
     exact_out, exact_lse = reference.injected_attention(*oracle(arguments))
     same_out, same_lse = _plain(*arguments)
     check_error("out", out, same_out, exact_out)
@@ -310,7 +312,7 @@ def test_what_no_kernel_takes(dtype: torch.dtype, size: int, generator: torch.Ge
     results = []
     for wide in (False, True):
         leaves = [(x.double() if wide else x).clone().requires_grad_() for x in (q, k, v)]
-        function = reference.injected_attention if wide else injected_attention
+        function = reference.injected_attention if wide else attend
         out, lse = function(*leaves, *(oracle(rest) if wide else rest))
         (out.double().square().sum() + lse[lse.isfinite()].double().sin().sum()).backward()
         results.append([out, lse, *(x.grad for x in leaves)])
@@ -470,7 +472,7 @@ def test_more_than_65535_rows(generator: torch.Generator) -> None:
     begin = torch.randint(0, slots - 3, (rows,), generator=generator)
     spec: Spec = ([1] * rows, [(b, b + 3) for b in begin.tolist()], slots, heads, 2, size, size)
     q, k, v, *rest = arguments = build(spec, torch.bfloat16, CUDA, generator)
-    out, lse = injected_attention(*arguments)
+    out, lse = attend(*arguments)
     position, cos, sin = rest[2:5]
     query = reference.rotary.rotate(q.double(), cos[position].double(), sin[position].double())
     index = begin.to(CUDA)[:, None] + torch.arange(3, device=CUDA)
@@ -492,7 +494,7 @@ def test_more_than_65535_tiles_of_queries(generator: torch.Generator) -> None:
     arguments[0] = torch.ones(count, 1, 64, dtype=torch.bfloat16, device=CUDA)
     arguments[0][position:] = part[0]
     arguments[3] = torch.tensor([0, count], device=CUDA)
-    out, lse = injected_attention(*arguments)
+    out, lse = attend(*arguments)
     exact_out, exact_lse = reference.injected_attention(*oracle(part))
     same_out, same_lse = _plain(*part)
     check_error("out", out[position:], same_out, exact_out)
@@ -627,7 +629,7 @@ def test_side_stream(generator: torch.Generator) -> None:
 
 def test_compile_with_the_default_backend(generator: torch.Generator) -> None:
     def block(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        out, lse = injected_attention(2 * q, k, v, *rest)
+        out, lse = attend(2 * q, k, v, *rest)
         return out.float().sin().sum() + lse.clamp(min=0).sum()
 
     compiled = torch.compile(block, fullgraph=True)
@@ -648,10 +650,10 @@ def test_last_device(generator: torch.Generator) -> None:
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     spec, _ = ragged([70, 2], [300, 17], (8, 2), 128)
     arguments = build(spec, torch.bfloat16, device, generator)
-    out, lse = injected_attention(*arguments)
+    out, lse = attend(*arguments)
     here = [x.to(CUDA) if isinstance(x, Tensor) else x for x in arguments]
     assert out.device == device and all(
-        torch.equal(x.cpu(), y.cpu()) for x, y in zip((out, lse), injected_attention(*here), strict=True)
+        torch.equal(x.cpu(), y.cpu()) for x, y in zip((out, lse), attend(*here), strict=True)
     )
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sharedllm_ext import ops, reference
 from sharedllm_ext.ops.node_vectors import _plain, _tree_plain, node_vectors, tree_node_vectors
-from tests.support import needs_cuda
+from tests.support import needs_cuda, scale_last
 from tests.tolerance import check_error, oracle
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+attend, attend_tree = scale_last(node_vectors), scale_last(tree_node_vectors)
 
 # (start, length) of each node, tokens, Hq, Hkv, D, R, rows of the tables
 CASES = {
@@ -82,7 +83,7 @@ def tree_problem(case: str, dtype: torch.dtype, device: torch.device | str, gene
 
 def compare(arguments: list[Any], name: str = "node_vectors") -> None:
     """Against float64, beside two expressions of the same dtype."""
-    out = getattr(ops, name)(*arguments)
+    out = scale_last(getattr(ops, name))(*arguments)
     exact = getattr(reference, name)(*oracle(arguments))
     assert out.dtype == arguments[0].dtype and out.is_contiguous()
     plain = {"node_vectors": _plain, "tree_node_vectors": _tree_plain}[name]
@@ -112,7 +113,7 @@ def test_trees(case: str, dtype: torch.dtype, device: torch.device, generator: t
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_trees_of_other_dtypes(case: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = tree_problem(case, dtype, device, generator)
-    torch.testing.assert_close(tree_node_vectors(*arguments), reference.tree_node_vectors(*arguments))
+    torch.testing.assert_close(attend_tree(*arguments), reference.tree_node_vectors(*arguments))
 
 
 def test_nodes_of_a_tree(generator: torch.Generator) -> None:
@@ -125,7 +126,7 @@ def test_nodes_of_a_tree(generator: torch.Generator) -> None:
 def test_autograd_of_trees(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = tree_problem("deep", dtype, device, generator)
     results = []
-    for function in (tree_node_vectors, reference.tree_node_vectors):
+    for function in (attend_tree, reference.tree_node_vectors):
         inputs = [x.clone().requires_grad_() for x in arguments[:3]]
         (function(*inputs, *arguments[3:]) ** 2).sum().backward()
         results.append([x.grad for x in inputs])
@@ -136,7 +137,7 @@ def test_autograd_of_trees(dtype: torch.dtype, device: torch.device, generator: 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = problem("overlapping", dtype, device, generator)
-    torch.testing.assert_close(node_vectors(*arguments), reference.node_vectors(*arguments))
+    torch.testing.assert_close(attend(*arguments), reference.node_vectors(*arguments))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,16 +150,16 @@ def test_plain_path(case: str, dtype: torch.dtype, device: torch.device, generat
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_strided_inputs(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = problem("odd sizes", dtype, device, generator)
-    want = node_vectors(*arguments)
+    want = attend(*arguments)
     for part in range(3):
         x = arguments[part]
         wide = torch.full((x.shape[0], x.shape[1] + 1, x.shape[2] + 3), torch.nan, dtype=dtype, device=device)
         wide[:, 1:, 2:-1] = x
         for strided in (wide[:, 1:, 2:-1], x.transpose(0, 2).contiguous().transpose(0, 2)):
             assert not strided.is_contiguous()
-            assert torch.equal(node_vectors(*arguments[:part], strided, *arguments[part + 1 :]), want)
+            assert torch.equal(attend(*arguments[:part], strided, *arguments[part + 1 :]), want)
     arguments[3:6] = [x.t().contiguous().t() for x in arguments[3:6]]
-    assert torch.equal(node_vectors(*arguments), want)
+    assert torch.equal(attend(*arguments), want)
 
 
 def test_many_nodes(device: torch.device, generator: torch.Generator) -> None:
@@ -169,7 +170,7 @@ def test_many_nodes(device: torch.device, generator: torch.Generator) -> None:
     spans = torch.stack((start, torch.ones_like(start)), -1)
     table = torch.ones(1, 2, device=device)
     # one token: its value, whatever the scores are
-    torch.testing.assert_close(node_vectors(q, k, v, spans, table, 0 * table, 0.5), v[start].expand(-1, 2, -1))
+    torch.testing.assert_close(attend(q, k, v, spans, table, 0 * table, 0.5), v[start].expand(-1, 2, -1))
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -179,7 +180,7 @@ def test_same_bits_with_any_number_of_threads(dtype: torch.dtype, generator: tor
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(node_vectors(*arguments))
+            results.append(attend(*arguments))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -187,9 +188,9 @@ def test_same_bits_with_any_number_of_threads(dtype: torch.dtype, generator: tor
 
 def test_tokens_outside_the_node_do_not_count(device: torch.device, generator: torch.Generator) -> None:
     q, k, v, spans, *rest = problem("overlapping", torch.float32, device, generator)
-    want = node_vectors(q, k, v, spans, *rest)
+    want = attend(q, k, v, spans, *rest)
     k[:50], v[:50] = torch.nan, torch.nan
-    out = node_vectors(q, k, v, spans, *rest)
+    out = attend(q, k, v, spans, *rest)
     assert torch.equal(out[2:], want[2:]) and out[:2].isnan().all()
 
 
@@ -201,7 +202,7 @@ def test_autograd_equals_the_reference(
     arguments = problem(case, dtype, device, generator)
     tolerance = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
     results = []
-    for function in (node_vectors, reference.node_vectors):
+    for function in (attend, reference.node_vectors):
         inputs = [x.clone().requires_grad_() for x in arguments[:3]]
         (function(*inputs, *arguments[3:]).double() ** 2).sum().backward()
         results.append([torch.zeros_like(x) if x.grad is None else x.grad for x in inputs])
@@ -213,14 +214,14 @@ def test_autograd_equals_the_reference(
 def test_empty_nodes_have_zero_gradients(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     arguments = problem("only empty nodes", dtype, device, generator)
     inputs = [x.requires_grad_() for x in arguments[:3]]
-    node_vectors(*arguments).sum().backward()
+    attend(*arguments).sum().backward()
     assert all(x.grad is not None and torch.equal(x.grad, torch.zeros_like(x)) for x in inputs)
 
 
 def test_second_derivative_is_refused(device: torch.device, generator: torch.Generator) -> None:
     q, *rest = problem("overlapping", torch.float32, device, generator)
     q.requires_grad_()
-    (grad,) = torch.autograd.grad(node_vectors(q, *rest).sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(attend(q, *rest).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="node_vectors: expected to be differentiated once"):
         grad.sum().backward()
 
@@ -256,7 +257,7 @@ def test_cuda_never_waits(dtype: torch.dtype, generator: torch.Generator) -> Non
     leaves = [[x.requires_grad_() for x in arguments[:3]] for arguments in (plain, tree)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for function, arguments, inputs in zip((node_vectors, tree_node_vectors), (plain, tree), leaves, strict=True):
+        for function, arguments, inputs in zip((attend, attend_tree), (plain, tree), leaves, strict=True):
             out = function(*arguments)
             torch.autograd.grad(out, inputs, torch.ones_like(out))
     finally:
@@ -266,8 +267,8 @@ def test_cuda_never_waits(dtype: torch.dtype, generator: torch.Generator) -> Non
 @needs_cuda
 def test_cuda_graph_and_same_bits(generator: torch.Generator) -> None:
     for function, arguments in (
-        (node_vectors, problem("one long node among short ones", torch.bfloat16, "cuda", generator)),
-        (tree_node_vectors, tree_problem("llama heads", torch.bfloat16, "cuda", generator)),
+        (attend, problem("one long node among short ones", torch.bfloat16, "cuda", generator)),
+        (attend_tree, tree_problem("llama heads", torch.bfloat16, "cuda", generator)),
     ):
         want = function(*arguments)
         graph = torch.cuda.CUDAGraph()
@@ -282,21 +283,21 @@ def test_cuda_graph_and_same_bits(generator: torch.Generator) -> None:
 @needs_cuda
 def test_wild_spans_stay_inside_on_cuda(generator: torch.Generator) -> None:
     arguments = problem("llama heads", torch.bfloat16, "cuda", generator)
-    want = node_vectors(*arguments)
+    want = attend(*arguments)
     arguments[3][0] = torch.tensor([-5, 2**62])
     arguments[3][1] = torch.tensor([2**62, 2**62])
-    out = node_vectors(*arguments)
+    out = attend(*arguments)
     # the others' results do not change but for rounding, as work is dealt out anew
     torch.testing.assert_close(out[2:], want[2:])
     assert not out.isnan().any() and (out[1] == 0).all()
 
 
 def test_compile(device: torch.device, generator: torch.Generator) -> None:
-    compiled = torch.compile(node_vectors, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for case in ("overlapping", "empty nodes"):
         arguments = problem(case, torch.float32, device, generator)
         inputs = [[x.clone().requires_grad_() for x in arguments[:3]] for _ in range(2)]
-        for function, leaves in zip((compiled, node_vectors), inputs, strict=True):
+        for function, leaves in zip((compiled, attend), inputs, strict=True):
             function(*leaves, *arguments[3:]).sum().backward()
         for x, y in zip(*inputs, strict=True):
             assert torch.equal(x.grad, y.grad)
@@ -373,7 +374,7 @@ def test_roots_longer_than_the_tables(dtype: torch.dtype, generator: torch.Gener
     arguments[3][1, 1] = 257
     message = r"spans\[1\]: expected start >= 0, 0 <= length <= 256 and start \+ length <= 712, got \(256, 257\)"
     with pytest.raises(ValueError, match=message):
-        tree_node_vectors(*arguments)
+        attend_tree(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -163,7 +163,9 @@ def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tab
     last = _last_token(spans)
     hidden = embedded.embeddings.index_select(0, last)
     query = project(layer, embedded.normed.index_select(0, last), "q")
-    attended = node_vectors(query, embedded.key, embedded.value, spans, *tables.of(layer), layer.self_attn.scaling)
+    attended = node_vectors(
+        query, embedded.key, embedded.value, spans, *tables.of(layer), scale=layer.self_attn.scaling
+    )
     return model.norm(_finish(layer, hidden, attended.flatten(1), Products()))
 
 
@@ -487,7 +489,7 @@ def _attend_to_candidates(
     query = project(layer, embedded.normed.index_select(0, _last_token(nodes[-1]).flatten()), "q")
     query = query.unflatten(0, nodes[-1].shape[:2])
     scale = layer.self_attn.scaling
-    attended = tree_node_vectors(query, embedded.key, embedded.value, roots, *tables.of(layer), levels, scale)
+    attended = tree_node_vectors(query, embedded.key, embedded.value, roots, *tables.of(layer), levels, scale=scale)
     return _Candidates(torch.cat(nodes[1:], 1), attended)
 
 
@@ -559,7 +561,7 @@ class _Nodes:
             visible = length.clamp(max=window)
             start, length = start + length - visible, visible
         spans = torch.stack((start, length), 1)
-        return node_vectors(query, key, value, spans, *self._tables.of(layer), layer.self_attn.scaling).flatten(1)
+        return node_vectors(query, key, value, spans, *self._tables.of(layer), scale=layer.self_attn.scaling).flatten(1)
 
     def _attend_packed(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         window = sliding_window(layer)

@@ -500,7 +500,7 @@ class DecodeRunner:
             slot_range,
             self._no_position,
             *self._no_rotation,
-            attention.scaling,
+            scale=attention.scaling,
         )
         return _sum(x, out.flatten(1), output, layer)
 
@@ -519,7 +519,7 @@ class DecodeRunner:
             context.q_position,
             context.cos[injection.layer_index],
             context.sin[injection.layer_index],
-            injection.scaling,
+            scale=injection.scaling,
         )
         return _product(out.flatten(1), (injection.o_proj,), residual=x)
 

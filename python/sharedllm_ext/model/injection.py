@@ -100,7 +100,7 @@ class InjectedAttention(nn.Module):
             context.q_position,
             context.cos[self.layer_index],
             context.sin[self.layer_index],
-            self.scaling,
+            scale=self.scaling,
         )
         # a hook of this block may have kept its input
         hidden_states = hidden_states if is_untouched(self) else hidden_states.clone()

@@ -79,14 +79,6 @@ def check_heads(q: Tensor, k: Tensor) -> None:
     check_that(shared > 0 and heads % shared == 0, "q", f"a number of heads divisible by k's {shared}", heads)
 
 
-def check_batch(cu_q: Tensor, slot_range: Tensor, q_position: Tensor, device: torch.device) -> None:
-    """Check what describes the ``B`` rows of a ragged batch: int64, ``cu_q`` one longer, ``slot_range`` in pairs."""
-    check_tensor("q_position", q_position, ("B",), torch.int64, device)
-    rows = q_position.shape[0]
-    check_tensor("cu_q", cu_q, (rows + 1,), torch.int64, device)
-    check_tensor("slot_range", slot_range, (rows, 2), torch.int64, device)
-
-
 def check_cumulative(name: str, values: Tensor, total: int) -> None:
     """Check that cumulative counts start at 0, never fall and end at ``total`` (reads the values: CPU tensors only)."""
     numbers = values.tolist()

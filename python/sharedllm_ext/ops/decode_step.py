@@ -96,7 +96,7 @@ def _check_linear(
     total = sum(weight.shape[0] for weight in weights)
     if gated:
         check_that(len(weights) == 2, "weights", "2 matrices with gated", len(weights))
-        check_tensor("weights[1]", weights[1], tuple(weights[0].shape), x.dtype, x.device)
+        check_tensor("weights[1]", weights[1], weights[0].shape, x.dtype, x.device)
         check_that(residual is None, "residual", "None with gated", "a tensor")
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, (x.shape[1],), x.dtype, x.device)
@@ -176,7 +176,7 @@ def _check_append(
     check_tensor("qkv", qkv, ("B", "(Hq + 2 Hkv) D"), FLOATS)
     rows, device = qkv.shape[0], qkv.device
     check_tensor("keys", keys, (rows, "capacity", "Hkv", "D"), qkv.dtype, device)
-    check_tensor("values", values, tuple(keys.shape), qkv.dtype, device)
+    check_tensor("values", values, keys.shape, qkv.dtype, device)
     heads, size = keys.shape[2:]
     check_that(
         size > 0 and qkv.shape[1] % size == 0 and qkv.shape[1] // size > 2 * heads,
@@ -248,14 +248,43 @@ def _plain_append(
 
 
 @torch.library.register_fake("sharedllm::decode_linear")
-def _linear_fake(x: Tensor, weight: Tensor, weight2: Tensor | None, weight3: Tensor | None, *rest: object) -> Tensor:
-    gated = rest[6]
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    weight2: Tensor | None,
+    weight3: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    bias3: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    overlap: bool,
+    prefetch: Tensor | None,
+    prefetch_bytes: int,
+) -> Tensor:
     outputs = [matrix.shape[0] for matrix in (weight, weight2, weight3) if matrix is not None]
     return x.new_empty((x.shape[0], outputs[0] if gated else sum(outputs)))
 
 
 @torch.library.register_fake("sharedllm::decode_append")
-def _append_fake(qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _append_fake(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    first: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    window: int,
+    overlap: bool,
+    prefetch: Tensor | None,
+    prefetch_bytes: int,
+) -> tuple[Tensor, Tensor]:
     heads, size = keys.shape[2:]
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // size - 2 * heads, size)), length.new_empty((qkv.shape[0], 2))
 

@@ -192,14 +192,14 @@ def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 def _check_product(gate: Tensor, up: Tensor) -> None:
     check_tensor("gate", gate, ("T", "n"), FLOATS)
-    check_tensor("up", up, tuple(gate.shape), gate.dtype, gate.device)
+    check_tensor("up", up, gate.shape, gate.dtype, gate.device)
 
 
 def _check_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
     check_tensor("x", x, ("T", "d"), FLOATS)
     check_tensor("weight", weight, (x.shape[1],), x.dtype, x.device)
     if residual is not None:
-        check_tensor("residual", residual, tuple(x.shape), x.dtype, x.device)
+        check_tensor("residual", residual, x.shape, x.dtype, x.device)
     check_eps(eps)
 
 
@@ -258,13 +258,24 @@ def _add_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> t
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _codes_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("sharedllm::quantize_rows_fp8")
+def _codes_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
 
 
+@torch.library.register_fake("sharedllm::silu_product_fp8")
+def _product_codes_fake(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _codes_fake(gate)
+
+
+@torch.library.register_fake("sharedllm::rms_norm_fp8")
+def _norm_codes_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _codes_fake(x)
+
+
 @torch.library.register_fake("sharedllm::add_rms_norm_fp8")
-def _add_codes_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def _add_codes_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), *_codes_fake(x)
 
 
@@ -319,7 +330,6 @@ torch.library.register_autograd("sharedllm::silu_product", _product_backward, se
 torch.library.register_autograd("sharedllm::rms_norm", _norm_backward, setup_context=_save_inputs)
 torch.library.register_autograd("sharedllm::add_rms_norm", _add_norm_backward, setup_context=_save_sum)
 for _name in ("quantize_rows_fp8", "silu_product_fp8", "rms_norm_fp8"):
-    torch.library.register_fake(f"sharedllm::{_name}", _codes_fake)
     torch.library.register_autograd(f"sharedllm::{_name}", _no_derivative)
 torch.library.register_autograd("sharedllm::add_rms_norm_fp8", _no_derivative)
 

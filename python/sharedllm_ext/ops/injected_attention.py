@@ -15,15 +15,12 @@ from ._autocast import outside_autocast
 from ._checks import (
     CPU_KERNEL_DTYPES,
     FLOATS,
-    check_batch,
-    check_cumulative,
     check_heads,
-    check_inside,
-    check_rotary,
     check_scale,
     check_tensor,
     check_that,
 )
+from ._rows import Rows
 
 __all__ = ["injected_attention", "injected_attention_path"]
 
@@ -46,6 +43,7 @@ def injected_attention(
     q_position: Tensor,
     cos: Tensor,
     sin: Tensor,
+    *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each row's queries over the row's whole memory, without a causal mask.
@@ -91,20 +89,20 @@ def injected_attention(
         out = torch.einsum("hqs,shd->qhd", scores.softmax(-1), v.repeat_interleave(Hq // Hkv, 1))
         lse = scores.logsumexp(-1).T
     """
+    rows = Rows(cu_q, slot_range, q_position, cos, sin)
     check_tensor("q", q, ("T", "Hq", "D"), FLOATS)
     device, size = q.device, q.shape[2]
     check_tensor("k", k, ("S", "Hkv", size), q.dtype, device)
-    check_tensor("v", v, tuple(k.shape), q.dtype, device)
+    check_tensor("v", v, k.shape, q.dtype, device)
     check_heads(q, k)
-    check_batch(cu_q, slot_range, q_position, device)
-    check_rotary(cos, sin, size, device)
+    rows.check(size, device)
     check_scale(scale)
     if device.type == "cpu" and q.dtype not in CPU_KERNEL_DTYPES:
-        _check_values(q, k, cu_q, slot_range, q_position, cos)
-        return _reference(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+        rows.check_values(q.shape[0], k.shape[0])
+        return _reference(q, k, v, *rows, scale)
     if device.type == "cuda" and (q.dtype == torch.float64 or size > MAX_CUDA_HEAD_SIZE):
-        return _reference(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
-    return torch.ops.sharedllm.injected_attention(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+        return _reference(q, k, v, *rows, scale)
+    return torch.ops.sharedllm.injected_attention(q, k, v, *rows, scale)
 
 
 @contextlib.contextmanager
@@ -128,15 +126,6 @@ def injected_attention_path(name: str) -> Iterator[None]:
         yield
     finally:
         force(before)
-
-
-def _check_values(q: Tensor, k: Tensor, cu_q: Tensor, slot_range: Tensor, q_position: Tensor, cos: Tensor) -> None:
-    """What the C++ operator checks by itself, for the reference path."""
-    check_cumulative("cu_q", cu_q, q.shape[0])
-    slots = k.shape[0]
-    for row, (begin, end) in enumerate(slot_range.tolist()):
-        check_that(0 <= begin <= end <= slots, f"slot_range[{row}]", f"0 <= begin <= end <= {slots}", (begin, end))
-    check_inside("q_position", q_position, 0, cos.shape[0])
 
 
 @torch.library.register_fake("sharedllm::injected_attention")
@@ -182,12 +171,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *rest = ctx.saved_tensors
+    q, k, v, out, lse, *rows = ctx.saved_tensors
     need_grad_kv = any(ctx.needs_input_grad[1:3])
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grad_q, grad_k, grad_v = torch.ops.sharedllm.injected_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *rest, ctx.scale, need_grad_kv
+        grad_out, grad_lse, q, k, v, out, lse, *rows, ctx.scale, need_grad_kv
     )
     return (grad_q, grad_k, grad_v, *([None] * 6)) if need_grad_kv else (grad_q, *([None] * 8))
 
@@ -257,12 +246,6 @@ def _blocks(q: Tensor, k: Tensor, cu_q: Tensor, slot_range: Tensor) -> Iterator[
                 )
 
 
-def _query_tables(q: Tensor, cu_q: Tensor, q_position: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the rotary tables of every query, ``[T, R/2]``."""
-    position = torch.repeat_interleave(q_position, cu_q.diff(), output_size=q.shape[0])
-    return cos[position], sin[position]
-
-
 @outside_autocast
 def _plain(
     q: Tensor,
@@ -277,7 +260,7 @@ def _plain(
 ) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch: matmuls in the input dtype, softmax in float32."""
     dtype = compute_dtype(q.dtype)
-    query = rotate(q.to(dtype), *_query_tables(q, cu_q, q_position, cos, sin)).to(q.dtype)
+    query = rotate(q.to(dtype), *Rows(cu_q, slot_range, q_position, cos, sin).query_tables(q.shape[0])).to(q.dtype)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
     for block in _blocks(q, k, cu_q, slot_range):
@@ -306,7 +289,7 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's backward in plain PyTorch, scores recomputed from ``lse``."""
     dtype = compute_dtype(q.dtype)
-    tables = _query_tables(q, cu_q, q_position, cos, sin)
+    tables = Rows(cu_q, slot_range, q_position, cos, sin).query_tables(q.shape[0])
     query = rotate(q.to(dtype), *tables).to(q.dtype)
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     if grad_lse is not None:

@@ -10,7 +10,8 @@ from ..reference.memory_quantization import dequantize_memory as _dequantize
 from ..reference.memory_quantization import quantize_memory as _quantize
 from ..reference.rotary import compute_dtype
 from ._autocast import outside_autocast
-from ._checks import FLOATS, check_batch, check_heads, check_rotary, check_scale, check_tensor, check_that
+from ._checks import FLOATS, check_heads, check_scale, check_tensor, check_that
+from ._rows import Rows
 from .injected_attention import injected_attention
 
 __all__ = ["dequantize_memory", "injected_attention_8bit", "quantize_memory"]
@@ -81,6 +82,7 @@ def injected_attention_8bit(
     q_position: Tensor,
     cos: Tensor,
     sin: Tensor,
+    *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`injected_attention` over a memory of 8-bit codes.
@@ -104,14 +106,28 @@ def injected_attention_8bit(
 
     Equivalent to ``injected_attention(q, dequantize_memory(k, k_scale, q.dtype), …)`` up to rounding.
     """
-    tables = (cu_q, slot_range, q_position, cos, sin)
-    _check_attention(q, k, v, k_scale, v_scale, *tables, scale)
+    rows = Rows(cu_q, slot_range, q_position, cos, sin)
     if q.is_cuda and q.dtype == torch.float64:
-        return _restored(q, k, v, k_scale, v_scale, *tables, scale)
-    return torch.ops.sharedllm.injected_attention_8bit(q, k, v, k_scale, v_scale, *tables, scale)
+        return _restored(q, k, v, k_scale, v_scale, *rows, scale)
+    _check_attention(q, k, v, k_scale, v_scale, rows, scale)
+    return torch.ops.sharedllm.injected_attention_8bit(q, k, v, k_scale, v_scale, *rows, scale)
 
 
 def _check_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, rows: Rows, scale: float
+) -> None:
+    check_tensor("q", q, ("T", "Hq", "D"), FLOATS)
+    device = q.device
+    check_tensor("k", k, ("S", "Hkv", q.shape[2]), torch.int8, device)
+    check_tensor("v", v, k.shape, torch.int8, device)
+    check_heads(q, k)
+    for name, tensor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check_tensor(name, tensor, k.shape[:2], torch.float32, device)
+    rows.check(q.shape[2], device)
+    check_scale(scale)
+
+
+def _restored(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,23 +139,11 @@ def _check_attention(
     cos: Tensor,
     sin: Tensor,
     scale: float,
-) -> None:
-    check_tensor("q", q, ("T", "Hq", "D"), FLOATS)
-    device = q.device
-    check_tensor("k", k, ("S", "Hkv", q.shape[2]), torch.int8, device)
-    check_tensor("v", v, tuple(k.shape), torch.int8, device)
-    check_heads(q, k)
-    for name, tensor in (("k_scale", k_scale), ("v_scale", v_scale)):
-        check_tensor(name, tensor, tuple(k.shape[:2]), torch.float32, device)
-    check_batch(cu_q, slot_range, q_position, device)
-    check_rotary(cos, sin, q.shape[2], device)
-    check_scale(scale)
-
-
-def _restored(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check_attention(q, k, v, k_scale, v_scale, *rest)
+) -> tuple[Tensor, Tensor]:
+    rows = Rows(cu_q, slot_range, q_position, cos, sin)
+    _check_attention(q, k, v, k_scale, v_scale, rows, scale)
     keys, values = _dequantize(k, k_scale, q.dtype), _dequantize(v, v_scale, q.dtype)
-    return injected_attention(q, keys, values, *rest)
+    return injected_attention(q, keys, values, *rows, scale=scale)
 
 
 def _plain_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +157,19 @@ def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("sharedllm::injected_attention_8bit")
-def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    cu_q: Tensor,
+    slot_range: Tensor,
+    q_position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=compute_dtype(q.dtype))
 
 

@@ -26,7 +26,7 @@ PLAIN_ELEMENTS = 2**26
 
 
 @outside_autocast
-def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, *, scale: float) -> Tensor:
     """Attention of each node's last token over the whole node, rotary positions counted from the node's start.
 
     ``out[i] = softmax(rope(q[i], l - 1) rope(k[s : s + l], 0 .. l - 1)^T * scale) v[s : s + l]`` with
@@ -78,7 +78,7 @@ def node_vectors(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
 
 @outside_autocast
 def tree_node_vectors(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, levels: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, sin: Tensor, levels: int, *, scale: float
 ) -> Tensor:
     """:func:`node_vectors` of all nodes of the first levels of trees whose nodes are halved.
 
@@ -111,13 +111,14 @@ def tree_node_vectors(
     Equivalent to::
 
         nodes, leaf = sharedllm_ext.reference.tree_nodes(spans, levels)
-        node_vectors(q[:, leaf].flatten(0, 1), k, v, nodes.flatten(0, 1), cos, sin, scale).unflatten(0, nodes.shape[:2])
+        out = node_vectors(q[:, leaf].flatten(0, 1), k, v, nodes.flatten(0, 1), cos, sin, scale=scale)
+        out = out.unflatten(0, nodes.shape[:2])
     """
     check_that(1 <= levels <= MAX_LEVELS, "levels", f"1 to {MAX_LEVELS}", levels)
     check_tensor("q", q, ("n", 2**levels, "Hq", "D"), FLOATS)
     device, size = q.device, q.shape[3]
     check_tensor("k", k, ("T", "Hkv", size), q.dtype, device)
-    check_tensor("v", v, tuple(k.shape), q.dtype, device)
+    check_tensor("v", v, k.shape, q.dtype, device)
     check_heads(q[:, 0], k)
     check_tensor("spans", spans, (q.shape[0], 2), torch.int64, device)
     check_rotary(cos, sin, size, device)
@@ -142,7 +143,7 @@ def _check_nodes(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, cos: Tensor, si
     check_tensor("q", q, ("N", "Hq", "D"), FLOATS)
     device, size = q.device, q.shape[2]
     check_tensor("k", k, ("T", "Hkv", size), q.dtype, device)
-    check_tensor("v", v, tuple(k.shape), q.dtype, device)
+    check_tensor("v", v, k.shape, q.dtype, device)
     check_heads(q, k)
     check_tensor("spans", spans, (q.shape[0], 2), torch.int64, device)
     check_rotary(cos, sin, size, device)
