@@ -84,3 +84,21 @@ def test_changes_stand_under_their_kind() -> None:
     assert newest.startswith("### "), newest[:60]
     headings = re.findall(r"^### (.*)$", newest, re.MULTILINE)
     assert headings == [kind for kind in ("Added", "Changed", "Removed", "Fixed") if kind in headings]
+
+
+def glossary() -> list[tuple[str, str]]:
+    """Term and place of every row of the glossary."""
+    text = (ROOT / "csrc" / "README.md").read_text()
+    table = text.split("## Glossary\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    return [(term, place) for term, _, place in rows[2:]]
+
+
+@pytest.mark.parametrize(("term", "place"), glossary(), ids=lambda text: text.split("`")[0][:20].strip())
+def test_the_glossary_names_what_there_is(term: str, place: str) -> None:
+    names = re.findall(r"`([^`]+)`", place)
+    paths = [ROOT / "csrc" / name for name in names if "/" in name]
+    assert paths, f"{term}: expected a file, got {place}"
+    assert [path.relative_to(ROOT).as_posix() for path in paths if not path.exists()] == []
+    source = "".join(file.read_text() for path in paths for file in ([path] if path.is_file() else path.iterdir()))
+    assert [name for name in names if "/" not in name and not re.search(rf"\b{name}\b", source)] == []
