@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -60,6 +62,29 @@ FAMILIES = {
             "norm_topk_prob": True,
         },
     ),
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "sliding_window": 12,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "phi3_longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+                "long_factor": [1.5, 2.0, 3.0, 5.0, 8.0, 13.0],
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "llama_tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "attention_bias": True}),
     "llama_rope_scaling": (
         LlamaConfig,
@@ -81,7 +106,7 @@ _UNIT_NORMS = ("llama", "mistral", "qwen2", "qwen3", "llama_tied", "llama_rope_s
 #: Those with something of their own in layers, rotation or logits.
 LATER = [family for family in FAMILIES if family not in _UNIT_NORMS]
 #: Those whose decoding steps run by their own operators.
-DECODED = [family for family in FAMILIES if family not in ("qwen3_moe",)]
+DECODED = [family for family in FAMILIES if family not in ("qwen3_moe", "phi3_longrope")]
 VOCABULARY = 128
 TREE = {"injection_layers": 2, "chunk_size": 32, "tree_depth": 3, "slots_per_node": 4, "window": 24}
 

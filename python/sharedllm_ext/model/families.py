@@ -26,6 +26,7 @@ from transformers.models.mistral.modeling_mistral import (
     MistralMLP,
     MistralRMSNorm,
 )
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
@@ -142,6 +143,7 @@ class Family:
         attention_norm, mlp_norm: attributes of the norms that stand before attention and MLP.
         rotation: name of an attention's rotary embedding, see :mod:`.rotary`.
         experts: class that stands in the place of the MLP in some layers, or ``None``: experts chosen token by token.
+        after: modules of a layer that the output of its ``attention`` and ``mlp`` passes before it is added.
         embedding_factor: field of the configuration that the model multiplies its embeddings by, or ``None``.
         residual_factor: attribute of a layer that it multiplies by what attention and MLP add, or ``None``.
         logits: of what the output projection gives, and the configuration.
@@ -164,6 +166,7 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     rotation: Callable[[Any], str] = one_rotation
     experts: type | None = None
+    after: Mapping[str, str] = dataclasses.field(default_factory=dict)
     embedding_factor: str | None = None
     residual_factor: str | None = None
     logits: Callable[[Tensor, Any], Tensor] = plain_logits
@@ -230,6 +233,28 @@ _ROWS = (
         refused=without_router_logits,
         gguf=False,
         not_decoded="base family: expected one MLP in every layer, got experts that a router chooses (qwen3_moe)",
+    ),
+    Family(
+        "phi3",
+        "Phi-3/Phi-4",
+        Phi3DecoderLayer,
+        Phi3Attention,
+        Phi3MLP,
+        Phi3RMSNorm,
+        window=window_of_config,
+        projections={
+            **{name: "qkv_proj" for name in "qkv"},
+            "o": "o_proj",
+            "gate": "gate_up_proj",
+            "up": "gate_up_proj",
+            "down": "down_proj",
+        },
+        after={"attention": "resid_attn_dropout", "mlp": "resid_mlp_dropout"},
+        gguf=False,
+        not_fused={
+            "attention": "expected projections and rotation of whole heads, got joined projections and a rotated part",
+            "mlp": "expected a product each for gate and up, got one for both",
+        },
     ),
     Family(
         "granite",
@@ -307,6 +332,13 @@ def residual_factor(layer: Any) -> float:
     """What a layer multiplies the outputs of attention and MLP by, before it adds them."""
     name = family_of(layer).residual_factor
     return 1.0 if name is None else float(getattr(layer, name))
+
+
+def after_output(layer: Any, part: str) -> Any:
+    """The module that what a layer's ``attention`` or ``mlp`` gives passes before it is added; ``None`` without."""
+    name = family_of(layer).after.get(part)
+    module = None if name is None else getattr(layer, name)
+    return None if isinstance(module, nn.Dropout) and not (module.training and module.p > 0) else module
 
 
 def check_settings(name: str, config: Any) -> None:

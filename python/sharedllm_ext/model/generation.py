@@ -32,6 +32,7 @@ from .decoding import (
 from .inputs import check_ids, check_not_empty, check_running_text, query_of, say_past_window, trusted_ids
 from .memory import ContextMemory
 from .reading import say_if_it_cannot_read
+from .rotary import switch_of
 from .signature import describe_difference
 from .split import Split, split_rows
 from .split_prompt import (
@@ -325,6 +326,11 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What forward is given in a step of ``generate``, of all tokens ``[B, T]`` and generate's own state."""
+        cache = kwargs.get(CACHE_NAME)
+        if self._still_rotated(cache, input_ids, attention_mask, inputs_embeds, split_prompt) is not cache:
+            # the whole running text is read again
+            kwargs[CACHE_NAME] = next_sequence_length = None
+            kwargs["position_ids"] = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
         if split_prompt is not None:
             new = input_ids.shape[1] - split_prompt.whole.shape[1]
             if attention_mask is not None:
@@ -345,6 +351,29 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             # what is to be split has been: a text without a cache only grows past the window
             inputs["split_window"] = False
         return inputs
+
+    def _still_rotated(
+        self: Any, cache: Any, input_ids: Tensor, mask: Tensor | None, embeds: Tensor | None, prompt: SplitPrompt | None
+    ) -> Any:
+        """The cache, or ``None`` where its keys were rotated by other frequencies than a text of this length is."""
+        switch = switch_of(self.model.rotary_emb)
+        before = 0 if cache is None or switch is None else cache.get_seq_length()
+        columns = input_ids.shape[1] if prompt is None else prompt.running.shape[1] - prompt.whole.shape[1]
+        columns += 0 if prompt is None else input_ids.shape[1]
+        now = columns if embeds is None else before + 1
+        if switch is None or before == 0 or now <= switch:
+            return cache
+        if mask is not None:
+            # positions do not count padding
+            before, now = (int(mask[:, :end].sum(1).max()) for end in (before, now))
+        if not before <= switch < now:
+            return cache
+        if embeds is not None:
+            raise ValueError(
+                f"inputs_embeds: expected at most {switch} tokens of prompt and answer, beyond which this base rotates "
+                f"all of them otherwise (longrope), got {now}; give input_ids, which can be read again"
+            )
+        return None
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:  # type: ignore[override]
         model_kwargs.pop("split_prompt", None)

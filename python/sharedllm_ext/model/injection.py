@@ -155,15 +155,15 @@ class _InjectedLayer:
             return compressor_step(self, hidden_states)
         normed = attention_norm(self)(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)  # type: ignore[attr-defined]
-        hidden_states = add_output(self, hidden_states, attended)
+        hidden_states = add_output(self, "attention", hidden_states, attended)
         if injected_context is not None:
             injection = self.injection  # type: ignore[attr-defined]
             hidden_states = self._own(injection(hidden_states, injected_context, memory_key, memory_value), injection)
         norm = mlp_norm(self)
         normed = norm(hidden_states)
         mlp: Any = self.mlp  # type: ignore[attr-defined]
-        if not adds_plainly(self):
-            return add_output(self, hidden_states, mlp(normed))
+        if not adds_plainly(self, "mlp"):
+            return add_output(self, "mlp", hidden_states, mlp(normed))
         return add_mlp(self._own(hidden_states, norm), mlp, normed)
 
     def _own(self, hidden_states: Tensor, module: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .cache_name import CACHE_NAME
-from .families import FAMILIES, STILL, attention_norm, family_of, mlp_norm, projection, residual_factor
+from .families import FAMILIES, STILL, after_output, attention_norm, family_of, mlp_norm, projection, residual_factor
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 #: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest: on hidden
@@ -107,14 +107,15 @@ def apply_mlp(mlp: Any, x: Tensor) -> Tensor:
     return mlp(x) if x.dim() == 3 else mlp(x.unsqueeze(0)).squeeze(0)
 
 
-def adds_plainly(layer: Any) -> bool:
-    """Whether a layer adds what attention and MLP give as it is."""
-    return residual_factor(layer) == 1.0
+def adds_plainly(layer: Any, part: str) -> bool:
+    """Whether a layer adds what its ``attention`` or ``mlp`` gives as it is."""
+    return residual_factor(layer) == 1.0 and after_output(layer, part) is None
 
 
-def add_output(layer: Any, hidden: Tensor, output: Tensor) -> Tensor:
-    """``hidden`` and what the layer's attention or MLP gives, added as the family does."""
-    factor = residual_factor(layer)
+def add_output(layer: Any, part: str, hidden: Tensor, output: Tensor) -> Tensor:
+    """``hidden`` and what the layer's ``attention`` or ``mlp`` gives, added as the family does."""
+    factor, module = residual_factor(layer), after_output(layer, part)
+    output = output if module is None else module(output)
     return hidden + (output if factor == 1.0 else output * factor)
 
 
@@ -254,15 +255,15 @@ class Products:
 
     def add_mlp(self, hidden: Tensor, layer: Any, rows: Any) -> Tensor:
         """``hidden`` and the layer's MLP of ``rows``; ``hidden`` may be overwritten where no gradient is needed."""
-        if not adds_plainly(layer):
-            return add_output(layer, hidden, apply_mlp(layer.mlp, rows))
+        if not adds_plainly(layer, "mlp"):
+            return add_output(layer, "mlp", hidden, apply_mlp(layer.mlp, rows))
         return add_mlp(hidden, layer.mlp, rows)
 
     def add_attention(self, hidden: Tensor, layer: Any, rows: Any) -> Tensor:
         """``hidden`` and the layer's output projection of ``rows``; ``hidden`` may be overwritten, as above."""
         output = projection(layer.self_attn, "o")
-        if not adds_plainly(layer):
-            return add_output(layer, hidden, self.linear(output, rows))
+        if not adds_plainly(layer, "attention"):
+            return add_output(layer, "attention", hidden, self.linear(output, rows))
         return self.add_linear(hidden, output, rows)
 
 
@@ -334,7 +335,7 @@ def refuse_fp8(layers: Any) -> None:
         raise ValueError("compressor_precision='fp8': expected no autocast, got one")
     for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
-        if not adds_plainly(layer):
+        if not (adds_plainly(layer, "attention") and adds_plainly(layer, "mlp")):
             raise ValueError(
                 f"compressor_precision='fp8': expected layers that add what attention and MLP give as it is, got "
                 f"{type(layer).__name__} (layer {index})"

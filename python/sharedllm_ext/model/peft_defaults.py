@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 # with q_proj and v_proj alone, PEFT's choice for Llama, an untrained injected block stays silent: its o_proj is zero
-_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
 
 
 def register_target_modules() -> None:

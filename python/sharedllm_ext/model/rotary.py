@@ -42,6 +42,16 @@ def _rotation(rotary: Any, name: str) -> Rotation:
     return Rotation(frequencies, float(getattr(rotary, f"{prefix}attention_scaling")))
 
 
+def switch_of(rotary: Any) -> int | None:
+    """Tokens beyond which a rotary embedding turns all of them by other frequencies (longrope), or ``None``."""
+    if getattr(rotary, "rope_type", None) != "longrope":
+        return None
+    parameters = rotary.config.rope_parameters
+    if list(parameters["short_factor"]) == list(parameters["long_factor"]):
+        return None
+    return int(parameters["original_max_position_embeddings"])
+
+
 class LayerTables:
     """cos and sin by layer, float32 ``[P, R/2]`` each, of at least so many positions as were asked for."""
 
