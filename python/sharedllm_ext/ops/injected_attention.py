@@ -20,6 +20,7 @@ from ._checks import (
     check_tensor,
     check_that,
 )
+from ._dispatch import below_autograd, goes_directly, kernel_inputs, needs_gradient
 from ._rows import Rows
 
 __all__ = ["injected_attention", "injected_attention_path"]
@@ -33,7 +34,9 @@ MAX_CUDA_HEAD_SIZE = 256
 PLAIN_SCORES = 2**28
 
 
-@outside_autocast
+_KERNEL_INPUTS = kernel_inputs("injected_attention")
+
+
 def injected_attention(
     q: Tensor,
     k: Tensor,
@@ -89,7 +92,21 @@ def injected_attention(
         out = torch.einsum("hqs,shd->qhd", scores.softmax(-1), v.repeat_interleave(Hq // Hkv, 1))
         lse = scores.logsumexp(-1).T
     """
-    rows = Rows(cu_q, slot_range, q_position, cos, sin)
+    if goes_directly(_KERNEL_INPUTS, q, k, v, cu_q, slot_range, q_position, cos, sin):
+        try:
+            if needs_gradient(q, k, v, cos, sin):
+                return _Differentiable.apply(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+            with below_autograd():
+                return _KERNEL(q, k, v, cu_q, slot_range, q_position, cos, sin, scale)
+        except Exception:
+            # the kernel checks as much as the checks below, which say what is wrong in Python's words
+            pass
+    return _checked(q, k, v, Rows(cu_q, slot_range, q_position, cos, sin), scale)
+
+
+@outside_autocast
+def _checked(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
+    """Every call that does not go straight to the kernel, and every call that it refused."""
     check_tensor("q", q, ("T", "Hq", "D"), FLOATS)
     device, size = q.device, q.shape[2]
     check_tensor("k", k, ("S", "Hkv", size), q.dtype, device)
@@ -182,6 +199,25 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 torch.library.register_autograd("sharedllm::injected_attention", _backward, setup_context=_setup_context)
+_KERNEL = torch.ops.sharedllm.injected_attention.default
+
+
+class _Differentiable(torch.autograd.Function):
+    """What ``torch.library`` makes of the two functions above, without its way through the dispatcher and back."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            output = _KERNEL(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _backward(ctx, *grads)
+        with below_autograd():
+            return _backward(ctx, *grads)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
