@@ -8,6 +8,7 @@ from sharedllm_ext.evaluation.generators import (
     read_hotpotqa,
     read_squad,
 )
+from sharedllm_ext.evaluation.harness import Evaluation, Prediction, PredictionFile, Share, evaluate
 from sharedllm_ext.evaluation.haystacks import Haystack, haystack_of
 from sharedllm_ext.evaluation.metrics import METRICS, score
 from sharedllm_ext.evaluation.peak_memory import PeakMemory, keep_no_freed_blocks, measure_peak
@@ -21,6 +22,16 @@ from sharedllm_ext.evaluation.perplexity import (
 from sharedllm_ext.evaluation.prompts import Prompts
 from sharedllm_ext.evaluation.records import Record
 from sharedllm_ext.evaluation.suites import SUITES, read_suite
+from sharedllm_ext.evaluation.systems import (
+    FullSystem,
+    MemorySystem,
+    NtkSystem,
+    PassagesSystem,
+    System,
+    WindowSystem,
+    YarnSystem,
+    plain_decoder,
+)
 from sharedllm_ext.evaluation.texts import TextError, Texts, read_texts
 from sharedllm_ext.evaluation.tokenising import encode, read_tokens
 
@@ -28,16 +39,28 @@ __all__ = [
     "METRICS",
     "SUITES",
     "TASKS",
+    "Evaluation",
+    "FullSystem",
     "Haystack",
     "LengthResult",
+    "MemorySystem",
+    "NtkSystem",
+    "PassagesSystem",
     "PeakMemory",
     "PerplexityReport",
+    "Prediction",
+    "PredictionFile",
     "Prompts",
     "Record",
+    "Share",
     "Sources",
+    "System",
     "TextError",
     "Texts",
+    "WindowSystem",
+    "YarnSystem",
     "encode",
+    "evaluate",
     "evaluate_perplexity",
     "generate_records",
     "haystack_of",
@@ -45,6 +68,7 @@ __all__ = [
     "make_record",
     "measure_peak",
     "pick_points",
+    "plain_decoder",
     "read_hotpotqa",
     "read_squad",
     "read_suite",

@@ -1,0 +1,258 @@
+"""Ways to answer a question about a long context, all asked in the same words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from sharedllm_ext.evaluation import bm25
+from sharedllm_ext.evaluation.prompts import PromptIds, Prompts
+from sharedllm_ext.evaluation.records import Record
+
+
+class System(Protocol):
+    """Something that answers records.
+
+    Attributes:
+        name: what tables call it.
+        settings: plain values that decide its answers; predictions are used again only where they are the same.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+    def answer(self, records: Sequence[Record]) -> list[str]:
+        """One prediction for each record, in their order: the text after the answer prefix."""
+        ...
+
+
+def plain_decoder(model: Any, *, rope: dict[str, Any] | None = None) -> Any:
+    """The decoder of a SharedLLM model as the Transformers model of its family, with the same weights in memory.
+
+    It has no injected blocks and no compressor, so it is what the base checkpoint would be with these weights.
+
+    Args:
+        model: a SharedLLM model whose weights are plain and in memory.
+        rope: fields to put into ``config.rope_parameters``; the model's own type must be ``default``.
+
+    Raises:
+        ValueError: weights that are quantised or offloaded, or rotary frequencies that are scaled already.
+    """
+    config = copy.deepcopy(model.config.text_config)
+    if rope is not None:
+        came = config.rope_parameters.get("rope_type", "default")
+        if came != "default":
+            raise ValueError(f"rope: expected a model with rope_type 'default' to stretch, got {came!r}")
+        config.rope_parameters = {**config.rope_parameters, **rope}
+    with torch.device("meta"):
+        plain: Any = AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    state = model.state_dict()
+    names = list(plain.state_dict())
+    lacking = [name for name in names if name not in state or state[name].is_meta]
+    if lacking or any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
+        raise ValueError(
+            "model: expected plain weights to build the decoder alone from, got quantised or offloaded ones"
+            + (f" ({lacking[0]})" if lacking else "")
+        )
+    plain.load_state_dict({name: state[name] for name in names}, assign=True)
+    plain.tie_weights()
+    _set_rotary(plain, config)
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.requires_grad_(False).eval()
+
+
+def _set_rotary(plain: Any, config: Any) -> None:
+    """Rotary frequencies by the configuration; they are no part of a state."""
+    rotary: Any = type(plain.model.rotary_emb)
+    plain.model.rotary_emb = rotary(config).to(plain.device)
+
+
+class _Generating:
+    """Greedy answers of a model after token ids."""
+
+    def __init__(self, model: Any, prompts: Prompts) -> None:
+        self.model, self.prompts = model, prompts
+
+    def _tensor(self, ids: Any) -> Tensor:
+        return torch.as_tensor([int(token) for token in ids], dtype=torch.long, device=self.model.device).unsqueeze(0)
+
+    def _generate(self, record: Record, ids: Sequence[int], **more: Any) -> str:
+        tokenizer = self.prompts.tokenizer
+        end = self.model.generation_config.eos_token_id
+        if end is None:
+            end = tokenizer.eos_token_id
+        stops = list(end) if isinstance(end, (list, tuple)) else [] if end is None else [end]
+        if record.stop_at_newline:
+            newline = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
+            stops += newline[-1:]
+        pad = tokenizer.pad_token_id
+        if pad is None:
+            pad = stops[0] if stops else 0
+        prompt = self._tensor(ids)
+        output = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=record.max_new_tokens,
+            eos_token_id=stops or None,
+            pad_token_id=pad,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            **more,
+        )
+        return str(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
+
+
+def _fits(record: Record, needed: int, window: int, what: str) -> None:
+    if needed > window:
+        raise ValueError(f"{record.id}: expected at most {window} tokens in the window for {what}, got {needed}")
+
+
+class MemorySystem(_Generating):
+    """A SharedLLM model: the context is compressed, the question is running text.
+
+    The question, with what the chat template puts around it and the answer prefix, is also the query that picks nodes.
+    """
+
+    name = "memory"
+
+    def __init__(self, model: Any, prompts: Prompts) -> None:
+        super().__init__(model, prompts)
+        self.settings: dict[str, Any] = {"system": self.name, "chat": prompts.chat}
+
+    def answer(self, records: Sequence[Record]) -> list[str]:
+        """Answers of the model with a memory of each context; raises ``ValueError`` for too long a question."""
+        return [self._one(record) for record in records]
+
+    def _one(self, record: Record) -> str:
+        ids = self.prompts.ids(record)
+        running = [*ids.begin, *ids.question]
+        _fits(record, len(running), self.model.config.window, "the question")
+        memory = {}
+        if len(ids.context):
+            with torch.inference_mode():
+                memory["memory"] = self.model.compress(self._tensor(ids.context), query_ids=self._tensor(running))
+        return self._generate(record, running, **memory)
+
+
+class FullSystem(_Generating):
+    """A base model that reads the whole prompt with full attention, however many positions it was trained on."""
+
+    name = "full"
+
+    def __init__(self, model: Any, prompts: Prompts) -> None:
+        super().__init__(model, prompts)
+        self.settings: dict[str, Any] = {"system": self.name, "chat": prompts.chat}
+
+    def answer(self, records: Sequence[Record]) -> list[str]:
+        """Answers of the model after everything that :meth:`read` leaves of the prompt."""
+        return [self._generate(record, self.read(record, self.prompts.ids(record))) for record in records]
+
+    def read(self, record: Record, ids: PromptIds) -> list[int]:
+        """The tokens that are read."""
+        return [*ids.begin, *ids.context.tolist(), *ids.question]
+
+
+class YarnSystem(FullSystem):
+    """The same with rotary frequencies stretched by YaRN (arXiv 2309.00071), as Transformers' ``rope_type`` yarn does.
+
+    ``model`` is a :func:`plain_decoder` of :func:`yarn_parameters`; one factor for prompts of all lengths.
+    """
+
+    name = "yarn"
+
+    def __init__(self, model: Any, prompts: Prompts) -> None:
+        super().__init__(model, prompts)
+        self.settings["factor"] = model.config.rope_parameters["factor"]
+
+
+def yarn_parameters(config: Any, factor: float) -> dict[str, Any]:
+    """``rope_parameters`` that stretch a base's positions by ``factor``."""
+    positions = config.text_config.max_position_embeddings
+    return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": positions}
+
+
+class NtkSystem(FullSystem):
+    """The same with frequencies of dynamic NTK scaling: theta grows with the prompt beyond the trained positions.
+
+    ``theta (n / positions) ** (d / (d - 2))`` for a prompt and longest answer of ``n`` tokens, ``d`` numbers of each
+    head being rotated: Transformers' ``rope_type`` dynamic with factor 1 at that length. It stays while the answer
+    grows, so that all keys are rotated alike.
+    """
+
+    name = "ntk"
+
+    def answer(self, records: Sequence[Record]) -> list[str]:
+        """Answers of the model, whose frequencies are set for each prompt."""
+        return [self._one(record) for record in records]
+
+    def _one(self, record: Record) -> str:
+        ids = self.read(record, self.prompts.ids(record))
+        config = copy.deepcopy(self.model.config)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = int(size * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        ratio = max(1.0, (len(ids) + record.max_new_tokens) / config.max_position_embeddings)
+        theta = config.rope_parameters["rope_theta"] * ratio ** (size / (size - 2))
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+        own = self.model.model.rotary_emb
+        _set_rotary(self.model, config)
+        try:
+            return self._generate(record, ids)
+        finally:
+            self.model.model.rotary_emb = own
+
+
+class WindowSystem(FullSystem):
+    """A sliding window with attention sinks (StreamingLLM, arXiv 2309.17453), as a cut of the prompt.
+
+    Of a prompt longer than ``window - max_new_tokens`` the first ``sinks`` tokens and the last others are read, at the
+    positions 0, 1, 2, … that they have among themselves; what stands between them is never seen. Streaming would keep
+    keys and values that were computed while other tokens were visible; here all are computed from what is left.
+    """
+
+    name = "window"
+
+    def __init__(self, model: Any, prompts: Prompts, *, window: int, sinks: int = 4) -> None:
+        super().__init__(model, prompts)
+        self.window, self.sinks = window, sinks
+        self.settings |= {"window": window, "sinks": sinks}
+
+    def read(self, record: Record, ids: PromptIds) -> list[int]:
+        """First and last tokens; raises ``ValueError`` where the question alone has no room."""
+        _fits(record, self.sinks + len(ids.question) + record.max_new_tokens, self.window, "sinks, question and answer")
+        prompt = super().read(record, ids)
+        room = self.window - record.max_new_tokens
+        return prompt if len(prompt) <= room else prompt[: self.sinks] + prompt[len(prompt) - (room - self.sinks) :]
+
+
+class PassagesSystem(FullSystem):
+    """The passages of the context that BM25 over token ids finds for the question, read in the window in their order.
+
+    As many of the ``count`` best passages of ``size`` tokens as have room beside the question and the longest answer.
+    """
+
+    name = "bm25"
+
+    def __init__(self, model: Any, prompts: Prompts, *, window: int, count: int = 8, size: int = 128) -> None:
+        super().__init__(model, prompts)
+        self.window, self.count, self.size = window, count, size
+        self.settings |= {"window": window, "passages": count, "passage_tokens": size}
+
+    def read(self, record: Record, ids: PromptIds) -> list[int]:
+        """Passages and question; raises ``ValueError`` where not one passage has room."""
+        beside = len(ids.begin) + len(ids.question) + record.max_new_tokens
+        size = min(self.size, len(ids.context))
+        _fits(record, beside + size, self.window, "a passage, question and answer")
+        room = (self.window - beside) // self.size if len(ids.context) > self.window - beside else self.count
+        found = bm25.scores(ids.context, self.prompts.encode(record.question, record.id).tolist(), self.size)
+        chosen = sorted(bm25.best(found, min(self.count, max(room, 1))))
+        passages = [token for i in chosen for token in ids.context[i * self.size : (i + 1) * self.size].tolist()]
+        return [*ids.begin, *passages, *ids.question]

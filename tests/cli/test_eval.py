@@ -1,0 +1,330 @@
+"""``sharedllm eval`` from end to end: the shipped model, bases, suites' files, kept answers, plots."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from sharedllm_ext.cli import eval as command
+from sharedllm_ext.evaluation import systems as systems_module
+
+from ..model.gguf_files import write_gguf
+from .conftest import Result, sentences
+
+Cli = Callable[..., Result]
+#: One pass-key task in the shipped model's tokens.
+SHORT = ("--tasks", "passkey", "--lengths", "400", "--questions", 2, "--depths", "0,100")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> tuple[str, Path]:
+    """``--predictions`` in a folder of its own."""
+    return "--predictions", tmp_path / "kept.jsonl"
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_system_answers_and_nothing_is_asked_twice(
+    cli: Cli, kept: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["memory", "full", "yarn", "ntk", "window", "bm25"]
+    options = ("eval", "demo", *SHORT, "--systems", ",".join(names), "--rope-factor", 2, "--window", 300, "--json")
+    first = cli(*options, *kept)
+    assert first.code == 0, first.err
+    assert first.err == ""
+    document = first.json
+    assert [(row["task"], row["length"], row["system"]) for row in document["results"]] == [
+        ("passkey", 400, name) for name in names
+    ]
+    assert all(row["questions"] == 2 and 0 <= row["score"] <= 1 for row in document["results"])
+    assert [(row["system"], row["depth"]) for row in document["by_depth"]][:2] == [("memory", 0.0), ("memory", 100.0)]
+    assert document["systems"]["window"] == {"system": "window", "chat": False, "window": 300, "sinks": 4}
+    assert document["systems"]["yarn"]["factor"] == 2.0
+    assert (document["answers"], document["answers_kept"], document["seed"]) == (12, 0, 0)
+    rows = rows_of(kept[1])
+    assert [row["system"] for row in rows] == names * 2
+    assert {row["depth"] for row in rows} == {0.0, 100.0}
+
+    def never(*args: Any, **more: Any) -> str:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(systems_module._Generating, "_generate", never)
+    second = cli(*options, *kept)
+    assert second.code == 0, second.err
+    assert second.json["answers_kept"] == 12
+    assert second.json["results"] == document["results"]
+    assert rows_of(kept[1]) == rows
+
+
+def test_table(cli: Cli, kept: tuple[str, Path]) -> None:
+    tasks = ("--tasks", "passkey,number", "--lengths", "500,400", "--questions", 1)
+    result = cli("eval", "demo", *tasks, "--systems", "memory,window", *kept)
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["task", "length", "system", "questions", "score", "95%", "interval", "time/answer"]
+    groups = [
+        (task, length, name)
+        for task in ("passkey", "number")
+        for length in ("400", "500")
+        for name in ("memory", "window")
+    ]
+    assert [tuple(line.split()[:3]) for line in lines[1:9]] == groups
+    assert [line.split()[:5] for line in lines[9:]] == [
+        ["mean", "of", "tasks", length, name] for length in ("400", "500") for name in ("memory", "window")
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert result.err.endswith(f"predictions: {kept[1]}, 8 answers\n")
+
+
+def test_an_interrupted_run_keeps_its_answers_and_goes_on(
+    cli: Cli, kept: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = systems_module._Generating._generate
+    asked: list[int] = []
+
+    def interrupted(self: Any, *args: Any, **more: Any) -> str:
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **more)
+
+    monkeypatch.setattr(systems_module._Generating, "_generate", interrupted)
+    result = cli("eval", "demo", *SHORT, *kept)
+    assert (result.code, result.out) == (130, "")
+    assert len(rows_of(kept[1])) == 1
+    result = cli("eval", "demo", *SHORT, *kept)
+    assert result.code == 0 and len(asked) == 3
+    assert result.err.endswith(f"predictions: {kept[1]}, 2 answers, 1 of them kept from an earlier run\n")
+
+
+def test_base_reads_with_full_attention(cli: Cli, base: Path, kept: tuple[str, Path], tmp_path: Path) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    options = ("eval", own, "--tasks", "passkey", "--lengths", 700, "--questions", 2, "--json", *kept)
+    result = cli(*options)
+    assert result.code == 0, result.err
+    assert [row["system"] for row in result.json["results"]] == ["full"]
+    # another file of the model, another model
+    weights = own / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    assert cli(*options).json["answers_kept"] == 0
+    assert cli(*options).json["answers_kept"] == 2
+    result = cli(*options, "--systems", "memory")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"sharedllm: error: --systems memory: expected a SharedLLM checkpoint, got a base one: {own}\n"
+
+
+def test_other_systems_read_with_another_base(cli: Cli, base: Path, checkpoint: Path, kept: tuple[str, Path]) -> None:
+    asked = ("--tasks", "passkey", "--lengths", 700, "--questions", 1, "--systems", "full", "--json")
+    own = cli("eval", checkpoint, *asked, *kept)
+    other = cli("eval", checkpoint, "--base", base, *asked, *kept)
+    assert other.json["answers_kept"] == 0
+    # that checkpoint's decoder was never trained away from its base
+    first, second = rows_of(kept[1])
+    assert first["prediction"] == second["prediction"]
+    assert (own.json["base"], other.json["base"]) == (None, str(base))
+    result = cli("eval", "demo", "--base", base, *asked, *kept)
+    assert result.code == 1
+    assert result.err == "sharedllm: error: --base: expected a vocabulary of 4096 tokens as MODEL has, got 320\n"
+
+
+def test_gguf_base(cli: Cli, base: Path, tokenizer: Any, kept: tuple[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = LlamaForCausalLM.from_pretrained(base)
+    path = write_gguf(model, tmp_path / "base.gguf", quantised=True, tokenizer=tokenizer)
+    result = cli("eval", path, "--tasks", "passkey", "--lengths", 900, "--questions", 1, "--json", *kept)
+    assert result.code == 0, result.err
+    assert [row["system"] for row in result.json["results"]] == ["full"]
+
+
+def test_haystack_and_documents(cli: Cli, kept: tuple[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(sentences(100).replace("\n", ".\n"))
+    paragraphs = [
+        {"context": f"Lake {i} is deep.", "qas": [{"question": f"Which lake {i}?", "answers": [{"text": f"Lake {i}"}]}]}
+        for i in range(30)
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    sources = ("--haystack", tmp_path / "text.txt", "--squad", tmp_path / "squad.json")
+    tasks = ("--tasks", "niah_single_2,qa_squad", "--lengths", 500, "--questions", 1, "--seed", 7)
+    result = cli("eval", "demo", *tasks, *sources, *kept, "--json")
+    assert result.code == 0, result.err
+    assert [row["task"] for row in result.json["results"]] == ["niah_single_2", "qa_squad"]
+    assert (result.json["seed"], result.json["haystack"]) == (7, str(tmp_path / "text.txt"))
+
+
+def test_suite_of_files(cli: Cli, kept: tuple[str, Path], tmp_path: Path) -> None:
+    row = {
+        "input": "A.\nThe sky.\nWhat is the special magic number for x?",
+        "outputs": ["1"],
+        "answer_prefix": " It is",
+    }
+    for length in ("8k", "4k"):
+        folder = tmp_path / "ruler" / length / "niah_single_1"
+        folder.mkdir(parents=True)
+        (folder / "validation.jsonl").write_text((json.dumps({**row, "length": 10}) + "\n") * 2)
+    result = cli("eval", "demo", "--suite", "ruler", "--data", tmp_path / "ruler", "--questions", 1, *kept)
+    assert result.code == 0, result.err
+    assert [line.split()[:3] for line in result.out.splitlines()[1:]] == [
+        ["niah_single_1", "4,096", "memory"],
+        ["niah_single_1", "8,192", "memory"],
+    ]
+
+
+def test_labels_of_a_suite(cli: Cli, kept: tuple[str, Path], tmp_path: Path) -> None:
+    choices = {f"choice_{letter}": letter for letter in "ABCD"}
+    row = {"_id": "1", "domain": "Law", "sub_domain": "x", "question": "why?", "answer": "C", "context": "a", **choices}
+    rows = [{**row, "difficulty": level, "length": size} for level, size in (("hard", "long"), ("easy", "short"))]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    result = cli("eval", "demo", "--suite", "longbench-v2", "--data", tmp_path / "data.json", *kept)
+    assert result.code == 0, result.err
+    assert [" ".join(line.split()[:3]) for line in result.out.splitlines()[1:]] == [
+        "Law short memory",
+        "Law long memory",
+        "difficulty easy memory",
+        "difficulty hard memory",
+    ]
+    document = cli("eval", "demo", "--suite", "longbench-v2", "--data", tmp_path, *kept, "--json").json
+    assert document["answers_kept"] == 2
+    assert {row["label"] for row in document["by_label"]} == {"difficulty", "length"}
+
+
+def test_plot_of_depth_by_length(cli: Cli, kept: tuple[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = cli("eval", "demo", *SHORT, "--systems", "memory,window", *kept, "--plot", tmp_path / "a.png")
+    assert result.code == 0, result.err
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert result.err.endswith(f"plot: {tmp_path}/a.png\n")
+
+
+def test_table_survives_a_plot_that_cannot_be_drawn(
+    cli: Cli, kept: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "a.png")
+
+    monkeypatch.setattr(command, "plot", full)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    result = cli("eval", "demo", *SHORT, *kept, "--plot", tmp_path / "a.png")
+    assert result.code == 1
+    assert "passkey" in result.out
+    assert result.err.endswith("sharedllm: error: --plot: a.png: no space left on device\n")
+
+
+BAD: list[tuple[str, tuple[object, ...], int, str]] = [
+    ("unknown system", ("--systems", "memory,x"), 2, "--systems: expected some of memory, full, .*, got 'x'"),
+    ("same system twice", ("--systems", "full,full"), 2, "expected different names divided by commas, got 'full,full'"),
+    ("unknown task", ("--tasks", "x"), 2, "--tasks: expected some of niah_single_1, .*, got 'x'"),
+    ("task without its file", ("--tasks", "qa_squad"), 2, "--tasks: expected a file of squad questions for qa_squad"),
+    ("no task", ("--tasks", ""), 2, "expected different names divided by commas, got ''"),
+    ("depth above 100", ("--depths", "0,101"), 2, "expected different numbers from 0 to 100, got '0,101'"),
+    ("depth no number", ("--depths", "nan"), 2, "expected different numbers from 0 to 100, got 'nan'"),
+    ("no length", ("--lengths", "0,9"), 2, "--lengths: expected whole numbers of at least 1, got 0"),
+    ("no questions", ("--questions", "0"), 2, "number of at least 1, got '0'"),
+    (
+        "length without room",
+        ("--tasks", "passkey,cwe", "--lengths", "400"),
+        2,
+        r"--lengths: expected at least \d+ tokens for cwe with this tokenizer, got 400",
+    ),
+    ("suite without data", ("--suite", "ruler"), 2, "--suite: expected --data with it, got none"),
+    ("data without suite", ("--data", "{folder}"), 2, "--data: expected --suite with it, got none"),
+    ("prompts without suite", ("--prompts", "{text}"), 2, "--prompts: expected --suite with it, got none"),
+    (
+        "lengths of a suite",
+        ("--suite", "ruler", "--data", "{folder}", "--lengths", "4k"),
+        2,
+        "--lengths: expected no --suite with it, got ruler",
+    ),
+    ("suite without files", ("--suite", "ruler", "--data", "{folder}"), 1, "{folder}: expected files of ruler tasks"),
+    ("suite that is nowhere", ("--suite", "ruler", "--data", "{nothing}"), 1, "{nothing}: no such file or folder"),
+    ("unknown suite", ("--suite", "x", "--data", "{folder}"), 2, "invalid choice: 'x'"),
+    ("haystack that is nowhere", ("--haystack", "{nothing}"), 1, "{nothing}: no such file or folder"),
+    ("haystack of bytes", ("--haystack", "{bytes}"), 1, "{bytes}: expected UTF-8 text, got byte 0xff"),
+    ("squad that is none", ("--squad", "{text}"), 1, "{text}: expected a JSON object with SQuAD's data, got"),
+    ("hotpotqa that is none", ("--hotpotqa", "{json}"), 1, r"{json}: expected a JSON array, got \{{\}}"),
+    ("empty path", ("--haystack", ""), 2, "--haystack: expected a path, got an empty one"),
+    ("predictions of another kind", ("--predictions", "{text}"), 1, "{text} line 1: expected a prediction, got"),
+    ("predictions into nowhere", ("--predictions", "{nothing}/p"), 1, "--predictions: no such folder: {nothing}"),
+    ("predictions onto a folder", ("--predictions", "{folder}"), 1, "--predictions: expected a file, got the folder"),
+    (
+        "predictions onto the haystack",
+        ("--haystack", "{text}", "--predictions", "{text}"),
+        2,
+        "--predictions: expected another file than those that are read, got {text}",
+    ),
+    ("plot of another kind", ("--plot", "x.gif"), 2, "--plot: expected a file name that ends in .png"),
+    ("plot without depths", ("--plot", "x.png", "--tasks", "vt"), 2, "--plot: expected a task with one place of the"),
+    (
+        "yarn that stretches nothing",
+        ("--systems", "yarn"),
+        2,
+        "--systems yarn: expected --rope-factor, or",
+    ),
+    (
+        "chat without a template",
+        ("--chat-template",),
+        1,
+        "--chat-template: chat: expected a tokenizer with",
+    ),
+    (
+        "a window too small",
+        ("--systems", "window", "--window", "10"),
+        1,
+        "expected at most 10 tokens in the window for",
+    ),
+    ("base that is nowhere", ("--base", "{nothing}"), 1, "{nothing}: no such folder"),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_one_clear_line(
+    cli: Cli,
+    options: tuple[object, ...],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {name: tmp_path / name for name in ("nothing", "folder", "text", "json", "bytes")}
+    places["folder"].mkdir()
+    places["text"].write_text("only words\n")
+    places["json"].write_text("{}")
+    places["bytes"].write_bytes(b"\xff\n")
+    if "x.png" in options:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    before = places["text"].read_text()
+    result = cli("eval", "demo", *(str(option).format(**places) for option in options))
+    assert result.err.startswith("sharedllm: error: "), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert re.search(message.format(**{name: re.escape(str(path)) for name, path in places.items()}), result.err)
+    assert (result.code, result.out) == (code, "")
+    assert places["text"].read_text() == before
+
+
+def test_plot_without_matplotlib(cli: Cli, kept: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = cli("eval", "demo", *SHORT, *kept, "--plot", "a.png")
+    assert result.code == 1
+    assert result.err == "sharedllm: error: --plot: matplotlib is not installed (pip install matplotlib)\n"
+
+
+@pytest.mark.parametrize("place", ["nothing", "file", "bert"])
+def test_models_that_are_none(cli: Cli, kept: tuple[str, Path], tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    result = cli("eval", tmp_path / place, *SHORT, *kept)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.count("\n") == 1 and str(tmp_path / place) in result.err
+    assert cli("eval", tmp_path / "nothing.gguf", *SHORT, *kept).code == 1
