@@ -12,7 +12,6 @@ import torch
 import sharedllm_ext
 from sharedllm_ext import _library
 from sharedllm_ext.info import OPERATORS
-from sharedllm_ext.ops.topk_nodes import CUDA_KERNEL_MAX_K
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -100,12 +99,6 @@ def test_schemas_are_those_of_the_loaded_library() -> None:
     assert _library.registered("CPU") >= set(OPERATORS)
     # where the CUDA library is not loaded, plain PyTorch is registered instead
     assert _library.registered("CUDA") >= set(OPERATORS)
-
-
-def test_limits_of_the_cuda_kernel_are_those_of_the_wrapper() -> None:
-    header = (CSRC / "kernels" / "topk_nodes.h").read_text()
-    limit = re.search(r"kTopkNodesMaxK = (\d+);", header)
-    assert limit is not None and int(limit[1]) == CUDA_KERNEL_MAX_K
 
 
 def test_build_information() -> None:

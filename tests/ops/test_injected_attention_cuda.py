@@ -22,8 +22,9 @@ from torch import Tensor
 
 from sharedllm_ext import reference
 from sharedllm_ext._library import cuda_kernels
+from sharedllm_ext.model.decoding import HEAD_SIZES
 from sharedllm_ext.ops import dequantize_memory, injected_attention_8bit, quantize_memory
-from sharedllm_ext.ops.injected_attention import _plain, injected_attention_path
+from sharedllm_ext.ops.injected_attention import PATHS, _plain, injected_attention_path
 from tests import sanitize
 from tests.support import needs_cuda, scale_last
 from tests.tolerance import check_error, oracle
@@ -33,8 +34,7 @@ pytestmark = needs_cuda
 attend_8bit = scale_last(injected_attention_8bit)
 CUDA = torch.device("cuda")
 HALVES = (torch.bfloat16, torch.float16)
-KERNEL_SIZES = (64, 96, 128, 256)
-PATHS = ("auto", "sm90", "portable", "decode", "generic")
+KERNEL_SIZES = HEAD_SIZES
 # query heads, key/value heads: groups of 1, 4, 7, 8
 HEADS = ((2, 2), (8, 2), (7, 1), (8, 1))
 BORDERS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 175, 176, 177, 255, 256, 257)
