@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -85,6 +87,21 @@ FAMILIES = {
             },
         },
     ),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 32,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "query_pre_attn_scalar": 24,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            },
+        },
+    ),
     "llama_tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "attention_bias": True}),
     "llama_rope_scaling": (
         LlamaConfig,
@@ -105,8 +122,10 @@ FAMILIES = {
 _UNIT_NORMS = ("llama", "mistral", "qwen2", "qwen3", "llama_tied", "llama_rope_scaling")
 #: Those with something of their own in layers, rotation or logits.
 LATER = [family for family in FAMILIES if family not in _UNIT_NORMS]
+#: Of these the ones in which no rounding error chooses an expert.
+CONTINUOUS = [family for family in LATER if family != "qwen3_moe"]
 #: Those whose decoding steps run by their own operators.
-DECODED = [family for family in FAMILIES if family not in ("qwen3_moe", "phi3_longrope")]
+DECODED = [family for family in FAMILIES if family not in ("qwen3_moe", "phi3_longrope", "gemma3_text")]
 VOCABULARY = 128
 TREE = {"injection_layers": 2, "chunk_size": 32, "tree_depth": 3, "slots_per_node": 4, "window": 24}
 

@@ -94,7 +94,7 @@ def test_tuples_instead_of_outputs(labelled: bool) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", *builders.LATER])
 @torch.no_grad()
 def test_attention_maps_and_hidden_states_are_the_bases(family: str, attention: str) -> None:
     base = builders.base(family)

@@ -81,9 +81,13 @@ def test_generate_with_memory(family: str) -> None:
     assert torch.equal(out, running)
 
 
-def test_random_initialisation_injects_nothing() -> None:
-    config = SharedLLMConfig(text_config=builders.base().config, **builders.TREE)
+@pytest.mark.parametrize("family", ["llama", *builders.LATER])
+def test_random_initialisation_injects_nothing(family: str) -> None:
+    config = SharedLLMConfig(text_config=builders.base(family).config, **builders.TREE)
     model = SharedLLMForCausalLM(config).eval()
+    for layer, block in zip(model.model.layers, model.injected_blocks, strict=False):
+        assert torch.equal(block.norm.weight, layer.input_layernorm.weight)
+        assert block.q_norm is None or torch.equal(block.q_norm.weight, layer.self_attn.q_norm.weight)
     assert all(not block.o_proj.weight.any() for block in model.injected_blocks)
     assert all(block.q_proj.weight.any() for block in model.injected_blocks)
 

@@ -87,7 +87,7 @@ def test_the_window_is_what_the_layer_looks_back_on(row: Family) -> None:
         "max_window_layers": 0,
     }
     # SmolLM3 has its window in layers without rotation
-    fields["no_rope_layers"] = [0]
+    fields |= {"no_rope_layers": [0], "layer_types": ["sliding_attention"]}
     known = builders.FAMILIES[row.model_type][0]()
     model = builders.base(row.model_type, **{name: value for name, value in fields.items() if hasattr(known, name)})
     embeds = torch.randn(1, 9, model.config.hidden_size, requires_grad=True)

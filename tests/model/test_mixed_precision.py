@@ -29,7 +29,7 @@ def _freeze_all_but_blocks(model: SharedLLMForCausalLM) -> SharedLLMForCausalLM:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", *builders.LATER])
 @torch.no_grad()
 def test_autocast_reads_and_writes_memories_of_its_own_dtype(family: str, dtype: torch.dtype) -> None:
     model = builders.model(family, query_aware=False)
@@ -49,7 +49,7 @@ def test_autocast_reads_and_writes_memories_of_its_own_dtype(family: str, dtype:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", *builders.CONTINUOUS])
 def test_gradients_under_autocast(family: str, tied: bool) -> None:
     model = builders.model(family, tie_compressor=tied).train()
     text, context = builders.ids(2, 12), builders.ids(2, 130)
@@ -69,7 +69,7 @@ def test_gradients_under_autocast(family: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", *builders.LATER])
 def test_injected_blocks_in_float32_over_a_16_bit_base(family: str, train: bool) -> None:
     model = builders.model(family, query_aware=False).train(train)
     text, context = builders.ids(2, 12), builders.ids(2, 130)

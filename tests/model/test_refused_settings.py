@@ -15,6 +15,21 @@ REFUSED = {
         {"output_router_logits": True},
         r"text_config\.output_router_logits: expected False \(the experts' balancing loss .*\), got True",
     ),
+    "bidirectional attention": (
+        "gemma3_text",
+        {"use_bidirectional_attention": True},
+        r"text_config\.use_bidirectional_attention: expected False, .*, got True",
+    ),
+    "rotation by the length": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        r"text_config\.rope_parameters\['full_attention'\]: expected a rope_type that .*, got 'dynamic'",
+    ),
 }
 
 

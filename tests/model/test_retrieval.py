@@ -13,7 +13,9 @@ from .builders import ids, model
 
 @pytest.mark.parametrize("tokens", [96, 75, 33, 65])
 @pytest.mark.parametrize("depth", [3, 4])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "llama_rope_scaling"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "llama_rope_scaling", "smollm3", "granite", "qwen3_moe", "phi3_longrope"]
+)
 def test_one_pass_equals_level_by_level(family: str, depth: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(tokens)
     shared = model(family, tree_depth=depth)

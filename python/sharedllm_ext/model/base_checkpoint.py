@@ -113,6 +113,7 @@ def assemble(
         model: Any = model_class(config)
     model.model.rotary_emb = copy.deepcopy(inner.rotary_emb)
     _share(model, base)
+    _copy_buffers(model, base)
     for layer in model.model.layers[: config.injection_layers]:
         norm = attention_norm(layer).weight
         layer.injection.to_empty(device=norm.device).to(norm.dtype)
@@ -121,6 +122,7 @@ def assemble(
         state = {name: tensor.detach().clone() for name, tensor in inner.state_dict().items()}
         model.compressor.rotary_emb = copy.deepcopy(inner.rotary_emb)
         model.compressor.load_state_dict({name: state[name] for name in model.compressor.state_dict()}, assign=True)
+        _copy_buffers(model.compressor, inner)
         model.compressor.requires_grad_(True)
     if not quantised:
         model.tie_weights()
@@ -212,6 +214,15 @@ def _with_plain_injection(mark: Any, base: Any, layers: int) -> Any:
             kept = getattr(mark, attribute) or []
             setattr(mark, attribute, [*kept, *(name for name in names if name not in kept)])
     return mark
+
+
+def _copy_buffers(model: Any, base: Any) -> None:
+    """Give a model on the meta device the base's buffers that no state dictionary holds."""
+    own = dict(model.named_buffers())
+    for name, buffer in base.named_buffers():
+        if name in own and own[name].is_meta:
+            path, _, key = name.rpartition(".")
+            model.get_submodule(path)._buffers[key] = buffer.clone()
 
 
 def _share(model: Any, base: PreTrainedModel) -> None:

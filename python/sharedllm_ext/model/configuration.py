@@ -49,7 +49,7 @@ class SharedLLMConfig(PreTrainedConfig):
 
     Args:
         text_config: configuration of the base checkpoint, or its dictionary; of the families Llama, Mistral, Qwen2/2.5,
-            Qwen3, Qwen3-MoE, SmolLM3, Phi-3/Phi-4 or Granite.
+            Qwen3, Qwen3-MoE, SmolLM3, Phi-3/Phi-4, Gemma 3 or Granite.
         injection_layers: ``M``, how many of the lowest layers compress the context and read the memory (paper: 4 for
             language modelling, 16 for instruction following).
         chunk_size: ``c``, context tokens in a chunk (paper: 1024).

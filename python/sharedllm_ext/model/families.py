@@ -11,8 +11,15 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3Attention,
+    Gemma3DecoderLayer,
+    Gemma3MLP,
+    Gemma3RMSNorm,
+)
 from transformers.models.granite.modeling_granite import (
     GraniteAttention,
     GraniteDecoderLayer,
@@ -75,6 +82,11 @@ def rotation_or_none(attention: Any) -> str:
     return "" if attention.use_rope else STILL
 
 
+def rotation_of_type(attention: Any) -> str:
+    """Each type of layers (full, sliding) has a rotation of its own."""
+    return str(attention.layer_type)
+
+
 def plain_logits(scores: Tensor, config: Any) -> Tensor:
     """Logits are what the output projection gives."""
     return scores
@@ -83,6 +95,12 @@ def plain_logits(scores: Tensor, config: Any) -> Tensor:
 def divided_logits(scores: Tensor, config: Any) -> Tensor:
     """Logits are divided by a number of the configuration."""
     return scores / config.logits_scaling
+
+
+def capped_logits(scores: Tensor, config: Any) -> Tensor:
+    """Logits are bounded by a tangent if the configuration says so."""
+    cap = config.final_logit_softcapping
+    return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
 def takes_all(config: Any) -> str | None:
@@ -94,6 +112,18 @@ def without_router_logits(config: Any) -> str | None:
     """The experts' balancing loss is not computed."""
     if config.output_router_logits:
         return "output_router_logits: expected False (the experts' balancing loss is not computed), got True"
+    return None
+
+
+def causal_with_fixed_rotations(config: Any) -> str | None:
+    """Only causal attention, and rotations that do not follow the length."""
+    if config.use_bidirectional_attention:
+        return "use_bidirectional_attention: expected False, as text is generated token by token, got True"
+    kinds = {name: parameters["rope_type"] for name, parameters in config.rope_parameters.items()}
+    changing = {name: kind for name, kind in kinds.items() if kind in ("dynamic", "longrope")}
+    if changing:
+        name, kind = next(iter(changing.items()))
+        return f"rope_parameters[{name!r}]: expected a rope_type that does not follow the length, got {kind!r}"
     return None
 
 
@@ -143,6 +173,7 @@ class Family:
         attention_norm, mlp_norm: attributes of the norms that stand before attention and MLP.
         rotation: name of an attention's rotary embedding, see :mod:`.rotary`.
         experts: class that stands in the place of the MLP in some layers, or ``None``: experts chosen token by token.
+        activation: field of the configuration that names an MLP's activation.
         after: modules of a layer that the output of its ``attention`` and ``mlp`` passes before it is added.
         embedding_factor: field of the configuration that the model multiplies its embeddings by, or ``None``.
         residual_factor: attribute of a layer that it multiplies by what attention and MLP add, or ``None``.
@@ -166,6 +197,7 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     rotation: Callable[[Any], str] = one_rotation
     experts: type | None = None
+    activation: str = "hidden_act"
     after: Mapping[str, str] = dataclasses.field(default_factory=dict)
     embedding_factor: str | None = None
     residual_factor: str | None = None
@@ -257,6 +289,24 @@ _ROWS = (
         },
     ),
     Family(
+        "gemma3_text",
+        "Gemma 3",
+        Gemma3DecoderLayer,
+        Gemma3Attention,
+        Gemma3MLP,
+        Gemma3RMSNorm,
+        window=window_of_layer,
+        mlp_norm="pre_feedforward_layernorm",
+        rotation=rotation_of_type,
+        activation="hidden_activation",
+        after={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+        logits=capped_logits,
+        refused=causal_with_fixed_rotations,
+        gguf=False,
+        not_fused={"norm": "expected a norm whose weights are factors, got one that adds 1 to them"},
+        not_decoded="base family: expected a norm before attention and MLP each, got one behind each too (gemma3_text)",
+    ),
+    Family(
         "granite",
         "Granite",
         GraniteDecoderLayer,
@@ -332,6 +382,12 @@ def residual_factor(layer: Any) -> float:
     """What a layer multiplies the outputs of attention and MLP by, before it adds them."""
     name = family_of(layer).residual_factor
     return 1.0 if name is None else float(getattr(layer, name))
+
+
+def norm_eps(norm: Any) -> float | None:
+    """What a norm adds to its mean square, ``None`` if it does not say."""
+    eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return eps
 
 
 def after_output(layer: Any, part: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import injected_attention
-from .families import FAMILIES, attention_norm, mlp_norm, projection
+from .families import FAMILIES, attention_norm, mlp_norm, norm_eps, projection
 from .layer_math import add_linear, add_mlp, add_output, adds_plainly, is_untouched, linear_weight, version_of
 from .managed_layers import RunsSteps
 
@@ -45,7 +45,7 @@ class InjectedAttention(nn.Module):
         super().__init__()
         attention = layer.self_attn
         query, norm = projection(attention, "q"), attention_norm(layer)
-        hidden, width, eps = query.in_features, query.out_features, norm.variance_epsilon
+        hidden, width, eps = query.in_features, query.out_features, norm_eps(norm)
         self.layer_index = layer_index
         self.head_dim = attention.head_dim
         self.scaling = attention.scaling
@@ -86,7 +86,10 @@ class InjectedAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         keys = context.keys[self.layer_index] if key is None else key
         values = context.values[self.layer_index] if value is None else value
-        query = self.q_proj(self.norm(hidden_states)).view(batch * length, -1, self.head_dim)
+        normed = self.norm(hidden_states)
+        # Gemma's norm gives its input's dtype, which may be narrower than the block's weights
+        normed = normed.to(torch.promote_types(normed.dtype, self.norm.weight.dtype))
+        query = self.q_proj(normed).view(batch * length, -1, self.head_dim)
         # of the block's own weights, which may be more precise than the residual stream, or autocast's
         dtype = query.dtype
         if self.q_norm is not None:

@@ -18,7 +18,17 @@ from transformers import PreTrainedConfig
 
 from ..ops._autocast import outside_autocast
 from .compressor import Chunk, LowerModel, TreeShape, compress_chunks, query_vectors
-from .families import attention_norm, has_experts, mlp_norm, projection, residual_factor, rotation_of, sliding_window
+from .families import (
+    attention_norm,
+    family_of,
+    has_experts,
+    mlp_norm,
+    norm_eps,
+    projection,
+    residual_factor,
+    rotation_of,
+    sliding_window,
+)
 from .layer_math import version_of
 from .managed_layers import device_of, is_managed, is_sharded, stored_parameters
 from .memory_file import shorten
@@ -265,7 +275,7 @@ def _settings_of(layer: Any, chunk_size: int) -> str:
     window = sliding_window(layer)
     entries = {
         "norms": f"{_epsilon_of(attention_norm(layer))} and {_epsilon_of(mlp_norm(layer))}",
-        "activation": getattr(layer.mlp, "config", layer.self_attn.config).hidden_act,
+        "activation": getattr(getattr(layer.mlp, "config", layer.self_attn.config), family_of(layer).activation),
         "scale": f"{layer.self_attn.scaling:.6g}",
         # no node reaches beyond a longer one
         "window": window if window is not None and window < chunk_size else None,
@@ -281,7 +291,7 @@ def _settings_of(layer: Any, chunk_size: int) -> str:
 
 
 def _epsilon_of(norm: Any) -> str:
-    return f"{getattr(norm, 'variance_epsilon', None)}"
+    return f"{norm_eps(norm)}"
 
 
 def _adapters(layer: Any) -> str:
