@@ -37,4 +37,4 @@ def test_node_vectors(
     cos, sin = angle.cos(), angle.sin()
     function = node_vectors if how == "ours" else _plain
     group = f"node_vectors {nodes} nodes of {length}, {q_heads}/{kv_heads} heads of {size}, {dtype}"
-    measure(group, lambda: function(q, k, v, spans, cos, sin, size**-0.5))
+    measure(group, lambda: function(q, k, v, spans, cos, sin, scale=size**-0.5))

@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import math
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,15 @@ baseline, cases, run_gpu, bench_end_to_end = (
     importlib.import_module(name) for name in ("baseline", "cases", "run_gpu", "bench_end_to_end")
 )
 sys.path.remove(str(FOLDER))
+
+
+def test_every_benchmark_of_ours_runs_on_the_cpu() -> None:
+    # once each, without measuring; bench_gpu.py has its cases below
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+    command += ["--ignore", str(FOLDER / "bench_gpu.py"), "-k", "cpu and not eager and not fused or ours and not cuda"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert result.returncode == 0 and passed and int(passed[1]) > 25, result.stdout[-2000:] + result.stderr[-2000:]
 
 
 def never(case: str) -> float:
