@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from sharedllm_ext import ContextMemory, SharedLLMForCausalLM
+from sharedllm_ext.model.signature import describe_difference
 
 from . import builders
 
@@ -64,7 +65,8 @@ def test_offloaded_weights_give_the_same(tmp_path: Path, way: str, tied: bool) -
     assert any(parameter.is_meta for parameter in offloaded.parameters())
     got = offloaded(text, context_ids=context)
     torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=1e-4)
-    assert got.memory.signature == want.memory.signature
+    # weights read from a file may lie elsewhere in memory, and round otherwise in the last digit
+    assert describe_difference(want.memory.signature, got.memory.signature) is None
     torch.testing.assert_close(offloaded(text).logits, plain, atol=1e-5, rtol=1e-4)
     memory = ContextMemory.load(tmp_path / "memory.safetensors", offloaded)
     torch.testing.assert_close(offloaded(text, memory=memory).logits, want.logits, atol=1e-5, rtol=1e-4)
