@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sharedllm_ext import SharedLLMForCausalLM
-from sharedllm_ext.model import compressor, modeling
-from sharedllm_ext.model.compressor import activation_bytes
+from sharedllm_ext.model import compressor, micro_batches
+from sharedllm_ext.model.lower_model import activation_bytes
 
 from ..support import needs_cuda
 from . import builders
@@ -192,7 +192,7 @@ def test_out_of_memory_halves_the_micro_batch(model, monkeypatch: pytest.MonkeyP
     context, text = builders.ids(1, 200), builders.ids(1, 9)
     expected = model.compress(context, query_ids=text)
     sizes = []
-    compress_chunks = modeling.compress_chunks
+    compress_chunks = micro_batches.compress_chunks
 
     def scarce(lower, ids, *args):
         sizes.append(ids.numel())
@@ -200,7 +200,7 @@ def test_out_of_memory_halves_the_micro_batch(model, monkeypatch: pytest.MonkeyP
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
         return compress_chunks(lower, ids, *args)
 
-    monkeypatch.setattr(modeling, "compress_chunks", scarce)
+    monkeypatch.setattr(micro_batches, "compress_chunks", scarce)
     with torch.no_grad():
         memory = model.compress(context, query_ids=text)
     assert sizes == [200, 96, 32, 32, 32, 32, 32, 40]
@@ -220,7 +220,7 @@ def test_out_of_memory_names_what_was_needed(model, monkeypatch: pytest.MonkeyPa
         monkeypatch.context() as patch,
         pytest.raises(torch.OutOfMemoryError, match="micro_batch_tokens below 64") as e,
     ):
-        patch.setattr(modeling, "compress_chunks", full)
+        patch.setattr(micro_batches, "compress_chunks", full)
         model.compress(context)
     assert "expected about" in str(e.value) and "Tried to allocate 3 GiB" in str(e.value)
     # the model stays usable
@@ -247,10 +247,10 @@ def test_nothing_keeps_layer_0_alive_at_the_widest_place(monkeypatch) -> None:
         alive.append(normed[-1]() is not None)
         return plain_finish(*arguments)
 
-    plain_project, plain_finish = compressor.project_embeddings, compressor._finish
+    plain_project, plain_finish = compressor.project_embeddings, compressor.finish
     monkeypatch.setattr(compressor, "project_embeddings", project_embeddings)
     model.compress(builders.ids(1, 70))
-    monkeypatch.setattr(compressor, "_finish", finish)
+    monkeypatch.setattr(compressor, "finish", finish)
     model.compress(builders.ids(1, 70))
     assert alive == [False, False]
 

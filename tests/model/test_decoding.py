@@ -15,9 +15,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sharedllm_ext.model import decoding, generation
+from sharedllm_ext.model import generation
 from sharedllm_ext.model.cache_name import CACHE_NAME
-from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache
+from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, PreallocatedLayer, session, step, support
+from sharedllm_ext.model.decoding import cache as cache_module
 
 from ..support import needs_cuda
 from . import builders
@@ -35,7 +36,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         lengths.append(cache.get_seq_length())
         return end(self, cache)
 
-    monkeypatch.setattr(decoding, "RUN_ON_CPU", True)
+    monkeypatch.setattr(support, "RUN_ON_CPU", True)
     monkeypatch.setattr(DecodeRunner, "_end", counting)
     yield lengths
 
@@ -175,7 +176,7 @@ def test_steps_start_ahead(counted: list[int], ahead: list[str]) -> None:
     assert torch.equal(model.generate(text, do_sample=False, **STEPS), expected)
     # all of them, and none follows the last token
     assert ahead == ["started", "taken", "joined"] * 19
-    assert decoding._generating() is None
+    assert session._generating() is None
 
 
 def test_a_step_that_nobody_wants_is_dropped(counted: list[int], ahead: list[str]) -> None:
@@ -225,7 +226,7 @@ def test_interrupted_with_a_step_on_its_way(counted: list[int], ahead: list[str]
 
     with pytest.raises(KeyboardInterrupt):
         model.generate(text, past_key_values=cache, do_sample=False, streamer=Streamer(), **STEPS)
-    assert ahead[-2:] == ["started", "joined"] and decoding._generating() is None
+    assert ahead[-2:] == ["started", "joined"] and session._generating() is None
     length = cache.get_seq_length()
     again = model.generate(expected[:, : length + 1], past_key_values=cache, do_sample=False, **STEPS)
     assert torch.equal(again[:, :30], expected)
@@ -238,7 +239,7 @@ def test_generate_inside_generate(counted: list[int], ahead: list[str]) -> None:
     ask = StoppingCriteriaList([_Stop(16, lambda _: inner.append(model.generate(other, do_sample=False, **STEPS)))])
     got = model.generate(text, do_sample=False, stopping_criteria=ask, **STEPS)
     assert torch.equal(got, expected[0]) and torch.equal(inner[0], expected[1])
-    assert ahead.count("started") == ahead.count("taken") == 38 and decoding._generating() is None
+    assert ahead.count("started") == ahead.count("taken") == 38 and session._generating() is None
 
 
 @pytest.mark.parametrize("what", ["reads ahead", "asks", "weights"])
@@ -338,7 +339,7 @@ def test_an_interrupted_generate_holds_nothing(counted: list[int], monkeypatch: 
     model.generate(text, do_sample=False, **STEPS)
     monkeypatch.undo()
     gc.collect()
-    assert decoding._generating() is None
+    assert session._generating() is None
 
 
 def test_a_cache_cropped_on_the_way(counted: list[int], ahead: list[str]) -> None:
@@ -366,14 +367,14 @@ def test_a_cache_cropped_on_the_way(counted: list[int], ahead: list[str]) -> Non
 
 def test_growing_beyond_the_capacity(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = builders.model(), builders.ids(1, 9)
-    reserve = decoding.PreallocatedLayer.reserve
-    monkeypatch.setattr(decoding, "CAPACITY_STEP", 1)
+    reserve = PreallocatedLayer.reserve
+    monkeypatch.setattr(cache_module, "CAPACITY_STEP", 1)
 
     def little(self: Any, tokens: int) -> None:
         self._limit = tokens + 2 if tokens > self.capacity else self._limit
         reserve(self, tokens)
 
-    monkeypatch.setattr(decoding.PreallocatedLayer, "reserve", little)
+    monkeypatch.setattr(PreallocatedLayer, "reserve", little)
     assert torch.equal(model.generate(text, do_sample=False, **STEPS), _ordinary(model, text, do_sample=False, **STEPS))
     assert len(counted) == 19
 
@@ -383,25 +384,25 @@ def test_changed_weights_count(counted: list[int]) -> None:
     settings = {"do_sample": False, "return_dict_in_generate": True, **STEPS}
     out = model.generate(text, **settings)
     cache = out.past_key_values
-    runner = decoding._RUNNERS[cache]
+    runner = step.RUNNERS[cache]
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
     cache.crop(-20)
     in_place = model.generate(out.sequences[:, :9], past_key_values=cache, **settings)
     assert torch.equal(in_place.sequences, _ordinary(model, text, do_sample=False, **STEPS))
-    assert decoding._RUNNERS[cache] is runner
+    assert step.RUNNERS[cache] is runner
     # other tensors: another graph
     model.load_state_dict({name: x.clone().roll(1) for name, x in model.state_dict().items()}, assign=True)
     other = model.generate(text, **settings)
     assert torch.equal(other.sequences, _ordinary(model, text, do_sample=False, **STEPS))
-    assert decoding._RUNNERS[other.past_key_values] is not runner
+    assert step.RUNNERS[other.past_key_values] is not runner
     model.requires_grad_(False).double().float()
     cache = other.past_key_values
-    runner = decoding._RUNNERS[cache]
+    runner = step.RUNNERS[cache]
     cache.crop(-20)
     again = model.generate(text, past_key_values=cache, **settings)
     assert torch.equal(again.sequences, other.sequences)
-    assert decoding._RUNNERS[cache] is not runner
+    assert step.RUNNERS[cache] is not runner
 
 
 def test_other_memory_counts(counted: list[int]) -> None:
@@ -418,13 +419,13 @@ def test_other_memory_counts(counted: list[int]) -> None:
 def test_graph_dies_with_its_cache(counted: list[int]) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     gc.collect()
-    before = len(decoding._RUNNERS)
+    before = len(step.RUNNERS)
     out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
-    assert len(decoding._RUNNERS) == before + 1
-    runner = weakref.ref(decoding._RUNNERS[out.past_key_values])
+    assert len(step.RUNNERS) == before + 1
+    runner = weakref.ref(step.RUNNERS[out.past_key_values])
     del out
     gc.collect()
-    assert len(decoding._RUNNERS) == before and runner() is None
+    assert len(step.RUNNERS) == before and runner() is None
 
 
 def test_the_next_generate_goes_on_in_the_same_storage(counted: list[int]) -> None:
@@ -433,11 +434,11 @@ def test_the_next_generate_goes_on_in_the_same_storage(counted: list[int]) -> No
     settings = {"memory": memory, "do_sample": False, **STEPS}
     texts = [builders.ids(2, 9), builders.ids(2, 14), builders.ids(1, 9), builders.ids(2, 9)]
     expected = [_ordinary(model, text, **settings) for text in texts[:2]]
-    decoding.release(model)
+    session.release(model)
     made = []
     for text, tokens in zip(texts[:2], expected, strict=True):
         assert torch.equal(model.generate(text, **settings), tokens)
-        made.append(decoding._SPARES[model])
+        made.append(session._SPARES[model])
     assert made[0][1] is made[1][1] and made[0][0][0][0] is made[1][0][0][0]
     assert made[1][1]._memory is None and not made[1][1]._parameters
     # another memory, other parameters, another batch: right, by another graph
@@ -447,20 +448,20 @@ def test_the_next_generate_goes_on_in_the_same_storage(counted: list[int]) -> No
     model.load_state_dict({name: x.clone().roll(1) for name, x in model.state_dict().items()}, assign=True)
     plain = {**settings, "memory": None}
     assert torch.equal(model.generate(texts[0], **plain), _ordinary(model, texts[0], **plain))
-    decoding.release(model)
-    assert model not in decoding._SPARES
+    session.release(model)
+    assert model not in session._SPARES
 
 
 def test_a_cache_that_others_hold_is_left_to_them(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
-    assert model not in decoding._SPARES
+    assert model not in session._SPARES
     keys = out.past_key_values.layers[0].keys.clone()
     model.generate(builders.ids(1, 9), do_sample=False, **STEPS)
     assert torch.equal(out.past_key_values.layers[0].keys, keys)
-    monkeypatch.setattr(decoding, "KEPT_BYTES", 10)
+    monkeypatch.setattr(session, "KEPT_BYTES", 10)
     model.generate(text, do_sample=False, **STEPS)
-    assert model not in decoding._SPARES
+    assert model not in session._SPARES
     monkeypatch.undo()
 
     def fail(*_: Any) -> None:
@@ -468,7 +469,7 @@ def test_a_cache_that_others_hold_is_left_to_them(counted: list[int], monkeypatc
 
     with pytest.raises(RuntimeError, match="stop"):
         model.generate(text, do_sample=False, stopping_criteria=[fail], **STEPS)
-    assert decoding._generating() is None and model not in decoding._SPARES
+    assert session._generating() is None and model not in session._SPARES
 
 
 @pytest.mark.parametrize(
@@ -635,7 +636,7 @@ def test_cache_limit_bounds_the_memory() -> None:
 
 
 def test_cache_takes_assigned_tensors() -> None:
-    layer = decoding.PreallocatedLayer()
+    layer = PreallocatedLayer()
     keys = _states(4)
     layer.update(keys, keys)
     layer.keys, layer.values = layer.keys[..., :3, :], layer.values[..., :3, :]
@@ -647,6 +648,12 @@ def test_cache_takes_assigned_tensors() -> None:
 
 
 # -- on CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def _runner(model: Any, cache: PreallocatedCache, memory: Any, graph: bool) -> DecodeRunner:
+    """Of two rows."""
+    call = session.DecodeCall(model, model._rope_tables, memory, None)
+    return call._new_runner(cache, 2, graph, step.state_of_step(model, memory))
 
 
 @needs_cuda
@@ -667,7 +674,7 @@ def test_graph_and_operators_agree(family: str, with_memory: bool) -> None:
             cache = PreallocatedCache(model.config.text_config)
             model(text, memory=memory, past_key_values=cache, use_cache=True)
             cache.reserve(60)
-            runner = None if graph is None else DecodeRunner(model, cache, memory, 2, graph)
+            runner = None if graph is None else _runner(model, cache, memory, graph)
             steps = []
             for i in range(20):
                 token = text[:, i % 9 : i % 9 + 1]
@@ -692,7 +699,7 @@ def test_generate_on_cuda_uses_a_graph() -> None:
     settings = {"memory": memory, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, **STEPS}
     out = model.generate(text, **settings)
     cache = out.past_key_values
-    assert decoding._RUNNERS[cache]._graph is not None
+    assert step.RUNNERS[cache]._graph is not None
     turn = torch.cat((out.sequences, text), 1)
     more = model.generate(turn, past_key_values=cache, **settings)
     for result, begin in ((out, 9), (more, turn.shape[1])):
@@ -704,7 +711,7 @@ def test_generate_on_cuda_uses_a_graph() -> None:
 
 @needs_cuda
 def test_steps_ahead_on_cuda(ahead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_LOADED", set())
+    monkeypatch.setattr(step, "_LOADED", set())
     base = builders.base("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
     model = builders.SharedLLMForCausalLM.from_base(base.to("cuda", torch.bfloat16), **builders.TREE)
     text = builders.ids(2, 9).cuda()

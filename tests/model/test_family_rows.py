@@ -64,7 +64,7 @@ def test_fused_or_why_not(row: Family, part: str) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=list(FAMILIES))
 def test_decoded_fast_or_why_not(row: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "RUN_ON_CPU", True)
+    monkeypatch.setattr(decoding.support, "RUN_ON_CPU", True)
     model, text = builders.model(row.model_type), builders.ids(2, 9)
     settings: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
     expected = model.generate(text, disable_compile=True, **settings)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharedllm_ext.model import compressor
+from sharedllm_ext.model import chunks, lower_model, tree
 from sharedllm_ext.model.rotary import LayerTables
 
 from ..support import needs_cuda
@@ -26,7 +26,7 @@ def test_one_pass_equals_level_by_level(family: str, depth: int, tokens: int, mo
     query_mask[2] = 0
     results: list[list[tuple[Tensor, Tensor | None]]] = []
     for once in (False, True):
-        monkeypatch.setattr(compressor, "_reads_once", lambda *_, once=once: once)
+        monkeypatch.setattr(tree, "_reads_once", lambda *_, once=once: once)
         with torch.no_grad():
             results.append(shared.retrieve(context, context_mask, query, query_mask))
     for (nodes, similarity), (want_nodes, want) in zip(*results, strict=True):
@@ -40,13 +40,13 @@ def test_one_pass_equals_level_by_level(family: str, depth: int, tokens: int, mo
 def test_choosing_nodes_never_waits() -> None:
     shared = model(tree_depth=3).cuda().bfloat16()
     lower, device = shared.lower_model, torch.device("cuda")
-    chunks = compressor.cut_into_chunks([96, 64], 32)
+    pieces = chunks.cut_into_chunks([96, 64], 32)
     query = torch.randn(2, 64, device=device, dtype=torch.bfloat16)
     tables = LayerTables({"": (torch.randn(64, 8, device=device), torch.randn(64, 8, device=device))})
     with torch.no_grad():
-        embedded = compressor.embed(lower, ids(160).to(device))
+        embedded = lower_model.embed(lower, ids(160).to(device))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            compressor.grow_tree(lower, embedded, chunks, shared._tree_shape(), tables, query, [True, False])
+            tree.grow_tree(lower, embedded, pieces, tree.TreeShape(3, 4), tables, query, [True, False])
         finally:
             torch.cuda.set_sync_debug_mode("default")

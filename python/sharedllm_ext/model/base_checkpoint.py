@@ -1,10 +1,8 @@
 """Building a SharedLLM model from a base checkpoint: a folder, a name on the hub, a GGUF file or a loaded model."""
 
-from __future__ import annotations
-
 import copy
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,19 +12,17 @@ from .configuration import SharedLLMConfig
 from .families import attention_norm, check_family
 from .gguf_checkpoint import complete_config, find_gguf, read_header
 
-if TYPE_CHECKING:
-    from .modeling import SharedLLMForCausalLM
-
+Model = TypeVar("Model", bound=PreTrainedModel)
 # set by Transformers on a model whose weights it has quantised
 _QUANTISED_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def build_from_base(
-    model_class: type[SharedLLMForCausalLM],
+    model_class: type[Model],
     base: str | os.PathLike[str] | PreTrainedModel,
     loading: dict[str, Any],
     fields: dict[str, Any],
-) -> SharedLLMForCausalLM:
+) -> Model:
     """What :meth:`SharedLLMForCausalLM.from_base` does; arguments and errors as there."""
     _check_names(fields)
     given = {name: value for name, value in loading.items() if value is not None}
@@ -101,9 +97,7 @@ def load_base(
     return model
 
 
-def assemble(
-    model_class: type[SharedLLMForCausalLM], base: PreTrainedModel, fields: dict[str, Any]
-) -> SharedLLMForCausalLM:
+def assemble(model_class: type[Model], base: PreTrainedModel, fields: dict[str, Any]) -> Model:
     """Compressor and decoder around the modules of a loaded base checkpoint."""
     _check_model(base)
     inner: Any = base.model

@@ -7,189 +7,23 @@ exactly once, so the packed order is the text's own.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import (
-    chunk_compression,
-    context_tree_layout,
-    context_tree_select,
-    context_tree_split,
-    node_vectors,
-    split_offsets,
-    topk_nodes,
-    tree_node_vectors,
-)
-from .families import attention_norm, embedding_factor, mlp_norm, mlp_width, projection, sliding_window
-from .layer_math import Products, is_untouched, split_heads
+from ..ops import chunk_compression, context_tree_layout, node_vectors
+from .chunks import Chunk
+from .families import attention_norm, sliding_window
+from .layer_math import Products
+from .lower_model import Embedded, Layer, LowerModel, embed_tokens, finish, project, project_embeddings
 from .managed_layers import call_layer, check_checkpointing, is_managed
 from .rotary import LayerTables
 from .stopwatch import Stopwatch
-
-# a Transformers decoder layer, whose submodules nn.Module's typing does not know
-Layer = Any
-
-
-class LowerModel(NamedTuple):
-    """The compressor's modules: the embedding, the lowest layers, the final norm."""
-
-    embed_tokens: Any
-    layers: Sequence[Layer]
-    norm: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeShape:
-    """Sizes of the context tree."""
-
-    depth: int
-    slots_per_node: int
-    split_noise: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """One chunk of a document: its document, index in the document and first token and length in the packed context."""
-
-    document: int
-    index: int
-    start: int
-    length: int
-
-
-def cut_into_chunks(lengths: Sequence[int], chunk_size: int) -> list[Chunk]:
-    """Chunks of packed documents of the given lengths, in order; the last chunk of a document may be short."""
-    chunks, first = [], 0
-    for document, length in enumerate(lengths):
-        chunks += [
-            Chunk(document, index, first + begin, min(chunk_size, length - begin))
-            for index, begin in enumerate(range(0, length, chunk_size))
-        ]
-        first += length
-    return chunks
-
-
-def micro_batch(chunks: Sequence[Chunk], first: int, tokens: int) -> Sequence[Chunk]:
-    """Consecutive chunks from index ``first`` on of at most ``tokens`` tokens, at least one chunk."""
-    end, total = first + 1, chunks[first].length
-    while end < len(chunks) and total + chunks[end].length <= tokens:
-        total += chunks[end].length
-        end += 1
-    return chunks[first:end]
-
-
-def activation_bytes(model: LowerModel) -> int:
-    """Bytes that :func:`compress_chunks` needs for each token of a micro-batch at its widest place, rounded up."""
-    attention = model.layers[0].self_attn
-    query, key = projection(attention, "q"), projection(attention, "k")
-    hidden, width = query.in_features, query.out_features
-    # gate, up and their product beside the residual stream, its norm and the attention's output; layer 0 adds what the
-    # choice of nodes reads
-    numbers = 5 * hidden + width + 2 * key.out_features + 3 * max(map(mlp_width, model.layers))
-    return numbers * model.embed_tokens.weight.element_size()
-
-
-def project(layer: Layer, normed: Any, name: str, products: Products | None = None) -> Tensor:
-    """One of the layer's query, key or value projections, with the family's norm on it: ``[T, heads, D]``."""
-    module = projection(layer.self_attn, name)
-    out = module(normed) if products is None else products.linear(module, normed)
-    return split_heads(layer.self_attn, out, name)
-
-
-class Embedded(NamedTuple):
-    """Layer 0 up to its key and value projections, which depend on the token alone.
-
-    Attributes:
-        embeddings, normed: ``[T, d]``, before and after the layer's first norm.
-        key, value: ``[T, Hkv, D]``, not rotated.
-    """
-
-    embeddings: Tensor
-    normed: Tensor
-    key: Tensor
-    value: Tensor
-
-
-def embed_tokens(model: LowerModel, ids: Tensor) -> Tensor:
-    """Embed tokens ``[T]``: ``[T, d]``, nobody else's."""
-    # a row of tokens, as hooks of an embedding know it
-    embeddings = model.embed_tokens(ids.unsqueeze(0)).squeeze(0)
-    scaled = _scaled(model, embeddings)
-    # a hook may have kept what the layers' sums will overwrite
-    return scaled if scaled is not embeddings or is_untouched(model.embed_tokens) else embeddings.clone()
-
-
-def _scaled(model: LowerModel, embeddings: Tensor) -> Tensor:
-    """Embeddings as the first layer takes them."""
-    factor = embedding_factor(model.layers[0])
-    return embeddings if factor == 1.0 else embeddings * factor
-
-
-def project_embeddings(model: LowerModel, embeddings: Tensor) -> Embedded:
-    """Layer 0's keys and values of embeddings ``[T, d]``."""
-    layer = model.layers[0]
-    normed = attention_norm(layer)(embeddings)
-    return Embedded(embeddings, normed, project(layer, normed, "k"), project(layer, normed, "v"))
-
-
-def embed(model: LowerModel, ids: Tensor) -> Embedded:
-    """Embed tokens ``[T]`` and project layer 0's keys and values."""
-    return project_embeddings(model, embed_tokens(model, ids))
-
-
-def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tables: LayerTables) -> Tensor:
-    """Final-norm output of layer 0 at the last token of each span, positions counted from the span's start.
-
-    Only the last token's query, attention output and MLP are computed; keys and values are shared by all spans.
-
-    Args:
-        embedded: the tokens.
-        spans: ``[N, 2]`` int64, (start, length).
-
-    Returns:
-        ``[N, d]``.
-    """
-    layer = model.layers[0]
-    start, length = spans.unbind(-1)
-    window = sliding_window(layer)
-    if window is not None:
-        # rotary positions are relative, so dropping what lies outside the window changes nothing else
-        visible = length.clamp(max=window)
-        spans = torch.stack((start + length - visible, visible), -1)
-    last = _last_token(spans)
-    hidden = embedded.embeddings.index_select(0, last)
-    query = project(layer, embedded.normed.index_select(0, last), "q")
-    attended = node_vectors(
-        query, embedded.key, embedded.value, spans, *tables.of(layer), scale=layer.self_attn.scaling
-    )
-    return model.norm(_finish(layer, hidden, attended.flatten(1), Products()))
-
-
-@torch.no_grad()
-def query_vectors(model: LowerModel, ids: Tensor, lengths: Sequence[int], tables: LayerTables) -> Tensor:
-    """Query vector of each row: layer 0 of the decoder, without injection, at the row's last token.
-
-    Args:
-        ids: ``[T]`` packed query tokens of all rows, or ``[T, d]`` their embeddings.
-        lengths: tokens of each row.
-
-    Returns:
-        ``[B, d]``.
-    """
-    sizes = torch.tensor(lengths, dtype=torch.int64)
-    spans = upload(torch.stack((sizes.cumsum(0) - sizes, sizes), -1), ids.device)
-
-    def vectors(layer: Layer, embeddings: Tensor) -> Tensor:
-        inside = LowerModel(model.embed_tokens, [layer], model.norm)
-        return last_token_vectors(inside, project_embeddings(inside, embeddings), spans, tables)
-
-    given = None if ids.dim() == 1 else ids.to(model.norm.weight.dtype)
-    embeddings = embed_tokens(model, ids) if given is None else _scaled(model, given)
-    return call_layer(model.layers[0], vectors, embeddings)
+from .tree import ContextTree, TreeShape, choose_nodes, grow_tree, kept_tokens
+from .upload import upload
 
 
 def compress_chunks(
@@ -239,7 +73,7 @@ def compress_chunks(
     if watch is not None:
         watch.lap("retrieve")
     chunk_index = upload(torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64), device)
-    kept = _kept_tokens(chunks, shape, tree)
+    kept = kept_tokens(chunks, shape, tree)
     num_slots = sum(kept)
     positions, cu_nodes, keep_index, keep_position, _ = context_tree_layout(
         tree.nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
@@ -343,170 +177,7 @@ def _compress_layer(
     attended = attend(layer, query, key, value)
     # room for the MLP
     del rows, query, key, value
-    return _finish(layer, hidden, attended, products), memory_key, memory_value
-
-
-class ContextTree(NamedTuple):
-    """The tree of consecutive chunks.
-
-    Attributes:
-        nodes: ``[n, depth + 1, 2]`` int64 retained nodes in slot order, (start, length) in the packed tokens.
-        similarity: ``[n, depth - 1, 2]`` cosine similarity of left and right child at each level, -inf for an empty
-            child; ``None`` without a query.
-    """
-
-    nodes: Tensor
-    similarity: Tensor | None
-
-
-def _kept_tokens(chunks: Sequence[Chunk], shape: TreeShape, tree: ContextTree) -> list[int]:
-    """Tokens that every retained node keeps, in slot order; waits for the device only where the choice decides."""
-    per_chunk, slots = shape.depth + 1, shape.slots_per_node
-    if shape.split_noise == 0 and all(chunk.length >> shape.depth >= slots for chunk in chunks):
-        # no node is shorter than what it keeps
-        return [slots] * (per_chunk * len(chunks))
-    if shape.split_noise == 0 and all(chunk.length % 2**shape.depth == 0 for chunk in chunks):
-        # both children of every node are equally long: the lengths do not depend on the choice
-        halves = [2**shape.depth] + [2**level for level in range(shape.depth, 0, -1)]
-        return [min(chunk.length // half, slots) for chunk in chunks for half in halves]
-    return tree.nodes[..., 1].flatten().clamp(max=slots).tolist()
-
-
-def grow_tree(
-    model: LowerModel,
-    embedded: Embedded,
-    chunks: Sequence[Chunk],
-    shape: TreeShape,
-    tables: LayerTables,
-    query: Tensor | None,
-    has_query: Sequence[bool] | None,
-    generator: torch.Generator | None = None,
-) -> ContextTree:
-    """Split every chunk level by level and retain what is not picked.
-
-    Arguments as for :func:`compress_chunks`; ``embedded`` are the chunks' tokens.
-    """
-    device, count, noise = embedded.embeddings.device, len(chunks), shape.split_noise
-    roots = torch.tensor([(chunk.start - chunks[0].start, chunk.length) for chunk in chunks], dtype=torch.int64)
-    similarity: list[Tensor] = []
-
-    def grow(spans: Tensor, choose: Callable[[Tensor], Tensor] | None) -> Tensor:
-        retained = []
-        for _ in range(shape.depth - 1):
-            offset = split_offsets(count, noise, device=spans.device, generator=generator) if noise > 0 else None
-            children = context_tree_split(spans, offset)
-            spans, other = context_tree_select(children, None if choose is None else choose(children))
-            retained.append(other)
-        leaves = context_tree_split(spans)
-        return torch.stack((leaves[:, 0], leaves[:, 1], *reversed(retained)), 1)
-
-    if query is None:
-        nodes = grow(roots, None)
-        return ContextTree(upload(nodes, device), None)
-
-    spans = upload(roots, device)
-    document = upload(torch.tensor([chunk.document for chunk in chunks], dtype=torch.int64), device)
-    siblings = torch.arange(count + 1, device=device) * 2
-    counts = None
-    if has_query is not None and not all(has_query):
-        counts = upload(torch.tensor([has_query[chunk.document] for chunk in chunks]), device)
-    candidates = None
-    if _reads_once(model, chunks, shape, tables, device):
-        with torch.no_grad():
-            candidates = _attend_to_candidates(model, embedded, spans, shape.depth - 1, tables)
-
-    def choose(children: Tensor) -> Tensor:
-        if candidates is None:
-            vectors = last_token_vectors(model, embedded, children.flatten(0, 1), tables)
-        else:
-            vectors = _candidate_vectors(model, embedded, candidates, children)
-        valid = (children[..., 1] > 0).flatten()
-        best, scores = topk_nodes(query.to(vectors.dtype), vectors, siblings, document, 2, valid)
-        choice = best[:, 0] - siblings[:-1]
-        similarity.append(torch.where((choice == 0).unsqueeze(1), scores, scores.flip(1)))
-        return choice if counts is None else torch.where(counts, choice, 1)
-
-    with torch.no_grad():
-        nodes = grow(spans, choose)
-    levels = torch.stack(similarity, 1) if similarity else None
-    return ContextTree(nodes, levels)
-
-
-@torch.no_grad()
-def choose_nodes(model: LowerModel, embeddings: Tensor, *arguments: Any) -> ContextTree:
-    """:func:`grow_tree` of embeddings ``[T, d]``, wherever layer 0 has its parameters."""
-
-    def grow(layer: Layer, hidden: Tensor) -> ContextTree:
-        inside = LowerModel(model.embed_tokens, [layer], model.norm)
-        return grow_tree(inside, project_embeddings(inside, hidden), *arguments)
-
-    # reentrant checkpointing makes a plain tuple of it
-    return ContextTree(*call_layer(model.layers[0], grow, embeddings))
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor's copy on the device; from page-locked memory, so that the host does not wait for earlier work."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
-def _reads_once(
-    model: LowerModel, chunks: Sequence[Chunk], shape: TreeShape, tables: LayerTables, device: torch.device
-) -> bool:
-    """Whether to compute the attention of every node that could be picked in one pass over keys and values.
-
-    That takes one read of keys and values instead of up to two, but as many queries as there are leaves: from five
-    levels on their projections cost more than the reads. The CPU is bound by arithmetic, of which it takes more.
-    Noisy splits are not halves, and a window that cuts a node off would have to cut the shared read, too.
-    """
-    longest = max(chunk.length for chunk in chunks)
-    half = longest - longest // 2
-    window = sliding_window(model.layers[0])
-    fits = half <= tables.of(model.layers[0])[0].shape[0] and (window is None or half <= window)
-    return device.type == "cuda" and 2 <= shape.depth - 1 <= 4 and shape.split_noise == 0 and fits
-
-
-class _Candidates(NamedTuple):
-    """Every node that could be picked, and layer 0's attention at its last token.
-
-    Attributes:
-        nodes: ``[n, c, 2]`` int64, (start, length).
-        attended: ``[n, c, Hq, D]``.
-    """
-
-    nodes: Tensor
-    attended: Tensor
-
-
-def _attend_to_candidates(
-    model: LowerModel, embedded: Embedded, roots: Tensor, levels: int, tables: LayerTables
-) -> _Candidates:
-    layer = model.layers[0]
-    nodes = [roots.unsqueeze(1)]
-    for _ in range(levels):
-        nodes.append(context_tree_split(nodes[-1].flatten(0, 1)).reshape(roots.shape[0], -1, 2))
-    query = project(layer, embedded.normed.index_select(0, _last_token(nodes[-1]).flatten()), "q")
-    query = query.unflatten(0, nodes[-1].shape[:2])
-    scale = layer.self_attn.scaling
-    attended = tree_node_vectors(query, embedded.key, embedded.value, roots, *tables.of(layer), levels, scale=scale)
-    return _Candidates(torch.cat(nodes[1:], 1), attended)
-
-
-def _candidate_vectors(model: LowerModel, embedded: Embedded, candidates: _Candidates, spans: Tensor) -> Tensor:
-    """:func:`last_token_vectors` of ``[n, m, 2]`` spans that are candidates, ``m`` of each chunk."""
-    # equal spans have equal vectors, so the first match will do
-    same = (spans.unsqueeze(2) == candidates.nodes.unsqueeze(1)).all(-1)
-    index = same.to(torch.uint8).argmax(-1)
-    row = index + torch.arange(spans.shape[0], device=spans.device).unsqueeze(1) * candidates.nodes.shape[1]
-    # index_select copies whole rows, several times as fast as indexing
-    attended = candidates.attended.flatten(0, 1).index_select(0, row.flatten())
-    hidden = embedded.embeddings.index_select(0, _last_token(spans).flatten())
-    return model.norm(_finish(model.layers[0], hidden, attended.flatten(1), Products()))
-
-
-def _last_token(spans: Tensor) -> Tensor:
-    return (spans.sum(-1) - 1).clamp(min=0)
+    return finish(layer, hidden, attended, products), memory_key, memory_value
 
 
 class _Nodes:
@@ -645,15 +316,4 @@ def _attend_and_finish(
     value: Tensor,
     products: Products,
 ) -> Tensor:
-    return _finish(layer, hidden, attend(layer, query, key, value), products)
-
-
-def _finish(layer: Layer, hidden: Tensor, attended: Tensor, products: Products) -> Tensor:
-    """Output projection and MLP with their residual sums; ``hidden`` may be overwritten."""
-    hidden = products.add_attention(hidden, layer, products.rows(attended))
-    norm = mlp_norm(layer)
-    rows = products.norm(norm, hidden)
-    if not is_untouched(norm):
-        # a hook may have kept what the sum would overwrite
-        hidden = hidden.clone()
-    return products.add_mlp(hidden, layer, rows)
+    return finish(layer, hidden, attend(layer, query, key, value), products)

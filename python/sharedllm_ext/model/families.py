@@ -210,10 +210,13 @@ class Family:
 
     def projection(self, module: Any, name: str) -> Any:
         """A projection of an attention or MLP: a linear module, or its part of a joined one."""
-        attribute, joined = self._places[name]
+        own = self._own.get(name)
+        return getattr(module, own) if own is not None else self._part(module, name)
+
+    def _part(self, module: Any, name: str) -> LinearPart:
+        attribute = self.projections[name]
+        joined = [other for other, its in self.projections.items() if its == attribute]
         whole = getattr(module, attribute)
-        if len(joined) == 1:
-            return whole
         sizes = {"q": module.config.num_attention_heads, "k": module.config.num_key_value_heads}
         sizes["v"] = sizes["k"]
         shares = [sizes.get(other, 1) for other in joined]
@@ -222,10 +225,10 @@ class Family:
         return LinearPart(whole, slice(begin, begin + shares[joined.index(name)] * unit))
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[str, list[str]]]:
-        """Of each projection its attribute and all that share it."""
-        named = self.projections.items()
-        return {name: (its, [other for other, one in named if one == its]) for name, its in named}
+    def _own(self) -> dict[str, str]:
+        """Attributes of the projections that are modules of their own."""
+        attributes = list(self.projections.values())
+        return {name: its for name, its in self.projections.items() if attributes.count(its) == 1}
 
 
 _ROWS = (
@@ -325,7 +328,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for
 
 def family_of(module: Any) -> Family:
     """The row of a decoder layer, or of its attention or MLP, however it may be wrapped."""
-    # by configuration: wrappers pass attributes on, their classes say nothing
+    # this package's own classes know theirs; wrappers pass attributes on, so the configuration tells the rest
+    known: Family | None = getattr(type(module), "base_family", None)
+    if known is not None:
+        return known
     config = getattr(module, "config", None)
     if config is None:
         config = module.self_attn.config

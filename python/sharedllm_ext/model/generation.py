@@ -1,24 +1,20 @@
 """Generate: the one room that overrides private parts of Transformers' generation, and follows its versions."""
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
-    GenerateBeamDecoderOnlyOutput,
-    GenerateDecoderOnlyOutput,
     GenerationMixin,
     MaxLengthCriteria,
 )
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
-from transformers.utils import ModelOutput
 
 from .cache_name import CACHE_NAME, take_cache
 from .cached_memory import remembered_memory
-from .decoding import (
-    PreallocatedCache,
+from .decoding.cache import PreallocatedCache
+from .decoding.session import (
     add_run_ahead,
     begin_generate,
     end_generate,
@@ -26,11 +22,12 @@ from .decoding import (
     new_cache,
     offer_call,
     removed_tokens,
-    supports,
     take_call,
 )
+from .decoding.support import is_single, obstacle_in_cache, obstacle_in_model, obstacle_in_settings, say_slow
 from .inputs import check_ids, check_not_empty, check_running_text, query_of, say_past_window, trusted_ids
 from .memory import ContextMemory
+from .outputs import with_memory
 from .reading import say_if_it_cannot_read
 from .rotary import switch_of
 from .signature import describe_difference
@@ -43,39 +40,6 @@ from .split_prompt import (
     remembered_prompt,
     without_padding,
 )
-
-
-@dataclasses.dataclass
-class SharedLLMGenerateOutput(GenerateDecoderOnlyOutput):
-    """Output of ``generate`` with ``return_dict_in_generate=True``: Transformers' own and the memory it read."""
-
-    memory: ContextMemory | None = None
-
-
-@dataclasses.dataclass
-class SharedLLMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """The same with beams."""
-
-    memory: ContextMemory | None = None
-
-
-_WITH_MEMORY: dict[type, Any] = {
-    GenerateDecoderOnlyOutput: SharedLLMGenerateOutput,
-    GenerateBeamDecoderOnlyOutput: SharedLLMGenerateBeamOutput,
-}
-
-
-def with_memory(result: Any, memory: ContextMemory | None) -> Any:
-    """What ``generate`` returns, with the memory that was read."""
-    if memory is None or not isinstance(result, ModelOutput):
-        return result
-    output = _WITH_MEMORY.get(type(result))
-    if output is None:
-        # of a caller's own loop
-        result.memory = memory
-        return result
-    fields: Any = dataclasses.fields(output)
-    return output(**{f.name: getattr(result, f.name) for f in fields if f.name != "memory"}, memory=memory)
 
 
 def _can_read(model: Any, memory: ContextMemory) -> bool:
@@ -404,11 +368,14 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
                 kwargs["max_cache_length"] -= prompt.removed
             elif len(args) > 1:
                 args = (args[0], args[1] - prompt.removed, *args[2:])
-        plain = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        single = str(getattr(generation_mode, "value", generation_mode)) in ("greedy_search", "sample")
         cache = model_kwargs.get(CACHE_NAME)
+        single = is_single(generation_mode)
+        obstacle = obstacle_in_settings(generation_config, generation_mode) or obstacle_in_cache(cache)
+        obstacle = obstacle or obstacle_in_model(self)
+        if obstacle is not None:
+            say_slow(obstacle)
         result = None
-        if plain and single and cache is None and supports(self):
+        if obstacle is None and cache is None:
             limit = kwargs.get("max_cache_length", args[1] if len(args) > 1 else None)
             cache = model_kwargs[CACHE_NAME] = new_cache(self, limit)
             expect_steps(cache)
@@ -481,7 +448,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
     def _valid_auto_compile_criteria(  # type: ignore[override]
         self: Any, model_kwargs: dict[str, Any], generation_config: Any
     ) -> bool:
-        if offer_call(self, model_kwargs, generation_config):
+        if offer_call(self, self._rope_tables, model_kwargs, generation_config):
             return True
         parent: Any = super()
         return parent._valid_auto_compile_criteria(model_kwargs, generation_config)

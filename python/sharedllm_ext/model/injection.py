@@ -1,6 +1,6 @@
 """The injected attention block, and the decoder layers of the supported families that carry one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from ..ops import injected_attention
 from .families import FAMILIES, attention_norm, mlp_norm, norm_eps, projection
 from .layer_math import add_linear, add_mlp, add_output, adds_plainly, is_untouched, linear_weight, version_of
 from .managed_layers import RunsSteps
+from .memory import ContextMemory
+from .rotary import TablesOf
+from .upload import upload
 
 
 class InjectedContext:
@@ -33,6 +36,77 @@ class InjectedContext:
         self.keys, self.values = keys, values
         self.cu_q, self.slot_range, self.q_position = cu_q, slot_range, q_position
         self.cos, self.sin = cos, sin
+
+    @classmethod
+    def of(
+        cls,
+        memory: ContextMemory,
+        batch: int,
+        length: int,
+        device: torch.device,
+        *,
+        offset: int,
+        tables: TablesOf,
+        layers: Sequence[Any],
+    ) -> "InjectedContext":
+        """What ``batch`` rows of ``length`` tokens on a device read of a memory.
+
+        Args:
+            memory: of so many rows, or of one for all.
+            batch, length, device: of the running text.
+            offset: added to the number of chunks it is the position of the queries.
+            tables: gives cos and sin.
+            layers: the layers that read the memory.
+
+        Raises:
+            ValueError: the memory is of other rows or on another device.
+        """
+        if memory.batch_size == 1 and batch > 1:
+            memory = memory.expand(batch)
+        if memory.batch_size != batch:
+            raise ValueError(f"memory: expected {batch} batch rows as in input_ids, or 1, got {memory.batch_size}")
+        if memory.device != device:
+            raise ValueError(
+                f"memory: expected device {device} as input_ids, got {memory.device}; use memory.to({str(device)!r})"
+            )
+        positions = tuple(memory.num_chunks[i] + offset for i in memory.memory_index)
+        found = tables(max((0, *positions)) + 1, device, layers)
+        cos, sin = ([found.of(layer)[side] for layer in layers] for side in (0, 1))
+        cu_q, slot_range, q_position = _rows_on(device, batch, length, tuple(memory.slot_ranges()), positions)
+        return cls(memory.keys, memory.values, cu_q, slot_range, q_position, cos, sin)
+
+
+def _rows_on(
+    device: torch.device, batch: int, length: int, ranges: tuple[tuple[int, int], ...], positions: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cu_q [B + 1]``, ``slot_range [B, 2]`` and ``q_position [B]``; on the CPU the same tensors for the same rows."""
+    global _last_rows
+    # on CUDA another stream may ask next, and a graph may be captured
+    if torch.compiler.is_compiling() or device.type != "cpu":
+        return _new_rows(device, batch, length, ranges, positions)
+    key = (torch.is_inference_mode_enabled(), batch, length, ranges, positions)
+    known = _last_rows
+    if known is not None and known[0] == key:
+        return known[1]
+    rows = _new_rows(device, batch, length, ranges, positions)
+    # no stand-ins, by which others plan where a model's parts go
+    if all(type(tensor) is Tensor for tensor in rows):
+        _last_rows = key, rows
+    return rows
+
+
+def _new_rows(
+    device: torch.device, batch: int, length: int, ranges: tuple[tuple[int, int], ...], positions: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.arange(batch + 1, device=device) * length,
+        upload(torch.tensor(ranges, dtype=torch.int64).view(batch, 2), device),
+        upload(torch.tensor(positions, dtype=torch.int64), device),
+    )
+
+
+# replaced as a whole: threads may ask at any time
+_last_rows: tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 class InjectedAttention(nn.Module):
@@ -176,9 +250,11 @@ class _InjectedLayer:
 
 def _classes(prefix: str, mixin: type) -> dict[type, type]:
     """For each family's decoder layer one that is the mixin too."""
-    layers = [family.layer for family in FAMILIES.values()]
     fields = {"__module__": __name__, "__doc__": mixin.__doc__}
-    return {layer: type(f"{prefix}{layer.__name__}", (mixin, layer), dict(fields)) for layer in layers}
+    return {
+        family.layer: type(f"{prefix}{family.layer.__name__}", (mixin, family.layer), {**fields, "base_family": family})
+        for family in FAMILIES.values()
+    }
 
 
 _INJECTED_CLASS = _classes("Injected", _InjectedLayer)

@@ -6,23 +6,22 @@ import functools
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-if TYPE_CHECKING:
-    from .modeling import SharedLLMForCausalLM
+from .protocols import Decoder
 
-# Tensors of token ids whose values have been looked at: their version then, and the vocabulary.
+# Id tensors already range-checked, with tensor version and vocabulary size at the time.
 _CHECKED_IDS: Any = WeakTensorKeyDictionary()
 # The model whose generate runs in this thread.
 _TRUSTED = threading.local()
 
 
 @contextlib.contextmanager
-def trusted_ids(model: "SharedLLMForCausalLM | None") -> Iterator[None]:
+def trusted_ids(model: Decoder | None) -> Iterator[None]:
     """While it lasts, this thread does not look at the values of ids given to the model: the caller has done so."""
     outer, _TRUSTED.model = getattr(_TRUSTED, "model", None), model
     try:
@@ -31,7 +30,7 @@ def trusted_ids(model: "SharedLLMForCausalLM | None") -> Iterator[None]:
         _TRUSTED.model = outer
 
 
-def check_ids(model: "SharedLLMForCausalLM", name: str, ids: Tensor, *, range_too: bool) -> None:
+def check_ids(model: Decoder, name: str, ids: Tensor, *, range_too: bool) -> None:
     """Token ids ``[B, L]`` of an integer dtype on the model's device, and in its vocabulary if ``range_too``."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(ids).__name__}")
@@ -50,7 +49,7 @@ def check_ids(model: "SharedLLMForCausalLM", name: str, ids: Tensor, *, range_to
             _CHECKED_IDS[ids] = (ids._version, model.model.embed_tokens.num_embeddings)
 
 
-def _check_range(model: "SharedLLMForCausalLM", name: str, ids: Tensor, others: str = "") -> None:
+def _check_range(model: Decoder, name: str, ids: Tensor, others: str = "") -> None:
     low, high = (int(bound) for bound in torch.stack(torch.aminmax(ids)).tolist())
     vocabulary = model.model.embed_tokens.num_embeddings
     if low < 0 or high >= vocabulary:
@@ -59,7 +58,7 @@ def _check_range(model: "SharedLLMForCausalLM", name: str, ids: Tensor, others: 
         )
 
 
-def _has_checked(model: "SharedLLMForCausalLM", ids: Tensor) -> bool:
+def _has_checked(model: Decoder, ids: Tensor) -> bool:
     # generate has checked the running text, and what it generates is right
     if getattr(_TRUSTED, "model", None) is model:
         return True
@@ -68,7 +67,7 @@ def _has_checked(model: "SharedLLMForCausalLM", ids: Tensor) -> bool:
     return _CHECKED_IDS.get(ids) == (ids._version, model.model.embed_tokens.num_embeddings)
 
 
-def check_embeds(model: "SharedLLMForCausalLM", name: str, embeds: Tensor) -> None:
+def check_embeds(model: Decoder, name: str, embeds: Tensor) -> None:
     """Embeddings ``[B, L, d]`` of at least one token a row."""
     if not isinstance(embeds, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(embeds).__name__}")
@@ -87,7 +86,7 @@ def check_not_empty(input_ids: Tensor) -> None:
         raise ValueError(f"input_ids: expected at least one token a row, got shape {tuple(input_ids.shape)}")
 
 
-def check_labels(model: "SharedLLMForCausalLM", labels: Tensor) -> None:
+def check_labels(model: Decoder, labels: Tensor) -> None:
     """Labels are int64 and either -100 or in the vocabulary."""
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
@@ -110,7 +109,7 @@ def check_mask(name: str, mask: Tensor | None, ids_name: str, ids: Tensor) -> Te
 
 
 def check_running_text(
-    model: "SharedLLMForCausalLM", name: str, inputs: Tensor | None, mask: Tensor | None, context_ids: Tensor
+    model: Decoder, name: str, inputs: Tensor | None, mask: Tensor | None, context_ids: Tensor
 ) -> None:
     """What becomes the query, by the names that the caller knows."""
     if inputs is None or not model.config.query_aware:
@@ -216,7 +215,7 @@ def check_labels_given(training: bool, logits_to_keep: int | Tensor, counted: bo
         )
 
 
-def say_past_window(model: "SharedLLMForCausalLM", tokens: int, mask: Tensor | None, past: Any) -> None:
+def say_past_window(model: Decoder, tokens: int, mask: Tensor | None, past: Any) -> None:
     """Warn, once a model, about more running text than the window: ``tokens`` after those of the cache ``past``."""
     window = model.config.window
     total = tokens if past is None else tokens + int(past.get_seq_length())

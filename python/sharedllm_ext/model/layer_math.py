@@ -8,9 +8,19 @@ from torch import Tensor, nn
 
 from .. import ops
 from .cache_name import CACHE_NAME
-from .families import FAMILIES, STILL, after_output, attention_norm, family_of, mlp_norm, projection, residual_factor
+from .families import (
+    FAMILIES,
+    STILL,
+    Family,
+    after_output,
+    attention_norm,
+    family_of,
+    mlp_norm,
+    projection,
+    residual_factor,
+)
 
-_FUSED_DTYPES = (torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
 #: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest: on hidden
 #: states of a trained model rounding to 8 bits hides the difference (docs/architecture.md).
 FP8_FAST_ACCUMULATION = True
@@ -18,7 +28,7 @@ FP8_FAST_ACCUMULATION = True
 
 def inference_only(x: Tensor) -> bool:
     """Whether ``x`` is worth the fused kernels: half precision on CUDA and no gradient or autocast to serve."""
-    return x.is_cuda and x.dtype in _FUSED_DTYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled()
+    return x.is_cuda and x.dtype in FUSED_DTYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled()
 
 
 def adds_in_place(x: Tensor) -> bool:
@@ -73,13 +83,13 @@ def add_linear(hidden: Tensor, module: Any, x: Tensor) -> Tensor:
 
 def is_untouched(module: Any) -> bool:
     """Whether a call of a module is its class's forward and nothing else: no hooks, no forward of its own."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
-    return not any(hooks) and "forward" not in module.__dict__
 
 
 def applies_silu(mlp: Any) -> bool:
@@ -209,17 +219,16 @@ class _FusedAttention:
         )
 
 
-def _fused_class(mixin: type, family_class: type) -> type:
-    return type(
-        f"Fused{family_class.__name__}", (mixin, family_class), {"__doc__": mixin.__doc__, "__module__": __name__}
-    )
+def _fused_class(mixin: type, family_class: type, family: Family) -> type:
+    fields = {"__doc__": mixin.__doc__, "__module__": __name__, "base_family": family}
+    return type(f"Fused{family_class.__name__}", (mixin, family_class), fields)
 
 
-_FUSED_MIXINS = {"norm": _FusedRMSNorm, "attention": _FusedAttention, "mlp": _FusedMLP}
+FUSED_MIXINS = {"norm": _FusedRMSNorm, "attention": _FusedAttention, "mlp": _FusedMLP}
 _FUSED_CLASS: dict[type, type] = {
-    getattr(family, part): _fused_class(mixin, getattr(family, part))
+    getattr(family, part): _fused_class(mixin, getattr(family, part), family)
     for family in FAMILIES.values()
-    for part, mixin in _FUSED_MIXINS.items()
+    for part, mixin in FUSED_MIXINS.items()
     if part not in family.not_fused
 }
 # pickle looks classes up by name
@@ -276,6 +285,10 @@ class Fp8Products(Products):
 
     def __init__(self) -> None:
         self._weights: dict[int, tuple[tuple[int, int], Tensor, Tensor]] = {}
+
+    def forget(self) -> None:
+        """Let the kept weights go."""
+        self._weights.clear()
 
     def norm(self, module: Any, hidden: Tensor) -> Any:
         if isinstance(module, _FusedRMSNorm):

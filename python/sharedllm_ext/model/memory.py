@@ -3,17 +3,15 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .memory_file import DTYPES, MemoryFile, are_sizes, shorten, tensor_names, write_tensors
+from .protocols import Decoder
 from .signature import check_signature
-
-if TYPE_CHECKING:
-    from .modeling import SharedLLMForCausalLM
 
 _KINDS = ("keys", "values")
 # what a file's header holds beside its format
@@ -130,7 +128,7 @@ class ContextMemory:
     def load(
         cls,
         path: str | os.PathLike[str],
-        model: "SharedLLMForCausalLM | None" = None,
+        model: Decoder | None = None,
         device: torch.device | str | None = None,
         *,
         verify: bool = True,

@@ -1,37 +1,22 @@
 """The SharedLLM model: compressor and decoder assembled around a base checkpoint's own Transformers modules."""
 
 import copy
-import dataclasses
 import os
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
-from .compressor import (
-    Chunk,
-    LowerModel,
-    TreeShape,
-    activation_bytes,
-    choose_nodes,
-    compress_chunks,
-    cut_into_chunks,
-    embed_tokens,
-    micro_batch,
-    query_vectors,
-    upload,
-)
+from .compression import ContextCompression
 from .configuration import SharedLLMConfig
-from .decoding import removed_tokens
-from .families import FAMILIES, projection
+from .decoding.session import removed_tokens
+from .families import FAMILIES
 from .generation import ContextGeneration
 from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
 from .inputs import (
@@ -40,7 +25,6 @@ from .inputs import (
     check_keywords,
     check_labels,
     check_labels_given,
-    check_mask,
     check_not_empty,
     check_query,
     check_running_text,
@@ -49,33 +33,20 @@ from .inputs import (
     query_of,
     say_past_window,
 )
-from .layer_math import Fp8Products, Products, install_fused, refuse_fp8
+from .layer_math import Fp8Products, install_fused
 from .loading import check_loaded
-from .managed_layers import check_whole, device_of
+from .managed_layers import device_of
 from .memory import ContextMemory
+from .outputs import SharedLLMOutput
 from .reading import say_if_it_cannot_read
-from .rotary import LayerTables, RopeTables, Rotation, rotations_of
-from .signature import Fingerprint, Subject, describe_difference, has_details, memory_signature
+from .rotary import RopeTables
+from .signature import Fingerprint
 from .split import refuse_packed, split_open_end, split_rows
 from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
-from .stopwatch import Stopwatch
-from .training_mark import TrainingMark, is_training_mark
-
-# The number of chunks, nodes and slots follows from the ids' values.
-_NOT_TRACED = "compress the context first (memory = model.compress(context_ids, …)) and give forward the memory"
-# Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model. On the CPU activations of
-# more than 32 MiB come from fresh pages each time, which the system clears first.
-_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+from .training_mark import TrainingMark
 
 
-@dataclasses.dataclass
-class SharedLLMOutput(CausalLMOutputWithPast):
-    """Output of :class:`SharedLLMForCausalLM`: Transformers' causal language model output and the memory it read."""
-
-    memory: ContextMemory | None = None
-
-
-class SharedLLMForCausalLM(ContextGeneration):
+class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
     """A causal language model that reads long contexts through a compressed memory (SharedLLM).
 
     The ``M`` lowest layers compress ``context_ids`` into a :class:`ContextMemory`; the whole model decodes the running
@@ -86,6 +57,7 @@ class SharedLLMForCausalLM(ContextGeneration):
     config_class = SharedLLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _own_forward: Any = None
     _skip_keys_device_placement = ["past_key_values", "cache", "memory"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_flash_attn = True
@@ -103,8 +75,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         if self.compressor is not None:
             install_steps(self.compressor.layers)
         install_fused(self)
-        self._watch: Stopwatch | None = None
-        self._fp8_products: Fp8Products | None = None
+        self._watch: Any = None
+        self._fp8_products = Fp8Products()
         self._tables = RopeTables()
         self._fingerprint = Fingerprint()
         self._training_mark = TrainingMark()
@@ -229,22 +201,6 @@ class SharedLLMForCausalLM(ContextGeneration):
         self._check_vocabularies()
         super().save_pretrained(*args, **kwargs)
 
-    def _check_vocabularies(self) -> None:
-        if self.compressor is None:
-            return
-        expected, got = (getattr(m.embed_tokens, "num_embeddings", None) for m in (self.model, self.compressor))
-        if expected != got and expected is not None and got is not None:
-            raise ValueError(
-                f"compressor: expected an embedding of {expected} tokens as in the decoder, got {got}; "
-                "resize_token_embeddings of the whole model changes both"
-            )
-
-    @property
-    def lower_model(self) -> LowerModel:
-        """The compressor's modules; the decoder's own while they are tied."""
-        source = self.model if self.compressor is None else self.compressor
-        return LowerModel(source.embed_tokens, source.layers[: self.config.injection_layers], source.norm)
-
     @property
     def device(self) -> torch.device:
         """The device that inputs come on and that the first layer computes on."""
@@ -258,360 +214,6 @@ class SharedLLMForCausalLM(ContextGeneration):
     def injected_blocks(self) -> list[InjectedAttention]:
         """The ``M`` injected attention blocks."""
         return [layer.injection for layer in self.model.layers[: self.config.injection_layers]]
-
-    # -- compression --------------------------------------------------------------------------------------------------
-
-    @torch.compiler.disable(reason=_NOT_TRACED)
-    def compress(
-        self,
-        context_ids: Tensor,
-        context_attention_mask: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        query_attention_mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        progress: Callable[[int], None] | None = None,
-        query_embeds: Tensor | None = None,
-        training: bool | None = None,
-    ) -> ContextMemory:
-        """Compress past contexts into a memory.
-
-        Gradients reach the compressor in training mode only. There the model reads the memory until its weights change:
-        one context may serve several questions, whose losses are summed before the backward pass.
-
-        Args:
-            context_ids: ``[B, C]`` integers, one document a row; rows may be ragged, see the mask.
-            context_attention_mask: ``[B, C]``, 0 for padding (on either side); default: no padding.
-            query_ids: ``[B, L]`` the running text whose last token picks the nodes (``config.query_aware``); without it
-                the right children are taken, as for language modelling.
-            query_attention_mask: ``[B, L]``, 0 for padding; a row without any token uses the right children.
-            generator: source of the split noise (training mode, ``config.split_noise > 0``).
-            progress: called with the context tokens compressed so far, after every micro-batch.
-            query_embeds: ``[B, L, d]`` embeddings of the query, instead of ``query_ids``.
-            training: whether it is for training (gradients, split noise, checkpoints); default: the model's mode.
-
-        Returns:
-            The memory; a document without tokens has no slots.
-
-        Raises:
-            ValueError: shapes, dtypes, devices or token ids that cannot be; the message names what was expected.
-        """
-        if torch.compiler.is_exporting():
-            raise ValueError(f"compress: expected to run outside of torch.export, got a call inside; {_NOT_TRACED}")
-        lower = self.lower_model
-        check_whole("compress", lower.embed_tokens)
-        watch = Stopwatch(self.device)
-        training = self.training if training is None else training
-        with torch.set_grad_enabled(training and torch.is_grad_enabled() and _any_trainable(lower)):
-            work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
-            watch.lap("retrieve")
-            memory = self._compress_in_micro_batches(lower, work, generator, watch, progress, training)
-        watch.lap("compress")
-        watch.facts = {"context_tokens": sum(work.lengths), "chunks": len(work.chunks), "slots": memory.num_slots}
-        self._watch = watch
-        return memory
-
-    @torch.no_grad()
-    def retrieve(
-        self,
-        context_ids: Tensor,
-        context_attention_mask: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        query_attention_mask: Tensor | None = None,
-        query_embeds: Tensor | None = None,
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """The nodes that :meth:`compress` retains, to see what a query picks; arguments as there.
-
-        Returns:
-            For each document: nodes ``[n, tree_depth + 1, 2]`` int64, (first token, length) in the document, in slot
-            order (leaf left, leaf right, then from the deepest level to the chunk's child); and the cosine similarities
-            of left and right child at each level, ``[n, tree_depth - 1, 2]``, -inf for an empty child, or ``None``
-            without a query.
-        """
-        lower = self.lower_model
-        check_whole("retrieve", lower.embed_tokens)
-        work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
-        found: list[tuple[Tensor, Tensor | None]] = []
-        for document, count in enumerate(work.counts):
-            chunks = [chunk for chunk in work.chunks if chunk.document == document]
-            if not chunks:
-                found.append((torch.empty((0, self.config.tree_depth + 1, 2), dtype=torch.int64), None))
-                continue
-            part = work.ids[chunks[0].start : chunks[-1].start + chunks[-1].length]
-            embeddings = embed_tokens(lower, part)
-            shape = self._tree_shape(self.training)
-            tree = choose_nodes(lower, embeddings, chunks, shape, work.tables, work.query, work.has_query)
-            assert tree.nodes.shape[0] == count
-            found.append((tree.nodes, tree.similarity))
-        return found
-
-    def _prepare(
-        self,
-        context_ids: Tensor,
-        context_mask: Tensor | None,
-        query_ids: Tensor | None,
-        query_mask: Tensor | None,
-        query_embeds: Tensor | None,
-    ) -> "_Work":
-        """Check and pack the inputs, cut the chunks, compute tables and query vectors."""
-        self._check_vocabularies()
-        check_ids(self, "context_ids", context_ids, range_too=True)
-        mask = check_mask("context_attention_mask", context_mask, "context_ids", context_ids)
-        lengths = [context_ids.shape[1]] * context_ids.shape[0] if mask is None else mask.sum(1).tolist()
-        ids = context_ids.flatten() if mask is None else context_ids[mask]
-        size = self.config.chunk_size
-        counts = [-(-length // size) for length in lengths]
-        queries = self._rows_with_query(query_ids, query_mask, query_embeds, len(lengths))
-        longest = 0 if queries is None else max(queries[1], default=0)
-        tables = self._rope_tables(max([size, longest, *counts]) + size, context_ids.device)
-        query = has_query = None
-        if queries is not None and longest:
-            has_query = [length > 0 for length in queries[1]]
-            upper = LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
-            query = query_vectors(upper, *queries, tables)
-        return _Work(ids, lengths, cut_into_chunks(lengths, size), counts, tables, query, has_query)
-
-    def _tree_shape(self, training: bool) -> TreeShape:
-        noise = self.config.split_noise if training else 0.0
-        return TreeShape(self.config.tree_depth, self.config.slots_per_node, float(noise))
-
-    @property
-    def last_timings(self) -> dict[str, float]:
-        """Of the latest :meth:`compress`: seconds in ``retrieve`` (query vector and choice of nodes) and ``compress``
-        (everything else), and the counts ``context_tokens``, ``chunks`` and ``slots``. Empty before the first."""
-        return {} if self._watch is None else self._watch.read()
-
-    def _compress_in_micro_batches(
-        self,
-        lower: LowerModel,
-        work: "_Work",
-        generator: torch.Generator | None,
-        watch: Stopwatch,
-        progress: Callable[[int], None] | None,
-        training: bool,
-    ) -> ContextMemory:
-        config, ids, lengths, chunks, counts = self.config, work.ids, work.lengths, work.chunks, work.counts
-        shape = self._tree_shape(training)
-        checkpointing = training and bool(getattr(self.model, "gradient_checkpointing", False))
-        pieces: list[list[Tensor]] = [[] for _ in range(2 * len(lower.layers))]
-        store: list[Tensor] | None = None
-        slots_by_chunk: list[int] = []
-        room = sum(min(chunk.length, (config.tree_depth + 1) * config.slots_per_node) for chunk in chunks)
-        if not chunks or not torch.is_grad_enabled():
-            # the whole memory at once: appending would copy it again and again
-            store = self._memory_store(lower, room, ids.device)
-        products = self._products(lower)
-        limit = config.micro_batch_tokens or self._micro_batch_tokens(lower, ids.device)
-        first = 0
-        while first < len(chunks):
-            batch = micro_batch(chunks, first, limit)
-            part = ids[batch[0].start : batch[-1].start + batch[-1].length]
-            failure: str | None = None
-            try:
-                keys, values, slots = compress_chunks(
-                    lower,
-                    part,
-                    batch,
-                    shape,
-                    work.tables,
-                    work.query,
-                    work.has_query,
-                    generator,
-                    checkpointing,
-                    watch,
-                    products,
-                )
-            except RuntimeError as error:
-                if not _is_out_of_memory(error, self.device):
-                    raise
-                failure = str(error).split("\n", maxsplit=1)[0]
-            if failure is not None:
-                # outside of the handler, which would keep the failed call's tensors alive
-                torch.cuda.empty_cache()
-                if config.micro_batch_tokens is None and len(batch) > 1 and store is not None:
-                    limit = part.numel() // 2
-                    continue
-                raise torch.OutOfMemoryError(self._out_of_memory(lower, part.numel(), store, failure))
-            first += len(batch)
-            written = sum(slots_by_chunk)
-            slots_by_chunk += slots
-            if store is None:
-                for piece, tensor in zip(pieces, (*keys, *values), strict=True):
-                    piece.append(tensor)
-            else:
-                for target, tensor in zip(store, (*keys, *values), strict=True):
-                    target[written : written + tensor.shape[0]] = tensor
-            if progress is not None:
-                progress(batch[-1].start + batch[-1].length)
-        total = sum(slots_by_chunk)
-        tensors = [torch.cat(piece) for piece in pieces] if store is None else [target[:total] for target in store]
-        by_document = [0] * len(lengths)
-        for chunk, slots_of_chunk in zip(chunks, slots_by_chunk, strict=True):
-            by_document[chunk.document] += slots_of_chunk
-        cu_slots = [0]
-        for count in by_document:
-            cu_slots.append(cu_slots[-1] + count)
-        half = len(lower.layers)
-        return ContextMemory(
-            keys=tensors[:half],
-            values=tensors[half:],
-            cu_slots=cu_slots,
-            num_chunks=counts,
-            num_tokens=lengths,
-            memory_index=list(range(len(lengths))),
-            # weights in training change with every step, too often for a digest of them
-            signature=self.memory_signature(fingerprint=not training),
-        )
-
-    def _products(self, lower: LowerModel) -> Products:
-        if self.config.compressor_precision == "model":
-            self._fp8_products = None
-            return Products()
-        if torch.is_grad_enabled():
-            raise ValueError("compressor_precision: expected 'model' for a compressor in training, got 'fp8'")
-        refuse_fp8(lower.layers)
-        if self._fp8_products is None:
-            self._fp8_products = Fp8Products()
-        return self._fp8_products
-
-    def _memory_store(self, lower: LowerModel, slots: int, device: torch.device) -> list[Tensor]:
-        attention, layers = lower.layers[0].self_attn, len(lower.layers)
-        dtype = self._memory_dtype(projection(attention, "v"), device)
-        shape = (slots, projection(attention, "k").out_features // attention.head_dim, attention.head_dim)
-        try:
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
-        except torch.OutOfMemoryError:
-            # the message comes after the handler, which would keep what could be allocated alive
-            pass
-        torch.cuda.empty_cache()
-        needed = 2 * layers * slots * shape[1] * shape[2] * dtype.itemsize
-        raise torch.OutOfMemoryError(
-            f"context memory: expected {needed / 1e9:.2f} GB of free device memory for {slots} slots in {layers} "
-            f"layers, got {_free_bytes(device) / 1e9:.2f} GB; fewer injection_layers, fewer slots_per_node, a larger "
-            "chunk_size or a shorter context needs less"
-        )
-
-    def _memory_dtype(self, module: Any, device: torch.device) -> torch.dtype:
-        """Dtype of the keys and values that a compressor's value projection gives."""
-        weight = getattr(module, "weight", None)
-        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
-        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-            return torch.get_autocast_dtype(device.type)
-        return dtype
-
-    def _micro_batch_tokens(self, lower: LowerModel, device: torch.device) -> int:
-        """Tokens of a micro-batch when the configuration names none."""
-        most = _MICRO_BATCH_TOKENS.get(device.type, _MICRO_BATCH_TOKENS["cpu"])
-        if device.type != "cuda":
-            return most
-        return max(1, min(most, int(0.95 * _free_bytes(device)) // activation_bytes(lower)))
-
-    def _out_of_memory(self, lower: LowerModel, tokens: int, store: list[Tensor] | None, failure: str) -> str:
-        needed, device = tokens * activation_bytes(lower), self.device
-        kept = sum(tensor.nbytes for tensor in store or ())
-        knob = (
-            f"micro_batch_tokens below {tokens}" if store is not None else "gradient checkpointing or a shorter context"
-        )
-        return (
-            f"compress: expected about {needed / 1e9:.2f} GB of free device memory for the activations of {tokens} "
-            f"context tokens beside {kept / 1e9:.2f} GB of context memory, got {_free_bytes(device) / 1e9:.2f} GB; "
-            f"{knob} (config.micro_batch_tokens is {self.config.micro_batch_tokens}) needs less ({failure})"
-        )
-
-    def _rows_with_query(
-        self, query_ids: Tensor | None, mask: Tensor | None, query_embeds: Tensor | None, documents: int
-    ) -> tuple[Tensor, list[int]] | None:
-        """Packed query tokens (or their embeddings) and how many each document has; ``None`` without a query."""
-        if query_ids is not None and query_embeds is not None:
-            raise ValueError("query_ids, query_embeds: expected at most one of them, got both")
-        query = query_ids if query_embeds is None else query_embeds
-        if query is None:
-            if mask is not None:
-                raise ValueError("query_attention_mask: expected query_ids with it, got none")
-            return None
-        name = "query_ids" if query_embeds is None else "query_embeds"
-        if query_embeds is None:
-            check_ids(self, name, query, range_too=True)
-        else:
-            check_embeds(self, name, query)
-        if query.shape[0] != documents:
-            raise ValueError(
-                f"{name}: expected {documents} rows, one for each row of context_ids, got {query.shape[0]}"
-            )
-        used = check_mask("query_attention_mask", mask, name, query)
-        if not self.config.query_aware:
-            return None
-        if used is None:
-            return query.flatten(0, 1), [query.shape[1]] * documents
-        return query[used], used.sum(1).tolist()
-
-    def _rotations(self, layers: Iterable[Any] | None = None) -> dict[str, Rotation]:
-        """The rotations of decoder layers by name; default: those that read the memory."""
-        own = self.model.layers[: self.config.injection_layers] if layers is None else layers
-        return rotations_of(self.model.rotary_emb, own)
-
-    def _rope_tables(self, rows: int, device: torch.device, layers: Iterable[Any] | None = None) -> LayerTables:
-        """cos and sin of decoder layers, at least ``rows`` positions; default: of those that read the memory."""
-        return self._tables.get(self._rotations(layers), rows, device)
-
-    # -- memories and models ------------------------------------------------------------------------------------------
-
-    def memory_signature(self, *, fingerprint: bool = True, details: bool = True) -> dict[str, Any]:
-        """What a memory must share with the model that reads it: sizes, tree, and what the compressor computes.
-
-        Args:
-            fingerprint: whether to tell the weights; else, for a memory of a model in training, their place holds a
-                mark of the compressor as it is now, good in this process until it changes.
-            details: whether to tell more than sizes and weights. That runs the compressor on a few fixed tokens, once
-                for as long as nothing in it changes.
-        """
-        subject = Subject(self.lower_model, self._rotations(), self._rope_tables, self.config.chunk_size)
-        if fingerprint:
-            return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details))
-        return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})
-
-    def check_memory(self, memory: ContextMemory) -> None:
-        """Refuse a memory that another model or tree has made; or this one in training, before its weights changed.
-
-        Raises:
-            TypeError: not a :class:`ContextMemory`.
-            ValueError: names the first difference.
-        """
-        if not isinstance(memory, ContextMemory):
-            raise TypeError(f"memory: expected a ContextMemory, got {type(memory).__name__}")
-        in_training = is_training_mark(memory.signature.get("weights"))
-        signature = self.memory_signature(fingerprint=not in_training, details=has_details(memory.signature))
-        difference = describe_difference(signature, memory.signature)
-        if difference is not None and in_training and difference.startswith("weights: "):
-            raise ValueError(
-                "memory: expected one made since the weights last changed, got one made in training before a step or "
-                "by another model; compress the context again after every step"
-            )
-        if difference is not None:
-            raise ValueError(f"memory: made by another model or another setting of this one; {difference}")
-
-    def _injected_context(
-        self, memory: ContextMemory, batch: int, length: int, device: torch.device
-    ) -> InjectedContext:
-        if memory.batch_size == 1 and batch > 1:
-            memory = memory.expand(batch)
-        if memory.batch_size != batch:
-            raise ValueError(f"memory: expected {batch} batch rows as in input_ids, or 1, got {memory.batch_size}")
-        if memory.device != device:
-            raise ValueError(
-                f"memory: expected device {device} as input_ids, got {memory.device}; use memory.to({str(device)!r})"
-            )
-        positions = [memory.num_chunks[i] + self.config.query_position_offset for i in memory.memory_index]
-        layers = self.model.layers[: self.config.injection_layers]
-        tables = self._rope_tables(max([0, *positions]) + 1, device)
-        return InjectedContext(
-            keys=memory.keys,
-            values=memory.values,
-            cu_q=torch.arange(batch + 1, device=device) * length,
-            slot_range=upload(torch.tensor(memory.slot_ranges(), dtype=torch.int64).view(batch, 2), device),
-            q_position=upload(torch.tensor(positions, dtype=torch.int64), device),
-            cos=[tables.of(layer)[0] for layer in layers],
-            sin=[tables.of(layer)[1] for layer in layers],
-        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[…, vocabulary]`` of the last layer's normed output ``[…, d]``."""
@@ -756,8 +358,14 @@ class SharedLLMForCausalLM(ContextGeneration):
 
         injected = {}
         if memory is not None:
-            injected["injected_context"] = self._injected_context(
-                memory, inputs.shape[0], inputs.shape[1], inputs.device
+            injected["injected_context"] = InjectedContext.of(
+                memory,
+                inputs.shape[0],
+                inputs.shape[1],
+                inputs.device,
+                offset=self.config.query_position_offset,
+                tables=self._rope_tables,
+                layers=self.model.layers[: self.config.injection_layers],
             )
         outputs = self.model(
             input_ids=input_ids,
@@ -802,32 +410,8 @@ class SharedLLMForCausalLM(ContextGeneration):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """What one call of compress works on: packed tokens, their documents and chunks, tables, query vectors."""
-
-    ids: Tensor
-    lengths: list[int]
-    chunks: list[Chunk]
-    counts: list[int]
-    tables: LayerTables
-    query: Tensor | None
-    has_query: list[bool] | None
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Device memory that an allocation could get: free on the device, or cached by PyTorch and unused."""
-    if device.type != "cuda":
-        return 0
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
-
-
-def _is_out_of_memory(error: RuntimeError, device: torch.device) -> bool:
-    """Whether device memory ran out: PyTorch has a class for it, but what an extension's operator raises has not."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return device.type == "cuda" and str(error).startswith("out of memory: ")
+# by which a subclass is known to read its inputs otherwise
+SharedLLMForCausalLM._own_forward = SharedLLMForCausalLM.forward
 
 
 def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
@@ -837,13 +421,3 @@ def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
     if getattr(lower, "layer_types", None) is not None:
         lower.layer_types = lower.layer_types[: config.injection_layers]
     return lower
-
-
-def _any_trainable(lower: LowerModel) -> bool:
-    modules = (lower.embed_tokens, lower.norm, *lower.layers)
-    return any(
-        parameter.requires_grad
-        for module in modules
-        for name, parameter in module.named_parameters()
-        if not name.startswith("injection.")
-    )

@@ -1,7 +1,7 @@
 """Rotary tables of a model's layers, which need not all turn in the same way."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,13 @@ class LayerTables:
     def of(self, layer: Any) -> Tables:
         """cos and sin of a decoder layer."""
         return self._tables[rotation_of(layer)]
+
+
+class TablesOf(Protocol):
+    """Gives the tables of decoder layers; default: of those that read the memory."""
+
+    def __call__(self, rows: int, device: torch.device, layers: Iterable[Any] | None = None) -> LayerTables:
+        """cos and sin of at least ``rows`` positions on a device."""
 
 
 class RopeTables:

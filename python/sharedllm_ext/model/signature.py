@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..ops._autocast import outside_autocast
-from .compressor import Chunk, LowerModel, TreeShape, compress_chunks, query_vectors
+from .chunks import Chunk
+from .compressor import compress_chunks
 from .families import (
     attention_norm,
     family_of,
@@ -30,9 +31,11 @@ from .families import (
     sliding_window,
 )
 from .layer_math import version_of
+from .lower_model import LowerModel, query_vectors
 from .managed_layers import device_of, is_managed, is_sharded, stored_parameters
 from .memory_file import shorten
 from .rotary import LayerTables, Rotation
+from .tree import TreeShape
 
 _SIZES = (
     "hidden_size",

@@ -1,0 +1,451 @@
+"""One decoding step by its own operators, as a CUDA graph after the first time."""
+
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ...ops import decode_append, decode_linear, injected_attention
+from ..families import (
+    attention_norm,
+    embedding_factor,
+    family_of,
+    mlp_norm,
+    projection,
+    residual_factor,
+    rotation_of,
+    sliding_window,
+)
+from ..injection import InjectedContext
+from ..layer_math import version_of
+from ..memory import ContextMemory
+from ..protocols import Decoder
+from ..rotary import Tables, rotations_of
+from .cache import BEFORE_UPDATE, PreallocatedCache
+
+#: Bytes of the output projection's weights that are asked for in L2 in front of an attention. More delays the
+#: attention's own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
+PREFETCH_BYTES = 6 << 20
+
+
+class DecodeRunner:
+    """One decoding step of a model over a cache, as a CUDA graph after the first time.
+
+    Holds the tensors that the graph's kernels read: parameters, storage of the cache, memory.
+
+    Args:
+        model: the model; :func:`~.support.obstacle_in_model` says which.
+        cache: the cache, with at least one token and room for one more in every layer.
+        memory: what the injected layers read, or ``None``.
+        batch: rows.
+        context: of the memory, for one token a row; ``None`` without one.
+        tables: cos and sin of each layer for every position that the cache has room for.
+        graph: whether to use a CUDA graph; without it the same operators run one by one.
+        state: what :func:`state_of_step` gives for model and memory.
+    """
+
+    # its buffers are written in later calls, which may be outside of inference mode
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Decoder,
+        cache: PreallocatedCache,
+        memory: ContextMemory | None,
+        batch: int,
+        *,
+        context: InjectedContext | None,
+        tables: list[Tables],
+        graph: bool,
+        state: tuple[Any, ...],
+    ) -> None:
+        device = model.device
+        self.state = state
+        self.batch = batch
+        self.length_on_host = -1
+        self._model = weakref.ref(model)
+        self._parameters: list[Tensor] = []
+        self._memory: ContextMemory | None = None
+        self._storages = [layer.storage for layer in cache.layers]
+        self._context = context
+        self._tables = tables
+        size = model.model.layers[0].self_attn.head_dim
+        # queries are rotated when the cache gets their key
+        # not in the default dtype, which may be another one
+        angle = torch.zeros(1, size // 2, dtype=torch.float32, device=device)
+        self._no_rotation = (angle.cos(), angle.sin())
+        self._no_position = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._cu_q = torch.arange(batch + 1, device=device)
+        self._length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._first = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._vocabulary = model.model.embed_tokens.num_embeddings
+        self._use_graph = graph
+        self._kernels = _kernels_of(self.state, batch, device, self._storages[0][0], self._tables[0][0])
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._watched: list[Tensor] = []
+        self._layers: list[_Layer] = []
+        self._ahead_of: tuple[int, int] | None = None
+        self.hold(model, memory)
+
+    def fits(self, cache: PreallocatedCache, state: tuple[Any, ...], batch: int) -> bool:
+        """Whether this runner's graph is one of these parameters, this memory and the cache's present storage."""
+        if not (self.state is state or self.state == state) or self.batch != batch:
+            return False
+        if len(cache.layers) != len(self._storages):
+            return False
+        for layer, (keys, values) in zip(cache.layers, self._storages, strict=True):
+            if layer._key_storage is not keys or layer._value_storage is not values:
+                return False
+        return True
+
+    def hold(self, model: Decoder, memory: ContextMemory | None) -> None:
+        """Keep alive what the graph reads: parameters and memory of :attr:`state`."""
+        self._parameters = [parameter.detach() for parameter in model.parameters()]
+        self._memory = memory
+        if self._context is not None and memory is not None:
+            self._context.keys, self._context.values = memory.keys, memory.values
+        read = [*self._parameters, *(x for pair in self._storages for x in pair)]
+        read += [] if memory is None else [*memory.keys, *memory.values]
+        self._layers = [_Layer.of(layer) for layer in model.model.layers]
+        self._watched = [tensor for tensor in read if not tensor.is_inference()]
+
+    def release(self) -> None:
+        """Let go of parameters and memory; :meth:`hold` comes before the next run."""
+        self.drop()
+        self._layers = []
+        self._parameters, self._watched, self._memory, self.length_on_host = [], [], None, -1
+        if self._context is not None:
+            self._context.keys, self._context.values = [], []
+
+    def set_padding(self, first: Tensor) -> None:
+        """Padding tokens in front of each row, ``[B]`` int64."""
+        self._first.copy_(first)
+
+    def run(self, tokens: Tensor, cache: PreallocatedCache) -> Tensor:
+        """Append one token a row to the cache.
+
+        Args:
+            tokens: ``[B]`` or ``[B, 1]`` integers.
+            cache: the cache of the runner, with room for one token.
+
+        Returns:
+            Logits ``[B, vocabulary]`` of the next token, overwritten by the next call.
+        """
+        self.drop()
+        self._put(tokens, cache.get_seq_length())
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._use_graph and self._kernels in _LOADED:
+            self._capture().replay()
+        else:
+            # the first time also loads the kernels, which a capture must not
+            self._logits = self._step()
+            _LOADED.add(self._kernels)
+        return self._end(cache)
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether :meth:`run_ahead` can be called: not before there can be a graph, where there will be one."""
+        return self._graph is not None or not self._use_graph or self._kernels in _LOADED
+
+    def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
+        """Start the step that :meth:`run` would make beside what the current stream does next.
+
+        :meth:`take` ends it, :meth:`drop` forgets it. Arguments as for :meth:`run`; a token that is none (padding of
+        rows that have ended) counts as the nearest one.
+        """
+        self.drop()
+        self._put(tokens, cache.get_seq_length(), among=self._vocabulary)
+        # nothing to take before it is started, but something to wait for
+        self._ahead_of = (-1, -1)
+        if not self._use_graph:
+            self._logits = self._step()
+        else:
+            # made here it costs nothing where the device still reads the prompt
+            graph = self._graph or self._capture()
+            device = self._length.device
+            self._stream = _side_stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                graph.replay()
+        self._ahead_of = (cache.get_seq_length(), self._version())
+
+    def is_ahead(self, cache: PreallocatedCache) -> bool:
+        """Whether :meth:`run_ahead` has started the step that comes next, and what it reads has not changed since."""
+        return self._ahead_of == (cache.get_seq_length(), self._version())
+
+    def take(self, cache: PreallocatedCache) -> Tensor:
+        """The logits of the step that :meth:`run_ahead` has started, as :meth:`run` returns them."""
+        self._join()
+        return self._end(cache)
+
+    def drop(self) -> bool:
+        """Forget the step that :meth:`run_ahead` has started; whether there was one. The cache has the same tokens."""
+        if self._ahead_of is None:
+            return False
+        self._join()
+        return True
+
+    def wait(self, *, on_host: bool = False) -> None:
+        """Let the current stream, or the host, wait for steps that were started on another one."""
+        if self._stream is None:
+            return
+        if on_host:
+            self._stream.synchronize()
+        else:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def _join(self) -> None:
+        self.wait()
+        self._ahead_of = None
+
+    def _version(self) -> int:
+        # counts only grow, so that their sum tells any change
+        return sum(tensor._version for tensor in self._watched)
+
+    def _put(self, tokens: Tensor, length: int, among: int | None = None) -> None:
+        if length != self.length_on_host:
+            self._length.fill_(length)
+        # until the step is over: an interrupted one must not leave two lengths
+        self.length_on_host = -1
+        if among is None:
+            self._tokens.copy_(tokens.reshape(-1))
+        else:
+            torch.clamp(tokens.reshape(-1).long(), 0, among - 1, out=self._tokens)
+
+    def _end(self, cache: PreallocatedCache) -> Tensor:
+        length = cache.get_seq_length() + 1
+        for layer in cache.layers:
+            layer._length = length
+        self.length_on_host = length
+        assert self._logits is not None
+        return self._logits
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        device = self._length.device
+        graph = torch.cuda.CUDAGraph()
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._logits = self._step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = graph
+        return graph
+
+    def _step(self) -> Tensor:
+        model: Any = self._model()
+        x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
+        factor = embedding_factor(model.model.layers[0])
+        x = x if factor == 1.0 else x * factor
+        for layer, storage, tables in zip(self._layers, self._storages, self._tables, strict=True):
+            x = self._attend(x, layer, storage, tables)
+            if layer.injection is not None and self._context is not None:
+                x = self._inject(x, layer.injection)
+            hidden = _product(x, layer.gate_up, layer.mlp_norm, gated=True)
+            x = _sum(x, hidden, layer.down, layer.residual)
+        logits = _product(x, (model.lm_head,), model.model.norm)
+        logits = family_of(model.model.layers[0]).logits(logits, model.config.text_config)
+        self._length.add_(1)
+        return logits
+
+    def _attend(self, x: Tensor, layer: "_Layer", storage: tuple[Tensor, Tensor], tables: Tables) -> Tensor:
+        keys, values = storage
+        qkv = _product(x, layer.qkv, layer.attention_norm)
+        q_norm, k_norm, output = layer.q_norm, layer.k_norm, layer.output
+        q, slot_range = decode_append(
+            qkv,
+            keys,
+            values,
+            self._length,
+            self._first,
+            *tables,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+            eps=0.0 if q_norm is None else q_norm.variance_epsilon,
+            window=layer.window,
+            overlap=True,
+            prefetch=output[0].weight,
+            prefetch_bytes=PREFETCH_BYTES,
+        )
+        out, _ = injected_attention(
+            q,
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            self._cu_q,
+            slot_range,
+            self._no_position,
+            *self._no_rotation,
+            scale=layer.scaling,
+        )
+        return _sum(x, out.flatten(1), output, layer.residual)
+
+    def _inject(self, x: Tensor, injection: Any) -> Tensor:
+        context: Any = self._context
+        query = _product(x, (injection.q_proj,), injection.norm, prefetch=injection.o_proj.weight)
+        query = query.view(self.batch, -1, injection.head_dim)
+        if injection.q_norm is not None:
+            query = injection.q_norm(query)
+        out, _ = injected_attention(
+            query,
+            context.keys[injection.layer_index],
+            context.values[injection.layer_index],
+            context.cu_q,
+            context.slot_range,
+            context.q_position,
+            context.cos[injection.layer_index],
+            context.sin[injection.layer_index],
+            scale=injection.scaling,
+        )
+        return _product(out.flatten(1), (injection.o_proj,), residual=x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What a step reads of a decoder layer, looked up once a generate.
+
+    Attributes:
+        qkv, output, gate_up, down: projections.
+        attention_norm, mlp_norm, q_norm, k_norm: norms; those of heads may be ``None``.
+        injection: the injected block, or ``None``.
+        window: tokens to look back on, 0 for all.
+        scaling: of the attention.
+        residual: factor of what attention and MLP add.
+    """
+
+    qkv: tuple[Any, ...]
+    output: tuple[Any, ...]
+    gate_up: tuple[Any, ...]
+    down: tuple[Any, ...]
+    attention_norm: Any
+    mlp_norm: Any
+    q_norm: Any
+    k_norm: Any
+    injection: Any
+    window: int
+    scaling: float
+    residual: float
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Layer":
+        """Of a decoder layer."""
+        attention = layer.self_attn
+        return cls(
+            qkv=tuple(projection(attention, name) for name in "qkv"),
+            output=(projection(attention, "o"),),
+            gate_up=(projection(layer.mlp, "gate"), projection(layer.mlp, "up")),
+            down=(projection(layer.mlp, "down"),),
+            attention_norm=attention_norm(layer),
+            mlp_norm=mlp_norm(layer),
+            q_norm=getattr(attention, "q_norm", None),
+            k_norm=getattr(attention, "k_norm", None),
+            injection=getattr(layer, "injection", None),
+            window=sliding_window(layer) or 0,
+            scaling=attention.scaling,
+            residual=residual_factor(layer),
+        )
+
+
+def _product(
+    x: Tensor,
+    modules: tuple[Any, ...],
+    norm: Any = None,
+    *,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    prefetch: Tensor | None = None,
+) -> Tensor:
+    """Norm, linear modules and residual in one kernel."""
+    return decode_linear(
+        x,
+        [module.weight for module in modules],
+        [module.bias for module in modules],
+        norm_weight=None if norm is None else norm.weight,
+        eps=0.0 if norm is None else norm.variance_epsilon,
+        residual=residual,
+        gated=gated,
+        # nothing writes parameters between the kernels of a step, and its first kernel does not overlap
+        overlap=True,
+        prefetch=prefetch,
+        prefetch_bytes=PREFETCH_BYTES if prefetch is not None else 0,
+    )
+
+
+def _sum(hidden: Tensor, x: Tensor, modules: tuple[Any, ...], factor: float) -> Tensor:
+    """``hidden`` and a layer's last linear module of ``x``, added as the layer does."""
+    if factor == 1.0:
+        return _product(x, modules, residual=hidden)
+    return hidden.add(_product(x, modules), alpha=factor)
+
+
+def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ...]:
+    """What a graph has baked in: where parameters and memory lie, which rows read what, the layers' constants."""
+    parameters = tuple(
+        (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()) for parameter in model.parameters()
+    )
+    numbers = []
+    for layer in model.model.layers:
+        attention, injection = layer.self_attn, getattr(layer, "injection", None)
+        norms = [attention_norm(layer), mlp_norm(layer), getattr(attention, "q_norm", None)]
+        norms += [] if injection is None else [injection.norm]
+        numbers += [attention.scaling, sliding_window(layer), None if injection is None else injection.scaling]
+        numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
+        numbers += [rotation_of(layer), residual_factor(layer)]
+    numbers += [model.model.norm.variance_epsilon, embedding_factor(model.model.layers[0])]
+    for rotation in rotations_of(model.model.rotary_emb, model.model.layers).values():
+        numbers += [rotation.frequencies.data_ptr(), version_of(rotation.frequencies), rotation.scaling]
+    if memory is None:
+        return (id(model), parameters, tuple(numbers))
+    tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
+    rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
+    return (id(model), parameters, tuple(numbers), tensors, rows, model.config.query_position_offset)
+
+
+def _kernels_of(
+    state: tuple[Any, ...], batch: int, device: torch.device, storage: Tensor, table: Tensor
+) -> tuple[Any, ...]:
+    """Which kernels a step of this state runs, as far as shapes, dtypes, strides and alignment choose them."""
+    _, parameters, _, *memory = state
+    weights = tuple((pointer % 16, *rest) for pointer, *rest in parameters)
+    slots = tuple((pointer % 16, shape[1:], stride) for pointer, shape, stride in memory[0]) if memory else None
+    return (device, batch, weights, slots, storage.shape[2:], table.shape[1])
+
+
+# kernels (see _kernels_of) that a step has run outside of a capture in this process
+_LOADED: set[tuple[Any, ...]] = set()
+#: Runners by cache: a graph lives as long as the cache that it writes to.
+RUNNERS: "weakref.WeakKeyDictionary[Cache, DecodeRunner]" = weakref.WeakKeyDictionary()
+
+
+class _Streams(threading.local):
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The thread's stream for captures and for steps that start ahead; CUDA has only few."""
+    if device not in _streams.by_device:
+        _streams.by_device[device] = torch.cuda.Stream(device)
+    return _streams.by_device[device]
+
+
+def _drop_step_ahead(cache: Cache) -> None:
+    runner = RUNNERS.get(cache)
+    if runner is not None:
+        runner.drop()
+
+
+BEFORE_UPDATE.append(_drop_step_ahead)

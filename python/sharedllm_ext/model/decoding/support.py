@@ -1,0 +1,238 @@
+"""Why a model, or one ``generate``, decodes by its layers' own forward instead of by the operators of a step."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._library import cuda_kernels
+from ..cache_name import CACHE_NAME, one_cache
+from ..families import attention_norm, family_of, mlp_norm
+from ..protocols import Decoder
+from .cache import PreallocatedCache
+
+#: Rows that one step takes; more are a matter of matrix products, not of memory.
+MAX_BATCH = 8
+#: Head sizes with a tensor core kernel of the attention.
+HEAD_SIZES = (64, 96, 128, 256)
+#: Rope types whose frequencies do not follow the sequence length.
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: For tests: run the step, without a graph, on the CPU too.
+RUN_ON_CPU = False
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNELS = ("decode_linear", "decode_append", "injected_attention")
+# generation modes whose tokens are chosen one after another
+_SINGLE = ("greedy_search", "sample")
+_WATCHING = ("output_attentions", "output_hidden_states")
+_logger = logging.getLogger("sharedllm_ext")
+_said: set[str] = set()
+
+
+def say_slow(reason: str) -> None:
+    """Log, once in a process, why a decoding step takes the ordinary path."""
+    if reason not in _said:
+        _said.add(reason)
+        _logger.info("generate decodes by the model's own forward: %s", reason)
+
+
+def decoding_obstacle(
+    model: Decoder,
+    *,
+    rows: int = 1,
+    memory: Any = None,
+    attention_mask: Tensor | None = None,
+    generation_config: Any = None,
+    **settings: Any,
+) -> str | None:
+    """Why ``generate`` would decode by the model's own forward, several times as slow as a CUDA graph of each token.
+
+    The model is looked at as it is now. ``generate`` itself logs the reason to ``sharedllm_ext`` at level INFO, once.
+
+    Args:
+        model: the model.
+        rows: ``B``, rows of ``input_ids`` times returned sequences.
+        memory: what it will read, or ``None``.
+        attention_mask: ``[B, L]``, or ``None``.
+        generation_config: as for ``generate``; default: the model's own.
+        settings: keywords of ``generate`` that change the configuration, ``num_beams`` for instance, and
+            ``past_key_values``.
+
+    Returns:
+        The first reason, "what: expected …, got …"; ``None`` if steps run by their own operators.
+    """
+    cache = one_cache(settings.pop("past_key_values", None), settings.pop("cache", None))
+    config = generation_config if generation_config is not None else getattr(model, "generation_config", None)
+    values = {**({} if config is None else config.to_dict()), **settings}
+    # generate runs without gradients, whatever its caller does
+    with torch.no_grad():
+        return (
+            obstacle_in_settings(values, _mode_of(values))
+            or obstacle_in_outputs(values.get)
+            or obstacle_in_cache(cache)
+            or obstacle_in_model(model)
+            or obstacle_in_call(model, rows, memory, attention_mask)
+        )
+
+
+def _mode_of(values: dict[str, Any]) -> str:
+    """What Transformers would call the way of generating, as far as it matters here."""
+    if (values.get("num_beams") or 1) > 1:
+        return "beam_search"
+    if values.get("assistant_model") is not None or values.get("prompt_lookup_num_tokens") is not None:
+        return "assisted_generation"
+    return "sample" if values.get("do_sample") else "greedy_search"
+
+
+def obstacle_in_settings(values: Any, mode: Any) -> str | None:
+    """What speaks against steps in a generation configuration (a mapping, or an object with attributes) and mode."""
+    get = values.get if isinstance(values, dict) else lambda name: getattr(values, name, None)
+    if not is_single(mode):
+        return f"generation mode: expected {' or '.join(_SINGLE)}, got {getattr(mode, 'value', mode)}"
+    if get("use_cache") is False:
+        return "use_cache: expected True, got False"
+    if get("cache_implementation") is not None:
+        return f"cache_implementation: expected None, got {get('cache_implementation')!r}"
+    return None
+
+
+def is_single(mode: Any) -> bool:
+    """Whether a generation mode chooses tokens one after another."""
+    return str(getattr(mode, "value", mode)) in _SINGLE
+
+
+def obstacle_in_outputs(get: Any) -> str | None:
+    """What speaks against steps in settings that ``get`` gives by name: outputs that they do not have."""
+    for name in ("disable_compile", *_WATCHING):
+        if get(name):
+            return f"{name}: expected False, got True"
+    return None
+
+
+def obstacle_in_cache(cache: Any) -> str | None:
+    """What speaks against steps in a caller's cache."""
+    if cache is None or type(cache) is PreallocatedCache:
+        return None
+    return f"{CACHE_NAME}: expected none, or the PreallocatedCache of an earlier generate, got {type(cache).__name__}"
+
+
+def obstacle_in_call(model: Decoder, rows: int, memory: Any, mask: Tensor | None) -> str | None:
+    """What speaks against steps in rows, memory and mask of a ``generate``."""
+    if memory is not None and (memory.dtype != model.dtype or memory.device != model.device):
+        return f"memory: expected {model.dtype} on {model.device} as the model, got {memory.dtype} on {memory.device}"
+    if mask is not None and mask.dim() != 2:
+        return f"attention_mask: expected shape [batch, tokens], got {tuple(mask.shape)}"
+    rows = rows if mask is None else max(rows, mask.shape[0])
+    if rows > MAX_BATCH:
+        return f"input_ids: expected at most {MAX_BATCH} rows, got {rows}"
+    if mask is not None:
+        total = mask.shape[1]
+        is_padding = torch.arange(total, device=mask.device) < padding_of(mask)[:, None]
+        if bool((mask.bool() == is_padding).any()):
+            return "attention_mask: expected padding on the left alone, got a zero after a token"
+    return None
+
+
+def padding_of(mask: Tensor) -> Tensor:
+    """Zeros in each row of a mask ``[B, L]``: ``[B]`` int64."""
+    return mask.shape[1] - mask.long().sum(1)
+
+
+def obstacle_in_model(model: Decoder) -> str | None:
+    """What speaks against steps in the model as it is now.
+
+    There is nothing for the supported families with plain modules without hooks, all on one CUDA device in bfloat16 or
+    float16, in evaluation mode, and head sizes that the attention has fast kernels for.
+    """
+    if model.training:
+        return "model: expected evaluation mode (model.eval()), got training mode"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return f"model: expected no {'gradients' if torch.is_grad_enabled() else 'tracing'}, got a call with it"
+    kind: Any = type(model)
+    if kind.forward is not kind._own_forward:
+        return f"model: expected the forward of {kind._own_forward.__qualname__.partition('.')[0]}, got another one"
+    return _obstacle_in_place(model) or _obstacle_in_settings_of(model) or _obstacle_in_modules(model)
+
+
+def _obstacle_in_place(model: Decoder) -> str | None:
+    weight = model.model.embed_tokens.weight
+    device, dtype = weight.device, weight.dtype
+    size = model.model.layers[0].self_attn.head_dim
+    if device.type not in ("cuda", "cpu"):
+        return f"device: expected a CUDA device, got {device}"
+    if torch.is_autocast_enabled(device.type):
+        return f"autocast: expected none, got one on {device.type}"
+    if dtype not in _DTYPES:
+        return f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}"
+    if device.type == "cpu":
+        return None if RUN_ON_CPU else "device: expected a CUDA device, got cpu"
+    if dtype == torch.float32:
+        return f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}"
+    if size not in HEAD_SIZES:
+        return f"head_dim: expected {', '.join(map(str, HEAD_SIZES))} (with tensor core kernels), got {size}"
+    missing = [name for name in _KERNELS if name not in cuda_kernels()]
+    if missing:
+        return f"CUDA library: expected kernels of {', '.join(_KERNELS)}, got none of {', '.join(missing)}"
+    return None
+
+
+def _obstacle_in_settings_of(model: Decoder) -> str | None:
+    config = model.config.text_config
+    family, rope = family_of(model.model.layers[0]), getattr(model.model.rotary_emb, "rope_type", "default")
+    if family.not_decoded is not None:
+        return f"{family.title}: {family.not_decoded}"
+    if rope not in FIXED_ROPE_TYPES:
+        return f"rope_type: expected {', '.join(FIXED_ROPE_TYPES)}, got {rope}"
+    if getattr(config, "hidden_act", None) != "silu":
+        return f"hidden_act: expected silu, got {getattr(config, 'hidden_act', None)}"
+    watching = (name for name in _WATCHING if getattr(model.config, name, False))
+    return next((f"config.{name}: expected False, got True" for name in watching), None)
+
+
+def _obstacle_in_modules(model: Decoder) -> str | None:
+    inner: Any = model.model
+    named = [("model", model), *((f"model.{name}", one) for name, one in inner.named_modules() if name)]
+    for name, one in (*named, ("model", inner), ("lm_head", model.lm_head)):
+        if has_hooks(one):
+            return f"{name}: expected no hook and no forward of its own, got one on {type(one).__name__}"
+    if type(inner.embed_tokens) is not nn.Embedding or inner.embed_tokens.max_norm is not None:
+        return f"model.embed_tokens: expected a plain Embedding, got {type(inner.embed_tokens).__name__}"
+    family = family_of(inner.layers[0])
+    linear, norms = {"lm_head": model.lm_head}, {"model.norm": inner.norm}
+    for index, layer in enumerate(inner.layers):
+        place = f"model.layers.{index}"
+        for part, its in ((layer, family.layer), (layer.self_attn, family.attention), (layer.mlp, family.mlp)):
+            if not isinstance(part, its):
+                return f"{place}: expected {its.__name__}, got {type(part).__name__}"
+        norms[f"{place}.{family.attention_norm}"] = attention_norm(layer)
+        norms[f"{place}.{family.mlp_norm}"] = mlp_norm(layer)
+        for name, its_name in family.projections.items():
+            owner = "self_attn" if name in "qkvo" else "mlp"
+            linear[f"{place}.{owner}.{its_name}"] = getattr(getattr(layer, owner), its_name)
+        injection: Any = getattr(layer, "injection", None)
+        if injection is not None:
+            linear |= {f"{place}.injection.{name}": getattr(injection, name) for name in ("q_proj", "o_proj")}
+            norms[f"{place}.injection.norm"] = injection.norm
+    for name, one in linear.items():
+        if type(one) is not nn.Linear:
+            return f"{name}: expected a plain Linear, got {type(one).__name__}"
+    for name, one in norms.items():
+        if not isinstance(one, family.norm):
+            return f"{name}: expected {family.norm.__name__}, got {type(one).__name__}"
+    weight = inner.embed_tokens.weight
+    for prefix, module in (("model", inner), ("lm_head", model.lm_head)):
+        for name, parameter in module.named_parameters():
+            if type(parameter) is not nn.Parameter:
+                return f"{prefix}.{name}: expected a plain parameter, got {type(parameter).__name__}"
+            if parameter.device != weight.device or parameter.dtype != weight.dtype:
+                expected, got = f"{weight.dtype} on {weight.device}", f"{parameter.dtype} on {parameter.device}"
+                return f"{prefix}.{name}: expected {expected} as the embedding, got {got}"
+    return None
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a call is more than the forward; Transformers' own hooks do nothing unless outputs are wanted."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    foreign = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return foreign or "forward" in module.__dict__

@@ -1,0 +1,71 @@
+"""What a model computes by general code where faster code exists, and why."""
+
+from typing import Any
+
+import torch
+
+from .decoding.support import HEAD_SIZES, decoding_obstacle
+from .families import family_of
+from .layer_math import FUSED_DTYPES, FUSED_MIXINS, is_untouched
+from .protocols import Decoder
+
+
+def slow_paths(model: Decoder) -> dict[str, str]:
+    """Why a model is slower than it could be.
+
+    Returns:
+        Reasons, "what: expected …, got …", of what takes general code: ``decoding`` (of ``generate``), ``layers``
+        (norms, attention and MLPs are not fused) and ``attention`` (to the memory, and in decoding steps). Empty if
+        nothing does.
+    """
+    reasons = {
+        "decoding": decoding_obstacle(model),
+        "layers": fusing_obstacle(model),
+        "attention": attention_obstacle(model),
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def fusing_obstacle(model: Decoder) -> str | None:
+    """Why norms, attention or MLPs run by Transformers' own code in inference; ``None``: they are fused."""
+    obstacle = _obstacle_of(model)
+    if obstacle is not None:
+        return obstacle
+    implementation = model.config._attn_implementation
+    if implementation != "sdpa":
+        return f"attn_implementation: expected sdpa, got {implementation}"
+    layers = model.model.layers
+    family = family_of(layers[0])
+    if family.not_fused:
+        part, reason = next(iter(family.not_fused.items()))
+        return f"{family.title} {part}: {reason}"
+    for index, layer in enumerate(layers):
+        parts: dict[str, Any] = {"attention": layer.self_attn, "mlp": layer.mlp}
+        for name in (family.attention_norm, family.mlp_norm):
+            parts[name] = getattr(layer, name)
+        for name, module in parts.items():
+            mixin = FUSED_MIXINS.get(name, FUSED_MIXINS["norm"])
+            if not isinstance(module, mixin) or not is_untouched(module):
+                expected = f"a {family.title} module without hooks"
+                return f"model.layers.{index} {name}: expected {expected}, got {type(module).__name__}"
+    return None
+
+
+def attention_obstacle(model: Decoder) -> str | None:
+    """Why attention to the memory takes the general kernel, many times slower; ``None``: it takes the tensor cores."""
+    size = model.model.layers[0].self_attn.head_dim
+    if size not in HEAD_SIZES and _obstacle_of(model) is None:
+        return f"head_dim: expected {', '.join(map(str, HEAD_SIZES))} (with tensor core kernels), got {size}"
+    return _obstacle_of(model)
+
+
+def _obstacle_of(model: Decoder) -> str | None:
+    """In device and dtype."""
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cuda":
+        return f"device: expected a CUDA device, got {weight.device}"
+    if weight.dtype not in FUSED_DTYPES:
+        return f"dtype: expected {' or '.join(map(str, FUSED_DTYPES))}, got {weight.dtype}"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast: expected none, got one on cuda"
+    return None
