@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sharedllm_ext
-from sharedllm_ext.info import OPERATORS
+from sharedllm_ext.info import OPERATORS, _decoding_obstacle
 
 PACKAGE = Path(sharedllm_ext.__file__).resolve().parent
 
@@ -48,6 +48,7 @@ def test_report_of_a_whole_installation() -> None:
     ):
         assert report["operators"][name]["cpu"] == "C++ kernel"
     assert report["operators"]["rms_norm"]["cpu"] == "plain PyTorch"
+    assert (report["decoding_obstacle"] is None) == torch.cuda.is_available()
     assert report["cpu"]["kernels"] == report["cpu_capability"]
     assert report["cpu"]["torch"] == torch.backends.cpu.get_cpu_capability()
     runs = "bfloat16" if report["cpu"]["bfloat16_products"] else "float32"
@@ -65,10 +66,19 @@ def test_text_of_a_whole_installation() -> None:
         "built with +torch",
         "architectures",
         "operator",
+        "fast decoding +can",
     ):
         assert re.search(f"^{line}", result.stdout, re.MULTILINE), line
     ending = "no problem found" if result.returncode == 0 else "PROBLEM"
     assert ending in result.stdout.splitlines()[-1]
+
+
+def test_what_keeps_decoding_slow_here() -> None:
+    kernels = {name: {"cpu": "C++ kernel", "cuda": "CUDA kernel"} for name in OPERATORS}
+    assert _decoding_obstacle([], kernels) == "expected a CUDA device, got none"
+    assert _decoding_obstacle(["H100"], kernels) is None
+    without = {**kernels, "decode_append": {"cpu": "plain PyTorch", "cuda": "plain PyTorch"}}
+    assert str(_decoding_obstacle(["H100"], without)).endswith("got none of decode_append")
 
 
 def no_libraries(package: Path) -> None:

@@ -15,6 +15,7 @@ _MODEL_NAMES = (
     "SharedLLMConfig",
     "SharedLLMDataCollator",
     "SharedLLMForCausalLM",
+    "decoding_obstacle",
     "load_published_checkpoint",
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "SharedLLMDataCollator",
     "SharedLLMForCausalLM",
     "__version__",
+    "decoding_obstacle",
     "load_published_checkpoint",
     "ops",
     "reference",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         SharedLLMConfig,
         SharedLLMDataCollator,
         SharedLLMForCausalLM,
+        decoding_obstacle,
         load_published_checkpoint,
     )
 

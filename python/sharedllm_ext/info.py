@@ -54,6 +54,7 @@ def collect() -> dict[str, Any]:
     report["cpu"] = _attempt(report, "CPU instructions", _cpu) if compiled else None
     report["devices"] = _attempt(report, "devices", _devices) or []
     report["operators"] = (_attempt(report, "operators", lambda: _operators(library)) if library else None) or {}
+    report["decoding_obstacle"] = _decoding_obstacle(report["devices"], report["operators"])
     missing = [name for name, paths in report["operators"].items() if paths["cpu"] == "missing"]
     if missing:
         report["problems"].append(f"CPU library: expected a kernel of every operator, got none of {', '.join(missing)}")
@@ -92,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{'operator':<30} {'CPU':<12} CUDA")
         for name, paths in report["operators"].items():
             print(f"{name:<30} {paths['cpu']:<12} {paths['cuda']}")
+    obstacle = report["decoding_obstacle"]
+    print(f"fast decoding   {'can run here' if obstacle is None else f'cannot run here: {obstacle}'}")
+    print("                (of a model: sharedllm_ext.decoding_obstacle(model))")
     for problem in report["problems"]:
         print(f"PROBLEM         {problem}")
     if not report["problems"]:
@@ -166,6 +170,15 @@ def _devices() -> list[str]:
             f" {properties.multi_processor_count} multiprocessors, {memory:.0f} GiB"
         )
     return found
+
+
+def _decoding_obstacle(devices: list[str], operators: dict[str, dict[str, str]]) -> str | None:
+    """Why no model decodes by CUDA graphs here; ``None``: this machine and build can."""
+    if not devices:
+        return "expected a CUDA device, got none"
+    needed = ("decode_linear", "decode_append", "injected_attention")
+    missing = [name for name in needed if operators.get(name, {}).get("cuda") != "CUDA kernel"]
+    return f"expected CUDA kernels of {', '.join(needed)}, got none of {', '.join(missing)}" if missing else None
 
 
 def _operators(library: Any) -> dict[str, dict[str, str]]:

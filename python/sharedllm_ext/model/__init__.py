@@ -5,6 +5,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .collator import SharedLLMDataCollator
 from .configuration import SharedLLMConfig
+from .decoding import decoding_obstacle
 from .memory import ContextMemory
 from .modeling import SharedLLMForCausalLM
 from .published import load_published_checkpoint
@@ -19,5 +20,6 @@ __all__ = [
     "SharedLLMConfig",
     "SharedLLMDataCollator",
     "SharedLLMForCausalLM",
+    "decoding_obstacle",
     "load_published_checkpoint",
 ]

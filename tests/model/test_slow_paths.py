@@ -1,0 +1,223 @@
+"""Why something is slow is said: decoding steps, fused layers, the attention's kernel; each reason in words."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+import sharedllm_ext
+from sharedllm_ext import SharedLLMForCausalLM, decoding_obstacle
+from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, support
+from sharedllm_ext.model.slow_paths import attention_obstacle, fusing_obstacle, slow_paths
+
+from . import builders
+
+NO_HOOK = "expected no hook and no forward of its own, got one on"
+HOLE = torch.tensor([[1, 0, 1]])
+STEPS: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "RUN_ON_CPU", True)
+    monkeypatch.setattr(support, "_said", set())
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    ran: list[int] = []
+    end = DecodeRunner._end
+    monkeypatch.setattr(DecodeRunner, "_end", lambda *a: (ran.append(1), end(*a))[1])
+    return ran
+
+
+def _hooked(model: Any) -> None:
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
+
+
+def _own_forward(model: Any) -> None:
+    model.model.norm.forward = lambda x: x
+
+
+def _adapted(model: Any) -> None:
+    class Adapter(nn.Linear):
+        pass
+
+    old = model.model.layers[3].mlp.down_proj
+    model.model.layers[3].mlp.down_proj = Adapter(old.in_features, old.out_features, bias=False)
+
+
+def _other_norm(model: Any) -> None:
+    model.model.layers[0].input_layernorm = nn.LayerNorm(64)
+
+
+def _other_layer(model: Any) -> None:
+    model.model.layers[2].mlp = nn.Sequential(model.model.layers[2].mlp)
+
+
+def _mixed(model: Any) -> None:
+    model.lm_head.bfloat16()
+
+
+def _bounded(model: Any) -> None:
+    model.model.embed_tokens.max_norm = 1.0
+
+
+def _watched(model: Any) -> None:
+    model.config.output_hidden_states = True
+
+
+def _rope(model: Any) -> None:
+    model.model.rotary_emb.rope_type = "dynamic"
+
+
+def _gelu(model: Any) -> None:
+    model.config.text_config.hidden_act = "gelu"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.train(), "model: expected evaluation mode (model.eval()), got training mode"),
+        (
+            _hooked,
+            f"model.layers.1.self_attn: {NO_HOOK} FusedLlamaAttention",
+        ),
+        (_own_forward, f"model.norm: {NO_HOOK} FusedLlamaRMSNorm"),
+        (_adapted, "model.layers.3.mlp.down_proj: expected a plain Linear, got Adapter"),
+        (_other_norm, "model.layers.0.input_layernorm: expected LlamaRMSNorm, got LayerNorm"),
+        (_mixed, "lm_head.weight: expected torch.float32 on cpu as the embedding, got torch.bfloat16 on cpu"),
+        (_bounded, "model.embed_tokens: expected a plain Embedding, got Embedding"),
+        (_watched, "config.output_hidden_states: expected False, got True"),
+        (_rope, "rope_type: expected default, linear, llama3, yarn, got dynamic"),
+        (_gelu, "hidden_act: expected silu, got gelu"),
+        (lambda m: m.double(), "dtype: expected torch.bfloat16 or torch.float16, got torch.float64"),
+    ],
+)
+def test_of_the_model(change: Any, reason: str) -> None:
+    model = builders.model()
+    assert decoding_obstacle(model) is None
+    change(model)
+    assert decoding_obstacle(model) == reason
+
+
+def test_other_modules_are_named() -> None:
+    model = builders.model()
+    model.model.layers[2].mlp.__class__ = nn.Identity
+    assert decoding_obstacle(model) == "model.layers.2: expected LlamaMLP, got Identity"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_beams": 2}, "generation mode: expected greedy_search or sample, got beam_search"),
+        ({"prompt_lookup_num_tokens": 2}, "generation mode: expected greedy_search or sample, got assisted_generation"),
+        ({"use_cache": False}, "use_cache: expected True, got False"),
+        ({"cache_implementation": "static"}, "cache_implementation: expected None, got 'static'"),
+        ({"disable_compile": True}, "disable_compile: expected False, got True"),
+        ({"output_attentions": True}, "output_attentions: expected False, got True"),
+        ({"rows": 9}, "input_ids: expected at most 8 rows, got 9"),
+        (
+            {"attention_mask": HOLE},
+            "attention_mask: expected padding on the left alone, got a zero after a token",
+        ),
+        (
+            {"attention_mask": HOLE[None]},
+            "attention_mask: expected shape [batch, tokens], got (1, 1, 3)",
+        ),
+        (
+            {"past_key_values": DynamicCache()},
+            "or the PreallocatedCache of an earlier generate, got DynamicCache",
+        ),
+    ],
+)
+def test_of_a_call(settings: dict[str, Any], reason: str) -> None:
+    model = builders.model()
+    got = decoding_obstacle(model, **settings)
+    assert got is not None and got.endswith(reason)
+
+
+def test_no_obstacle_in_usual_calls() -> None:
+    model, mask = builders.model(), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    cache = PreallocatedCache(model.config.text_config)
+    assert decoding_obstacle(model, rows=8, attention_mask=mask, past_key_values=cache, do_sample=True) is None
+
+
+def test_of_the_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = builders.model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoding_obstacle(model) == "autocast: expected none, got one on cpu"
+    memory = model.compress(builders.ids(1, 40)).to(torch.bfloat16)
+    expected = "memory: expected torch.float32 on cpu as the model, got torch.bfloat16 on cpu"
+    assert decoding_obstacle(model, memory=memory) == expected
+    monkeypatch.setattr(support, "RUN_ON_CPU", False)
+    assert decoding_obstacle(model) == "device: expected a CUDA device, got cpu"
+
+    class Other(SharedLLMForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Other
+    assert decoding_obstacle(model) == "model: expected the forward of SharedLLMForCausalLM, got another one"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "word"),
+    [
+        ({}, 1, None),
+        ({"num_beams": 2}, 1, "beam_search"),
+        ({}, 9, "at most 8 rows, got 9"),
+        ({"use_cache": False}, 1, "use_cache"),
+        ({"disable_compile": True}, 1, "disable_compile"),
+        ({"past_key_values": True}, 1, "got DynamicCache"),
+    ],
+)
+def test_generate_says_so_once(
+    settings: dict[str, Any], rows: int, word: str | None, steps: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, text = builders.model(), builders.ids(rows, 9)
+    with caplog.at_level(logging.INFO, logger="sharedllm_ext"):
+        for _ in range(2):
+            own = dict(settings)
+            if "past_key_values" in own:
+                own["past_key_values"] = DynamicCache(config=model.config.text_config)
+            model.generate(text, **own, **STEPS)
+    said = [record.getMessage() for record in caplog.records if record.name == "sharedllm_ext"]
+    if word is None:
+        assert not said and len(steps) == 6
+    else:
+        assert not steps and len(said) == 1 and word in said[0] and "expected" in said[0]
+        assert caplog.records[-1].levelno == logging.INFO
+
+
+def test_what_generate_does_agrees_with_the_answer(steps: list[int]) -> None:
+    model = builders.model()
+    for change in (lambda m: None, _hooked, lambda m: m.train()):
+        change(model)
+        steps.clear()
+        expected = decoding_obstacle(model) is None
+        model.generate(builders.ids(1, 9), **STEPS)
+        assert bool(steps) == expected
+
+
+def test_fused_layers_and_attention_kernel() -> None:
+    model = builders.model()
+    assert fusing_obstacle(model) == "device: expected a CUDA device, got cpu"
+    assert attention_obstacle(model) == "device: expected a CUDA device, got cpu"
+    found = slow_paths(model)
+    assert list(found) == ["layers", "attention"]
+    model.train()
+    assert slow_paths(model)["decoding"].startswith("model: expected evaluation mode")
+    assert sharedllm_ext.decoding_obstacle is decoding_obstacle
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_on_cuda() -> None:
+    model = builders.model().to("cuda", torch.bfloat16)
+    expected = "head_dim: expected 64, 96, 128, 256 (with tensor core kernels), got 16"
+    assert decoding_obstacle(model) == attention_obstacle(model) == expected
+    assert fusing_obstacle(model) is None
+    assert decoding_obstacle(model.float()) == "dtype: expected torch.bfloat16 or torch.float16, got torch.float32"
