@@ -15,8 +15,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _poison_from_the_start() -> Iterator[None]:
+    # fixtures of modules are made before those of a test
+    with poisoned_memory():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
+    # again for each test: one may have switched it off
     with poisoned_memory():
         yield
 

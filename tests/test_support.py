@@ -34,6 +34,15 @@ def test_fresh_integers_are_the_largest(dtype: torch.dtype) -> None:
     assert (torch.empty(1000, dtype=dtype) == LARGEST[dtype]).all()
 
 
+@pytest.fixture(scope="module")
+def of_the_module() -> torch.Tensor:
+    return torch.empty(1000)
+
+
+def test_fixtures_of_modules_are_poisoned(of_the_module: torch.Tensor) -> None:
+    assert of_the_module.isnan().all()
+
+
 def test_poison_ends_where_it_began() -> None:
     torch.use_deterministic_algorithms(False)
     with pytest.raises(ZeroDivisionError), poisoned_memory():
