@@ -51,7 +51,7 @@ def load_base(
     token: str | bool | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a base checkpoint; its configuration first, so that nothing wrong waits for the weights."""
+    """Load a base checkpoint; its configuration first, so that errors come before the weights are read."""
     source: dict[str, Any] = {"revision": revision, "token": token}
     source = {name: value for name, value in source.items() if value is not None}
     gguf = find_gguf(base, gguf_file, revision, token)
@@ -75,7 +75,7 @@ def load_base(
         dtype="auto" if dtype is None else dtype,
         trust_remote_code=False,
         output_loading_info=True,
-        # told by the report instead of a table
+        # reported as an error instead of a table
         ignore_mismatched_sizes=True,
         **source,
         **options,
@@ -163,7 +163,7 @@ def _check_model(base: PreTrainedModel) -> None:
 
 
 def _has_quantised_weights(base: PreTrainedModel) -> bool:
-    """Whether weights are in another form than plain floating point, whatever the configuration says."""
+    """Whether weights are not plain floating point, whatever the configuration says."""
     plain = all(
         type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
         for parameter in base.parameters()
@@ -174,7 +174,7 @@ def _has_quantised_weights(base: PreTrainedModel) -> bool:
 def _config_of(base: PreTrainedModel, quantised: bool, fields: dict[str, Any]) -> SharedLLMConfig:
     text_config = copy.deepcopy(base.config)
     mark = getattr(text_config, "quantization_config", None)
-    # a mark without quantised weights is what Transformers leaves on a dequantised model
+    # Transformers leaves this mark on a dequantised model, which has no quantised weights
     if hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
     config = SharedLLMConfig(text_config=text_config, **fields)
@@ -198,7 +198,7 @@ def _config_of(base: PreTrainedModel, quantised: bool, fields: dict[str, Any]) -
 
 
 def _with_plain_injection(mark: Any, base: Any, layers: int) -> Any:
-    """The settings of quantisation, told that the new blocks are not quantised: loading must not expect it."""
+    """The settings of quantisation, with the new blocks excluded: loading must not expect them to be quantised."""
     mark = copy.deepcopy(mark)
     names = [f"model.layers.{index}.injection" for index in range(layers)]
     if type(base.lm_head) is nn.Linear and type(base.lm_head.weight) is nn.Parameter:
@@ -222,7 +222,7 @@ def _copy_buffers(model: Any, base: Any) -> None:
 def _share(model: Any, base: PreTrainedModel) -> None:
     """Give a model on the meta device the base's parameters, and its modules where those are of other classes.
 
-    A quantised layer keeps its weights, scales and products to itself, so it is taken as it is.
+    A quantised layer has its own weights, scales and matmul, so it is taken as it is.
     """
     taken: tuple[str, ...] = ()
     for name, module in base.named_modules():

@@ -1,4 +1,4 @@
-"""The cache of keys and values, by the name that the installed Transformers has for it.
+"""The KV cache, under the name that the installed Transformers uses for it.
 
 It is ``past_key_values`` up to Transformers 5.23 and ``cache`` from 5.24 on, in outputs and in every forward.
 """
@@ -14,7 +14,7 @@ CACHE_NAME = "cache" if "cache" in _NAMES else "past_key_values"
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """The cache that a caller has given by either name; ``None`` for none.
+    """The cache that a caller has passed under either name; ``None`` for none.
 
     Raises:
         ValueError: two different ones.
@@ -25,7 +25,7 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def take_cache(kwargs: dict[str, Any]) -> Any:
-    """Take the cache out of keywords, by either name, and put it back by Transformers' own.
+    """Rename the cache in keywords, from either name to that of the installed Transformers.
 
     Returns:
         The cache, or ``None``.

@@ -1,4 +1,4 @@
-"""The memory that a cache of keys and values was made with: over the cache alone the text would be another one."""
+"""The memory that a KV cache was made with: without it the cached text would have another meaning."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ _ATTRIBUTE = "_sharedllm_memory"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Read:
-    """The memory that a cache's text has read; copies of the cache share it, as it is large and nothing changes it."""
+    """The memory that a cache's text has read; copies of the cache share it, as it is large and never changes."""
 
     memory: ContextMemory
 
@@ -24,7 +24,7 @@ class _Read:
 
 
 def remember_memory(cache: Cache, memory: ContextMemory) -> None:
-    """Note with a cache the memory that its text has read."""
+    """Attach to a cache the memory that its text has read."""
     if not has_read(cache, memory):
         setattr(cache, _ATTRIBUTE, _Read(memory))
 
@@ -36,13 +36,13 @@ def has_read(cache: Cache | None, memory: ContextMemory) -> bool:
 
 
 def forget_memory(cache: Cache) -> None:
-    """Of a cache that is filled without a memory."""
+    """Mark a cache that is filled without a memory."""
     if hasattr(cache, _ATTRIBUTE):
         delattr(cache, _ATTRIBUTE)
 
 
 def remembered_memory(cache: Cache | None) -> ContextMemory | None:
-    """The memory that calls over a cache read where none is given; ``None`` for an empty cache, or one without."""
+    """The memory that calls over a cache read if none is given; ``None`` for an empty cache or one without."""
     read = getattr(cache, _ATTRIBUTE, None)
     if cache is None or read is None or cache.get_seq_length() == 0:
         return None

@@ -1,4 +1,4 @@
-"""Where the chunks of packed documents lie, and which of them are compressed together."""
+"""Chunks of packed documents, and which of them are compressed together."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -26,8 +26,8 @@ class SharedLLMDataCollator:
     Args:
         pad_token_id: id that fills padded places; the masks hide it.
         window: of a longer running text the last ``window`` tokens stay, and those before them are appended to its
-            context, as the model itself would do without one. Then labels are counted, smoothed and shifted as those of
-            any text, which a loss outside of the model needs. Default: texts stay as they are.
+            context, as the model itself would do. Labels are then counted, smoothed and shifted as those of any text,
+            which a loss outside the model needs. Default: texts stay as they are.
     """
 
     pad_token_id: int = 0

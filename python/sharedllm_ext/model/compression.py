@@ -1,4 +1,4 @@
-"""What a model does with a context: compress it, show which nodes are retained, tell whose a memory is."""
+"""A model's work on a context: compressing it, showing which nodes are retained, checking whose a memory is."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ _NOT_TRACED = "compress the context first (memory = model.compress(context_ids, 
 
 
 class ContextCompression:
-    """The part of a model that makes memories and checks them."""
+    """Mixin of the model: makes memories and checks them."""
 
     @property
     def lower_model(self: Any) -> LowerModel:
@@ -76,7 +76,7 @@ class ContextCompression:
             The memory; a document without tokens has no slots.
 
         Raises:
-            ValueError: shapes, dtypes, devices or token ids that cannot be; the message names what was expected.
+            ValueError: invalid shapes, dtypes, devices or token ids; the message names what was expected.
         """
         if torch.compiler.is_exporting():
             raise ValueError(f"compress: expected to run outside of torch.export, got a call inside; {_NOT_TRACED}")
@@ -117,7 +117,7 @@ class ContextCompression:
         query_attention_mask: Tensor | None = None,
         query_embeds: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """The nodes that :meth:`compress` retains, to see what a query picks; arguments as there.
+        """The nodes that :meth:`compress` retains, to inspect what a query picks; arguments as there.
 
         Returns:
             For each document: nodes ``[n, tree_depth + 1, 2]`` int64, (first token, length) in the document, in slot
@@ -216,10 +216,10 @@ class ContextCompression:
         """What a memory must share with the model that reads it: sizes, tree, and what the compressor computes.
 
         Args:
-            fingerprint: whether to tell the weights; else, for a memory of a model in training, their place holds a
-                mark of the compressor as it is now, good in this process until it changes.
-            details: whether to tell more than sizes and weights. That runs the compressor on a few fixed tokens, once
-                for as long as nothing in it changes.
+            fingerprint: whether to include a digest of the weights; else, for a memory of a model in training, a mark
+                of the present compressor takes its place, valid in this process until it changes.
+            details: whether to include more than sizes and weights. That runs the compressor on a few fixed tokens,
+                once for as long as nothing in it changes.
         """
         subject = Subject(self.lower_model, self._rotations(), self._rope_tables, self.config.chunk_size)
         if fingerprint:
@@ -227,7 +227,7 @@ class ContextCompression:
         return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})
 
     def check_memory(self: Any, memory: ContextMemory) -> None:
-        """Refuse a memory that another model or tree has made; or this one in training, before its weights changed.
+        """Refuse a memory made by another model or tree, or by this one in training before its weights changed.
 
         Raises:
             TypeError: not a :class:`ContextMemory`.

@@ -51,8 +51,8 @@ def compress_chunks(
         has_query: for each document, whether its query counts; documents without one use the fixed policy.
         generator: source of the split noise.
         checkpointing: recompute the layers in the backward pass.
-        watch: told when the choice of nodes is over.
-        products: how the layers' products are computed; default: in the weights' dtype.
+        watch: stopwatch, gets a lap when the choice of nodes is over.
+        products: how the layers' matmuls are computed; default: in the weights' dtype.
 
     Returns:
         keys and values, ``M`` tensors ``[S, Hkv, D]`` each; slots of each chunk.
@@ -62,7 +62,7 @@ def compress_chunks(
     if managed and torch.is_grad_enabled():
         check_checkpointing(model.layers[0])
     embeddings = embed_tokens(model, ids)
-    # what a managed layer computes in another call is not worth keeping sharded parameters for
+    # a managed layer's results of another call are not worth keeping sharded parameters for
     first = [] if managed else [project_embeddings(model, embeddings)]
     if watch is not None:
         watch.lap("compress")
@@ -107,7 +107,7 @@ def compress_chunks(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a layer stands: its index, and how many layers of the compressor lie above it."""
+    """A layer's place: its index, and how many layers of the compressor are above it."""
 
     index: int
     remaining: int
@@ -115,7 +115,7 @@ class _Place:
 
 @dataclasses.dataclass(frozen=True)
 class _Packing:
-    """What all layers of one micro-batch share; indices and positions from :func:`context_tree_layout`."""
+    """Shared by all layers of one micro-batch; indices and positions from :func:`context_tree_layout`."""
 
     nodes: "_Nodes"
     positions: Tensor
@@ -142,8 +142,9 @@ def _compress_layer(
     Args:
         layer: the decoder layer.
         hidden: ``[T, d]`` its input, above layer M-2 at the kept tokens ``[S, d]``; may be overwritten.
-        first: layer 0 up to its keys and values, if they are there already; taken out, so that nobody keeps them alive.
-        packing, place: the micro-batch, and where the layer stands.
+        first: layer 0 up to its keys and values, if computed already; popped from the list, so that nothing keeps them
+            alive.
+        packing, place: the micro-batch, and the layer's place.
 
     Returns:
         Its output (``None`` of the last layer, which nothing reads), the slots' keys and values ``[S, Hkv, D]``.
@@ -199,7 +200,7 @@ class _Nodes:
         longest: int,
         tables: LayerTables,
     ) -> None:
-        # with a single query of each node FlashAttention would fold heads into rows, which it can't for packed nodes
+        # with a single query per node FlashAttention would fold heads into rows, which it cannot do for packed nodes
         self._tree, self._tables, self._longest = tree, tables, max(longest, 2)
         self._cu_nodes = cu_nodes.to(torch.int32)
         last = positions.index_select(0, keep_index)
@@ -228,7 +229,7 @@ class _Nodes:
         start, length = self._start, self._length
         window = sliding_window(layer)
         if window is not None:
-            # rotary positions are relative, so dropping what lies outside the window changes nothing else
+            # rotary positions are relative, so dropping tokens outside the window changes nothing else
             visible = length.clamp(max=window)
             start, length = start + length - visible, visible
         spans = torch.stack((start, length), 1)

@@ -10,7 +10,7 @@ from .families import FAMILIES, check_family, check_settings
 from .peft_defaults import register_target_modules
 
 PRECISIONS = ("model", "fp8")
-# What other libraries ask a language model's configuration for; the base checkpoint's answers.
+# Fields that other libraries read from a language model's configuration; the base checkpoint's values.
 _OF_THE_BASE = frozenset(
     (
         "attention_bias",
@@ -64,7 +64,7 @@ class SharedLLMConfig(PreTrainedConfig):
         tie_compressor: whether the compressor uses the decoder's weights (before it is trained on its own).
         micro_batch_tokens: context tokens compressed at a time; bounds the activations, changes no result. ``None``
             chooses by device and free memory.
-        compressor_precision: of the compressor's products, "model" (the weights' dtype) or "fp8" (8-bit floating point
+        compressor_precision: of the compressor's matmuls, "model" (the weights' dtype) or "fp8" (8-bit floating point
             with a scale for every row of activations and weights; bfloat16 models on CUDA, compute capability 8.9 and
             newer, inference only: about 60% of the time for a small error in the memory, see docs/architecture.md).
 

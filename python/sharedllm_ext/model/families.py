@@ -2,7 +2,7 @@
 
 A row says which Transformers classes a family is made of, what is particular about it, and which of the fast paths it
 does not take, with the reason. Everything else in this package asks the row. A new family is a row here, a builder in
-``tests/model/builders.py``, and its name in the texts that ``tests/model/test_family_rows.py`` looks at.
+``tests/model/builders.py``, and its name in the texts that ``tests/model/test_family_rows.py`` checks.
 """
 
 import dataclasses
@@ -73,12 +73,12 @@ def window_of_config(attention: Any) -> int | None:
 
 
 def one_rotation(attention: Any) -> str:
-    """All layers turn by the model's one rotary embedding."""
+    """All layers use the model's one rotary embedding."""
     return ""
 
 
 def rotation_or_none(attention: Any) -> str:
-    """Layers that do not use the rotary embedding are not turned at all."""
+    """Layers that do not use the rotary embedding are not rotated at all."""
     return "" if attention.use_rope else STILL
 
 
@@ -98,7 +98,7 @@ def divided_logits(scores: Tensor, config: Any) -> Tensor:
 
 
 def capped_logits(scores: Tensor, config: Any) -> Tensor:
-    """Logits are bounded by a tangent if the configuration says so."""
+    """Logits are soft-capped by tanh if the configuration says so."""
     cap = config.final_logit_softcapping
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
@@ -154,7 +154,7 @@ class LinearPart:
         """``x [..., K]`` to ``[..., outputs]``."""
         if type(self.whole) is nn.Linear and not self.whole._forward_hooks and not self.whole._forward_pre_hooks:
             return F.linear(x, self.weight, self.bias)
-        # quantised, adapted or watched: its own product is the only one there is
+        # quantised, adapted or with hooks: only its own matmul is right
         out: Tensor = self.whole(x)[..., self.outputs]
         return out
 
@@ -167,16 +167,16 @@ class Family:
         model_type: Transformers' name of the family, and llama.cpp's.
         title: its name in texts for readers.
         layer, attention, mlp, norm: the classes of a decoder layer and of what it is made of.
-        window: tokens that a query of an attention may look back on, itself included; ``None`` without a limit.
+        window: tokens that a query of an attention sees, including itself; ``None`` without a limit.
         projections: attribute of each projection of an attention (``q, k, v, o``) and of an MLP (``gate, up, down``);
-            those of one attribute are joined in it, in this order.
-        attention_norm, mlp_norm: attributes of the norms that stand before attention and MLP.
+            projections with the same attribute are joined in it, in this order.
+        attention_norm, mlp_norm: attributes of the norms before attention and MLP.
         rotation: name of an attention's rotary embedding, see :mod:`.rotary`.
-        experts: class that stands in the place of the MLP in some layers, or ``None``: experts chosen token by token.
+        experts: class that replaces the MLP in some layers, with experts chosen token by token, or ``None``.
         activation: field of the configuration that names an MLP's activation.
         after: modules of a layer that the output of its ``attention`` and ``mlp`` passes before it is added.
-        embedding_factor: field of the configuration that the model multiplies its embeddings by, or ``None``.
-        residual_factor: attribute of a layer that it multiplies by what attention and MLP add, or ``None``.
+        embedding_factor: field of the configuration by which the model multiplies its embeddings, or ``None``.
+        residual_factor: attribute of a layer by which it multiplies the outputs of attention and MLP, or ``None``.
         logits: of what the output projection gives, and the configuration.
         refused: what in a configuration cannot be honoured, "field: expected …, got …", or ``None``.
         gguf: whether GGUF files of it are read.
@@ -354,7 +354,7 @@ def mlp_norm(layer: Any) -> Any:
 
 
 def sliding_window(layer: Any) -> int | None:
-    """Tokens that a query of this layer may look back on, itself included; ``None`` without a limit."""
+    """Tokens that a query of this layer sees, including itself; ``None`` without a limit."""
     return family_of(layer.self_attn).window(layer.self_attn)
 
 
@@ -364,7 +364,7 @@ def rotation_of(layer: Any) -> str:
 
 
 def mlp_width(layer: Any) -> int:
-    """Numbers between the two products of a layer's MLP for each token, of all experts that a token goes to."""
+    """Width of a layer's MLP for each token, over all experts that a token goes to."""
     mlp = layer.mlp
     if has_experts(layer):
         return int(mlp.gate.top_k * mlp.experts.down_proj.shape[-1])
@@ -378,14 +378,14 @@ def has_experts(layer: Any) -> bool:
 
 
 def embedding_factor(layer: Any) -> float:
-    """What a model multiplies its embeddings by, in front of its first layer; asked of any of its layers."""
+    """Factor of a model's embeddings before its first layer; any of its layers may be given."""
     attention = layer.self_attn
     name = family_of(attention).embedding_factor
     return 1.0 if name is None else float(getattr(attention.config, name))
 
 
 def residual_factor(layer: Any) -> float:
-    """What a layer multiplies the outputs of attention and MLP by, before it adds them."""
+    """Factor of the outputs of a layer's attention and MLP, before they are added."""
     name = family_of(layer).residual_factor
     return 1.0 if name is None else float(getattr(layer, name))
 
@@ -397,7 +397,7 @@ def norm_eps(norm: Any) -> float | None:
 
 
 def after_output(layer: Any, part: str) -> Any:
-    """The module that what a layer's ``attention`` or ``mlp`` gives passes before it is added; ``None`` without."""
+    """The module that the output of a layer's ``attention`` or ``mlp`` passes before it is added, or ``None``."""
     name = family_of(layer).after.get(part)
     module = None if name is None else getattr(layer, name)
     return None if isinstance(module, nn.Dropout) and not (module.training and module.p > 0) else module

@@ -1,4 +1,4 @@
-"""Generate: the one room that overrides private parts of Transformers' generation, and follows its versions."""
+"""Generate: the only module that overrides private parts of Transformers' generation, and follows its versions."""
 
 from typing import Any
 
@@ -43,13 +43,13 @@ from .split_prompt import (
 
 
 def _can_read(model: Any, memory: ContextMemory) -> bool:
-    """Whether the memory is of this model's compressor, and where and as the model is."""
+    """Whether the memory is of this model's compressor, and has the model's device and dtype."""
     fits = (memory.dtype, memory.device) == (model.dtype, model.device)
     return fits and describe_difference(model.memory_signature(), memory.signature) is None
 
 
 class ContextGeneration(PreTrainedModel, GenerationMixin):
-    """What a model that reads a context memory does in ``generate``; the model itself gives everything else."""
+    """Mixin of the model: ``generate`` with a context memory."""
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -61,11 +61,11 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Generate after a running text, given ``context_ids`` or ``memory``; arguments as for Transformers' generate.
 
-        The context is compressed once, by the rules of evaluation whatever the model's mode is. ``input_ids`` longer
+        The context is compressed once, as in evaluation, whatever the model's mode is. ``input_ids`` longer
         than ``config.window``, without context or memory, are split once, as in :meth:`forward` with a mask: of each
         row the last ``window`` tokens are running text. Lengths, logits processors, stopping criteria, streamers and
-        the result are of the whole text; ``split_window=False`` reads a long text as it is. Rows may be padded on
-        either side: an answer goes on from the row's last token.
+        the result refer to the whole text; ``split_window=False`` reads a long text as it is. Rows may be padded on
+        either side: an answer continues from the row's last token.
 
         Tokens join the running text, which may grow past ``config.window``: none of it becomes context.
 
@@ -83,7 +83,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
                 ``query_ids``, ``query_attention_mask`` and ``split_window``.
 
         Returns:
-            ``[B, L + n]`` token ids; with ``return_dict_in_generate=True`` Transformers' output with ``memory`` beside.
+            ``[B, L + n]`` token ids; with ``return_dict_in_generate=True`` Transformers' output with an additional
+            ``memory``.
 
         Raises:
             ValueError: inputs that contradict each other; the message names what was expected and what came.
@@ -157,7 +158,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         seen = True  # whether somebody else may hold the cache
         generating = None
         try:
-            # other loops may ask the criteria about tokens that they do not keep
+            # other loops may check criteria for tokens that they do not keep
             may_run_ahead = kwargs.get("custom_generate") is None
             generating = begin_generate(may_run_ahead, 0 if prompt is None else prompt.removed)
             with trusted_ids(self if input_ids is not None else None):
@@ -176,7 +177,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         return split_rows(self.config.window, input_ids, self._mask_of(input_ids, generation_config, kwargs))
 
     def _align(self: Any, input_ids: Tensor, generation_config: Any, kwargs: dict[str, Any]) -> SplitPrompt | None:
-        """Rows with padding on the right, which would stand between the prompt and its answer; ``None`` without."""
+        """Rows with padding on the right, which would come between the prompt and its answer; ``None`` without."""
         mask = self._mask_of(input_ids, generation_config, kwargs)
         if mask is None or mask.shape != input_ids.shape or bool((mask[:, -1] != 0).all()):
             return None
@@ -213,7 +214,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         if prompt.begins(input_ids):
             positions = kwargs.get("position_ids")
             if positions is not None:
-                # those of the cache are in it; only what is new is looked at
+                # it contains the cached tokens; only the new ones are examined
                 kwargs["position_ids"] = positions[..., prompt.removed :]
             return prompt.followed(input_ids, mask)
         if chosen or prompt.begins_as_running_text(input_ids):
@@ -224,7 +225,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def _give(self: Any, prompt: SplitPrompt, generation_config: Any, kwargs: dict[str, Any]) -> None:
-        """Put the running text's mask and positions in the place of the whole text's."""
+        """Replace the whole text's mask and positions by the running text's."""
         settings = generation_config or self.generation_config
         if kwargs.get("token_healing", getattr(settings, "token_healing", None)):
             raise ValueError(
@@ -247,7 +248,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         mask: Tensor | None,
         cached: int,
     ) -> None:
-        """Warn, once a model, about a text that has grown past the window."""
+        """Warn, once per model, about a text that has grown past the window."""
         total = sequences.shape[1] - (0 if prompt is None else prompt.removed)
         if input_ids is None and text is not None:
             total += text.shape[1]
@@ -289,7 +290,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         split_prompt: SplitPrompt | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What forward is given in a step of ``generate``, of all tokens ``[B, T]`` and generate's own state."""
+        """The inputs of forward in a step of ``generate``, from all tokens ``[B, T]`` and generate's own state."""
         cache = kwargs.get(CACHE_NAME)
         if self._still_rotated(cache, input_ids, attention_mask, inputs_embeds, split_prompt) is not cache:
             # the whole running text is read again
@@ -312,7 +313,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         )
         text = inputs.get("input_ids")
         if text is not None and text.shape[1] > self.config.window:
-            # what is to be split has been: a text without a cache only grows past the window
+            # splitting is done: a text without a cache only grows past the window
             inputs["split_window"] = False
         return inputs
 
@@ -347,7 +348,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # the first call, whole or in pieces, is of the running text alone
+        # the first call, whole or in parts, gets the running text only
         prompt: SplitPrompt | None = model_kwargs.pop("split_prompt", None)
         parent: Any = super()
         if prompt is None:
@@ -363,7 +364,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         """A cache that stays in place, where decoding steps can use it, for the running text."""
         prompt: SplitPrompt | None = model_kwargs.get("split_prompt")
         if prompt is not None:
-            # (batch_size, max_cache_length) by place or by name
+            # (batch_size, max_cache_length), positional or by name
             if "max_cache_length" in kwargs:
                 kwargs["max_cache_length"] -= prompt.removed
             elif len(args) > 1:
@@ -380,7 +381,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             cache = model_kwargs[CACHE_NAME] = new_cache(self, limit)
             expect_steps(cache)
         else:
-            # drafts are short, and mostly other tokens come next
+            # drafts are short, and other tokens usually come next
             if single and type(cache) is PreallocatedCache and not getattr(generation_config, "is_assistant", False):
                 expect_steps(cache)
             parent: Any = super()
@@ -410,7 +411,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         parent: Any = super()
         if prompt is None:
             return parent._get_logits_processor(*args, **kwargs)
-        # padding is looked for in the mask, which is the running text's, while the processors see the whole
+        # padding is found by the mask, which is the running text's, while the processors see the whole text
         kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "attention_mask"}
         return without_padding(parent._get_logits_processor(*args, **kwargs), prompt)
 
@@ -419,7 +420,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         criteria = parent._get_stopping_criteria(*args, **kwargs)
         removed = removed_tokens()
         for criterion in criteria if removed else ():
-            # its reminder is about positions, which count the running text alone
+            # its warning is about positions, which count the running text alone
             if type(criterion) is MaxLengthCriteria and criterion.max_position_embeddings is not None:
                 criterion.max_position_embeddings += removed
         add_run_ahead(criteria)
@@ -436,7 +437,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             return generator
         assistant = generator.assistant_model
         if isinstance(assistant, ContextGeneration):
-            # it drafts after the same running text, however short its own window is
+            # it drafts from the same running text, however short its own window is
             generator.assistant_kwargs["split_window"] = False
             if memory is not None and _can_read(assistant, memory):
                 generator.assistant_kwargs["memory"] = memory

@@ -1,4 +1,4 @@
-"""GGUF files as base checkpoints: where they lie, and what Transformers leaves out when it reads one."""
+"""GGUF files as base checkpoints: where they are, and what Transformers leaves out when it reads one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufHeader(NamedTuple):
-    """What a GGUF file says of itself.
+    """Metadata of a GGUF file.
 
     Attributes:
         path: the file.
@@ -122,7 +122,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def complete_config(config: PreTrainedConfig, header: GgufHeader) -> None:
-    """Put what the file says, and Transformers does not read, into the configuration it made.
+    """Add to Transformers' configuration what the file says and Transformers does not read.
 
     That is the size of a head, biases of Llama's layers, rotary frequencies scaled linearly, by YaRN or by factors
     (Llama 3.1), and a sliding window. Warns of a Mistral file, which names no window.

@@ -16,11 +16,11 @@ from .upload import upload
 
 
 class InjectedContext:
-    """What the injected blocks of one forward pass read; see :func:`sharedllm_ext.ops.injected_attention`.
+    """Inputs of the injected blocks of one forward pass; see :func:`sharedllm_ext.ops.injected_attention`.
 
     Keys, values and rotary tables are lists, one entry a block.
 
-    No dataclass: FSDP looks into those and would round the rotary tables to its parameters' dtype.
+    No dataclass: FSDP descends into those and would round the rotary tables to its parameters' dtype.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class InjectedContext:
         tables: TablesOf,
         layers: Sequence[Any],
     ) -> "InjectedContext":
-        """What ``batch`` rows of ``length`` tokens on a device read of a memory.
+        """The part of a memory that ``batch`` rows of ``length`` tokens on a device read.
 
         Args:
             memory: of so many rows, or of one for all.
@@ -164,7 +164,7 @@ class InjectedAttention(nn.Module):
         # Gemma's norm gives its input's dtype, which may be narrower than the block's weights
         normed = normed.to(torch.promote_types(normed.dtype, self.norm.weight.dtype))
         query = self.q_proj(normed).view(batch * length, -1, self.head_dim)
-        # of the block's own weights, which may be more precise than the residual stream, or autocast's
+        # the dtype of the block's own weights, which may be wider than the residual stream, or autocast's
         dtype = query.dtype
         if self.q_norm is not None:
             query = self.q_norm(query)
@@ -185,7 +185,7 @@ class InjectedAttention(nn.Module):
         return read.to(hidden_states.dtype)
 
     def _check_projection(self) -> None:
-        """Refuse DoRA on a zero output projection, where it gives NaN; looked at once for a weight."""
+        """Refuse DoRA on a zero output projection, where it gives NaN; checked once for a weight."""
         output: Any = self.o_proj
         if not len(getattr(output, "lora_magnitude_vector", ())):
             return
@@ -244,12 +244,12 @@ class _InjectedLayer:
         return add_mlp(self._own(hidden_states, norm), mlp, normed)
 
     def _own(self, hidden_states: Tensor, module: nn.Module) -> Tensor:
-        """The tensor, or a copy if a hook of the module that saw it may have kept it: sums are made in place."""
+        """The tensor, or a copy if a hook of the module may have kept it: sums are computed in place."""
         return hidden_states if is_untouched(module) else hidden_states.clone()
 
 
 def _classes(prefix: str, mixin: type) -> dict[type, type]:
-    """For each family's decoder layer one that is the mixin too."""
+    """For each family's decoder layer a subclass with the mixin."""
     fields = {"__module__": __name__, "__doc__": mixin.__doc__}
     return {
         family.layer: type(f"{prefix}{family.layer.__name__}", (mixin, family.layer), {**fields, "base_family": family})
@@ -271,6 +271,6 @@ def install_injection(layers: Any, count: int) -> None:
 
 
 def install_steps(layers: Any) -> None:
-    """Let the layers of a compressor with its own weights take the compressor's steps in their calls."""
+    """Let the layers of a separate compressor run the compressor's steps inside their calls."""
     for layer in layers:
         layer.__class__ = _COMPRESSOR_CLASS[type(layer)]

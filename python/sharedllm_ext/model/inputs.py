@@ -1,4 +1,4 @@
-"""Checks of what a caller hands to the model, and what is derived from it: context, running text, query."""
+"""Checks of the model's inputs, and what is derived from them: context, running text, query."""
 
 import contextlib
 import difflib
@@ -22,7 +22,7 @@ _TRUSTED = threading.local()
 
 @contextlib.contextmanager
 def trusted_ids(model: Decoder | None) -> Iterator[None]:
-    """While it lasts, this thread does not look at the values of ids given to the model: the caller has done so."""
+    """While active, this thread does not check the values of ids given to the model: the caller has done so."""
     outer, _TRUSTED.model = getattr(_TRUSTED, "model", None), model
     try:
         yield
@@ -41,7 +41,7 @@ def check_ids(model: Decoder, name: str, ids: Tensor, *, range_too: bool) -> Non
     device = model.device
     if ids.device != device:
         raise ValueError(f"{name}: expected device {device} as the model, got {ids.device}")
-    # looking at values waits for the device: once for a tensor is enough
+    # reading values waits for the device: once per tensor is enough
     if range_too and ids.numel() and not _has_checked(model, ids):
         _check_range(model, name, ids)
         # tensors made in inference mode do not count their changes
@@ -90,7 +90,7 @@ def check_labels(model: Decoder, labels: Tensor) -> None:
     """Labels are int64 and either -100 or in the vocabulary."""
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
-    # on CUDA every look waits for the device, in every step of a training
+    # on CUDA every check would wait for the device, in every training step
     if labels.numel() and not (model.training and labels.is_cuda):
         _check_range(model, "labels", labels.masked_fill(labels == -100, 0), " or -100")
 
@@ -111,7 +111,7 @@ def check_mask(name: str, mask: Tensor | None, ids_name: str, ids: Tensor) -> Te
 def check_running_text(
     model: Decoder, name: str, inputs: Tensor | None, mask: Tensor | None, context_ids: Tensor
 ) -> None:
-    """What becomes the query, by the names that the caller knows."""
+    """The arguments that become the query, under the names that the caller knows."""
     if inputs is None or not model.config.query_aware:
         return
     check_ids(model, "context_ids", context_ids, range_too=False)
@@ -123,8 +123,8 @@ def check_running_text(
         check_mask("attention_mask", mask, name, inputs)
 
 
-#: Keywords that callers of Transformers' models send beside the base model's own: Trainer, generate, PEFT, and what
-#: other families take. Some are near to ours in spelling; none is a misspelling.
+#: Keywords that callers of Transformers' models send in addition to the base model's own: Trainer, generate, PEFT, and
+#: those of other families. Some are spelt like ours; none is a misspelling.
 _FOREIGN_KEYWORDS = frozenset(
     """
     adapter_names alora_offsets cache_position cross_attn_head_mask cu_seq_lens_k cu_seq_lens_q decoder_attention_mask
@@ -142,7 +142,7 @@ _SUFFIXES = ("_input_ids", "_ids", "_id", "_attention_masks", "_attention_mask",
 def _looks_like_context(name: str) -> bool:
     if name in _FOREIGN_KEYWORDS:
         return False
-    # what ours have in common with others' says nothing
+    # parts that our names share with others' say nothing
     stem = next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
     return name.startswith(("context", "memor")) or bool(
         difflib.get_close_matches(stem, ("context", "contexts", "memory", "query", "queries"), 1, 0.8)
@@ -150,7 +150,7 @@ def _looks_like_context(name: str) -> bool:
 
 
 def check_keywords(names: Iterable[str]) -> None:
-    """Transformers' models take any keyword and leave out what they do not know: not so the context."""
+    """Refuse misspelt context keywords: Transformers' models ignore any keyword that they do not know."""
     for name in names:
         if _looks_like_context(name):
             raise TypeError(
@@ -178,12 +178,12 @@ def query_of(
 
 
 def labels_of_shifted(shift_labels: Tensor) -> Tensor:
-    """Labels by their own token, ``[B, L]``, of labels that stand at the token before, as some trainers give them."""
+    """Labels at their own token, ``[B, L]``, from labels at the token before, as some trainers give them."""
     return torch.nn.functional.pad(shift_labels[:, :-1], (1, 0), value=-100)
 
 
 def check_query(query_ids: Tensor | None, query_mask: Tensor | None, memory: Any) -> None:
-    """A query given apart from the running text: there must be nodes left to choose."""
+    """Check a query given separately from the running text: there must be nodes left to choose."""
     if query_ids is None and query_mask is not None:
         raise ValueError("query_attention_mask: expected query_ids with it, got none")
     if query_ids is not None and memory is not None:
@@ -201,7 +201,7 @@ def check_shape_of_labels(name: str, labels: Tensor | None, inputs_name: str, in
 
 
 def check_labels_given(training: bool, logits_to_keep: int | Tensor, counted: bool) -> None:
-    """Labels kept for a loss outside of the model have the text's length; logits have that of its running text.
+    """Refuse labels for a loss outside the model: they have the text's length, but logits that of its running text.
 
     Raises:
         ValueError: such labels for a text that has been split.
@@ -216,7 +216,7 @@ def check_labels_given(training: bool, logits_to_keep: int | Tensor, counted: bo
 
 
 def say_past_window(model: Decoder, tokens: int, mask: Tensor | None, past: Any) -> None:
-    """Warn, once a model, about more running text than the window: ``tokens`` after those of the cache ``past``."""
+    """Warn, once per model, about more running text than the window: ``tokens`` after those of the cache ``past``."""
     window = model.config.window
     total = tokens if past is None else tokens + int(past.get_seq_length())
     if total <= window:

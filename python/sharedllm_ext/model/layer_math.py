@@ -21,18 +21,18 @@ from .families import (
 )
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
-#: Whether 8-bit products add up with fewer bits than float32 on the way, as the tensor cores do it fastest: on hidden
+#: Whether 8-bit matmuls accumulate with fewer bits than float32, which is the tensor cores' fastest way: on hidden
 #: states of a trained model rounding to 8 bits hides the difference (docs/architecture.md).
 FP8_FAST_ACCUMULATION = True
 
 
 def inference_only(x: Tensor) -> bool:
-    """Whether ``x`` is worth the fused kernels: half precision on CUDA and no gradient or autocast to serve."""
+    """Whether ``x`` takes the fused kernels: half precision on CUDA, without gradients and autocast."""
     return x.is_cuda and x.dtype in FUSED_DTYPES and not torch.is_grad_enabled() and not torch.is_autocast_enabled()
 
 
 def adds_in_place(x: Tensor) -> bool:
-    """Whether sums may go into ``x``: where the fused kernels run, and in float32 on the CPU, where pages are dear."""
+    """Whether sums may be written into ``x``: with fused kernels, and in float32 on the CPU, where pages are dear."""
     if x.device.type != "cpu":
         return inference_only(x)
     return x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
@@ -44,7 +44,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def is_plain_linear(module: Any, x: Tensor) -> bool:
-    """Whether a module is nothing but ``x @ weight.T``: no adapter, quantisation, bias or hook."""
+    """Whether a module is just ``x @ weight.T``: no adapter, quantisation, bias or hook."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -62,16 +62,16 @@ def linear_weight(module: Any) -> torch.Tensor:
     reference = next(tensor for tensor in (module.bias, module.weight) if tensor is not None)
     dtype = reference.dtype if reference.dtype.is_floating_point else torch.get_default_dtype()
     size = module.in_features
-    # every method of quantisation has a product, few have the same way back
+    # every method of quantisation has a matmul, few can be dequantised in the same way
     columns = module(torch.eye(size, dtype=dtype, device=reference.device))
     return (columns if module.bias is None else columns - module.bias).t()
 
 
 def add_linear(hidden: Tensor, module: Any, x: Tensor) -> Tensor:
-    """``hidden + module(x)``; for inference the product's own accumulator takes ``hidden``, in place.
+    """``hidden + module(x)``; for inference ``hidden`` is added in the matmul's accumulator, in place.
 
     Args:
-        hidden: ``[..., N]``, nobody else's: it may be overwritten.
+        hidden: ``[..., N]``, not used elsewhere: it may be overwritten.
         module: projection from K to N.
         x: ``[..., K]``.
     """
@@ -82,7 +82,7 @@ def add_linear(hidden: Tensor, module: Any, x: Tensor) -> Tensor:
 
 
 def is_untouched(module: Any) -> bool:
-    """Whether a call of a module is its class's forward and nothing else: no hooks, no forward of its own."""
+    """Whether a call of a module is only its class's forward: no hooks, no replaced forward."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -93,12 +93,12 @@ def is_untouched(module: Any) -> bool:
 
 
 def applies_silu(mlp: Any) -> bool:
-    """Whether an MLP's activation is SiLU and nothing else, by the module, which others may have replaced."""
+    """Whether an MLP's activation module is SiLU; others may have replaced it."""
     return type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and is_untouched(mlp.act_fn)
 
 
 def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
-    """A query, key or value projection ``[..., heads * D]`` as ``[..., heads, D]``, with the family's norm on it."""
+    """A query, key or value projection ``[..., heads * D]`` as ``[..., heads, D]``, with the family's head norm."""
     out = projected.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)
     # a norm with weights in float32 gives float32, which values do not follow
@@ -244,7 +244,7 @@ def install_fused(model: nn.Module) -> None:
 
 
 class Products:
-    """The products of a compressor layer in the weights' own dtype."""
+    """The matmuls of a compressor layer in the weights' own dtype."""
 
     def norm(self, module: Any, hidden: Tensor) -> Any:
         """Norm of ``hidden [T, d]``, in the form that :meth:`linear` takes."""
@@ -280,14 +280,14 @@ class Fp8Products(Products):
     """The same with 8-bit floating-point operands (e4m3), one scale for each row of activations and of weights.
 
     Weights are quantised at their first use and kept, half the bytes of bfloat16, until they are changed in place or
-    replaced (a change through ``weight.data`` counts for neither).
+    replaced (a change through ``weight.data`` is not noticed).
     """
 
     def __init__(self) -> None:
         self._weights: dict[int, tuple[tuple[int, int], Tensor, Tensor]] = {}
 
     def forget(self) -> None:
-        """Let the kept weights go."""
+        """Free the kept weights."""
         self._weights.clear()
 
     def norm(self, module: Any, hidden: Tensor) -> Any:
@@ -333,10 +333,10 @@ class Fp8Products(Products):
 
 
 def refuse_fp8(layers: Any) -> None:
-    """Say why the compressor's products cannot be computed in 8 bits, if they cannot.
+    """Check that the compressor's matmuls can be computed in 8 bits.
 
     Raises:
-        ValueError: a device, dtype, size or module that the products do not take.
+        ValueError: a device, dtype, size or module that these matmuls do not take.
     """
     weight = projection(layers[0].self_attn, "q").weight
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 9):

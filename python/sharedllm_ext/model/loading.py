@@ -1,4 +1,4 @@
-"""What a loaded checkpoint must have held, so that no part of the model is noise without a word."""
+"""Checks that a loaded checkpoint was complete, so that no part of the model is silently random."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,9 +10,9 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_loaded(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Refuse what Transformers would only report, where the model would read its context through noise.
+    """Raise where Transformers only reports: otherwise the model would read its context through random weights.
 
-    A checkpoint without the weights of an injected block is welcome: the block starts with a zero output projection.
+    A checkpoint without the weights of an injected block is accepted: the block starts with a zero output projection.
 
     Args:
         model: the loaded :class:`~sharedllm_ext.SharedLLMForCausalLM`.
@@ -52,7 +52,7 @@ def _some(names: Iterable[str]) -> str:
 
 @torch.no_grad()
 def _not_finite(model: Any) -> list[str]:
-    """Names of parameters with infinities or NaN; quantised and offloaded ones are not looked at."""
+    """Names of parameters with infinities or NaN; quantised and offloaded ones are not checked."""
     bounds: dict[torch.device, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         plain = type(parameter.data) is Tensor and parameter.dtype in _FLOATS

@@ -1,4 +1,4 @@
-"""The compressor's modules, and what is computed with them on packed tokens ``[T, …]`` without padding."""
+"""The compressor's modules, and computations with them on packed tokens ``[T, …]`` without padding."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from .managed_layers import call_layer
 from .rotary import LayerTables
 from .upload import upload
 
-# a Transformers decoder layer, whose submodules nn.Module's typing does not know
+# a Transformers decoder layer; nn.Module's types do not include its submodules
 Layer = Any
 
 
@@ -26,11 +26,11 @@ class LowerModel(NamedTuple):
 
 
 def activation_bytes(model: LowerModel) -> int:
-    """Bytes that :func:`compress_chunks` needs for each token of a micro-batch at its widest place, rounded up."""
+    """Peak bytes that :func:`compress_chunks` needs for each token of a micro-batch, rounded up."""
     attention = model.layers[0].self_attn
     query, key = projection(attention, "q"), projection(attention, "k")
     hidden, width = query.in_features, query.out_features
-    # gate, up and their product beside the residual stream, its norm and the attention's output; layer 0 adds what the
+    # gate, up and their product, with the residual stream, its norm and the attention's output; layer 0 adds what the
     # choice of nodes reads
     numbers = 5 * hidden + width + 2 * key.out_features + 3 * max(map(mlp_width, model.layers))
     return numbers * model.embed_tokens.weight.element_size()
@@ -58,7 +58,7 @@ class Embedded(NamedTuple):
 
 
 def embed_tokens(model: LowerModel, ids: Tensor) -> Tensor:
-    """Embed tokens ``[T]``: ``[T, d]``, nobody else's."""
+    """Embed tokens ``[T]``: ``[T, d]``, which may be overwritten."""
     # a row of tokens, as hooks of an embedding know it
     embeddings = model.embed_tokens(ids.unsqueeze(0)).squeeze(0)
     scaled = _scaled(model, embeddings)
@@ -100,7 +100,7 @@ def last_token_vectors(model: LowerModel, embedded: Embedded, spans: Tensor, tab
     start, length = spans.unbind(-1)
     window = sliding_window(layer)
     if window is not None:
-        # rotary positions are relative, so dropping what lies outside the window changes nothing else
+        # rotary positions are relative, so dropping tokens outside the window changes nothing else
         visible = length.clamp(max=window)
         spans = torch.stack((start + length - visible, visible), -1)
     last = last_token(spans)

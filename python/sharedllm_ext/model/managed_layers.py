@@ -1,4 +1,4 @@
-"""Layers whose parameters are there only while the layer runs: sharded by FSDP, or moved by accelerate's hooks."""
+"""Layers whose parameters are present only while the layer runs: sharded by FSDP, or moved by accelerate's hooks."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,24 +13,24 @@ _SHARDED_CLASSES = ("FSDPModule", "FullyShardedDataParallel")
 
 
 def is_managed(layer: Any) -> bool:
-    """Whether a layer has its parameters in place only inside of its own calls."""
+    """Whether a layer has its parameters in place only inside its own calls."""
     return hasattr(layer, "_hf_hook") or is_sharded(layer)
 
 
 def is_sharded(layer: Any) -> bool:
-    """Whether FSDP shares a layer's parameters out to processes."""
+    """Whether FSDP shards a layer's parameters."""
     return any(base.__name__ in _SHARDED_CLASSES for base in type(layer).__mro__)
 
 
 def recomputes_whole_calls() -> bool:
-    """Whether this Transformers checkpoints a layer's whole call, with the hooks around its forward in it."""
+    """Whether this Transformers version checkpoints a layer's whole call, including the hooks around its forward."""
     return "__call__" in vars(GradientCheckpointingLayer)
 
 
 def check_checkpointing(layer: Any) -> None:
     """Refuse what FSDP cannot recompute under reentrant checkpointing.
 
-    FSDP1 has no layer run twice in a step; FSDP2 leaves gradients in parts where its hooks are recomputed, too.
+    FSDP1 lets no layer run twice in a step; FSDP2 leaves gradients sharded where its hooks are recomputed as well.
 
     Raises:
         ValueError: names the setting.
@@ -50,12 +50,12 @@ def check_checkpointing(layer: Any) -> None:
 
 
 def call_layer(layer: Any, step: Callable[..., Any], *tensors: Tensor) -> Any:
-    """``step(layer, *tensors)`` where the layer's parameters are: inside of a call of the layer if it is managed.
+    """``step(layer, *tensors)`` where the layer's parameters are present: inside a call of the layer if it is managed.
 
     Args:
         layer: a decoder layer with :class:`RunsSteps`.
-        step: what to do; gradient checkpointing may do it again, so it must be a function of its arguments alone.
-        tensors: what gradients flow back to.
+        step: the function; gradient checkpointing may repeat it, so it must depend on its arguments alone.
+        tensors: the tensors to which gradients flow back.
     """
     return layer(*tensors, compressor_step=step) if is_managed(layer) else step(layer, *tensors)
 

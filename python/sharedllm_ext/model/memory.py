@@ -30,7 +30,7 @@ class ContextMemory:
         num_chunks: chunks of each document.
         num_tokens: context tokens of each document.
         memory_index: the document that each batch row reads; rows may share one.
-        signature: what made the memory: model sizes, tree and a fingerprint of the compressor's weights.
+        signature: the memory's maker: model sizes, tree and a fingerprint of the compressor's weights.
     """
 
     keys: list[Tensor]
@@ -78,7 +78,7 @@ class ContextMemory:
         )
 
     def float(self) -> "ContextMemory":
-        """The memory in float32, which mixed-precision wrappers ask of whatever a model returns in 16 bits."""
+        """The memory in float32; mixed-precision wrappers call this on all 16-bit outputs of a model."""
         return self.to(torch.float32)
 
     def expand(self, repeats: int) -> "ContextMemory":
@@ -172,7 +172,7 @@ def _shape(fields: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def _check_fields(name: str, fields: dict[str, Any]) -> None:
-    """Check a memory's fields and what they say about each other.
+    """Check a memory's fields, also against each other.
 
     Raises:
         ValueError: 'name: expected …, got …'.

@@ -1,7 +1,7 @@
-"""The file of a context memory: safetensors, replaced as a whole or not at all, and believed only after checks.
+"""The file of a context memory: safetensors, replaced as a whole or not at all, and checked before use.
 
 The file's metadata hold ``header``, a JSON object, and since version 2 ``sha256`` of that text; the header holds the
-CRC-32 of every tensor's bytes. Nothing is mapped: a file that shrinks later cannot hurt a memory that was read.
+CRC-32 of every tensor's bytes. Nothing is mapped: a file that shrinks later cannot harm a memory that was read.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ _KINDS = {
 def write_tensors(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors and their header to a file, which is replaced when the new one is complete.
 
-    Symbolic links are followed, the permissions of an existing file kept; a new one gets those of any new file. What an
-    interrupted call left beside the file is removed; what another process is writing is not.
+    Symbolic links are followed, the permissions of an existing file kept; a new one gets those of any new file.
+    Leftovers of an interrupted call are removed; files that another process is writing are not.
 
     Args:
         path: the file; its folder must exist.
@@ -93,7 +93,7 @@ def _target(path: str | os.PathLike[str]) -> str:
 
 
 def _kind(name: str) -> str | None:
-    """What there is under the name, if it is neither a regular file nor nothing; links are followed."""
+    """The kind of an existing path that is not a regular file; links are followed."""
     try:
         mode = os.stat(name).st_mode
     except FileNotFoundError:
@@ -112,13 +112,13 @@ def _temporary(folder: str, prefix: str) -> Iterator[tuple[str, BinaryIO]]:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    # another process clears it just now
+                    # another process is removing it
                     continue
                 except OSError:
-                    # a file system without locks: nobody can clear there either
+                    # a file system without locks: no process can remove leftovers there either
                     pass
                 if os.fstat(descriptor).st_nlink == 0:
-                    # another process has cleared it already
+                    # another process has removed it already
                     continue
                 yield name, file
                 return
@@ -128,7 +128,7 @@ def _temporary(folder: str, prefix: str) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def _clear(folder: str, prefix: str) -> None:
-    """Remove what interrupted calls have left: their names, their content, and no lock on them."""
+    """Remove leftovers of interrupted calls: files with their name and content, and without a lock."""
     for entry in os.listdir(folder):
         random = entry.removeprefix(prefix).removesuffix(".partial")
         if entry != f"{prefix}{random}.partial" or len(random) != 16:
@@ -161,7 +161,7 @@ def _write(file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tens
         whole = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
         return (len(whole) + -len(whole) % 8).to_bytes(8, "little") + whole.ljust(len(whole) + -len(whole) % 8)
 
-    # as long as the final one, which the checksums complete
+    # of the final length; the checksums are filled in later
     file.write(head())
     for name, tensor in tensors.items():
         data = _bytes_of(tensor.detach().cpu().contiguous())
@@ -189,7 +189,7 @@ class _Entry:
 
 
 class MemoryFile:
-    """An open file whose header holds together; a context manager.
+    """An open file with a consistent header; a context manager.
 
     Attributes:
         name: as the caller wrote it.
@@ -263,7 +263,7 @@ class MemoryFile:
 
         Args:
             names: which.
-            finish: what to do with each of them, such as moving it to a device.
+            finish: called with each of them, for example to move it to a device.
             verify: whether to compare checksums, where the file has them.
 
         Raises:
@@ -386,7 +386,7 @@ def are_sizes(values: Any) -> TypeGuard[list[int]]:
 
 
 def shorten(value: Any) -> str:
-    """A value in an error text, whatever a file has put there."""
+    """A value from a file, for an error text."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 

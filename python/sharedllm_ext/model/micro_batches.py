@@ -1,4 +1,4 @@
-"""Compressing in micro-batches: how many tokens at a time, where the memory is stored, what is said without room."""
+"""Compressing in micro-batches: how many tokens at a time, where the memory is stored, errors of lacking memory."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from .rotary import LayerTables
 from .stopwatch import Stopwatch
 from .tree import TreeShape
 
-# Larger micro-batches make products no faster; on CUDA 4.4 GB of activations for an 8B model. On the CPU activations of
+# Larger micro-batches make matmuls no faster; on CUDA 4.4 GB of activations for an 8B model. On the CPU activations of
 # more than 32 MiB come from fresh pages each time, which the system clears first.
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one call of compress works on: packed tokens, their documents and chunks, tables, query vectors."""
+    """Inputs of one call of compress: packed tokens, their documents and chunks, tables, query vectors."""
 
     ids: Tensor
     lengths: list[int]
@@ -36,7 +36,7 @@ class Work:
 
 
 def tree_shape(config: Any, training: bool) -> TreeShape:
-    """The tree of a configuration; splits are noisy in training alone."""
+    """The tree of a configuration; splits are noisy only in training."""
     noise = config.split_noise if training else 0.0
     return TreeShape(config.tree_depth, config.slots_per_node, float(noise))
 
@@ -65,12 +65,12 @@ def compress_in_micro_batches(
         signature: gives the memory's.
         model_dtype: of the keys and values, where weights do not tell.
         generator: source of the split noise.
-        watch: told of laps.
+        watch: stopwatch for the laps.
         progress: called with the context tokens compressed so far.
         training, checkpointing: whether splits are noisy, and layers recomputed in the backward pass.
 
     Raises:
-        torch.OutOfMemoryError: says how much was needed, and what needs less.
+        torch.OutOfMemoryError: says how much was needed, and which settings need less.
     """
     ids, lengths, chunks, counts = work.ids, work.lengths, work.chunks, work.counts
     shape = tree_shape(config, training)
@@ -107,7 +107,7 @@ def compress_in_micro_batches(
                 raise
             failure = str(error).split("\n", maxsplit=1)[0]
         if failure is not None:
-            # outside of the handler, which would keep the failed call's tensors alive
+            # outside the handler, which would keep the failed call's tensors alive
             torch.cuda.empty_cache()
             if config.micro_batch_tokens is None and len(batch) > 1 and store is not None:
                 limit = part.numel() // 2
@@ -161,7 +161,7 @@ def _memory_store(lower: LowerModel, slots: int, model_dtype: torch.dtype, devic
     try:
         return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
     except torch.OutOfMemoryError:
-        # the message comes after the handler, which would keep what could be allocated alive
+        # raised after the handler, which would keep the failed call's tensors alive
         pass
     torch.cuda.empty_cache()
     needed = 2 * layers * slots * shape[1] * shape[2] * dtype.itemsize
@@ -210,7 +210,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _is_out_of_memory(error: RuntimeError, device: torch.device) -> bool:
-    """Whether device memory ran out: PyTorch has a class for it, but what an extension's operator raises has not."""
+    """Whether device memory ran out: PyTorch has a class for it, but an extension's operator raises another one."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return device.type == "cuda" and str(error).startswith("out of memory: ")

@@ -83,7 +83,7 @@ class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
         self._said_past_window = self._said_it_cannot_read = False
         self._reads_context: tuple[Any, bool] | None = None
         self.post_init()
-        # those that are there: FSDP's wrapping policies look for every one of them
+        # only classes that exist in the model: FSDP's wrapping policies look for every one of them
         self._no_split_modules = {type(layer).__name__ for layer in self._all_layers()}
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -94,7 +94,7 @@ class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
     def initialize_weights(self) -> None:
         """Initialise the weights that were not loaded."""
         super().initialize_weights()
-        # the nested model's own initialisation, which comes first, does not know these
+        # the nested model's own initialisation, which comes first, does not include these
         for block in self.injected_blocks:
             self._init_weights(block)
 
@@ -158,7 +158,7 @@ class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to do: every saved folder names this package, whose source needs no copy there."""
+        """No operation: every saved folder names this package, so its source is not copied."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's token embedding."""
@@ -203,7 +203,7 @@ class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
 
     @property
     def device(self) -> torch.device:
-        """The device that inputs come on and that the first layer computes on."""
+        """The device of the inputs, on which the first layer computes."""
         return device_of(self.model.embed_tokens)
 
     def _all_layers(self) -> list[Any]:
@@ -410,7 +410,7 @@ class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
         )
 
 
-# by which a subclass is known to read its inputs otherwise
+# this shows whether a subclass reads its inputs in another way
 SharedLLMForCausalLM._own_forward = SharedLLMForCausalLM.forward
 
 

@@ -43,7 +43,7 @@ def with_memory(result: Any, memory: ContextMemory | None) -> Any:
         return result
     output = _WITH_MEMORY.get(type(result))
     if output is None:
-        # of a caller's own loop
+        # output of a custom loop
         result.memory = memory
         return result
     fields: Any = dataclasses.fields(output)

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-# with q_proj and v_proj alone, PEFT's choice for Llama, an untrained injected block stays silent: its o_proj is zero
+# with q_proj and v_proj alone, PEFT's choice for Llama, an untrained injected block adds nothing: its o_proj is zero
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
 
 

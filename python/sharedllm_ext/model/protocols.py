@@ -1,4 +1,4 @@
-"""What the parts of this package ask of the whole model, which they stand below and do not import."""
+"""What the parts of this package need from the whole model, which they must not import."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ class Decoder(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The device that inputs come on."""
+        """The device of the inputs."""
 
     @property
     def dtype(self) -> torch.dtype:

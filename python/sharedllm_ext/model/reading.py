@@ -12,8 +12,8 @@ from .layer_math import version_of
 def can_read_context(model: Any) -> bool:
     """Whether any injected block adds something to the running text.
 
-    Only what is known to be zero counts: not what an adapter, a quantisation or an offload stands in for. Weights are
-    looked at once, and again when they have changed.
+    Only weights known to be zero count: not those replaced by an adapter, quantisation or offloading. Weights are
+    checked once, and again when they have changed.
     """
     weights = []
     for block in model.injected_blocks:
@@ -34,7 +34,7 @@ def can_read_context(model: Any) -> bool:
 
 
 def say_if_it_cannot_read(model: Any) -> None:
-    """Warn, once a model, about a context that a model out of training does not read."""
+    """Warn, once per model, about a context that a model outside training does not read."""
     if model.training or model._said_it_cannot_read or can_read_context(model):
         return
     model._said_it_cannot_read = True

@@ -1,4 +1,4 @@
-"""Rotary tables of a model's layers, which need not all turn in the same way."""
+"""Rotary tables of a model's layers, which need not all rotate in the same way."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -16,9 +16,9 @@ class Rotation(NamedTuple):
     """One way of rotating queries and keys.
 
     Attributes:
-        frequencies: ``[R/2]`` radians a position.
+        frequencies: ``[R/2]`` radians per position.
         scaling: factor of cos and sin.
-        turns: whether it turns anything; if not, the frequencies tell the width of its tables only.
+        turns: whether it rotates anything; if not, the frequencies only give the width of its tables.
     """
 
     frequencies: Tensor
@@ -43,7 +43,7 @@ def _rotation(rotary: Any, name: str) -> Rotation:
 
 
 def switch_of(rotary: Any) -> int | None:
-    """Tokens beyond which a rotary embedding turns all of them by other frequencies (longrope), or ``None``."""
+    """Tokens beyond which a rotary embedding rotates all of them by other frequencies (longrope), or ``None``."""
     if getattr(rotary, "rope_type", None) != "longrope":
         return None
     parameters = rotary.config.rope_parameters
@@ -53,7 +53,7 @@ def switch_of(rotary: Any) -> int | None:
 
 
 class LayerTables:
-    """cos and sin by layer, float32 ``[P, R/2]`` each, of at least so many positions as were asked for."""
+    """cos and sin by layer, float32 ``[P, R/2]`` each, of at least as many positions as requested."""
 
     def __init__(self, tables: Mapping[str, Tables]) -> None:
         self._tables = tables
@@ -71,19 +71,19 @@ class TablesOf(Protocol):
 
 
 class RopeTables:
-    """Keeps the tables of a model's rotations, which grow with the positions asked for."""
+    """Keeps the tables of a model's rotations, which grow with the requested positions."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[tuple[Any, ...], Tables]] = {}
 
-    # a copy of the model makes its own
+    # a copy of the model computes its own
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return RopeTables, ()
 
     def get(self, rotations: Mapping[str, Rotation], rows: int, device: torch.device) -> LayerTables:
         """Tables of at least ``rows`` positions on a device."""
         if torch.compiler.is_compiling():
-            # whether kept tables are still right is a question for the host
+            # whether kept tables are still right is decided on the host
             return LayerTables({name: _tables_of(rotation, rows, device) for name, rotation in rotations.items()})
         return LayerTables({name: self._of(name, rotation, rows, device) for name, rotation in rotations.items()})
 
@@ -93,7 +93,7 @@ class RopeTables:
         kept = self._kept.get(name)
         if kept is not None and kept[0] == origin and kept[1][0].shape[0] >= rows and kept[1][0].device == device:
             return kept[1]
-        # for training too, though inference mode may be the first to ask
+        # also usable in training, even if first called in inference mode
         with torch.inference_mode(False):
             tables = _tables_of(rotation, 1 << (rows - 1).bit_length(), device)
         self._kept[name] = (origin, tables)

@@ -1,7 +1,7 @@
 """What a memory must share with the model that reads it: sizes, tree, and what the compressor computes.
 
 A signature is a dictionary that JSON can hold: the sizes of model and tree, ``weights`` (a digest of picked elements),
-``rope`` and ``settings`` (what the layers are configured to), and ``probe``, what the compressor makes of a few fixed
+``rope`` and ``settings`` (what the layers are configured to), and ``probe``, the compressor's output for a few fixed
 tokens. Files of version 1 end with ``weights``, and so do memories of a model in training.
 """
 
@@ -50,9 +50,9 @@ _TEXTS = ("model_type", "weights")
 _DETAILS = ("rope", "settings", "probe")
 # enough that every module sees attention; the compressor's matmuls read their weights once for as many tokens
 _PROBE_TOKENS = 16
-# sums kept of each of the probe's tensors, beside its norm
+# sums kept of each of the probe's tensors, in addition to its norm
 _SIGNS = 8
-# a module's own machinery, of which nothing but the hooks could change what it computes
+# attributes of nn.Module itself, of which only the hooks could change what it computes
 _MACHINERY = tuple(vars(nn.Module()))
 _OTHER_MACHINERY = {*_MACHINERY, "_is_hf_initialized", "gradient_checkpointing", "_gradient_checkpointing_func"}
 _HOOKS = tuple(name for name in _MACHINERY if "hooks" in name)
@@ -61,12 +61,12 @@ _SIMPLE = frozenset((int, float, str, bool, type(None), torch.dtype, torch.devic
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What a signature is about.
+    """The compressor that a signature describes.
 
     Attributes:
         lower: the compressor's modules.
         rope: the layers' rotations by name.
-        tables: gives cos and sin for so many positions on a device.
+        tables: gives cos and sin for a number of positions on a device.
         chunk_size: tokens in a chunk; no node is longer.
     """
 
@@ -77,17 +77,17 @@ class Subject:
 
 
 class Fingerprint:
-    """What the compressor computes, as far as a few numbers can tell; worked out again when anything in it changes.
+    """What the compressor computes, summarised in a few numbers; recomputed when anything in it changes.
 
     That is a parameter or buffer that is replaced or changed in place, or any other attribute of its modules. A change
-    through ``parameter.data`` alone is not seen. Hooks are the caller's business: they neither count nor run here.
+    through ``parameter.data`` alone is not seen. Hooks are not part of it: they neither count nor run here.
     """
 
     def __init__(self) -> None:
-        # replaced as a whole: other threads may look at any time
+        # replaced as a whole: other threads may read it at any time
         self._known: tuple[Any, str, dict[str, Any] | None] | None = None
 
-    # a copy of the model finds out by itself
+    # a copy of the model computes its own
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return Fingerprint, ()
 
@@ -114,7 +114,7 @@ def _numbers_of(rotation: Rotation) -> list[float]:
 
 
 def memory_signature(config: Any, subject: Subject, identity: dict[str, Any]) -> dict[str, Any]:
-    """What a memory of this compressor must share with its reader: sizes, tree, and what ``identity`` says of it."""
+    """What a memory of this compressor must share with its reader: sizes, tree, and the contents of ``identity``."""
     text_config, attention = config.text_config, subject.lower.layers[0].self_attn
     return {
         "model_type": text_config.model_type,
@@ -130,7 +130,7 @@ def memory_signature(config: Any, subject: Subject, identity: dict[str, Any]) ->
 
 
 def has_details(signature: dict[str, Any]) -> bool:
-    """Whether a signature tells more than sizes and weights: those of old files and of models in training do not."""
+    """Whether a signature holds more than sizes and weights: those of old files and of models in training do not."""
     return all(name in signature for name in _DETAILS)
 
 
@@ -203,14 +203,14 @@ def state_of(subject: Subject) -> tuple[Any, ...]:
         torch.get_float32_matmul_precision(),
     ]
     add = state.append
-    # all processes must look again at the same time: their parameters change together, FSDP's own notes may not
+    # all processes must check again at the same time: their parameters change together, FSDP's own state may not
     sharded = any(is_sharded(layer) for layer in lower.layers)
     stack: list[nn.Module] = [lower.embed_tokens, lower.norm, *lower.layers]
     while stack:
         module = stack.pop()
         fields = module.__dict__
         add(type(module))
-        # machinery comes first, unless somebody has been there before nn.Module's own __init__
+        # attributes of nn.Module come first, unless something was set before its own __init__
         first = len(_MACHINERY) if tuple(islice(fields, len(_MACHINERY))) == _MACHINERY else 0
         for name, value in islice(fields.items(), first, None):
             if sharded or name in _OTHER_MACHINERY:
@@ -267,7 +267,7 @@ def _digest(lower: LowerModel) -> str:
 
 
 def _settings(subject: Subject) -> str:
-    """What the layers are configured to, in words; of differences that the probe's precision may hide."""
+    """The layers' configuration, as text; for differences that the probe's precision may hide."""
     lines = [_settings_of(layer, subject.chunk_size) for layer in subject.lower.layers]
     if len(set(lines)) > 1:
         lines = [f"layer {index}: {line}" for index, line in enumerate(lines)]
@@ -280,7 +280,7 @@ def _settings_of(layer: Any, chunk_size: int) -> str:
         "norms": f"{_epsilon_of(attention_norm(layer))} and {_epsilon_of(mlp_norm(layer))}",
         "activation": getattr(getattr(layer.mlp, "config", layer.self_attn.config), family_of(layer).activation),
         "scale": f"{layer.self_attn.scaling:.6g}",
-        # no node reaches beyond a longer one
+        # no node is longer than this window
         "window": window if window is not None and window < chunk_size else None,
     }
     if rotation_of(layer):
@@ -317,7 +317,7 @@ def _adapters(layer: Any) -> str:
 
 @torch.no_grad()
 def _probe(subject: Subject) -> dict[str, Any] | None:
-    """What the compressor makes of a few fixed tokens, by random projections, and the precision of its numbers.
+    """The compressor's output for a few fixed tokens, by random projections, and the precision of its numbers.
 
     ``None`` for sharded layers, which run only where all processes run them.
     """
@@ -368,7 +368,7 @@ def _sketch(tensor: Tensor) -> Tensor:
 
 
 def _epsilon(dtype: torch.dtype) -> float:
-    """Unit roundoff of the products, which 32-bit numbers may be computed with less of."""
+    """Unit roundoff of the matmuls; for float32 it may be larger than that of the dtype."""
     reduced = {"high": 2.0**-10, "medium": 2.0**-7}.get(torch.get_float32_matmul_precision(), 0.0)
     return max(torch.finfo(dtype).eps, reduced if dtype == torch.float32 else 0.0)
 

@@ -1,4 +1,4 @@
-"""What a model computes by general code where faster code exists, and why."""
+"""Which parts of a model take general code where faster code exists, and why."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A plain text longer than the window, cut into context and running text, and what is given or asked by its columns."""
+"""A plain text longer than the window, cut into context and running text, and arguments that refer to its columns."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ class Split:
     length: int
 
     def take(self, values: Tensor) -> Tensor:
-        """The running text's part of something with one value for each column, ``[B or 1, L] -> [B or 1, W]``."""
+        """The running text's part of a tensor with one value for each column, ``[B or 1, L] -> [B or 1, W]``."""
         if self.columns is None:
             # Transformers' losses flatten targets by a view, which needs them contiguous
             return values[..., -self.input_ids.shape[1] :].contiguous()
@@ -49,13 +49,13 @@ class Split:
         return taken if self.attention_mask is None else taken.masked_fill(self.attention_mask == 0, -100)
 
     def drop_first(self, labels: Tensor) -> Tensor:
-        """Labels ``[B, W]`` without that of a row's first token, which nothing in front of it predicts."""
+        """Labels ``[B, W]`` without that of a row's first token, which no earlier token predicts."""
         if self.attention_mask is None:
             return labels
         return labels.masked_fill(F.pad(self.attention_mask[:, :-1], (1, 0)) == 0, -100)
 
     def take_targets(self, labels: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
-        """What the loss is taken of: the running text's labels, and keywords that say the same of them.
+        """Arguments of the loss: the running text's labels, and keywords that match them.
 
         Args:
             labels: ``[B, L]``, at their own tokens.
@@ -126,7 +126,7 @@ class Split:
         return logits_to_keep
 
     def spread(self, values: Tensor, columns: slice | Tensor) -> Tensor:
-        """Put what was computed for each place of the running text back to the text's columns.
+        """Move values computed for each place of the running text back to the text's columns.
 
         Args:
             values: ``[B, W, n]``.
@@ -150,7 +150,7 @@ class Split:
         return padded.gather(1, place[..., None].expand(-1, -1, values.shape[2]))
 
     def hide_context(self, logits: Tensor, columns: slice | Tensor) -> Tensor:
-        """Logits ``[B, K, V]`` with NaN where a row's column is context: nobody shall take them for a prediction."""
+        """Logits ``[B, K, V]`` with NaN where a row's column is context, so that they are not taken for predictions."""
         if self.context_mask is None or self.context_mask.shape[1] <= self.first:
             return logits
         context = F.pad(self.context_mask, (0, self.length - self.context_mask.shape[1]))[:, self.first :]
@@ -197,7 +197,7 @@ def split_open_end(window: int, input_ids: Tensor) -> Split | None:
     """Cut a plain text ``[B, L]`` without a mask, whose rows may be padded on the right with zeros.
 
     Evaluators pad so and give no mask, and 0 may be a token too. Zeros at a row's end are therefore running text beyond
-    the ``window`` tokens in front of them: as padding they change nothing, as tokens they are not lost.
+    the ``window`` tokens before them: as padding they change nothing, as tokens they are not lost.
 
     Returns:
         The two parts, the running text in the last columns of the text; ``None`` if no row has a token to spare.
@@ -230,7 +230,7 @@ def split_open_end(window: int, input_ids: Tensor) -> Split | None:
 
 
 def refuse_packed(names: Iterable[str], position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Several texts laid end to end in one row are no text that could be split.
+    """Refuse several texts packed into one row: they cannot be split.
 
     Raises:
         ValueError: keywords of packed texts, or positions that start again inside a row.

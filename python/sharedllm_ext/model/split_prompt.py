@@ -1,4 +1,4 @@
-"""A prompt of which generate has made a part context: its loop goes on with the whole, the model reads the rest."""
+"""A prompt of which generate has turned a part into context: its loop sees the whole, the model reads the rest."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ class SplitPrompt:
     """What the loop of a ``generate`` sees and what the model reads instead: the running text, padded on the left.
 
     Lengths, logits processors, stopping criteria, streamers and the result are of the whole text. New tokens follow
-    both, so that only the first call and calls without a cache look here.
+    both, so that only the first call and calls without a cache need this.
 
     Attributes:
         whole: ``[B, L]``, the prompt as the caller gave it.
@@ -41,20 +41,20 @@ class SplitPrompt:
 
     @classmethod
     def of(cls, input_ids: Tensor, split: Split, whole_mask: Tensor | None = None) -> "SplitPrompt":
-        """Of a prompt ``[B, L]`` and how it was split."""
+        """From a prompt ``[B, L]`` and how it was split."""
         mask = split.attention_mask
         return cls(input_ids, split.input_ids, None if mask is None or bool(mask.all()) else mask, whole_mask)
 
     @classmethod
     def aligned(cls, input_ids: Tensor, mask: Tensor) -> "SplitPrompt":
-        """Of a prompt ``[B, L]`` without context whose rows are padded on the right, ``mask`` being 0 there."""
-        # stable: the tokens keep their order behind the padding
+        """From a prompt ``[B, L]`` without context whose rows are padded on the right, where ``mask`` is 0."""
+        # stable: the tokens keep their order after the padding
         columns = mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
         return cls(input_ids, input_ids.gather(1, columns), mask.gather(1, columns), mask)
 
     @property
     def removed(self) -> int:
-        """Columns of the whole text that the running text is shorter."""
+        """How many columns the running text is shorter than the whole text."""
         return self.whole.shape[1] - self.running.shape[1]
 
     def read(self, text: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class SplitPrompt:
         return torch.cat((old, tail), 1)
 
     def followed(self, text: Tensor, mask: Tensor | None) -> "SplitPrompt":
-        """The same with more text, ``[B, L + n]`` in all: what became context stays so."""
+        """The same with more text, ``[B, L + n]`` in total: what became context stays context."""
         check_mask("attention_mask", mask, "input_ids", text)
         new = text.shape[1] - self.whole.shape[1]
         whole_mask = mask
@@ -109,7 +109,7 @@ class SplitPrompt:
         return self
 
     def __deepcopy__(self, _: Any) -> "SplitPrompt":
-        # nothing changes it, and copies of a cache share it
+        # it never changes, and copies of a cache share it
         return self
 
 
@@ -169,7 +169,7 @@ def for_assistant(processors: Any, prompt: SplitPrompt) -> Any:
 
 
 class _OfOwnTokens(LogitsProcessor):
-    """A logits processor of a row's set of tokens, of which padding is none wherever it stands."""
+    """A logits processor of a row's set of tokens, which ignores padding wherever it is."""
 
     def __init__(self, inner: Any, prompt: SplitPrompt) -> None:
         self.inner = inner
@@ -185,7 +185,7 @@ class _OfOwnTokens(LogitsProcessor):
 
 
 def without_padding(processors: Any, prompt: SplitPrompt) -> Any:
-    """The logits processors of a ``generate``, those that penalise repetition blind to the prompt's padding."""
+    """The logits processors of a ``generate``; those that penalise repetition ignore the prompt's padding."""
     return LogitsProcessorList(
         _OfOwnTokens(processor, prompt) if type(processor) is RepetitionPenaltyLogitsProcessor else processor
         for processor in processors
@@ -193,7 +193,7 @@ def without_padding(processors: Any, prompt: SplitPrompt) -> Any:
 
 
 class RunningTextCandidates(CandidateGenerator):
-    """Drafts of an assistant model that goes on from the running text, for a loop that holds the whole.
+    """Drafts of an assistant model that continues the running text, for a loop that holds the whole text.
 
     Args:
         inner: the generator, made for the running text.

@@ -6,7 +6,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds the time since the previous lap to a name; on CUDA by events, read only when somebody asks."""
+    """Adds the time since the previous lap to a name; on CUDA by events, read only on request."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What a memory of a model in training is known by: its weights change with every step, too often for a digest."""
+"""Identifies a memory of a model in training: its weights change with every step, too often for a digest."""
 
 import uuid
 from typing import Any
@@ -19,7 +19,7 @@ class TrainingMark:
         self._state: tuple[Any, ...] | None = None
         self._changes = 0
 
-    # a copy of the model goes its own way
+    # a copy of the model gets its own mark
     def __deepcopy__(self, _: Any) -> "TrainingMark":
         return TrainingMark()
 

@@ -49,7 +49,7 @@ class ContextTree(NamedTuple):
 
 
 def kept_tokens(chunks: Sequence[Chunk], shape: TreeShape, tree: ContextTree) -> list[int]:
-    """Tokens that every retained node keeps, in slot order; waits for the device only where the choice decides."""
+    """Tokens that every retained node keeps, in slot order; waits for the device only if they depend on the choice."""
     per_chunk, slots = shape.depth + 1, shape.slots_per_node
     if shape.split_noise == 0 and all(chunk.length >> shape.depth >= slots for chunk in chunks):
         # no node is shorter than what it keeps
@@ -71,7 +71,7 @@ def grow_tree(
     has_query: Sequence[bool] | None,
     generator: torch.Generator | None = None,
 ) -> ContextTree:
-    """Split every chunk level by level and retain what is not picked.
+    """Split every chunk level by level and retain the children that are not picked.
 
     Arguments as for :func:`compress_chunks`; ``embedded`` are the chunks' tokens.
     """
@@ -129,7 +129,7 @@ def choose_nodes(model: LowerModel, embeddings: Tensor, *arguments: Any) -> Cont
         inside = LowerModel(model.embed_tokens, [layer], model.norm)
         return grow_tree(inside, project_embeddings(inside, hidden), *arguments)
 
-    # reentrant checkpointing makes a plain tuple of it
+    # reentrant checkpointing converts it to a plain tuple
     return ContextTree(*call_layer(model.layers[0], grow, embeddings))
 
 
@@ -139,7 +139,7 @@ def _reads_once(
     """Whether to compute the attention of every node that could be picked in one pass over keys and values.
 
     That takes one read of keys and values instead of up to two, but as many queries as there are leaves: from five
-    levels on their projections cost more than the reads. The CPU is bound by arithmetic, of which it takes more.
+    levels on their projections cost more than the reads. The CPU is bound by arithmetic, which this increases.
     Noisy splits are not halves, and a window that cuts a node off would have to cut the shared read, too.
     """
     longest = max(chunk.length for chunk in chunks)
@@ -177,7 +177,7 @@ def _attend_to_candidates(
 
 def _candidate_vectors(model: LowerModel, embedded: Embedded, candidates: _Candidates, spans: Tensor) -> Tensor:
     """:func:`last_token_vectors` of ``[n, m, 2]`` spans that are candidates, ``m`` of each chunk."""
-    # equal spans have equal vectors, so the first match will do
+    # equal spans have equal vectors, so the first match is enough
     same = (spans.unsqueeze(2) == candidates.nodes.unsqueeze(1)).all(-1)
     index = same.to(torch.uint8).argmax(-1)
     row = index + torch.arange(spans.shape[0], device=spans.device).unsqueeze(1) * candidates.nodes.shape[1]

@@ -1,4 +1,4 @@
-"""A cache of keys and values that stays in place while it grows."""
+"""A KV cache that stays in place while it grows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +18,10 @@ class PreallocatedLayer(DynamicLayer):
 
     Storage is ``[B, capacity, Hkv, D]``, allocated with room to grow; ``keys`` and ``values`` are views
     ``[B, Hkv, length, D]`` of the part in use. A new token is written, not concatenated. Views taken before a crop see
-    what is written after it: clone what is to be kept.
+    what is written after it: clone them to keep their values.
 
     Args:
-        limit: tokens that will never be exceeded, as far as is known; the room kept free ends there. ``None``: unknown.
+        limit: most tokens, if known; no more room is reserved. ``None``: unknown.
         spare: storage of keys and of values that nobody else uses, taken if the first states fit into it.
     """
 
@@ -97,10 +97,10 @@ class PreallocatedLayer(DynamicLayer):
         self._value_storage = value_states.transpose(1, 2)[:, :0].contiguous()
 
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` in all, with a quarter more (at least 1024) if the limit allows it, rounded up."""
+        """Make room for ``tokens`` in total, plus a quarter (at least 1024) if the limit allows it, rounded up."""
         if self._key_storage is None or self._value_storage is None:
             return
-        # what inference mode made cannot be written outside of it
+        # tensors made in inference mode cannot be written outside it
         locked = self._key_storage.is_inference() and not torch.is_inference_mode_enabled()
         if tokens <= self.capacity and not locked:
             return
@@ -129,7 +129,7 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         begin, end = self._length, self._length + key_states.shape[-2]
         if any(x.requires_grad for x in (key_states, value_states, *self.storage)):
-            # written in place they would be missing in the gradient, or spoil it
+            # written in place they would be missing from the gradient, or corrupt it
             pairs = zip(self.storage, (key_states, value_states), strict=True)
             self._key_storage, self._value_storage = (
                 torch.cat((storage[:, :begin], states.transpose(1, 2)), 1) for storage, states in pairs
@@ -159,7 +159,7 @@ class PreallocatedLayer(DynamicLayer):
         self._length = min(max(keep, 0), self._length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the batch rows into another order."""
+        """Reorder the batch rows."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -185,7 +185,7 @@ class PreallocatedCache(Cache):
 
     Args:
         config: of the decoder (``num_hidden_layers``).
-        limit: tokens that will never be exceeded, as far as is known; saves memory.
+        limit: most tokens, if known; saves memory.
         spares: for each layer a storage that nobody else uses.
     """
 
@@ -199,13 +199,13 @@ class PreallocatedCache(Cache):
         super().__init__(layers=[PreallocatedLayer(limit, spare) for spare in own])
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Append states to a layer; who has started a step ahead is told, as it stands where they go."""
+        """Append states to a layer; the hook is called first, because a step started ahead wrote to the same place."""
         for told in BEFORE_UPDATE:
             told(self)
         parent: Any = super()
         return parent.update(*args, **kwargs)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` in all; where that moves the storage, a graph of the decoding step is made anew."""
+        """Make room for ``tokens`` in total; if that moves the storage, the decoding step is captured again."""
         for layer in self.layers:
             layer.reserve(tokens)

@@ -29,7 +29,7 @@ from .support import (
 
 #: Bytes of a cache that are kept, with its graph, for the next generate of the same model.
 KEPT_BYTES = 1 << 30
-# no step, and nothing to tell: the prompt, or a piece of it
+# no step, and nothing to log: the prompt, or a part of it
 _PROMPT = "input_ids: expected one token a row after the prompt, got the prompt"
 
 
@@ -39,10 +39,10 @@ class DecodeCall:
 
     Attributes:
         model: the model.
-        tables: gives cos and sin for so many positions on a device.
+        tables: gives cos and sin for a number of positions on a device.
         memory: what its injected layers read, or ``None``.
-        first: padding tokens in front of each row, ``[B]`` int64, or ``None``.
-        cache: over which the next call is probably a step, or ``None``.
+        first: left padding of each row in tokens, ``[B]`` int64, or ``None``.
+        cache: the cache over which the next call is probably a step, or ``None``.
     """
 
     model: Any
@@ -85,11 +85,11 @@ class DecodeCall:
             runner.run_ahead(tokens, cache)
 
     def drop(self) -> bool:
-        """Forget a step that has been started ahead; whether there was one."""
+        """Discard a step that was started ahead; returns whether there was one."""
         return self.runner is not None and self.runner.drop()
 
     def _obstacle(self, tokens: Tensor | None, cache: Any, inputs: dict[str, Any]) -> str | None:
-        """Why this call is none of a step's; ``None``: it is one."""
+        """Why this call is not a decoding step; ``None`` if it is one."""
         if tokens is None or inputs.get("inputs_embeds") is not None:
             return _PROMPT
         rows, new = tokens.shape
@@ -119,7 +119,7 @@ class DecodeCall:
         return None
 
     def _is_held(self, cache: PreallocatedCache, batch: int) -> bool:
-        """Whether the layers of the cache hold equally many tokens of so many rows as a step expects them."""
+        """Whether all layers of the cache hold equally many tokens of ``batch`` rows, as a step expects."""
         weight = self.model.lm_head.weight
         length, dtype, device = cache.get_seq_length(), weight.dtype, weight.device
         if length == 0 or batch > MAX_BATCH:
@@ -133,7 +133,7 @@ class DecodeCall:
     def _has_usual_positions(self, positions: Tensor | None, length: int) -> bool:
         """Whether positions count the tokens without padding.
 
-        Looked at once, since generate continues them by ones, and again where the cache has another length than that.
+        Checked once, since generate increments them, and again if the cache has an unexpected length.
         """
         if self.usual_positions is None or length != self.next_length:
             expected = length if self.first is None else length - self.first
@@ -155,7 +155,7 @@ class DecodeCall:
             runner = self._new_runner(cache, batch, on_cuda, self.state)
             fresh = True
         elif fresh:
-            # the same object: every token compares them
+            # the same object, because every token compares them
             runner.state = self.state
             runner.hold(self.model, self.memory)
         if fresh:
@@ -164,7 +164,7 @@ class DecodeCall:
             self.runner = runner
         return runner
 
-    # the graph reads them in later calls, which may be outside of inference mode
+    # the graph reads them in later calls, which may be outside inference mode
     @torch.inference_mode(False)
     @torch.no_grad()
     def _new_runner(self, cache: PreallocatedCache, batch: int, graph: bool, state: tuple[Any, ...]) -> DecodeRunner:
@@ -184,7 +184,7 @@ class DecodeCall:
         return DecodeRunner(model, cache, self.memory, batch, context=context, tables=tables, graph=graph, state=state)
 
 
-# of the last generate that kept its cache to itself: storage of every layer, and the graph over it
+# of the last generate that did not return its cache: storage of every layer, and the graph over it
 _SPARES: "weakref.WeakKeyDictionary[Decoder, tuple[list[tuple[Tensor, Tensor]], DecodeRunner | None]]"
 _SPARES = weakref.WeakKeyDictionary()
 
@@ -195,10 +195,10 @@ class Generating:
 
     Attributes:
         may_run_ahead: whether steps may start before they are called.
-        outer: of the ``generate`` that this one runs inside of.
+        outer: state of the ``generate`` inside which this one runs.
         removed: columns of its prompt that became context.
         cache: made by :func:`new_cache`.
-        stepped: over which tokens will be chosen one after another.
+        stepped: the cache over which tokens will be chosen one by one.
         ahead: the criterion that starts steps.
         call: made by :func:`offer_call`, until it is taken.
     """
@@ -237,7 +237,7 @@ def removed_tokens() -> int:
 
 
 def expect_steps(cache: PreallocatedCache) -> None:
-    """A ``generate`` will choose its tokens one after another over this cache."""
+    """A ``generate`` is going to choose its tokens one by one over this cache."""
     generating, runner = _generating(), RUNNERS.get(cache)
     if runner is not None:
         # it may come from a generate on another stream
@@ -251,7 +251,7 @@ def new_cache(model: Decoder, limit: int | None) -> PreallocatedCache:
     storages, runner = _SPARES.pop(model, (None, None))
     cache = PreallocatedCache(model.config.text_config, limit, storages)
     if runner is not None:
-        # looked at before it is used, as every runner is
+        # checked before it is used, like every runner
         RUNNERS[cache] = runner
     generating = _generating()
     if generating is not None:
@@ -262,12 +262,12 @@ def new_cache(model: Decoder, limit: int | None) -> PreallocatedCache:
 class RunAhead(StoppingCriteria):
     """Starts the next decoding step as soon as its tokens are chosen, and stops nothing.
 
-    Otherwise the device would stand still while the host asks whether to stop and prepares the next call. A sequence
-    that ends before its longest length costs one step that nobody looks at.
+    Otherwise the device would be idle while the host checks whether to stop and prepares the next call. A sequence that
+    ends before its longest length wastes one step.
 
     Args:
-        max_length: of the sequences; no step follows one of this length.
-        cache: over which the steps go.
+        max_length: of the sequences; no step follows a sequence of this length.
+        cache: the cache that the steps extend.
     """
 
     def __init__(self, max_length: int | None, cache: PreallocatedCache) -> None:
@@ -295,10 +295,10 @@ def add_run_ahead(criteria: StoppingCriteriaList) -> None:
 
 
 def end_generate(model: Decoder, seen: bool, own: Generating | None) -> None:
-    """At the end of a ``generate``: keep the cache that :func:`new_cache` made, unless others may have ``seen`` it.
+    """At the end of a ``generate``: keep the cache of :func:`new_cache`, unless the caller may have ``seen`` it.
 
     What is kept is the cache's storage, up to ``KEPT_BYTES``, and the graph, without holding on to parameters or
-    memory. The graph is used again if all it reads lies where it lay.
+    memory. The graph is used again if everything that it reads is still in the same place.
     """
     if own is None:
         return
@@ -308,7 +308,7 @@ def end_generate(model: Decoder, seen: bool, own: Generating | None) -> None:
     if call is not None and call.drop() and call.runner is not None:
         device = model.device
         if device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
-            # the storage may be of another stream, which would not wait
+            # another stream may use the storage without waiting
             call.runner.wait(on_host=True)
     if cache is None or seen or any(layer._key_storage is None for layer in cache.layers):
         return
@@ -324,19 +324,19 @@ def end_generate(model: Decoder, seen: bool, own: Generating | None) -> None:
 
 
 def release(model: Decoder) -> None:
-    """Give the memory back that is kept for the model's next ``generate``."""
+    """Free the storage that is kept for the model's next ``generate``."""
     _SPARES.pop(model, None)
 
 
 def offer_call(model: Decoder, tables: TablesOf, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-    """Prepare the :class:`DecodeCall` of a ``generate``, to be taken by :func:`take_call`; whether there is one."""
+    """Prepare the :class:`DecodeCall` of a ``generate``, for :func:`take_call`; returns whether there is one."""
     generating = _generating()
     if generating is None:
         return False
     generating.call = None
     cache = model_kwargs.get(CACHE_NAME)
     if cache is None:
-        # why there is none has been told
+        # the reason has been logged already
         return False
     memory, mask = model_kwargs.get("memory"), model_kwargs.get("attention_mask")
     obstacle = _obstacle_to_call(model, cache, memory, mask, generation_config)

@@ -27,8 +27,8 @@ from ..protocols import Decoder
 from ..rotary import Tables, rotations_of
 from .cache import BEFORE_UPDATE, PreallocatedCache
 
-#: Bytes of the output projection's weights that are asked for in L2 in front of an attention. More delays the
-#: attention's own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
+#: Bytes of the output projection's weights that are prefetched into L2 before an attention. More delays the attention's
+#: own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
 PREFETCH_BYTES = 6 << 20
 
 
@@ -48,7 +48,7 @@ class DecodeRunner:
         state: what :func:`state_of_step` gives for model and memory.
     """
 
-    # its buffers are written in later calls, which may be outside of inference mode
+    # its buffers are written in later calls, which may be outside inference mode
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(
@@ -75,7 +75,7 @@ class DecodeRunner:
         self._tables = tables
         size = model.model.layers[0].self_attn.head_dim
         # queries are rotated when the cache gets their key
-        # not in the default dtype, which may be another one
+        # not in the default dtype, which may be different
         angle = torch.zeros(1, size // 2, dtype=torch.float32, device=device)
         self._no_rotation = (angle.cos(), angle.sin())
         self._no_position = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -95,7 +95,7 @@ class DecodeRunner:
         self.hold(model, memory)
 
     def fits(self, cache: PreallocatedCache, state: tuple[Any, ...], batch: int) -> bool:
-        """Whether this runner's graph is one of these parameters, this memory and the cache's present storage."""
+        """Whether the graph was captured for these parameters, this memory and the cache's present storage."""
         if not (self.state is state or self.state == state) or self.batch != batch:
             return False
         if len(cache.layers) != len(self._storages):
@@ -117,7 +117,7 @@ class DecodeRunner:
         self._watched = [tensor for tensor in read if not tensor.is_inference()]
 
     def release(self) -> None:
-        """Let go of parameters and memory; :meth:`hold` comes before the next run."""
+        """Drop the references to parameters and memory; call :meth:`hold` before the next run."""
         self.drop()
         self._layers = []
         self._parameters, self._watched, self._memory, self.length_on_host = [], [], None, -1
@@ -125,7 +125,7 @@ class DecodeRunner:
             self._context.keys, self._context.values = [], []
 
     def set_padding(self, first: Tensor) -> None:
-        """Padding tokens in front of each row, ``[B]`` int64."""
+        """Left padding of each row in tokens, ``[B]`` int64."""
         self._first.copy_(first)
 
     def run(self, tokens: Tensor, cache: PreallocatedCache) -> Tensor:
@@ -145,30 +145,30 @@ class DecodeRunner:
         elif self._use_graph and self._kernels in _LOADED:
             self._capture().replay()
         else:
-            # the first time also loads the kernels, which a capture must not
+            # the first run also loads the kernels, which a capture must not do
             self._logits = self._step()
             _LOADED.add(self._kernels)
         return self._end(cache)
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether :meth:`run_ahead` can be called: not before there can be a graph, where there will be one."""
+        """Whether :meth:`run_ahead` can be called: if a graph is used, only once it can be captured."""
         return self._graph is not None or not self._use_graph or self._kernels in _LOADED
 
     def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
-        """Start the step that :meth:`run` would make beside what the current stream does next.
+        """Start the step that :meth:`run` would make, concurrently with the current stream's next work.
 
-        :meth:`take` ends it, :meth:`drop` forgets it. Arguments as for :meth:`run`; a token that is none (padding of
-        rows that have ended) counts as the nearest one.
+        :meth:`take` returns its result, :meth:`drop` discards it. Arguments as for :meth:`run`; an invalid token
+        (padding of rows that have ended) counts as the nearest valid one.
         """
         self.drop()
         self._put(tokens, cache.get_seq_length(), among=self._vocabulary)
-        # nothing to take before it is started, but something to wait for
+        # there is nothing to take before it is started, but something to wait for
         self._ahead_of = (-1, -1)
         if not self._use_graph:
             self._logits = self._step()
         else:
-            # made here it costs nothing where the device still reads the prompt
+            # captured here it costs nothing while the device still reads the prompt
             graph = self._graph or self._capture()
             device = self._length.device
             self._stream = _side_stream(device)
@@ -178,7 +178,7 @@ class DecodeRunner:
         self._ahead_of = (cache.get_seq_length(), self._version())
 
     def is_ahead(self, cache: PreallocatedCache) -> bool:
-        """Whether :meth:`run_ahead` has started the step that comes next, and what it reads has not changed since."""
+        """Whether :meth:`run_ahead` has started the next step, and what it reads has not changed since."""
         return self._ahead_of == (cache.get_seq_length(), self._version())
 
     def take(self, cache: PreallocatedCache) -> Tensor:
@@ -187,14 +187,14 @@ class DecodeRunner:
         return self._end(cache)
 
     def drop(self) -> bool:
-        """Forget the step that :meth:`run_ahead` has started; whether there was one. The cache has the same tokens."""
+        """Discard the step started by :meth:`run_ahead`; returns whether there was one. The cache keeps its tokens."""
         if self._ahead_of is None:
             return False
         self._join()
         return True
 
     def wait(self, *, on_host: bool = False) -> None:
-        """Let the current stream, or the host, wait for steps that were started on another one."""
+        """Make the current stream, or the host, wait for steps that were started on another stream."""
         if self._stream is None:
             return
         if on_host:
@@ -207,13 +207,13 @@ class DecodeRunner:
         self._ahead_of = None
 
     def _version(self) -> int:
-        # counts only grow, so that their sum tells any change
+        # counts only grow, so that their sum shows any change
         return sum(tensor._version for tensor in self._watched)
 
     def _put(self, tokens: Tensor, length: int, among: int | None = None) -> None:
         if length != self.length_on_host:
             self._length.fill_(length)
-        # until the step is over: an interrupted one must not leave two lengths
+        # until the step is over: an interruption must not leave two different lengths
         self.length_on_host = -1
         if among is None:
             self._tokens.copy_(tokens.reshape(-1))
@@ -389,7 +389,7 @@ def _sum(hidden: Tensor, x: Tensor, modules: tuple[Any, ...], factor: float) -> 
 
 
 def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ...]:
-    """What a graph has baked in: where parameters and memory lie, which rows read what, the layers' constants."""
+    """What a graph has fixed: addresses of parameters and memory, which rows read what, the layers' constants."""
     parameters = tuple(
         (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()) for parameter in model.parameters()
     )
@@ -414,14 +414,14 @@ def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ..
 def _kernels_of(
     state: tuple[Any, ...], batch: int, device: torch.device, storage: Tensor, table: Tensor
 ) -> tuple[Any, ...]:
-    """Which kernels a step of this state runs, as far as shapes, dtypes, strides and alignment choose them."""
+    """The kernels that a step of this state runs, as chosen by shapes, dtypes, strides and alignment."""
     _, parameters, _, *memory = state
     weights = tuple((pointer % 16, *rest) for pointer, *rest in parameters)
     slots = tuple((pointer % 16, shape[1:], stride) for pointer, shape, stride in memory[0]) if memory else None
     return (device, batch, weights, slots, storage.shape[2:], table.shape[1])
 
 
-# kernels (see _kernels_of) that a step has run outside of a capture in this process
+# kernels (see _kernels_of) that a step has run outside a capture in this process
 _LOADED: set[tuple[Any, ...]] = set()
 #: Runners by cache: a graph lives as long as the cache that it writes to.
 RUNNERS: "weakref.WeakKeyDictionary[Cache, DecodeRunner]" = weakref.WeakKeyDictionary()
@@ -436,7 +436,7 @@ _streams = _Streams()
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The thread's stream for captures and for steps that start ahead; CUDA has only few."""
+    """The thread's stream for captures and for steps that start ahead; CUDA has only a few."""
     if device not in _streams.by_device:
         _streams.by_device[device] = torch.cuda.Stream(device)
     return _streams.by_device[device]

@@ -12,7 +12,7 @@ from ..families import attention_norm, family_of, mlp_norm
 from ..protocols import Decoder
 from .cache import PreallocatedCache
 
-#: Rows that one step takes; more are a matter of matrix products, not of memory.
+#: Most rows of one step; with more, matmuls and not memory are the limit.
 MAX_BATCH = 8
 #: Head sizes with a tensor core kernel of the attention.
 HEAD_SIZES = (64, 96, 128, 256)
@@ -23,7 +23,7 @@ RUN_ON_CPU = False
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _KERNELS = ("decode_linear", "decode_append", "injected_attention")
-# generation modes whose tokens are chosen one after another
+# generation modes that choose tokens one by one
 _SINGLE = ("greedy_search", "sample")
 _WATCHING = ("output_attentions", "output_hidden_states")
 _logger = logging.getLogger("sharedllm_ext")
@@ -48,7 +48,8 @@ def decoding_obstacle(
 ) -> str | None:
     """Why ``generate`` would decode by the model's own forward, several times as slow as a CUDA graph of each token.
 
-    The model is looked at as it is now. ``generate`` itself logs the reason to ``sharedllm_ext`` at level INFO, once.
+    The model is examined in its present state. ``generate`` itself logs the reason to ``sharedllm_ext`` at level INFO,
+    once.
 
     Args:
         model: the model.
@@ -77,7 +78,7 @@ def decoding_obstacle(
 
 
 def _mode_of(values: dict[str, Any]) -> str:
-    """What Transformers would call the way of generating, as far as it matters here."""
+    """Transformers' name of the generation mode, as far as it matters here."""
     if (values.get("num_beams") or 1) > 1:
         return "beam_search"
     if values.get("assistant_model") is not None or values.get("prompt_lookup_num_tokens") is not None:
@@ -98,7 +99,7 @@ def obstacle_in_settings(values: Any, mode: Any) -> str | None:
 
 
 def is_single(mode: Any) -> bool:
-    """Whether a generation mode chooses tokens one after another."""
+    """Whether a generation mode chooses tokens one by one."""
     return str(getattr(mode, "value", mode)) in _SINGLE
 
 
