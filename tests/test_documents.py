@@ -1,5 +1,6 @@
-"""The form of the documentation: one sentence a line, a narrow README, anchors that exist, the changelog's headings."""
+"""The documentation: one sentence a line, a narrow README, anchors and names that exist, the changelog's headings."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def test_anchors_of_links_exist(document: Path) -> None:
     targets = [re.match(r"(?![a-z]+:)([^#]*)#(.+)", target) for target in re.findall(r"\]\(([^)\s]+)\)", text)]
     found = [(document.parent / match[1] if match[1] else document, match[2]) for match in targets if match]
     assert [f"{path.name}#{anchor}" for path, anchor in found if anchor not in anchors(path)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_names_of_the_package_exist(document: Path) -> None:
+    for name in sorted(set(re.findall(r"\bsharedllm_ext(?:\.[A-Za-z_]\w*)+", document.read_text()))):
+        found: object = importlib.import_module("sharedllm_ext")
+        path = "sharedllm_ext"
+        for part in name.split(".")[1:]:
+            path += f".{part}"
+            # a module that nothing has imported yet is no attribute of its package
+            found = getattr(found, part, None) or importlib.import_module(path)
+        assert found is not None
 
 
 def test_changes_stand_under_their_kind() -> None:
