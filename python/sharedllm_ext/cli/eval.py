@@ -237,7 +237,7 @@ def _suite_records(args: argparse.Namespace) -> list[Record]:
 
 
 def _load(path: str, dtype: str, device: Any, progress: Progress) -> tuple[Any, Any, bool]:
-    """Model, tokenizer, and whether it is a base without a compressor of its own."""
+    """Model, tokenizer, and whether it is a base checkpoint without a compressor."""
     import torch
 
     from sharedllm_ext.model import SharedLLMForCausalLM
@@ -270,7 +270,7 @@ def _load(path: str, dtype: str, device: Any, progress: Progress) -> tuple[Any, 
 
 
 def _identity(path: str) -> list[Any]:
-    """What tells a model from another one: its path, and name, size and time of its files."""
+    """What identifies a model: its path, and name, size and time of its files."""
     place = Path(path)
     files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
     stats = [(file.name, file.stat()) for file in files if file.exists()]
@@ -325,7 +325,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     begin = time.perf_counter()
     progress = Progress(not args.json)
-    # what is asked comes before the model: a wrong path must not cost the loading of gigabytes
+    # questions are read before the model: a wrong path must not cost the loading of gigabytes
     records: list[Record] = []
     tasks: list[str] = []
     sources: Any = None
@@ -372,7 +372,7 @@ def run(args: argparse.Namespace) -> int:
             with progress.bar("making contexts", len(tasks) * len(args.lengths), "kinds") as update:
                 for task in tasks:
                     for length in args.lengths:
-                        # what has no room is told before the first answer
+                        # records without room are reported before the first answer
                         _made(make_record, task, length, prompts, sources, seed)
                         update(1)
             asked = generate_records(
@@ -398,7 +398,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             plot(result, names, args.plot)
         except Exception as error:
-            # the result stands already, whatever matplotlib or the disk has against the drawing
+            # the result is complete, whatever error matplotlib or the disk raises
             print_error(f"--plot: {one_line(error)}")
             return EXIT_ERROR
         if not args.json:
@@ -519,7 +519,7 @@ def _document(
 
 
 def plot(result: Evaluation, systems: Sequence[str], path: str) -> None:
-    """A heat map of depth by length for every system, over all tasks whose answer stands in one place."""
+    """A heat map of depth by length for every system, over all tasks whose answer is in one place."""
     import matplotlib
 
     matplotlib.use("Agg")

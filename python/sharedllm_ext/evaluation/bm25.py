@@ -12,7 +12,7 @@ from sharedllm_ext.evaluation.texts import Tokens
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 
-#: How soon more of the same token counts less, and how much long passages are held back (Robertson and Zaragoza 2009).
+#: Saturation of repeated tokens, and penalty of long passages (Robertson and Zaragoza 2009).
 SATURATION, LENGTH_SHARE = 1.2, 0.75
 
 
@@ -20,7 +20,7 @@ def scores(context: Tokens, question: Iterable[int], size: int) -> Scores:
     """Scores ``[passages]`` of consecutive passages of ``size`` tokens; the last one may be shorter.
 
     ``sum over different tokens t of the question of idf(t) f (k + 1) / (f + k (1 - b + b n / mean n))`` with ``f`` the
-    times that t stands in the passage, ``n`` its tokens, k = 1.2, b = 0.75 and
+    count of t in the passage, ``n`` its tokens, k = 1.2, b = 0.75 and
     ``idf = log(1 + (N - N_t + 0.5) / (N_t + 0.5))`` for the ``N_t`` of ``N`` passages that hold t.
     """
     passages = -(-len(context) // size)

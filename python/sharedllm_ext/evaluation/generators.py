@@ -1,7 +1,7 @@
 """Questions about contexts of a given length: RULER's tasks and three of InfiniteBench's, written anew.
 
-Sources of the tasks: RULER (arXiv 2404.06654) and InfiniteBench (arXiv 2402.13718). What is equal and what differs
-stands in ``docs/evaluation.md``.
+Sources of the tasks: RULER (arXiv 2404.06654) and InfiniteBench (arXiv 2402.13718). ``docs/evaluation.md`` says what is
+equal and what differs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sharedllm_ext.evaluation.records import Record
 from sharedllm_ext.evaluation.texts import TextError, shown
 from sharedllm_ext.evaluation.words import ADJECTIVES, NOUNS, pairs
 
-#: Depths at which answers are hidden where none are given, in per cent of the context.
+#: Default depths at which answers are hidden, in per cent of the context.
 DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 #: From this length on the words of ``cwe`` come as often as in RULER from 4096 on: pairs are longer than its words.
 LONG_LIST = 8192
@@ -32,7 +32,7 @@ CODE_SHARE = 50
 
 
 class Made(NamedTuple):
-    """A record's texts, before it is known to fit."""
+    """A record's texts, before they are known to fit."""
 
     context: str
     question: str
@@ -58,7 +58,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Sources:
-    """What contexts are made of: text for haystacks, data sets by the names of their tasks."""
+    """Sources of contexts: text for haystacks, data sets by the names of their tasks."""
 
     haystack: Haystack = NOISE_HAYSTACK
     documents: Mapping[str, Documents] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Ask:
-    """What one record is made for."""
+    """Parameters of one record."""
 
     length: int
     index: int
@@ -80,7 +80,7 @@ class Task:
     """A kind of question.
 
     ``make(generator, units, ask)`` gives the texts with ``units`` pieces of context around the answer; ``least`` and
-    ``most`` bound them. ``has_depth`` says that one place holds the answer, which a depth decides.
+    ``most`` bound them. ``has_depth`` says that the answer is in one place, chosen by the depth.
     """
 
     make: Callable[[random.Random, int, Ask], Made]
@@ -136,7 +136,7 @@ def _different(generator: random.Random, kind: str, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Needles:
-    """A task of needles: what keys and values are, how many keys, values of a key and keys asked for."""
+    """A task of needles: kinds of keys and values, number of keys, values per key, and keys in the question."""
 
     haystack: str
     keys: str = "words"
@@ -215,7 +215,7 @@ def _pass_key(generator: random.Random, units: int, ask: Ask) -> Made:
 def _number(generator: random.Random, units: int, ask: Ask) -> Made:
     number = ""
     while len(number) < 10:
-        # runs of one digit, which are what makes it hard; no two of them with the same digit
+        # runs of one digit, which make it hard; no two of them with the same digit
         digit = generator.choice([d for d in "0123456789" if d != number[-1:]])
         number += digit * generator.randint(1, 4)
     number = number[:10]
@@ -446,7 +446,7 @@ TASKS: dict[str, Task] = {
 
 
 def default_tasks(sources: Sources) -> list[str]:
-    """All tasks that these sources are enough for."""
+    """All tasks for which these sources suffice."""
     return [name for name, task in TASKS.items() if not task.needs or task.needs in sources.documents]
 
 
@@ -464,7 +464,7 @@ def _largest(
 ) -> tuple[int, int]:
     """The most units whose ``tokens`` are at most ``limit``, to a unit or so, and their tokens.
 
-    ``tokens`` grows nearly evenly; no number is returned that was not looked at.
+    ``tokens`` grows nearly evenly; only a number that was tried is returned.
     """
     low, used = least, tokens(least)
     high = None if most is None else most + 1
@@ -503,11 +503,11 @@ def make_record(
     Args:
         task: a name in :data:`TASKS`.
         length: most tokens of ``prompts``' tokenizer, ``task``'s ``max_new_tokens`` among them, as in RULER.
-        index: the record's number: with the same seed another one gives another record.
+        index: the record's number; another one gives another record of the same seed.
         prompts: turns records into tokens.
-        sources: what the context is made of (default: the noise sentences; tasks about documents need theirs).
+        sources: sources of the context (default: the noise sentences; tasks about documents need theirs).
         seed: another one gives other records.
-        depth: where the answer stands in the context, 0 to 100 per cent, for tasks that have one.
+        depth: place of the answer in the context, 0 to 100 per cent, for tasks that have one.
         guess: units to try first, such as those of the record before.
 
     Raises:
@@ -555,7 +555,7 @@ def generate_records(
 ) -> Iterator[Record]:
     """``questions`` records of every task and length, one after the other as they are asked for.
 
-    The depths take turns. Arguments and errors as for :func:`make_record`.
+    The depths alternate. Arguments and errors as for :func:`make_record`.
     """
     sources = Sources() if sources is None else sources
     check_tasks(tasks, sources)

@@ -1,4 +1,4 @@
-"""Asks systems the same records, keeps every prediction, and counts."""
+"""Asks systems the same records, keeps every prediction, and computes scores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one system said to one record, in ``seconds``; ``kept`` says whether it is of an earlier run."""
+    """Prediction of one system for one record, in ``seconds``; ``kept``: it is from an earlier run."""
 
     system: str
     task: str
@@ -95,9 +95,9 @@ def _digest(value: Any) -> str:
 
 
 class PredictionFile:
-    """Predictions as JSON lines: each is written as it comes, and none that is there is asked for again.
+    """Predictions as JSON lines: each is written as it comes, and existing ones are not computed again.
 
-    A row's ``key`` says what was asked of which model and system; rows of other keys are left as they are. A last line
+    A row's ``key`` identifies record, model and system; rows of other keys are left as they are. A last line
     that was cut off, as by a full disk or a killed process, is left out.
 
     Raises:
@@ -151,7 +151,7 @@ class PredictionFile:
 
 @dataclass
 class Evaluation:
-    """What was predicted so far."""
+    """The predictions so far."""
 
     predictions: list[Prediction] = field(default_factory=list)
 
@@ -193,9 +193,9 @@ def evaluate(
     """Ask every system every record.
 
     Args:
-        records: what is asked; taken one after the other.
-        systems: who is asked, in this order.
-        model: plain values that say which model it is; kept predictions of another one are not used.
+        records: the questions, in this order.
+        systems: the systems to ask, in this order.
+        model: plain values that identify the model; kept predictions of another one are not used.
         file: keeps the predictions.
         progress: called with the answers given since the last call.
         on_result: called with every prediction, old or new.

@@ -18,7 +18,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*\n\s*")
 
 @dataclass(frozen=True)
 class Haystack:
-    """Sentences, and what stands between them."""
+    """Sentences, and the text between them."""
 
     sentences: Sequence[str]
     between: str

@@ -1,4 +1,4 @@
-"""Scores of predictions, from 0 to 1, as RULER, LongBench and InfiniteBench count."""
+"""Scores of predictions, from 0 to 1, as RULER, LongBench and InfiniteBench compute them."""
 
 from __future__ import annotations
 
@@ -144,13 +144,13 @@ def _best(one: Callable[[str, str], float]) -> Callable[[Record, str], float]:
 
 
 def part_of_answers(record: Record, prediction: str) -> float:
-    """Share of the answers that stand in the prediction, in capitals or not (RULER)."""
+    """Share of the answers contained in the prediction, ignoring case (RULER)."""
     found = sum(answer.lower() in prediction.lower() for answer in record.answers)
     return found / len(record.answers)
 
 
 def any_answer(record: Record, prediction: str) -> float:
-    """Whether one of the answers stands in the prediction, in capitals or not (RULER's question answering)."""
+    """Whether the prediction contains one of the answers, ignoring case (RULER's question answering)."""
     return float(any(answer.lower() in prediction.lower() for answer in record.answers))
 
 

@@ -1,4 +1,4 @@
-"""The tokens of a record: what stands before the context, the context, and what stands after it."""
+"""The tokens of a record: those before the context, the context, and those after it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class PromptIds(NamedTuple):
 class Prompts:
     """Turns records into token ids, the same for every system.
 
-    Context and question are tokenised apart and without special tokens: what is written like one is text. In a chat,
+    Context and question are tokenised separately and without special tokens: text that looks like one is text. In a
+        chat,
     context and question are one user message and the answer prefix begins the answer.
 
     Args:
@@ -68,7 +69,7 @@ class Prompts:
                 [{"role": "user", "content": _PLACE}], add_generation_prompt=True, tokenize=False
             )
         except Exception as error:
-            # a template may raise what it likes
+            # a template may raise anything
             raise ValueError(
                 f"chat: expected a template that takes one user message, got {' '.join(str(error).split())}"
             ) from error

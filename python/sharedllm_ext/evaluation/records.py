@@ -1,4 +1,4 @@
-"""One question about one context, and what a right answer to it is."""
+"""One question about one context, and its right answers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class Record:
 
     Attributes:
         task: the task's name in its suite.
-        context: the long text, with the instructions that stand before it.
-        question: what is asked, with the white space that divides it from the context.
-        answer_prefix: how the answer begins, may be empty; it is given to the model, not expected of it.
-        answers: what is right; how several count is the metric's matter.
+        context: the long text, with the instructions before it.
+        question: the question, with the white space that divides it from the context.
+        answer_prefix: the beginning of the answer, may be empty; it is part of the prompt.
+        answers: right answers; the metric decides how several count.
         max_new_tokens: most tokens of an answer.
         metric: a name in :data:`sharedllm_ext.evaluation.metrics.METRICS`.
         id: different for every record of a run.
-        length: the tokens that it was made for, or the suite's own name of its length.
-        depth: where the answer stands in the context, from 0 (begin) to 100 (end); ``None`` where that has no meaning.
+        length: tokens for which it was made, or the suite's own name of its length.
+        depth: place of the answer in the context, from 0 (begin) to 100 (end); ``None`` if that has no meaning.
         all_classes: the names of all classes, for classification.
         chat: whether the question may be wrapped in a chat template.
         first_line: whether only the first line of an answer counts.
         stop_at_newline: whether the answer ends with its first line.
-        labels: other groups that it is counted in, such as ``{"difficulty": "hard"}``.
+        labels: other groups in which it is counted, such as ``{"difficulty": "hard"}``.
     """
 
     task: str
@@ -49,7 +49,7 @@ class Record:
     labels: dict[str, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what a model is given: records with the same one ask the same."""
+        """SHA-256 of a model's input: records with the same digest ask the same."""
         given = [self.context, self.question, self.answer_prefix, self.max_new_tokens, self.chat, self.stop_at_newline]
         # half surrogates, which JSON files may hold, have no UTF-8
         return hashlib.sha256(json.dumps(given).encode()).hexdigest()

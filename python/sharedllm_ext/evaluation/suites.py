@@ -25,7 +25,7 @@ from sharedllm_ext.evaluation.texts import TextError, _read_file, shown
 
 #: Upper ends of LongBench-E's groups of lengths, in the words or characters that its rows count.
 E_BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))
-#: What stands for the length of records that a suite does not divide by it.
+#: Length of records that a suite does not group by length.
 ALL = "all"
 
 
@@ -578,7 +578,7 @@ def read_suite(
         root: the folder that holds them.
         tasks: which tasks (default: all that are there).
         questions: most records of a task and length, the first of each (default: all).
-        prompts: a file of prompts in the place of this package's own: LongBench's ``dataset2prompt.json`` or LongBench
+        prompts: a file of prompts instead of this package's own: LongBench's ``dataset2prompt.json`` or LongBench
             v2's ``0shot.txt``.
 
     Raises:

@@ -19,7 +19,7 @@ class System(Protocol):
     """Something that answers records.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         settings: plain values that decide its answers; predictions are used again only where they are the same.
     """
 
@@ -69,7 +69,7 @@ def plain_decoder(model: Any, *, rope: dict[str, Any] | None = None) -> Any:
 
 
 def _set_rotary(plain: Any, config: Any) -> None:
-    """Rotary frequencies by the configuration; they are no part of a state."""
+    """Rotary frequencies from the configuration; they are not part of a state dict."""
     rotary: Any = type(plain.model.rotary_emb)
     plain.model.rotary_emb = rotary(config).to(plain.device)
 
@@ -153,7 +153,7 @@ class FullSystem(_Generating):
         self.settings: dict[str, Any] = {"system": self.name, "chat": prompts.chat}
 
     def answer(self, records: Sequence[Record]) -> list[str]:
-        """Answers of the model after everything that :meth:`read` leaves of the prompt."""
+        """Answers of the model to the part of the prompt that :meth:`read` keeps."""
         return [self._generate(record, self.read(record, self.prompts.ids(record))) for record in records]
 
     def read(self, record: Record, ids: PromptIds) -> list[int]:
@@ -214,8 +214,9 @@ class WindowSystem(FullSystem):
     """A sliding window with attention sinks (StreamingLLM, arXiv 2309.17453), as a cut of the prompt.
 
     Of a prompt longer than ``window - max_new_tokens`` the first ``sinks`` tokens and the last others are read, at the
-    positions 0, 1, 2, … that they have among themselves; what stands between them is never seen. Streaming would keep
-    keys and values that were computed while other tokens were visible; here all are computed from what is left.
+    positions 0, 1, 2, … that they have among themselves; tokens between them are never seen. Streaming would keep
+    keys and values that were computed while other tokens were visible; here all are computed from the tokens that are
+    left.
     """
 
     name = "window"

@@ -1,4 +1,4 @@
-"""The short way into a kernel: without the checks that it repeats, and without PyTorch's Python layer for autograd."""
+"""Direct calls of a kernel: without checks that it repeats, and without PyTorch's Python layer for autograd."""
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ def kernel_inputs(operator: str) -> frozenset[tuple[str, torch.dtype]]:
 
 
 def goes_directly(inputs: frozenset[tuple[str, torch.dtype]], *tensors: Tensor) -> bool:
-    """Whether a call with these tensors, all that it takes, reaches the C++ kernel itself.
+    """Whether a call with these tensors (all of its arguments) reaches the C++ kernel itself.
 
-    Not one that is traced, transformed (``torch.func``) or made with a subclass of tensors, which may run anything,
-    nor one with a meta tensor, for which the dispatcher would take the kernel that computes nothing.
+    Traced and transformed (``torch.func``) calls do not, nor those with subclasses of tensors, which may run anything,
+    or with meta tensors, for which the dispatcher takes the fake kernel.
     """
     if torch.compiler.is_compiling() or type(tensors[0]) is not Tensor:
         return False
