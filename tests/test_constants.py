@@ -13,7 +13,6 @@ import torch
 import sharedllm_ext
 from sharedllm_ext._library import CUDA_LIBRARY
 from sharedllm_ext.info import OPERATORS
-from sharedllm_ext.model import decoding
 from sharedllm_ext.ops import _checks, _dispatch, decode_step
 from sharedllm_ext.reference import fused_layer, memory_quantization
 
@@ -74,12 +73,14 @@ def test_function_that_forces_a_path() -> None:
 
 def test_head_sizes_of_the_tensor_cores() -> None:
     function = found("ops/injected_attention.cpp", r"bool has_tensor_core_kernel\([^)]*\) \{([^}]*)\}")
-    assert tuple(map(int, re.findall(r"head_size == (\d+)", function[0]))) == decoding.HEAD_SIZES
+    assert tuple(map(int, re.findall(r"head_size == (\d+)", function[0]))) == attention_module.TENSOR_CORE_HEAD_SIZES
     # a kernel is there for each of them, in both element types
     for kernel in ("portable", "decode_portable", "decode_8bit", "backward_portable", "sm90", "backward_sm90"):
         files = (CSRC / "kernels" / "instances").glob(f"injected_attention_{kernel}_[bf]*.cu")
         names = {tuple(file.stem.rsplit("_", 2)[1:]) for file in files}
-        assert names == {(kind, str(size)) for kind in ("bf16", "fp16") for size in decoding.HEAD_SIZES}, kernel
+        assert names == {
+            (kind, str(size)) for kind in ("bf16", "fp16") for size in attention_module.TENSOR_CORE_HEAD_SIZES
+        }, kernel
 
 
 def test_element_types_of_the_cuda_kernels() -> None:

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from sharedllm_ext import reference
 from sharedllm_ext._library import cuda_kernels
-from sharedllm_ext.model.decoding import HEAD_SIZES
 from sharedllm_ext.ops import dequantize_memory, injected_attention_8bit, quantize_memory
-from sharedllm_ext.ops.injected_attention import PATHS, _plain, injected_attention_path
+from sharedllm_ext.ops.injected_attention import PATHS, TENSOR_CORE_HEAD_SIZES, _plain, injected_attention_path
 from tests import sanitize
 from tests.support import needs_cuda, scale_last
 from tests.tolerance import check_error, oracle
@@ -34,7 +33,6 @@ pytestmark = needs_cuda
 attend_8bit = scale_last(injected_attention_8bit)
 CUDA = torch.device("cuda")
 HALVES = (torch.bfloat16, torch.float16)
-KERNEL_SIZES = HEAD_SIZES
 # query heads, key/value heads: groups of 1, 4, 7, 8
 HEADS = ((2, 2), (8, 2), (7, 1), (8, 1))
 BORDERS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 175, 176, 177, 255, 256, 257)
@@ -80,9 +78,9 @@ def poison_outside(arguments: list[Any], owned: Tensor) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("size", KERNEL_SIZES)
+@pytest.mark.parametrize("size", TENSOR_CORE_HEAD_SIZES)
 def test_paths_types_and_sizes(path: str, dtype: torch.dtype, size: int, generator: torch.Generator) -> None:
-    turn = KERNEL_SIZES.index(size) + HALVES.index(dtype) + PATHS.index(path)
+    turn = TENSOR_CORE_HEAD_SIZES.index(size) + HALVES.index(dtype) + PATHS.index(path)
     heads, rotary = HEADS[turn % 4], (size, size // 2, 0)[turn % 3]
     few = path == "decode"
     lengths = [1, 3, 0, 2, 4, 1] if few else [130, 1, 0, 65, 200, 17]
@@ -111,7 +109,7 @@ def test_tile_borders(path: str, size: int, shift: int, generator: torch.Generat
 def test_one_row_at_tile_borders(path: str, slots: int, generator: torch.Generator) -> None:
     turn = BORDERS.index(slots)
     queries = turn % 16 + 1 if path == "decode" else BORDERS[turn * 5 % len(BORDERS)]
-    spec, owned = ragged([queries], [slots], HEADS[turn % 4], KERNEL_SIZES[turn % 4])
+    spec, owned = ragged([queries], [slots], HEADS[turn % 4], TENSOR_CORE_HEAD_SIZES[turn % 4])
     arguments = build(spec, HALVES[turn % 2], CUDA, generator)
     poison_outside(arguments, owned)
     with on_path(path):

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from .decoding.support import HEAD_SIZES, decoding_obstacle
+from ..ops.injected_attention import TENSOR_CORE_HEAD_SIZES
+from .decoding.support import decoding_obstacle
 from .families import family_of
 from .layer_math import FUSED_DTYPES, FUSED_MIXINS, is_untouched
 from .protocols import Decoder
@@ -54,8 +55,10 @@ def fusing_obstacle(model: Decoder) -> str | None:
 def attention_obstacle(model: Decoder) -> str | None:
     """Why attention to the memory takes the general kernel, many times slower; ``None``: it takes the tensor cores."""
     size = model.model.layers[0].self_attn.head_dim
-    if size not in HEAD_SIZES and _obstacle_of(model) is None:
-        return f"head_dim: expected {', '.join(map(str, HEAD_SIZES))} (with tensor core kernels), got {size}"
+    if size not in TENSOR_CORE_HEAD_SIZES and _obstacle_of(model) is None:
+        return (
+            f"head_dim: expected {', '.join(map(str, TENSOR_CORE_HEAD_SIZES))} (with tensor core kernels), got {size}"
+        )
     return _obstacle_of(model)
 
 

@@ -27,6 +27,8 @@ __all__ = ["injected_attention", "injected_attention_path"]
 
 #: Kernels on CUDA: Hopper's, the one from compute capability 8.0 on, the one for few queries, the general one.
 PATHS = ("auto", "sm90", "portable", "decode", "generic")
+#: Head sizes with tensor core kernels, in 16-bit types.
+TENSOR_CORE_HEAD_SIZES = (64, 96, 128, 256)
 #: Largest head size of the CUDA kernels.
 MAX_CUDA_HEAD_SIZE = 256
 

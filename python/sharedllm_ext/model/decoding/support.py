@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._library import cuda_kernels
+from ...ops.injected_attention import TENSOR_CORE_HEAD_SIZES
 from ..cache_name import CACHE_NAME, one_cache
 from ..families import attention_norm, family_of, mlp_norm
 from ..protocols import Decoder
@@ -14,8 +15,6 @@ from .cache import PreallocatedCache
 
 #: Most rows of one step; with more, matmuls and not memory are the limit.
 MAX_BATCH = 8
-#: Head sizes with a tensor core kernel of the attention.
-HEAD_SIZES = (64, 96, 128, 256)
 #: Rope types whose frequencies do not follow the sequence length.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 #: For tests: run the step, without a graph, on the CPU too.
@@ -170,8 +169,10 @@ def _obstacle_in_place(model: Decoder) -> str | None:
         return None if RUN_ON_CPU else "device: expected a CUDA device, got cpu"
     if dtype == torch.float32:
         return f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}"
-    if size not in HEAD_SIZES:
-        return f"head_dim: expected {', '.join(map(str, HEAD_SIZES))} (with tensor core kernels), got {size}"
+    if size not in TENSOR_CORE_HEAD_SIZES:
+        return (
+            f"head_dim: expected {', '.join(map(str, TENSOR_CORE_HEAD_SIZES))} (with tensor core kernels), got {size}"
+        )
     missing = [name for name in _KERNELS if name not in cuda_kernels()]
     if missing:
         return f"CUDA library: expected kernels of {', '.join(_KERNELS)}, got none of {', '.join(missing)}"
