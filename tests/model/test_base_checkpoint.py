@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.model.families import projection
 
 from . import builders
 
@@ -150,16 +151,16 @@ def quantised(family: str) -> Any:
     return base
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", *builders.LATER])
 @torch.no_grad()
 def test_quantised_layers_are_taken_as_they_are(family: str) -> None:
     base = quantised(family)
     model = build(base)
     text, context = builders.ids(1, 12), builders.ids(1, 70)
-    assert model.model.layers[1].self_attn.q_proj is base.model.layers[1].self_attn.q_proj
+    assert model.model.layers[1].self_attn.o_proj is base.model.layers[1].self_attn.o_proj
     assert torch.equal(model(text).logits, base(text).logits)
     # the new blocks start from the same projection, in floating point
-    own, theirs = model.injected_blocks[0].q_proj, base.model.layers[0].self_attn.q_proj
+    own, theirs = model.injected_blocks[0].q_proj, projection(base.model.layers[0].self_attn, "q")
     assert type(own) is nn.Linear
     rows = torch.randn(5, own.in_features)
     torch.testing.assert_close(own(rows), theirs(rows))
@@ -203,9 +204,10 @@ class Int8Tensor(Tensor):
         return func(*(x.dequantize() if isinstance(x, Int8Tensor) else x for x in args), **(kwargs or {}))
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @torch.no_grad()
-def test_weights_that_are_tensors_of_another_class() -> None:
-    base = builders.base()
+def test_weights_that_are_tensors_of_another_class(family: str) -> None:
+    base = builders.base(family)
     for name, module in base.named_modules():
         if type(module) is nn.Linear and name != "lm_head":
             scale = module.weight.abs().amax(1, keepdim=True) / 127
@@ -216,13 +218,16 @@ def test_weights_that_are_tensors_of_another_class() -> None:
     assert torch.equal(model(text).logits, base(text).logits)
     own = model.injected_blocks[1].q_proj
     assert type(own.weight) is nn.Parameter
-    torch.testing.assert_close(own.weight, base.model.layers[1].self_attn.q_proj.weight.dequantize())
+    theirs: Any = base.model.layers[1].self_attn
+    whole = theirs.qkv_proj if family == "phi3" else theirs.q_proj
+    torch.testing.assert_close(own.weight, whole.weight.dequantize()[: own.out_features])
     memory = model.compress(context, query_ids=text)
     signature = memory.signature
     assert model.generate(text, memory=memory, max_new_tokens=3).shape == (1, 15)
     # the memory of other weights is another one
     layer = model.model.layers[0].self_attn
-    layer.k_proj.weight = nn.Parameter(Int8Tensor(layer.k_proj.weight.codes // 2, layer.k_proj.weight.scale), False)
+    changed = layer.qkv_proj if family == "phi3" else layer.k_proj
+    changed.weight = nn.Parameter(Int8Tensor(changed.weight.codes // 2, changed.weight.scale), False)
     assert model.compress(context, query_ids=text).signature != signature
     with pytest.raises(ValueError, match="memory: made by another model"):
         model(text, memory=memory)

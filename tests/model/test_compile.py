@@ -27,6 +27,16 @@ def test_one_graph_takes_every_memory() -> None:
         torch.testing.assert_close(compiled(text, memory=memory).logits, model(text, memory=memory).logits)
 
 
+@pytest.mark.parametrize("family", builders.LATER)
+@torch.no_grad()
+def test_one_graph_of_every_family(family: str) -> None:
+    model = builders.model(family)
+    text = builders.ids(2, 10)
+    memory = model.compress(builders.ids(2, 130), query_ids=text)
+    got = torch.compile(model, backend="eager", fullgraph=True)(text, memory=memory).logits
+    torch.testing.assert_close(got, model(text, memory=memory).logits)
+
+
 @torch.no_grad()
 def test_contexts_are_compressed_outside_of_the_graph() -> None:
     model = builders.model()

@@ -48,13 +48,22 @@ WAYS: dict[str, Callable[[SharedLLMForCausalLM, Path], Any]] = {
 }
 
 
+@pytest.mark.parametrize("family", builders.LATER)
+@pytest.mark.parametrize("way", ["cpu", "cpu, buffers too", "loaded, all on disk"])
+def test_offloaded_weights_of_every_family(tmp_path: Path, way: str, family: str) -> None:
+    _check_offloaded(tmp_path, way, builders.model(family))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-@torch.no_grad()
 def test_offloaded_weights_give_the_same(tmp_path: Path, way: str, tied: bool) -> None:
     if not tied and way in ("dispatched", "loaded, some layers on disk"):
         pytest.skip("this map names no place for the compressor")
-    model = builders.model(tie_compressor=tied)
+    _check_offloaded(tmp_path, way, builders.model(tie_compressor=tied))
+
+
+@torch.no_grad()
+def _check_offloaded(tmp_path: Path, way: str, model: SharedLLMForCausalLM) -> None:
     text, context = builders.ids(2, 10), builders.ids(2, 130)
     want, plain = model(text, context_ids=context), model(text).logits
     tokens = model.generate(text, context_ids=context, max_new_tokens=4, do_sample=False)

@@ -141,9 +141,13 @@ class LinearPart:
 
     @property
     def weight(self) -> Tensor:
-        """``[outputs, K]``; a parameter's own memory where that holds plain numbers."""
-        weight: Tensor = self.whole.weight[self.outputs]
-        return weight
+        """``[outputs, K]``, a plain parameter's own memory; of other classes, which cannot be cut, the whole."""
+        weight: Tensor = self.whole.weight
+        return weight[self.outputs] if self._is_plain else weight
+
+    @property
+    def _is_plain(self) -> bool:
+        return type(self.whole) is nn.Linear and type(self.whole.weight) in (nn.Parameter, Tensor)
 
     @property
     def bias(self) -> Tensor | None:
@@ -152,9 +156,10 @@ class LinearPart:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [..., K]`` to ``[..., outputs]``."""
-        if type(self.whole) is nn.Linear and not self.whole._forward_hooks and not self.whole._forward_pre_hooks:
+        hooks = (*self.whole._forward_hooks, *self.whole._forward_pre_hooks)
+        if self._is_plain and not hooks and "forward" not in vars(self.whole):
             return F.linear(x, self.weight, self.bias)
-        # quantised, adapted or with hooks: only its own matmul is right
+        # quantised, adapted, offloaded or with hooks: only its own matmul is right
         out: Tensor = self.whole(x)[..., self.outputs]
         return out
 
@@ -267,7 +272,7 @@ _ROWS = (
         experts=Qwen3MoeSparseMoeBlock,
         refused=without_router_logits,
         gguf=False,
-        not_decoded="base family: expected one MLP in every layer, got experts that a router chooses (qwen3_moe)",
+        not_decoded="expected one MLP in every layer, got experts that a router chooses",
     ),
     Family(
         "phi3",
@@ -307,7 +312,7 @@ _ROWS = (
         refused=causal_with_fixed_rotations,
         gguf=False,
         not_fused={"norm": "expected a norm whose weights are factors, got one that adds 1 to them"},
-        not_decoded="base family: expected a norm before attention and MLP each, got one behind each too (gemma3_text)",
+        not_decoded="expected norms before attention and MLP alone, got one behind each too",
     ),
     Family(
         "granite",
@@ -323,7 +328,8 @@ _ROWS = (
     ),
 )
 #: The rows by ``model_type``.
-FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _ROWS})
+# no proxy, which torch.compile does not follow where dictionaries change (longrope)
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
 
 
 def family_of(module: Any) -> Family:
@@ -367,7 +373,7 @@ def mlp_width(layer: Any) -> int:
     """Width of a layer's MLP for each token, over all experts that a token goes to."""
     mlp = layer.mlp
     if has_experts(layer):
-        return int(mlp.gate.top_k * mlp.experts.down_proj.shape[-1])
+        return int(mlp.gate.top_k * mlp.experts.intermediate_dim)
     return int(projection(mlp, "gate").out_features)
 
 
