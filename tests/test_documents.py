@@ -12,7 +12,7 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "csrc" / "README.md",
     *sorted((ROOT / "examples").glob("*/README.md")),
-    *sorted(path for path in (ROOT / "docs").glob("**/*.md") if path.name != "evaluation.md"),
+    *sorted((ROOT / "docs").glob("**/*.md")),
 ]
 #: Columns of README.md, so that its source can be read in a terminal.
 README_COLUMNS = 160

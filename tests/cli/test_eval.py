@@ -6,15 +6,21 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.cli import build_parser
 from sharedllm_ext.cli import eval as command
+from sharedllm_ext.cli._common import DEMO_MODEL
 from sharedllm_ext.evaluation import systems as systems_module
+from sharedllm_ext.evaluation.generators import TASKS
+from sharedllm_ext.evaluation.suites import LONGBENCH
 
 from ..model.gguf_files import write_gguf
 from .conftest import Result, sentences
@@ -218,6 +224,34 @@ def test_table_survives_a_plot_that_cannot_be_drawn(
     assert result.code == 1
     assert "passkey" in result.out
     assert result.err.endswith("sharedllm: error: --plot: a.png: no space left on device\n")
+
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+
+
+def test_commands_of_the_document_are_understood() -> None:
+    commands = re.findall(r"^    sharedllm (eval .*)$", DOCUMENT, re.MULTILINE)
+    assert len(commands) > 5
+    for command_line in commands:
+        args = build_parser().parse_args(command_line.split())
+        assert set(args.systems or ()) <= set(command.SYSTEMS)
+        known = {"ruler", "infinitebench", *TASKS, *LONGBENCH}
+        assert set(args.tasks or ()) <= known
+
+
+def test_python_of_the_document_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = DOCUMENT.split("### In Python\n")[1].split("\n### ")[0]
+    names: dict[str, Any] = {
+        "Path": Path,
+        "model": SharedLLMForCausalLM.from_pretrained(DEMO_MODEL).eval(),
+        "tokenizer": AutoTokenizer.from_pretrained(DEMO_MODEL),
+    }
+    exec(compile(textwrap.dedent(code.replace("questions=10", "questions=1")), "evaluation.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("passkey 1024 memory ")
+    assert len(rows_of(tmp_path / "answers.jsonl")) == 1
 
 
 BAD: list[tuple[str, tuple[object, ...], int, str]] = [
