@@ -30,10 +30,12 @@ model.rotary
 model.lower_model
 model.tree
 model.compressor
+model.word_index
+model.pick
 model.signature, model.training_mark
 model.memory, model.inputs
 model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs
-model.split_prompt, model.gguf_checkpoint
+model.split_prompt, model.gguf_checkpoint, model.passages, model.adapter
 model.compression, model.base_checkpoint, model.decoding.*
 model.generation, model.slow_paths
 model.modeling

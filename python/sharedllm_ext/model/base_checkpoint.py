@@ -118,6 +118,11 @@ def assemble(model_class: type[Model], base: PreTrainedModel, fields: dict[str, 
         model.compressor.load_state_dict({name: state[name] for name in model.compressor.state_dict()}, assign=True)
         _copy_buffers(model.compressor, inner)
         model.compressor.requires_grad_(True)
+    if model.pick is not None:
+        layers = (model.model if model.compressor is None else model.compressor).layers
+        norm = attention_norm(layers[0]).weight
+        model.pick.to_empty(device=norm.device).to(norm.dtype)
+        model.pick.start_from(layers)
     if not quantised:
         model.tie_weights()
     if base.generation_config is not None:

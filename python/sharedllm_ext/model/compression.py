@@ -221,7 +221,9 @@ class ContextCompression:
             details: whether to include more than sizes and weights. That runs the compressor on a few fixed tokens,
                 once for as long as nothing in it changes.
         """
-        subject = Subject(self.lower_model, self._rotations(), self._rope_tables, self.config.chunk_size)
+        subject = Subject(
+            self.lower_model, self._rotations(), self._rope_tables, self.config.chunk_size, self.config.slot_position
+        )
         if fingerprint:
             return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details))
         return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})

@@ -78,6 +78,8 @@ def compress_chunks(
     positions, cu_nodes, keep_index, keep_position, _ = context_tree_layout(
         tree.nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
     )
+    if shape.slots_at_end:
+        keep_index, keep_position = stride_ends(keep_index, keep_position, ids.numel())
     nodes = _Nodes(tree, positions, cu_nodes, keep_index, max(chunk.length for chunk in chunks), tables)
     packing = _Packing(
         nodes,
@@ -103,6 +105,18 @@ def compress_chunks(
     per_chunk = shape.depth + 1
     slots = [sum(kept[i : i + per_chunk]) for i in range(0, len(kept), per_chunk)]
     return keys, values, slots
+
+
+def stride_ends(keep_index: Tensor, keep_position: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The last token of each stride in place of its first: index and position of the slots ``[S]``, in their order.
+
+    Nodes hold every token once and keep their first, so a stride ends where the next one of the text begins.
+    """
+    order = keep_index.argsort()
+    ends = F.pad(keep_index[order[1:]], (0, 1), value=tokens) - 1
+    index = torch.empty_like(keep_index)
+    index[order] = ends.to(index.dtype)
+    return index, keep_position + (index - keep_index).to(keep_position.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

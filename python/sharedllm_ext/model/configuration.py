@@ -10,6 +10,8 @@ from .families import FAMILIES, check_family, check_settings
 from .peft_defaults import register_target_modules
 
 PRECISIONS = ("model", "fp8")
+SLOT_POSITIONS = ("start", "end")
+PROMPT_PARTS = ("begin", "passage", "question", "answer")
 # Fields that other libraries read from a language model's configuration; the base checkpoint's values.
 _OF_THE_BASE = frozenset(
     (
@@ -58,6 +60,14 @@ class SharedLLMConfig(PreTrainedConfig):
         window: running text in tokens; of a longer plain ``input_ids`` the last ``window`` tokens are running text and
             the rest becomes context.
         query_aware: whether the query picks the children that split further; otherwise always the right one.
+        slot_position: which token of its stride a slot keeps: "start" as published, or "end", which has seen the whole
+            stride (with "start" the last 28 tokens of a chunk's 1024 reach no slot).
+        pick_layers: the layers whose keys :meth:`SharedLLMForCausalLM.find_passages` asks, by trained queries; ``None``
+            is a model without them. Needs ``query_aware=False``.
+        segment_size: ``g``, tokens of the segments that it chooses from (a leaf's).
+        segment_margin: tokens that are read on both sides of a segment.
+        passage_prompt: the texts around what is read, see :meth:`SharedLLMForCausalLM.passage_prompt`: ``begin``,
+            ``passage`` (before each passage, with ``{rank}``), ``question`` (before it), ``answer``.
         query_position_offset: queries are rotated by the number of chunks plus this offset (1 in the code that produced
             the paper's results, 0 in its text).
         split_noise: standard deviation, in tokens, of the split point during training (paper, "structural noise").
@@ -86,6 +96,11 @@ class SharedLLMConfig(PreTrainedConfig):
     slots_per_node: int = 32
     window: int = 4096
     query_aware: bool = True
+    slot_position: str = "start"
+    pick_layers: list[int] | None = None
+    segment_size: int = 128
+    segment_margin: int = 64
+    passage_prompt: dict[str, str] | None = None
     query_position_offset: int = 1
     split_noise: float = 0.0
     tie_compressor: bool = True
@@ -162,6 +177,8 @@ class SharedLLMConfig(PreTrainedConfig):
             "slots_per_node": (1, None),
             "window": (1, None),
             "query_position_offset": (0, None),
+            "segment_size": (1, None),
+            "segment_margin": (0, None),
         }
         if self.micro_batch_tokens is not None:
             ranges["micro_batch_tokens"] = (1, None)
@@ -176,6 +193,9 @@ class SharedLLMConfig(PreTrainedConfig):
         for name in ("query_aware", "tie_compressor"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.slot_position not in SLOT_POSITIONS:
+            raise ValueError(f"slot_position: expected {' or '.join(SLOT_POSITIONS)}, got {self.slot_position!r}")
+        self._check_pick()
         if self.compressor_precision not in PRECISIONS:
             raise ValueError(
                 f"compressor_precision: expected {' or '.join(PRECISIONS)}, got {self.compressor_precision!r}"
@@ -183,3 +203,17 @@ class SharedLLMConfig(PreTrainedConfig):
         noise = self.split_noise
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0.0 <= noise < float("inf"):
             raise ValueError(f"split_noise: expected a finite standard deviation of at least 0 tokens, got {noise!r}")
+
+    def _check_pick(self) -> None:
+        layers, most = self.pick_layers, self.injection_layers - 1
+        if layers is None:
+            return
+        whole = isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers)
+        if not whole or not layers or sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] <= most:
+            raise ValueError(f"pick_layers: expected rising layers from 0 to {most}, got {layers!r}")
+        self.pick_layers = list(layers)
+        prompt = self.passage_prompt
+        if prompt is not None and (not isinstance(prompt, dict) or set(prompt) != set(PROMPT_PARTS)):
+            raise ValueError(f"passage_prompt: expected texts {', '.join(PROMPT_PARTS)}, got {prompt!r}")
+        if self.query_aware:
+            raise ValueError("pick_layers: expected query_aware=False with it, got True")

@@ -26,14 +26,13 @@ def check_loaded(model: Any, missing: Iterable[str], unexpected: Iterable[str]) 
     missing = set(missing)
     whole = [f"model.layers.{block.layer_index}.injection." for block in model.injected_blocks]
     zero = tuple(prefix for prefix in whole if f"{prefix}o_proj.weight" in missing)
-    noise = {name for name in missing if name.startswith("compressor.") or ".injection." in name}
+    noise = {name for name in missing if name.startswith(("compressor.", "pick.")) or ".injection." in name}
     noise = {name for name in noise if not (zero and name.startswith(zero))}
     if noise:
         raise ValueError(
-            "checkpoint: expected all weights of the compressor and of each injected block, got none for "
-            f"{_some(noise)}"
+            f"checkpoint: expected all weights of compressor, pick and each injected block, got none for {_some(noise)}"
         )
-    homeless = {name for name in unexpected if name.startswith("compressor.") or ".injection." in name}
+    homeless = {name for name in unexpected if name.startswith(("compressor.", "pick.")) or ".injection." in name}
     if homeless:
         config = model.config
         raise ValueError(

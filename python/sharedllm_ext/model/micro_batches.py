@@ -38,7 +38,7 @@ class Work:
 def tree_shape(config: Any, training: bool) -> TreeShape:
     """The tree of a configuration; splits are noisy only in training."""
     noise = config.split_noise if training else 0.0
-    return TreeShape(config.tree_depth, config.slots_per_node, float(noise))
+    return TreeShape(config.tree_depth, config.slots_per_node, float(noise), config.slot_position == "end")
 
 
 def compress_in_micro_batches(

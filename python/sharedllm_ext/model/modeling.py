@@ -10,13 +10,22 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initializ
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
+from .adapter import (
+    adapter_fields,
+    apply_adapter,
+    changed_tensors,
+    check_base,
+    find_adapter,
+    read_header,
+    write_adapter,
+)
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
 from .compression import ContextCompression
 from .configuration import SharedLLMConfig
 from .decoding.session import removed_tokens
-from .families import FAMILIES
+from .families import FAMILIES, projection
 from .generation import ContextGeneration
 from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
 from .inputs import (
@@ -38,6 +47,8 @@ from .loading import check_loaded
 from .managed_layers import device_of
 from .memory import ContextMemory
 from .outputs import SharedLLMOutput
+from .passages import PassageRetrieval
+from .pick import Pick
 from .reading import say_if_it_cannot_read
 from .rotary import RopeTables
 from .signature import Fingerprint
@@ -46,7 +57,7 @@ from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .training_mark import TrainingMark
 
 
-class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
+class SharedLLMForCausalLM(ContextCompression, PassageRetrieval, ContextGeneration):
     """A causal language model that reads long contexts through a compressed memory (SharedLLM).
 
     The ``M`` lowest layers compress ``context_ids`` into a :class:`ContextMemory`; the whole model decodes the running
@@ -74,6 +85,9 @@ class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
         self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
         if self.compressor is not None:
             install_steps(self.compressor.layers)
+        self.pick: Pick | None = None
+        if config.pick_layers is not None:
+            self.pick = Pick(config, projection(self.model.layers[0].self_attn, "q").out_features)
         install_fused(self)
         self._watch: Any = None
         self._fp8_products = Fp8Products()
@@ -155,6 +169,62 @@ class SharedLLMForCausalLM(ContextCompression, ContextGeneration):
             "quantization_config": quantization_config,
         }
         return build_from_base(cls, base, loading, fields)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        adapter: str | os.PathLike[str],
+        base: str | os.PathLike[str] | PreTrainedModel,
+        **loading: Any,
+    ) -> "SharedLLMForCausalLM":
+        """Build a model from a base checkpoint and an adapter, which holds what was trained of it.
+
+        Args:
+            adapter: the file, or the name of one that the package ships (:func:`shipped_adapters`).
+            base: as for :meth:`from_base`.
+            loading: options of loading the base as for :meth:`from_base` (``dtype``, ``device_map``, …).
+
+        Returns:
+            The model in evaluation mode; low-rank updates are merged.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: it is damaged, or the base is not the one that it was trained on; the message names the
+                difference.
+        """
+        path = find_adapter(adapter)
+        header = read_header(path)
+        model = cls.from_base(base, **header["config"], **loading)
+        check_base(path, header, model)
+        apply_adapter(path, header, model)
+        return model
+
+    def save_adapter(
+        self,
+        path: str | os.PathLike[str],
+        base: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        name: str | None = None,
+        about: str = "",
+    ) -> None:
+        """Write what was trained of the model: every tensor that differs from what its base checkpoint gives.
+
+        Args:
+            path: the file, replaced as a whole.
+            base: the checkpoint that the model was made of, as for :meth:`from_base`.
+            name: the base's name for others; default: the last part of its path.
+            about: free words on the training.
+
+        Raises:
+            ValueError: the base is another one.
+        """
+        called = name or os.path.basename(
+            str(getattr(base, "name_or_path", "") if isinstance(base, PreTrainedModel) else base)
+        )
+        inner = copy.deepcopy(base) if isinstance(base, PreTrainedModel) else base
+        options: dict[str, Any] = {} if isinstance(base, PreTrainedModel) else {"dtype": self.dtype}
+        fresh = type(self).from_base(inner, **adapter_fields(self.config), **options)
+        write_adapter(path, fresh, changed_tensors(self, fresh), base=called or "unnamed", about=about)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -68,12 +68,14 @@ class Subject:
         rope: the layers' rotations by name.
         tables: gives cos and sin for a number of positions on a device.
         chunk_size: tokens in a chunk; no node is longer.
+        slot_position: which token of its stride a slot keeps.
     """
 
     lower: LowerModel
     rope: dict[str, Rotation]
     tables: Callable[[int, torch.device], LayerTables]
     chunk_size: int
+    slot_position: str = "start"
 
 
 class Fingerprint:
@@ -200,6 +202,7 @@ def state_of(subject: Subject) -> tuple[Any, ...]:
     state: list[Any] = [
         *((name, _identity(frequencies), *rest) for name, (frequencies, *rest) in subject.rope.items()),
         subject.chunk_size,
+        subject.slot_position,
         torch.get_float32_matmul_precision(),
     ]
     add = state.append
@@ -271,6 +274,8 @@ def _settings(subject: Subject) -> str:
     lines = [_settings_of(layer, subject.chunk_size) for layer in subject.lower.layers]
     if len(set(lines)) > 1:
         lines = [f"layer {index}: {line}" for index, line in enumerate(lines)]
+    if subject.slot_position != "start":
+        lines.append(f"slots at the {subject.slot_position} of their strides")
     return "; ".join([f"final norm {_epsilon_of(subject.lower.norm)}", *dict.fromkeys(lines)])
 
 

@@ -33,6 +33,8 @@ class TreeShape:
     depth: int
     slots_per_node: int
     split_noise: float = 0.0
+    # whether a slot is its stride's last token; the first one, as published, leaves a node's last tokens unread
+    slots_at_end: bool = False
 
 
 class ContextTree(NamedTuple):

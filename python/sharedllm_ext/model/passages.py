@@ -1,0 +1,171 @@
+"""Finding the passages of a context that answer a question, and the prompt in which they are read."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import check_ids, check_mask
+from .memory import ContextMemory
+from .pick import slot_places, unrotated
+from .word_index import WordIndex
+
+_NO_PICK = "a model with a pick (config.pick_layers; from_adapter loads one), got one without"
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A passage of a context.
+
+    Attributes:
+        start, end: its tokens in the document, margins included.
+        segment: the number of the segment inside.
+        rank: 0 for the best of its question.
+        score: the pick's; comparable within one question.
+    """
+
+    start: int
+    end: int
+    segment: int
+    rank: int
+    score: float
+
+
+class PassageRetrieval:
+    """The part of a model that finds passages of a compressed context."""
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def find_passages(
+        self: Any,
+        question_ids: Tensor,
+        context_ids: Tensor,
+        context_attention_mask: Tensor | None = None,
+        question_attention_mask: Tensor | None = None,
+        memory: ContextMemory | None = None,
+        count: int = 8,
+    ) -> list[list[Passage]]:
+        """The passages of a context that answer a question best, by its memory and by its words.
+
+        Nothing is compressed if the memory is given, and it is not changed: many questions may be asked of one.
+
+        Args:
+            question_ids: ``[B, L]`` the question's own tokens, without any prompt around them.
+            context_ids: ``[B, C]`` the context that the memory was made of, or one row for all questions.
+            context_attention_mask: ``[B, C]``, 0 for padding (on either side).
+            question_attention_mask: ``[B, L]``, 0 for padding.
+            memory: what :meth:`compress` has made of the context; compressed here by default. One of a single row
+                serves all questions.
+            count: passages for a question; fewer if the context has fewer segments.
+
+        Returns:
+            For each question its passages, best first.
+
+        Raises:
+            ValueError: the model has no pick, inputs that contradict each other, or a memory of another context.
+        """
+        if self.pick is None:
+            raise ValueError(f"find_passages: expected {_NO_PICK}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"count: expected an integer of at least 1, got {count!r}")
+        check_ids(self, "question_ids", question_ids, range_too=True)
+        check_ids(self, "context_ids", context_ids, range_too=True)
+        asked = check_mask("question_attention_mask", question_attention_mask, "question_ids", question_ids)
+        used = check_mask("context_attention_mask", context_attention_mask, "context_ids", context_ids)
+        rows = question_ids.shape[0]
+        if context_ids.shape[0] not in (1, rows):
+            raise ValueError(f"context_ids: expected {rows} rows as in question_ids, or 1, got {context_ids.shape[0]}")
+        if memory is None:
+            memory = self.compress(context_ids, context_attention_mask, training=False)
+        else:
+            self.check_memory(memory)
+        if memory.batch_size not in (1, rows):
+            raise ValueError(f"memory: expected {rows} batch rows as in question_ids, or 1, got {memory.batch_size}")
+        found = []
+        known: dict[int, Callable[[Tensor], tuple[Tensor, int]]] = {}
+        for row in range(rows):
+            source = row if context_ids.shape[0] > 1 else 0
+            document = memory.memory_index[row if memory.batch_size > 1 else 0]
+            ids = context_ids[source] if used is None else context_ids[source][used[source]]
+            question = question_ids[row] if asked is None else question_ids[row][asked[row]]
+            if ids.numel() != memory.num_tokens[document]:
+                raise ValueError(
+                    f"context_ids: expected the {memory.num_tokens[document]} tokens of the memory's document "
+                    f"{document}, got {ids.numel()} in row {source}"
+                )
+            if source not in known:
+                known = {source: self._scorer(ids, memory, document)}
+            found.append(self._best(*known[source](question), ids.numel(), count))
+        return found
+
+    def passage_prompt(
+        self: Any, tokenizer: Any, context_ids: Tensor, passages: list[Passage], question: str, answer_begin: str = ""
+    ) -> Tensor:
+        """The running text in which the model reads passages and answers: their text in the document's order.
+
+        Each passage follows ``config.passage_prompt["passage"]`` with its rank, 1 for the best.
+
+        Args:
+            tokenizer: the base checkpoint's.
+            context_ids: ``[C]`` the document's tokens.
+            passages: of :meth:`find_passages`.
+            question: asked after the passages.
+            answer_begin: the begin of the answer, which the model goes on with.
+
+        Returns:
+            ``[1, L]`` int64 on the context's device, for ``generate(input_ids, memory=memory)``.
+
+        Raises:
+            ValueError: the configuration has no ``passage_prompt``.
+        """
+        parts = self.config.passage_prompt
+        if parts is None:
+            raise ValueError("passage_prompt: expected config.passage_prompt, got None")
+
+        def tokens(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+        ids = tokens(parts["begin"])
+        for passage in sorted(passages, key=lambda p: (p.start, p.segment)):
+            ids += tokens(parts["passage"].format(rank=passage.rank + 1))
+            ids += context_ids[passage.start : passage.end].tolist()
+        for text in (parts["question"], question, parts["answer"], answer_begin):
+            ids += tokens(text)
+        return torch.tensor([ids], dtype=torch.int64, device=context_ids.device)
+
+    def _scorer(self: Any, ids: Tensor, memory: ContextMemory, document: int) -> Callable[[Tensor], tuple[Tensor, int]]:
+        """Gives the scores of a document's segments for a question."""
+        config, pick, device = self.config, self.pick, ids.device
+        size, lower = config.segment_size, self.lower_model
+        segments = -(-ids.numel() // size)
+        places = slot_places(ids.numel(), config)
+        slots = slice(memory.cu_slots[document], memory.cu_slots[document + 1])
+        position, segment = places.position.to(memory.device), (places.token // size).to(memory.device)
+        tables = self._rope_tables(int(places.position.max()) + 1 if ids.numel() else 1, memory.device)
+        keys = [
+            unrotated(memory.keys[layer][slots], tables.of(lower.layers[layer]), position).to(self.dtype)
+            for layer in pick.layers
+        ]
+        words = WordIndex.of(pick.token_class[ids].long(), size)
+        source = self.model if self.compressor is None else self.compressor
+
+        def scores(question: Tensor) -> tuple[Tensor, int]:
+            if not question.numel() or not segments:
+                return torch.zeros(segments, device=device), segments
+            states = source(input_ids=question.unsqueeze(0), use_cache=False, output_hidden_states=True).hidden_states
+            inputs = [state[0] for state in states[: config.injection_layers]]
+            evidence = words.evidence(pick.token_class[question].long())
+            return pick(inputs, lower.layers, keys, segment, segments, evidence), segments
+
+        return scores
+
+    def _best(self: Any, scores: Tensor, segments: int, length: int, count: int) -> list[Passage]:
+        size, margin = self.config.segment_size, self.config.segment_margin
+        values, order = scores.topk(min(count, segments))
+        whole, passages = min(length, size + 2 * margin), []
+        for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
+            start = max(0, min(segment * size - margin, length - whole))
+            passages.append(Passage(start, start + whole, segment, rank, score))
+        return passages

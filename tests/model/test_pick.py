@@ -1,0 +1,343 @@
+"""Finding passages: where slots stand, words, the pick's scores, batches, memories, bad input."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from sharedllm_ext import ContextMemory, SharedLLMConfig, SharedLLMForCausalLM
+from sharedllm_ext.model.families import attention_norm, projection
+from sharedllm_ext.model.pick import slot_places, unrotated
+from sharedllm_ext.model.word_index import MARGIN, RUN_LENGTHS, WordIndex
+
+from .builders import FAMILIES, base
+
+CHUNK, SEGMENT = 64, 8
+FIELDS: dict[str, Any] = {
+    "injection_layers": 3,
+    "chunk_size": CHUNK,
+    "tree_depth": 3,
+    "slots_per_node": 4,
+    "query_aware": False,
+    "tie_compressor": False,
+    "pick_layers": [0, 2],
+    "segment_size": SEGMENT,
+    "segment_margin": 4,
+    "slot_position": "end",
+}
+
+
+def build_base(family: str) -> Any:
+    torch.manual_seed(0)
+    return base(family)
+
+
+def random_pick(model: Any) -> None:
+    """Random weights in place of those that a pick begins with; classes that tell all tokens apart but two."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.pick.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.pick.token_class.copy_(torch.arange(model.pick.token_class.numel()))
+        model.pick.token_class[3] = 2
+
+
+def build(**fields: Any) -> Any:
+    model = SharedLLMForCausalLM.from_base(build_base("llama").double(), **{**FIELDS, **fields})
+    random_pick(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build()
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(4, 90, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("length", [CHUNK, 3 * CHUNK, 2 * CHUNK + 1, CHUNK + 37, 5, 1])
+@pytest.mark.parametrize("position", ["start", "end"])
+@pytest.mark.parametrize("slots", [4, 5, 16])
+def test_slots_stand_where_the_memory_has_them(length: int, position: str, slots: int) -> None:
+    """Layer 0's values and unrotated keys are those of the tokens that ``slot_places`` names."""
+    model = build(slot_position=position, slots_per_node=slots)
+    ids = tokens(1, length, seed=length)
+    memory = model.compress(ids)
+    places = slot_places(length, model.config)
+    assert places.token.numel() == memory.num_slots
+    layer = model.compressor.layers[0]
+    normed = attention_norm(layer)(model.compressor.embed_tokens(ids[0, places.token]))
+    heads = (memory.num_slots, *memory.keys[0].shape[1:])
+    value, key = (projection(layer.self_attn, name)(normed).view(heads) for name in ("v", "k"))
+    torch.testing.assert_close(memory.values[0], value, rtol=0, atol=1e-12)
+    tables = model._rope_tables(4 * CHUNK, ids.device).of(layer)
+    # the tables are float32
+    found = unrotated(memory.keys[0], tables, places.position)
+    torch.testing.assert_close(found.float(), key.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_keys_of_every_family_lose_their_rotation(family: str) -> None:
+    fields = {**FIELDS, "injection_layers": 2, "pick_layers": [0, 1], "slot_position": "start"}
+    base = build_base(family)
+    model: Any = SharedLLMForCausalLM.from_base(base, **fields)
+    ids = tokens(1, 2 * CHUNK)
+    memory, places = model.compress(ids), slot_places(2 * CHUNK, model.config)
+    # the same slots as if they all stood at position 0 of chunk 0: compress each kept token alone
+    alone = SharedLLMForCausalLM.from_base(build_base(family), **{**fields, "chunk_size": 8, "segment_size": 4})
+    layer = model.compressor.layers[0]
+    tables = model._rope_tables(4 * CHUNK, ids.device).of(layer)
+    keys = unrotated(memory.keys[0], tables, places.position)
+    for slot in (0, 3, memory.num_slots - 1):
+        token = int(places.token[slot])
+        single = alone.compress(ids[:, token : token + 1]).keys[0][0]
+        # at position 0 a rotation changes nothing but the length of what it turns, and that of longrope alone
+        turned = slice(0, 2 * tables[0].shape[1])
+        single[..., turned] /= tables[0][0, 0]
+        torch.testing.assert_close(keys[slot], single, rtol=1e-4, atol=1e-5)
+
+
+def test_every_token_reaches_a_slot_at_the_end_of_its_stride() -> None:
+    """Published slots leave a node's last tokens unread; those at the ends do not."""
+    unread: dict[str, list[int]] = {}
+    for position in ("start", "end"):
+        model = build(slot_position=position)
+        ids = tokens(1, CHUNK)
+        memory = model.compress(ids)
+        unread[position] = []
+        for place in range(CHUNK):
+            changed = ids.clone()
+            changed[0, place] = 91
+            other = model.compress(changed)
+            pairs = zip((*memory.keys, *memory.values), (*other.keys, *other.values), strict=True)
+            if all(torch.equal(a, b) for a, b in pairs):
+                unread[position].append(place)
+    assert unread["end"] == []
+    # the nodes [0, 32), [32, 48), [48, 56), [56, 64) in strides of 8, 4, 2 and 2
+    assert unread["start"] == [*range(25, 32), *range(45, 48), 55, 63]
+
+
+def test_slot_position_is_part_of_the_memory() -> None:
+    start, end = build(slot_position="start"), build(slot_position="end")
+    ids = tokens(1, CHUNK)
+    with pytest.raises(ValueError, match=r"settings: expected .*slots at the end of their strides.*got "):
+        end.check_memory(start.compress(ids))
+    with pytest.raises(ValueError, match="settings"):
+        start.check_memory(end.compress(ids))
+    end.check_memory(end.compress(ids))
+
+
+def test_word_index_counts_as_a_search_by_hand() -> None:
+    generator = torch.Generator().manual_seed(1)
+    classes = torch.randint(0, 7, (61,), generator=generator)
+    question = torch.randint(0, 7, (9,), generator=generator)
+    segments = -(-61 // SEGMENT)
+    evidence = WordIndex.of(classes, SEGMENT).evidence(question)
+    assert evidence.shape == (len(RUN_LENGTHS), segments, 9)
+    padded = [0] * MARGIN + classes.tolist() + [0] * (MARGIN + segments * SEGMENT - 61)
+    windows = [padded[s * SEGMENT : s * SEGMENT + SEGMENT + 2 * MARGIN] for s in range(segments)]
+    asked = question.tolist()
+    for g, length in enumerate(RUN_LENGTHS):
+        for place in range(9):
+            run = asked[max(0, place - length + 1) : place + 1]
+            held = [False] * segments
+            if len(run) == length and 0 not in run:
+                held = [any(w[i : i + length] == run for i in range(len(w))) for w in windows]
+            count = sum(held)
+            rarity = math.log(1 + (segments - count + 0.5) / (count + 0.5))
+            expected = torch.tensor([rarity if h else 0.0 for h in held])
+            torch.testing.assert_close(evidence[g, :, place], expected, rtol=1e-6, atol=1e-6)
+
+
+def scores_by_hand(model: Any, ids: Tensor, question: Tensor, memory: ContextMemory) -> Tensor:
+    """The docstring's formula, slot by slot in float64, over raw keys that are computed without the memory's."""
+    pick, config, lower = model.pick, model.config, model.compressor
+    places, segments = slot_places(ids.numel(), config), -(-ids.numel() // SEGMENT)
+    states = lower(input_ids=question[None], output_hidden_states=True, use_cache=False).hidden_states
+    evidence = WordIndex.of(pick.token_class[ids].long(), SEGMENT).evidence(pick.token_class[question].long()).double()
+    total = torch.zeros(segments, dtype=torch.float64)
+    for i, number in enumerate(pick.layers):
+        layer = lower.layers[number]
+        tables = model._rope_tables(4 * CHUNK, ids.device).of(layer)
+        keys = unrotated(memory.keys[number], tables, places.position)
+        h = attention_norm(layer)(states[number][0])
+        queries = (h @ pick.queries[i].weight.T).view(question.numel(), keys.shape[1], -1, keys.shape[2])
+        for t in range(question.numel()):
+            mass = torch.zeros(segments, dtype=torch.float64)
+            heads = [
+                (keys[:, group] @ queries[t, group, head] / math.sqrt(keys.shape[2])).softmax(0)
+                for group in range(keys.shape[1])
+                for head in range(queries.shape[2])
+            ]
+            for head in heads:
+                for slot, token in enumerate(places.token.tolist()):
+                    mass[token // SEGMENT] += head[slot] / len(heads)
+            weight = torch.sigmoid(h[t] @ pick.token_weight[i] + pick.token_bias[i])
+            total += pick.beta[i] * weight * torch.log(mass * segments + 1)
+            weight = torch.sigmoid(h[t] @ pick.word_weight[i] + pick.word_bias[i])
+            total += (evidence[:, :, t] * (weight * pick.word_beta[i])[:, None]).sum(0)
+    return total
+
+
+@torch.no_grad()
+def test_passages_are_those_of_the_formula(model: Any) -> None:
+    ids, question = tokens(2 * CHUNK + 21), tokens(7, seed=3)
+    memory = model.compress(ids[None])
+    expected = scores_by_hand(model, ids, question, memory)
+    (found,) = model.find_passages(question[None], ids[None], memory=memory, count=100)
+    assert [p.segment for p in found] == expected.argsort(descending=True).tolist()
+    assert [p.rank for p in found] == list(range(len(expected)))
+    torch.testing.assert_close(
+        torch.tensor([p.score for p in found]), expected.sort(descending=True).values.float(), rtol=1e-4, atol=1e-4
+    )
+    for passage in found:
+        assert 0 <= passage.start < passage.end <= ids.numel()
+        assert passage.end - passage.start == SEGMENT + 2 * 4
+        inside = (passage.segment * SEGMENT, min(ids.numel(), (passage.segment + 1) * SEGMENT))
+        assert passage.start <= inside[0] and inside[1] <= passage.end
+    assert model.find_passages(question[None], ids[None], count=3) == [found[:3]]
+
+
+def test_shared_words_are_found(model: Any) -> None:
+    """Without trained queries (beta 0) the segment that holds the question's words comes first."""
+    plain = build()
+    with torch.no_grad():
+        plain.pick.beta.zero_()
+        plain.pick.word_beta.fill_(1.0)
+    ids = tokens(20 * CHUNK)
+    question = torch.tensor([91, 92, 93, 94])
+    ids[777:781] = question
+    (found,) = plain.find_passages(question[None], ids[None])
+    # a segment's margins are searched with it
+    assert abs(found[0].segment * SEGMENT + SEGMENT // 2 - 779) <= SEGMENT // 2 + MARGIN
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_rows_equal_single_ones(model: Any, side: str) -> None:
+    lengths, asked = [2 * CHUNK + 5, CHUNK, 9], [5, 3, 4]
+
+    def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        longest = max(row.numel() for row in rows)
+        ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest)
+        for i, row in enumerate(rows):
+            place = slice(longest - row.numel(), None) if side == "left" else slice(0, row.numel())
+            ids[i, place], mask[i, place] = row, 1
+        return ids, mask
+
+    texts = [tokens(n, seed=n) for n in lengths]
+    questions = [tokens(n, seed=50 + n) for n in asked]
+    (context, context_mask), (question, question_mask) = padded(texts), padded(questions)
+    found = model.find_passages(question, context, context_mask, question_mask, count=4)
+    for row, text, single in zip(found, texts, questions, strict=True):
+        (expected,) = model.find_passages(single[None], text[None], count=4)
+        assert [p.segment for p in row] == [p.segment for p in expected]
+        assert [(p.start, p.end) for p in row] == [(p.start, p.end) for p in expected]
+        torch.testing.assert_close([p.score for p in row], [p.score for p in expected], rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_one_memory_answers_many_questions_and_comes_back_from_a_file(model: Any, tmp_path: Path) -> None:
+    ids, questions = tokens(1, 3 * CHUNK), tokens(4, 6, seed=9)
+    memory = model.compress(ids)
+    found = model.find_passages(questions, ids, memory=memory)
+    memory.save(tmp_path / "memory")
+    assert found == model.find_passages(questions, ids, memory=ContextMemory.load(tmp_path / "memory", model))
+    for row, question in zip(found, questions, strict=True):
+        assert model.find_passages(question[None], ids, memory=memory) == [row]
+
+
+@torch.no_grad()
+def test_a_model_keeps_its_pick(model: Any, tmp_path: Path) -> None:
+    ids, question = tokens(1, 3 * CHUNK), tokens(1, 6, seed=9)
+    model.save_pretrained(tmp_path)
+    loaded: Any = SharedLLMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.find_passages(question, ids) == model.find_passages(question, ids)
+    assert loaded.config.pick_layers == [0, 2] and loaded.config.slot_position == "end"
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace('"pick_layers": [\n    0,\n    2\n  ]', '"pick_layers": null')
+    )
+    with pytest.raises(ValueError, match=r"pick\.beta"):
+        SharedLLMForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_prompt_holds_the_passages_in_the_texts_order() -> None:
+    parts = {"begin": "B", "passage": "[{rank}]", "question": "Q", "answer": "A"}
+    model = build(passage_prompt=parts)
+    ids, question = tokens(3 * CHUNK), tokens(5, seed=2)
+
+    class Letters:
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+            assert not add_special_tokens
+            return type("Encoded", (), {"input_ids": [ord(c) for c in text]})
+
+    (found,) = model.find_passages(question[None], ids[None], count=2)
+    prompt = model.passage_prompt(Letters(), ids, found, "xy", "z")
+    expected = [ord("B")]
+    for passage in sorted(found, key=lambda p: p.start):
+        expected += [ord(c) for c in f"[{passage.rank + 1}]"] + ids[passage.start : passage.end].tolist()
+    assert prompt.tolist() == [[*expected, *(ord(c) for c in "QxyAz")]]
+    with pytest.raises(ValueError, match=r"expected config\.passage_prompt, got None"):
+        build().passage_prompt(Letters(), ids, found, "xy")
+
+
+@torch.no_grad()
+def test_empty_questions_and_contexts(model: Any) -> None:
+    ids = tokens(1, CHUNK)
+    none = torch.zeros(1, 3)
+    (found,) = model.find_passages(tokens(1, 3), ids, question_attention_mask=none, count=2)
+    assert [p.score for p in found] == [0.0, 0.0]
+    assert model.find_passages(tokens(1, 3), ids, torch.zeros(1, CHUNK)) == [[]]
+
+
+def test_bad_input_is_refused(model: Any) -> None:
+    ids, question = tokens(1, CHUNK), tokens(1, 4)
+    memory = model.compress(ids)
+    plain: Any = SharedLLMForCausalLM.from_base(build_base("llama"), injection_layers=1, chunk_size=CHUNK)
+    with pytest.raises(ValueError, match=r"expected a model with a pick .* got one without"):
+        plain.find_passages(question, ids)
+    with pytest.raises(ValueError, match="count: expected an integer of at least 1, got 0"):
+        model.find_passages(question, ids, count=0)
+    with pytest.raises(ValueError, match=f"expected the {CHUNK} tokens of the memory's document 0, got {CHUNK - 1}"):
+        model.find_passages(question, ids[:, 1:], memory=memory)
+    with pytest.raises(ValueError, match="context_ids: expected 2 rows as in question_ids, or 1, got 3"):
+        model.find_passages(question.expand(2, -1), ids.expand(3, -1))
+    with pytest.raises(ValueError, match="memory: expected 3 batch rows as in question_ids, or 1, got 2"):
+        model.find_passages(question.expand(3, -1), ids, memory=memory.expand(2))
+    with pytest.raises(ValueError, match="another model or another setting"):
+        model.find_passages(question, ids, memory=build(chunk_size=32).compress(ids))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pick_layers": [0, 3]}, r"pick_layers: expected rising layers from 0 to 2, got \[0, 3\]"),
+        ({"pick_layers": [1, 0]}, "pick_layers: expected rising layers"),
+        ({"pick_layers": []}, "pick_layers: expected rising layers"),
+        ({"pick_layers": "all"}, "pick_layers: expected rising layers from 0 to 2, got 'all'"),
+        ({"query_aware": True}, "pick_layers: expected query_aware=False with it, got True"),
+        ({"slot_position": "middle"}, "slot_position: expected start or end, got 'middle'"),
+        ({"segment_size": 0}, "segment_size: expected at least 1, got 0"),
+        ({"segment_margin": -1}, "segment_margin: expected at least 0, got -1"),
+        ({"passage_prompt": {"begin": ""}}, "passage_prompt: expected texts begin, passage, question, answer, got"),
+    ],
+)
+def test_fields_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
+    text_config = LlamaConfig(num_hidden_layers=4)
+    with pytest.raises(ValueError, match=message):
+        SharedLLMConfig(text_config=text_config, **{**FIELDS, **fields})
+
+
+def test_a_tied_compressor_has_a_pick_too() -> None:
+    model: Any = SharedLLMForCausalLM.from_base(build_base("llama"), **{**FIELDS, "tie_compressor": False})
+    tied: Any = SharedLLMForCausalLM.from_base(build_base("llama"), **{**FIELDS, "tie_compressor": True})
+    ids, question = tokens(1, 3 * CHUNK), tokens(1, 6, seed=9)
+    expected = model.find_passages(question, ids)
+    found = tied.find_passages(question, ids)
+    assert [p.segment for p in found[0]] == [p.segment for p in expected[0]]
