@@ -32,9 +32,9 @@ def shard(model: SharedLLMForCausalLM, half: bool) -> SharedLLMForCausalLM:
     return fully_shard(model, **fields)
 
 
-def gradients(*, tied: bool, reentrant: bool | None, half: bool) -> float:
+def gradients(*, tied: bool, reentrant: bool | None, half: bool, family: str = "llama") -> float:
     torch.manual_seed(0)
-    model = builders.model(tie_compressor=tied).train()
+    model = builders.model(family, tie_compressor=tied).train()
     text, context = builders.ids(4, 12), builders.ids(4, 130)
     labels = text.clone()
     labels[:, :6] = -100
@@ -96,6 +96,10 @@ RUNS: dict[str, Callable[[], float]] = {
         for tied in (True, False)
         for reentrant in (None, False, True)
         for half in (False, True)
+    },
+    **{
+        f"gradients of {family}": functools.partial(gradients, tied=True, reentrant=None, half=False, family=family)
+        for family in builders.LATER
     },
     "fsdp1": functools.partial(fsdp1, reentrant=False),
     "fsdp1 reentrant": functools.partial(fsdp1, reentrant=True),

@@ -25,6 +25,17 @@ def test_from_base_equals_base(family: str, tie_compressor: bool) -> None:
 
 
 @torch.no_grad()
+def test_dropouts_behind_attention_and_mlp_are_the_base_s() -> None:
+    base = builders.base("phi3", resid_pdrop=0.4).train()
+    model = SharedLLMForCausalLM.from_base(base, **builders.TREE).train()
+    text, logits = builders.ids(2, 20), []
+    for one, training in ((base, True), (model, True), (model, False)):
+        torch.manual_seed(7)
+        logits.append(one.train(training)(text).logits)
+    assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2], atol=1e-2)
+
+
+@torch.no_grad()
 def test_from_base_leaves_the_base_alone_and_shares_its_parameters() -> None:
     base = builders.base("qwen3")
     text = builders.ids(1, 20)

@@ -173,7 +173,11 @@ def test_a_mistral_file_says_that_it_has_no_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "smollm3"}, "qwen2, qwen3, got 'smollm3'; load the original checkpoint instead"),
+        *(
+            ({"architecture": name}, f"qwen2, qwen3, got '{name}'; load the original checkpoint instead")
+            for name in ("smollm3", "granite", "phi3")
+        ),
+        *(({"architecture": name}, f"qwen2, qwen3, got '{name}'") for name in ("gemma3", "qwen3moe")),
         ({"architecture": "gemma2"}, "expected a GGUF file of architecture llama, mistral, qwen2, qwen3, got 'gemma2'"),
         ({"values": {"split.count": 3}}, r"expected a whole GGUF file, got one of 3 parts"),
         ({"values": {"llama.attention.sliding_window": 64}}, r"without a sliding window, .* got one of 64 tokens"),

@@ -10,6 +10,8 @@ import torch
 
 from sharedllm_ext.model.managed_layers import recomputes_whole_calls
 
+from . import builders
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
@@ -39,6 +41,11 @@ def test_gradients_of_a_sharded_step(results: dict[str, str], tied: bool, reentr
         assert result.startswith("ValueError: gradient_checkpointing_kwargs: expected use_reentrant=False")
         return
     assert float(result) < (0.1 if half else 1e-5)
+
+
+@pytest.mark.parametrize("family", builders.LATER)
+def test_gradients_of_every_family(results: dict[str, str], family: str) -> None:
+    assert float(results[f"gradients of {family}"]) < 1e-5
 
 
 def test_the_older_wrapper(results: dict[str, str]) -> None:
