@@ -73,6 +73,15 @@ def test_nothing_ends_the_process() -> None:
     assert [path.name for path in NATIVE if ending.search(without_comments(path))] == []
 
 
+def test_checks_that_hold_format_nothing() -> None:
+    # arguments are made whether a check holds or not: numbers, literals and shape_text, which formats when written
+    text = without_comments(CSRC / "cpu" / "common" / "checks.h")
+    assert "inline ShapeText<Sizes> shape_text(const Sizes& sizes)" in text
+    for path in NATIVE:
+        for call in re.findall(r"\bcheck\([^;]*;", without_comments(path)):
+            assert not re.search(r"to_string|\.str\(\)|std::string|stringstream|format\(", call), f"{path.name}: {call}"
+
+
 def test_every_native_file_is_built() -> None:
     named = (ROOT / "cmake" / "SharedLLMSources.cmake").read_text() + (ROOT / "CMakeLists.txt").read_text()
     sources = {path.relative_to(ROOT).as_posix() for path in NATIVE if path.suffix in (".cpp", ".cu")}

@@ -187,7 +187,7 @@ SHAREDLLM_FOR_EACH_ISA(backward_bfloat16, (const Backward& p, int64_t part, int6
 
 // Rows with contiguous elements; a tensor without them is replaced by its contiguous copy.
 Rows rows_of(Tensor& tensor) {
-  if ((tensor.size(2) > 1 && tensor.stride(2) != 1) || !is_aligned(tensor)) tensor = sharedllm::contiguous(tensor);
+  if ((tensor.size(2) > 1 && tensor.stride(2) != 1) || !is_aligned(tensor)) tensor = dense(tensor);
   return {tensor.const_data_ptr(), tensor.size(0), tensor.stride(0), tensor.stride(1)};
 }
 

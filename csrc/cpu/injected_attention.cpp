@@ -113,7 +113,7 @@ struct Arguments {
     check_rotary_columns(cos.size(1), q.size(2));
     check_scale(scale);
     for (Tensor* x : {&q, &k, &v}) *x = dense_heads(*x);
-    for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = sharedllm::contiguous(*x);
+    for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = dense(*x);
 
     Problem p;
     p.q = view(q);
@@ -173,13 +173,13 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   check_tensor("lse", lse, {p.queries, p.q_heads}, ScalarType::Float);
   grad_out = dense_heads(grad_out);
   out = dense_heads(out);
-  lse = sharedllm::contiguous(lse);
+  lse = dense(lse);
   p.grad_out = view(grad_out);
   p.out = view(out);
   p.lse = lse.const_data_ptr<float>();
   if (grad_lse) {
     check_tensor("grad_lse", *grad_lse, {p.queries, p.q_heads}, ScalarType::Float);
-    grad_lse = sharedllm::contiguous(*grad_lse);
+    grad_lse = dense(*grad_lse);
     p.grad_lse = grad_lse->const_data_ptr<float>();
   }
   Tensor grad_q = allocate(q, {p.queries, p.q_heads, p.size});

@@ -96,7 +96,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Tensor* spa
   check_tensor("sin", *sin, {cos->size(0), cos->size(1)}, ScalarType::Float);
   check_rotary_columns(cos->size(1), size);
   check_scale(scale);
-  for (Tensor* x : {spans, cos, sin}) *x = sharedllm::contiguous(*x);
+  for (Tensor* x : {spans, cos, sin}) *x = dense(*x);
   const int64_t *span = spans->const_data_ptr<int64_t>(), tokens = k.size(0);
   for (int64_t i = 0; i < q.size(0); ++i) {
     const int64_t start = span[2 * i], length = span[2 * i + 1];
@@ -157,7 +157,7 @@ Tensor tree_node_vectors(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor cos,
   check_inputs(q, k, v, &spans, &cos, &sin, scale, cos.size(0) > kLargest / 2 ? kLargest : 2 * cos.size(0));
   const int64_t n = q.size(0), leaves = q.size(1), rows = 2 * leaves - 2;
   if (q.numel() == 0) return allocate(q, {n, rows, q.size(2), q.size(3)});
-  q = sharedllm::contiguous(q);
+  q = dense(q);
   const int64_t bytes = q.size(2) * q.size(3) * static_cast<int64_t>(q.element_size());
   Tensor queries = allocate(q, {n * rows, q.size(2), q.size(3)});
   const auto* from = static_cast<const char*>(q.const_data_ptr());

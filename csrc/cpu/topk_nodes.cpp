@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> topk_nodes(Tensor queries, Tensor nodes, Tensor cu_gr
   }
   cu_groups = dense(cu_groups);
   group_query = dense(group_query);
-  if ((size > 1 && nodes.stride(1) != 1) || !is_aligned(nodes)) nodes = sharedllm::contiguous(nodes);
+  if ((size > 1 && nodes.stride(1) != 1) || !is_aligned(nodes)) nodes = dense(nodes);
   const int64_t num_queries = queries.size(0);
   queries = dense_as(queries, ScalarType::Float);
 

@@ -32,12 +32,22 @@ inline void check(bool ok, const Parts&... parts) {
   if (__builtin_expect(!ok, 0)) fail(parts...);
 }
 
+// A shape in a text. It is formatted where it is written, so that a check that holds costs no formatting.
 template <class Sizes>
-inline std::string shape_text(const Sizes& sizes) {
-  std::ostringstream text;
+struct ShapeText {
+  const Sizes& sizes;
+};
+
+template <class Sizes>
+inline ShapeText<Sizes> shape_text(const Sizes& sizes) {
+  return {sizes};
+}
+
+template <class Sizes>
+inline std::ostream& operator<<(std::ostream& text, const ShapeText<Sizes>& shape) {
   text << '[';
   const char* separator = "";
-  for (int64_t size : sizes) {
+  for (int64_t size : shape.sizes) {
     text << separator;
     if (size < 0) {
       text << '*';
@@ -46,8 +56,7 @@ inline std::string shape_text(const Sizes& sizes) {
     }
     separator = ", ";
   }
-  text << ']';
-  return text.str();
+  return text << ']';
 }
 
 inline const char* dtype_text(torch::headeronly::ScalarType dtype) { return torch::headeronly::toString(dtype); }

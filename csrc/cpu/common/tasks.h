@@ -27,7 +27,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows and heads may be anywhere; the elements of a head must be contiguous.
 inline torch::stable::Tensor dense_heads(const torch::stable::Tensor& x) {
-  return (x.stride(2) == 1 || x.size(2) <= 1) && is_aligned(x) ? x : sharedllm::contiguous(x);
+  return (x.stride(2) == 1 || x.size(2) <= 1) && is_aligned(x) ? x : dense(x);
 }
 
 }  // namespace sharedllm
