@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,9 @@ import batches
 import prepare
 import questions
 import retriever as needle
+import test_wordings
 import train
+import train_wordings
 import word_search
 import wordings
 from layout import Layout
@@ -207,6 +210,32 @@ def test_test_wordings_are_not_trained_on() -> None:
     trained = {n.statement for n in wordings.TRAIN_NEEDLES} | {s for f in wordings.TRAIN_FACTS for s in f.statements}
     tested = {n.statement for n in wordings.TEST_NEEDLES} | {s for f in wordings.TEST_FACTS for s in f.statements}
     assert not trained & tested
+
+
+def test_wordings_of_training_and_test_differ() -> None:
+    trained = {w[0] for w in train_wordings.NEEDLES + train_wordings.SEVERAL + train_wordings.LIST_ALL}
+    trained |= {w[0] for w in train_wordings.SYNONYM_QA} | {s for f in train_wordings.FACTS for s in f["statements"]}
+    asked = {w[1] for w in train_wordings.NEEDLES + train_wordings.SEVERAL + train_wordings.SYNONYM_QA}
+    asked |= {q for f in train_wordings.FACTS for q, _ in f["questions"]}
+    tested = test_wordings.NEEDLES + test_wordings.DIFFERENT_WORDS + test_wordings.NAME_ONLY
+    assert len({w[0] for w in tested}) == len(tested) == 210
+    assert not trained & {w[0] for w in tested} and not asked & {w[1] for w in tested}
+
+
+def test_wordings_can_be_filled() -> None:
+    for statement, question, answer in test_wordings.DIFFERENT_WORDS + test_wordings.NAME_ONLY:
+        assert answer in statement and "{" not in statement + question
+    for statement, _, answer in train_wordings.SYNONYM_QA:
+        assert answer in statement
+    for statement, question, lead in train_wordings.NEEDLES + test_wordings.NEEDLES:
+        assert re.findall(r"{(.*?)}", statement.format(k="", v="")) == [] and "{k}" in question
+        assert "{v}" not in question + lead
+    for statement, question, _ in train_wordings.LIST_ALL:
+        assert set(re.findall(r"{(.*?)}", statement + question)) == {"v"}
+    for fact in train_wordings.FACTS:
+        fields = set(re.findall(r"{(.*?)}", " ".join(fact["statements"])))
+        assert fields <= {*train_wordings.LISTS, *"pqymnh"}
+        assert all(field in fields and f"{{{field}}}" not in question for question, field in fact["questions"])
 
 
 def test_passages_are_joined_and_keep_the_texts_order(data: Path) -> None:
