@@ -8,18 +8,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from layout import Layout
-from retriever import Retriever, Shape, Weights
+from retriever import Ranks, Retriever, Shape, Weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-WEIGHTS, CONFIG, SOURCE = "model.safetensors", "config.json", "source.json"
+WEIGHTS, CONFIG, SOURCE, CLASSES = "model.safetensors", "config.json", "source.json", "classes.npy"
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The base checkpoint in a folder written by ``prepare.py``.
+    """The base checkpoint in a folder written by ``prepare.py``, with the classes of its tokens.
 
     ``source`` says where it came from; ``digest`` is the SHA-256 of its weights' file.
     """
@@ -29,13 +30,14 @@ class Base:
     source: dict[str, str]
     digest: str
     weights: Weights
+    classes: torch.Tensor
 
 
 def load_base(folder: Path, device: torch.device) -> Base:
     """Weights in bfloat16 on CUDA, in float32 on the CPU."""
-    for name in (WEIGHTS, CONFIG, SOURCE):
-        if not (folder / name).is_file():
-            raise SystemExit(f"{folder / name} is missing: run prepare.py first")
+    for path in (*(folder / name for name in (WEIGHTS, CONFIG, SOURCE)), folder.parent / CLASSES):
+        if not path.is_file():
+            raise SystemExit(f"{path} is missing: run prepare.py first")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tensors = load_file(folder / WEIGHTS)
     return Base(
@@ -43,6 +45,7 @@ def load_base(folder: Path, device: torch.device) -> Base:
         config=json.loads((folder / CONFIG).read_text()),
         source=json.loads((folder / SOURCE).read_text()),
         digest=file_digest(folder / WEIGHTS),
+        classes=torch.from_numpy(np.load(folder.parent / CLASSES)),
         weights={name.removeprefix("model."): tensor.to(device, dtype) for name, tensor in tensors.items()},
     )
 
@@ -61,8 +64,7 @@ def save_adapter(path: Path, retriever: Retriever, base: Base, training: dict[st
     settings = {
         "memory_layers": retriever.shape.memory_layers,
         "layout": dataclasses.asdict(retriever.layout),
-        "compressor_rank": retriever.lower.rank,
-        "decoder_rank": retriever.upper.rank,
+        "ranks": list(retriever.ranks),
     }
     metadata = {
         "format": "pt",
@@ -93,8 +95,8 @@ def load_adapter(path: Path, base: Base) -> Retriever:
         Shape.of(base.config, settings["memory_layers"]),
         Layout(**settings["layout"]),
         base.weights,
-        settings["compressor_rank"],
-        settings["decoder_rank"],
+        base.classes,
+        Ranks(*settings["ranks"]),
     )
     retriever.load_state_dict(load_file(path))
     return retriever

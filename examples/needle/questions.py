@@ -1,57 +1,46 @@
-"""Questions over long texts: facts hidden in plain text, real passages with questions, and the place of every answer.
-
-Wordings, running text, long word lists and passages for training and testing are kept apart. The short lists
-(adjectives, nouns, cities, trades, ...) serve both, and so do some of the people's names.
-"""
+"""Questions over long texts: hidden facts, real passages with questions, and the place of every answer."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import test_wordings
+import train_wordings
 from layout import Layout
-from wordings import (
-    ADJECTIVES,
-    ANIMALS,
-    CITIES,
-    FIRST_NAMES,
-    FOODS,
-    LAST_NAMES,
-    NOUNS,
-    THINGS,
-    TRADES,
-    TRAIN_FACTS,
-    TRAIN_NEEDLES,
-    Fact,
-    Needle,
-)
 
 T = TypeVar("T")
 Tokens = list[int]
 IntArray = np.ndarray
-# kinds of keys and values that a question can ask for; other numbers are drawn at random
-ADJECTIVE_NOUN, SEVEN_DIGITS, UUID = 0, 0, 9
+Wording = tuple[str, str, str]
+# kinds of keys and values that can be asked for by name; a kind that is not named is drawn from the first ones
+ADJECTIVE_NOUN, SEVEN_DIGITS, UUID, GLOSS = 0, 0, 9, 10
 KEY_KINDS, VALUE_KINDS = 6, 8
 LETTERS = "ABCDEFGHKLMNPRSTUVWX"
 # tokens of an answer with its lead, at most
 ANSWER_LIMIT = 90
+# a name of several words or a number, which a cloze question blanks out
+BLANKED = re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: (?:of |the )?[A-Z][\w'-]+)*|\d[\d,.]*\d|\d)")
 
 
 class Asked(NamedTuple):
     """A question before tokenisation.
 
     ``statements`` are the numbers of the statements that hold the answer; several values are listed in their order.
+    ``everywhere`` says that no other text of a batch can answer it.
     """
 
     question: str
     lead: str
     value: str | list[str]
     statements: list[int]
+    everywhere: bool = True
 
 
 class Item(NamedTuple):
@@ -67,17 +56,21 @@ class Needles(NamedTuple):
     item: Item
     keys: list[str]
     values: list[str]
-    wording: Needle
+    wording: Wording
 
 
 @dataclass
 class Row:
-    """A question in tokens; ``places`` are (first token, tokens) of what answers it."""
+    """A question in tokens; ``places`` are (first token, tokens) of what answers it.
+
+    Without an answer only the places count. ``everywhere`` is that of :class:`Asked`.
+    """
 
     question: Tokens
     lead: Tokens
     answer: Tokens
     places: list[tuple[int, int]]
+    everywhere: bool = True
 
 
 class TrainingText(NamedTuple):
@@ -114,12 +107,26 @@ class QuestionSource:
         self.tokenizer, self.rng, self.layout = tokenizer, np.random.default_rng(seed), layout or Layout()
         self.text: IntArray = np.load(data / f"{part}.npy", mmap_mode="r")
         words = (data / "words.txt").read_text().split()
-        train = part == "train"
-        self.words = words[0::2] if train else words[1::2]
-        self.first_names = FIRST_NAMES[0::2] + FIRST_NAMES[1::4] if train else FIRST_NAMES[1::2]
-        self.last_names = LAST_NAMES[:30] if train else LAST_NAMES[30:] + LAST_NAMES[0::5]
+        self.train = part == "train"
+        self.words = words[0::2] if self.train else words[1::2]
+        glosses = read_json_gz(data / "glosses.json.gz")
+        self.glosses = glosses[0::2] if self.train else glosses[1::2]
+        if self.train:
+            lists = train_wordings.LISTS
+            self.first_names, self.last_names = lists["first"], lists["last"]
+            self.adjectives, self.nouns = train_wordings.ADJECTIVES, train_wordings.NOUNS
+            self.paragraphs: IntArray = np.load(data / "paragraphs_train.npy", mmap_mode="r")
+            self.starts: IntArray = np.load(data / "paragraph_starts_train.npy")
+        else:
+            lists = test_wordings.LISTS
+            self.first_names, self.last_names = lists["first_names"], lists["last_names"]
+            self.adjectives, self.nouns = lists["adjectives"], lists["nouns"]
         self.passages = read_json_gz(data / f"passages_{part}.json.gz")
-        self.frame = self.encode(["<|im_start|>user\n", "\n\n", "<|im_end|>\n<|im_start|>assistant\n", "\n...\n"])
+        self.people: list[str] = []
+        self.told: set[int] = set()
+        self.user, self.between, self.assistant, self.next_turn = self.encode(
+            ["<|im_start|>user\n", "\n\n", "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n"]
+        )
 
     def encode(self, texts: list[str]) -> list[Tokens]:
         """Tokens of each text, without special tokens around it."""
@@ -142,21 +149,41 @@ class QuestionSource:
     def person(self) -> str:
         return f"{self.choose(self.first_names)} {self.choose(self.last_names)}"
 
-    def key(self, kind: int) -> str:
-        """A name to ask for; ``kind`` is ADJECTIVE_NOUN, UUID or another number below KEY_KINDS."""
+    def key(self, kind: int) -> tuple[str, str]:
+        """A name in a statement and in the question; ``kind`` is ADJECTIVE_NOUN, UUID, GLOSS or below KEY_KINDS.
+
+        The two differ for GLOSS only: there the question gives the meaning.
+        """
+        if kind == GLOSS:
+            gloss = self.choose(self.glosses)
+            u = self.rng.random()
+            if gloss["synonym"] and u < 0.35:
+                return gloss["noun"], gloss["synonym"]
+            form = self.choose(
+                [
+                    "the term that means '{}'",
+                    "'{}'",
+                    "what one calls {}",
+                    'the word for "{}"',
+                    "the thing described as {}",
+                ]
+            )
+            return gloss["noun"], form.format(gloss["definition"])
         if kind == UUID:
-            return self.uuid()
-        if kind == ADJECTIVE_NOUN:
-            return f"{self.choose(ADJECTIVES)} {self.choose(NOUNS)}"
-        if kind == 1:
-            return self.person()
-        if kind == 2:
-            return f"{self.choose(self.words)} {self.choose(self.words)}"
-        if kind == 3:
-            return f"{self.choose(self.words)}-{self.choose(self.words)}"
-        if kind == 4:
-            return f"{self.choose(self.words)}{self.digits(2)}"
-        return self.choose(self.words)
+            key = self.uuid()
+        elif kind == ADJECTIVE_NOUN:
+            key = f"{self.choose(self.adjectives)} {self.choose(self.nouns)}"
+        elif kind == 1:
+            key = self.person()
+        elif kind == 2:
+            key = f"{self.choose(self.words)} {self.choose(self.words)}"
+        elif kind == 3:
+            key = f"{self.choose(self.words)}-{self.choose(self.words)}"
+        elif kind == 4:
+            key = f"{self.choose(self.words)}{self.digits(2)}"
+        else:
+            key = self.choose(self.words)
+        return key, key
 
     def value(self, kind: int | None) -> str:
         """What stands behind a key; ``None`` draws a kind below VALUE_KINDS."""
@@ -176,91 +203,116 @@ class QuestionSource:
         return self.hexadecimal(10)
 
     def needles(
-        self, wordings: Sequence[Needle], count: int, key: int | None = None, value: int | None = None
+        self, wordings: Sequence[Wording], count: int, key: int | None = None, value: int | None = None
     ) -> Needles:
         """``count`` statements in one of the wordings, with different keys of one kind, and a question about each."""
         wording = wordings[0] if len(wordings) == 1 else self.choose(wordings)
+        statement, question, lead = wording
         key = int(self.rng.integers(KEY_KINDS)) if key is None else key
         if value is None:  # one kind for all, or a kind for each
             value = None if self.rng.random() < 0.3 else int(self.rng.integers(VALUE_KINDS))
-        keys: list[str] = []
+        keys: dict[str, str] = {}
         while len(keys) < count:
-            name = self.key(key)
-            if name not in keys:
-                keys.append(name)
+            keys.update([self.key(key)])
         values = [self.value(value) for _ in keys]
-        pairs = list(zip(keys, values, strict=True))
-        statements = [wording.statement.format(k=k, v=v) for k, v in pairs]
+        statements = [statement.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
+        if key == GLOSS:
+            lead = ""
         asked = [
-            Asked(wording.question.format(k=k), wording.lead.format(k=k), v, [i]) for i, (k, v) in enumerate(pairs)
+            Asked(question.format(k=name), lead.format(k=name), v, [i])
+            for i, (name, v) in enumerate(zip(keys.values(), values, strict=True))
         ]
-        return Needles(Item(statements, asked), keys, values, wording)
+        return Needles(Item(statements, asked), list(keys), values, wording)
 
-    def several(self, wordings: Sequence[Needle]) -> Item:
-        """One question about several statements: one key with several values, or several keys; two more distract."""
-        wording = self.choose(wordings)
+    def several(self) -> Item:
+        """One question about several statements: of no key, of one key, or of several; two of other keys distract."""
         n = int(self.rng.integers(2, 5))
-        item, keys, values, _ = self.needles([wording], n + 2)
-        numbers = list(range(n))
-        if self.rng.random() < 0.5:
-            named = [keys[0]] * n + keys[n:]
-            statements = [wording.statement.format(k=k, v=v) for k, v in zip(named, values, strict=True)]
-            question = f"{wording.question.format(k=keys[0])} List all {n} that the text mentions."
-            return Item(statements, [Asked(question, wording.lead.format(k=keys[0]), values[:n], numbers)])
-        names = ", ".join(keys[: n - 1]) + f" and {keys[n - 1]}"
-        question = f"{wording.question.format(k=names)} Answer for each of them in turn."
-        return Item(item.statements, [Asked(question, wording.lead.format(k=names), ", ".join(values[:n]), numbers)])
+        key = int(self.rng.integers(KEY_KINDS))
+        names: list[str] = []
+        while len(names) < 3 + n:
+            name = self.key(key)[0]
+            if name not in names:
+                names.append(name)
+        kind = int(self.rng.integers(VALUE_KINDS))
+        values = [self.value(kind) for _ in range(n + 2)]
+        u = self.rng.random()
+        if u < 0.15:
+            statement, question, lead = self.choose(train_wordings.LIST_ALL)
+            return Item(
+                [statement.format(v=v) for v in values[:n]],
+                [Asked(question, lead, values[:n], list(range(n)), everywhere=False)],
+            )
+        statement, one, one_lead, many, many_lead = self.choose(train_wordings.SEVERAL)
+        if u < 0.6:
+            named = [names[0]] * n + names[1:3]
+            statements = [statement.format(k=k, v=v) for k, v in zip(named, values, strict=True)]
+            asked = Asked(one.format(k=names[0]), one_lead.format(k=names[0]), values[:n], list(range(n)))
+            return Item(statements, [asked])
+        statements = [statement.format(k=k, v=v) for k, v in zip(names, values, strict=False)]
+        joined = ", ".join(names[: n - 1]) + f" and {names[n - 1]}"
+        question, lead = many.format(ks=joined), many_lead.format(ks=joined)
+        return Item(statements, [Asked(question, lead, ", ".join(values[:n]), list(range(n)))])
 
-    def fact(self, facts: Sequence[Fact]) -> Item:
-        """A fact about a person, and a question that shares few words with it."""
-        chosen = self.choose(facts)
-        fill = {
-            "p": self.person(),
-            "q": self.person(),
-            "c": self.choose(CITIES),
+    def fact(self) -> Item:
+        """A fact about people, and questions that share few words with it, some not even a name."""
+        number = int(self.rng.integers(len(train_wordings.FACTS)))
+        while number in self.told:  # a question without a name must have one answer
+            number = int(self.rng.integers(len(train_wordings.FACTS)))
+        self.told.add(number)
+        chosen, lists = train_wordings.FACTS[number], train_wordings.LISTS
+        fill = {name: self.choose(lists[name]) for name in lists if name not in ("first", "last")}
+        if len(self.people) < 3 or self.rng.random() < 0.4:
+            self.people = [*self.people[-3:], self.person()]
+        people = [self.people[int(i)] for i in self.rng.permutation(len(self.people))[:2]]
+        fill |= {
+            "p": people[0],
+            "q": people[1] if len(people) > 1 and people[1] != people[0] else self.person(),
             "y": str(self.rng.integers(1900, 2025)),
-            "j": self.choose(TRADES),
-            "t": self.choose(THINGS),
-            "a": self.choose(ANIMALS),
-            "f": self.choose(FOODS),
-            "m": str(self.rng.integers(20, 9999)),
-            "h": f"{self.rng.integers(1, 13)}:{self.rng.integers(10, 60)}",
-            "s": str(self.rng.integers(2, 30)),
+            "m": f"${self.rng.integers(20, 9999):,}",
+            "n": str(self.rng.integers(2, 60)),
+            "h": f"{self.rng.integers(1, 13)}:{self.rng.integers(10, 60)} {self.choose(('am', 'pm'))}",
         }
-        question, field = self.choose(chosen.questions)
-        return Item(
-            [self.choose(chosen.statements).format(**fill)], [Asked(question.format(**fill), "", fill[field], [0])]
-        )
+        statement = self.choose(chosen["statements"])
+        questions = [(q, f) for q, f in chosen["questions"] if "{" + f + "}" in statement]
+        asked = []
+        for i in self.rng.permutation(len(questions))[:2]:
+            question, field = questions[int(i)]
+            asked.append(Asked(question.format(**fill), "", fill[field], [0], everywhere="{" in question))
+        return Item([statement.format(**fill)], asked)
 
-    def passage(self) -> Item:
-        """Real passages with a question about them."""
-        passage = self.choose(self.passages)
-        gold = list(passage["gold"])
-        return Item(gold, [Asked(passage["question"], "", passage["answer"], list(range(len(gold))))])
+    def sentence(self) -> Item:
+        """An event in everyday words, and a question in other words."""
+        statement, question, answer = self.choose(train_wordings.SYNONYM_QA)
+        return Item([statement], [Asked(question, "", answer, [0], everywhere=False)])
 
     def training_item(self) -> Item:
         u = self.rng.random()
-        if u < 0.42:
-            key = UUID if self.rng.random() < 0.1 else None
-            count = int(self.rng.integers(1, 7))
-            return self.needles(TRAIN_NEEDLES, count, key, UUID if self.rng.random() < 0.08 else None).item
-        if u < 0.58:
-            return self.several(TRAIN_NEEDLES)
-        if u < 0.80:
-            return self.fact(TRAIN_FACTS)
-        return self.passage()
+        if u < 0.34:
+            key = UUID if self.rng.random() < 0.12 else None
+            value = UUID if self.rng.random() < 0.12 else None
+            return self.needles(train_wordings.NEEDLES, int(self.rng.integers(1, 7)), key, value).item
+        if u < 0.46:
+            return self.needles(train_wordings.NEEDLES, int(self.rng.integers(1, 4)), GLOSS).item
+        if u < 0.62:
+            return self.several()
+        if u < 0.92:
+            return self.fact()
+        return self.sentence()
 
     def training_text(self, chunks: int, questions: int, running: int, question_limit: int) -> TrainingText:
         """A context of ``chunks`` chunks with exactly ``questions`` questions of at most ``question_limit`` tokens."""
+        length = chunks * self.layout.chunk_size
         while True:
-            drawn = self._draw_training_text(chunks * self.layout.chunk_size, questions, running, question_limit)
+            draw = self._draw_paragraphs if self.rng.random() < 0.3 else self._draw_text
+            drawn = draw(length, questions, running, question_limit)
             if drawn is not None:
                 return drawn
 
-    def _draw_training_text(self, length: int, questions: int, running: int, limit: int) -> TrainingText | None:
-        """One attempt, ``None`` if the statements are too long or too few questions fit."""
+    def _draw_text(self, length: int, questions: int, running: int, limit: int) -> TrainingText | None:
+        """Statements hidden in running text; ``None`` if they are too long or too few questions fit."""
         statements: list[str] = []
         asked: list[Asked] = []
+        self.told.clear()
         # characters against tokens: the statements take a quarter of the text at most
         while len(asked) < questions + 3 and sum(map(len, statements)) < length:
             item = self.training_item()
@@ -270,30 +322,103 @@ class QuestionSource:
         room = length - sum(map(len, pieces))
         if room < self.layout.chunk_size // 4:
             return None
-        hay = self.hay(room + running)
-        context, places = insert(hay[:room], pieces, self.rng.integers(0, room + 1, len(pieces)))
+        # a span that is asked for is cut out of the text
+        span, cut = int(self.rng.integers(16, 48)), int(self.rng.integers(64, room - 64))
+        hay = self.hay(room + span + running)
+        removed = hay[cut : cut + span].tolist()
+        hay = np.concatenate([hay[:cut], hay[cut + span :]])
+        cuts = np.append(self.rng.integers(0, room + 1, len(pieces)), cut)
+        context, places = insert(hay[:room], [*pieces, []], cuts)
         rows: list[Row] = []
         for i in self.rng.permutation(len(asked)):
             if len(rows) == questions:
                 break
-            rows.append(
-                self._copy_row(context) if self.rng.random() < 0.12 else self.row(asked[int(i)], places, pieces)
-            )
-        rows = [r for r in rows if len(r.question) <= limit and 0 < len(r.lead) + len(r.answer) <= ANSWER_LIMIT]
+            if self.rng.random() < 0.08:
+                rows.append(self._copy_row(context))
+            else:
+                rows.append(self.row(asked[int(i)], places, pieces))
+        if self.rng.random() < 0.3 and rows:
+            rows[-1] = Row(removed, [], [], [(max(0, places[-1] - 24), 48)])
+        rows = [r for r in rows if len(r.question) <= limit and len(r.lead) + len(r.answer) <= ANSWER_LIMIT]
         return TrainingText(context, rows, hay[room:]) if len(rows) == questions else None
+
+    def _draw_paragraphs(self, length: int, questions: int, running: int, limit: int) -> TrainingText | None:
+        """Real paragraphs with questions about some of them, and sentences with a blank; no statement is hidden."""
+        passages = [self.choose(self.passages) for _ in range(questions)]
+        gold = {int(g) for p in passages for g in p["gold"]}
+        others = [int(i) for i in self.rng.integers(0, len(self.starts) - 1, length // 60)]
+        size, chosen = 0, []
+        for i in [*gold, *(o for o in others if o not in gold)]:
+            chosen.append(i)
+            size += int(self.starts[i + 1] - self.starts[i])
+            if size > length + running:
+                break
+        if size <= length + running:
+            return None
+        order = [chosen[int(i)] for i in self.rng.permutation(len(chosen))]
+        tokens = np.concatenate([self.paragraphs[self.starts[i] : self.starts[i + 1]] for i in order]).astype(np.int64)
+        sizes = [int(self.starts[i + 1] - self.starts[i]) for i in order]
+        first = dict(zip(order, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        context, rows = tokens[:length], []
+        for passage in passages:
+            places = [(first[g], int(self.starts[g + 1] - self.starts[g])) for g in passage["gold"]]
+            places = [(start, min(n, length - start)) for start, n in places]
+            if self.rng.random() < 0.35 or any(n < 24 for _, n in places):
+                row = self._cloze(order, first, length)
+                if row is None:
+                    return None
+                rows.append(row)
+            else:
+                rows.append(
+                    Row(self.encode([passage["question"]])[0], [], self.answer(passage["answer"], False), places)
+                )
+        rows = [r for r in rows if len(r.question) <= limit and len(r.lead) + len(r.answer) <= ANSWER_LIMIT]
+        if len(rows) < questions:
+            return None
+        return TrainingText(context, rows, tokens[length : length + running])
+
+    def _cloze(self, order: Sequence[int], first: dict[int, int], length: int) -> Row | None:
+        """A sentence of one of the paragraphs with a name or number left out."""
+        for _ in range(20):
+            i = self.choose(order)
+            start, end = int(self.starts[i]), int(self.starts[i + 1])
+            if first[i] + end - start > length:
+                continue
+            text = self.tokenizer.decode(self.paragraphs[start:end].tolist())
+            sentences = [s for s in re.split(r"(?<=[a-z0-9)][.!?]) +(?=[A-Z])", text) if 60 <= len(s) <= 260]
+            if not sentences:
+                continue
+            sentence = self.choose(sentences)
+            found = list(BLANKED.finditer(sentence))
+            if not found:
+                continue
+            blank = self.choose(found)
+            answer = blank.group()
+            if len(answer) > 50:
+                continue
+            gap = sentence[: blank.start()] + "____" + sentence[blank.end() :]
+            form = self.choose(["Fill in the gap: {}", "What belongs in the blank? {}", "Complete the sentence: {}"])
+            question = self.encode([form.format(gap.strip())])[0]
+            return Row(question, [], self.answer(answer, False), [(first[i], end - start)])
+        return None
 
     def hay(self, length: int) -> IntArray:
         """Running text from a random place."""
-        start = int(self.rng.integers(0, len(self.text) - length))
-        return self.text[start : start + length].astype(np.int64)
+        if self.train and self.rng.random() < 0.15:
+            text: IntArray = self.paragraphs
+        else:
+            text = self.text
+        start = int(self.rng.integers(0, len(text) - length))
+        return text[start : start + length].astype(np.int64)
 
     def row(self, asked: Asked, places: Sequence[int], pieces: Sequence[Tokens]) -> Row:
         """A question in tokens; ``places`` and ``pieces`` are those of all statements of the text."""
         value = in_order(asked.value, [places[i] for i in asked.statements])
-        lead = self.encode([asked.lead])[0] if asked.lead else []
+        lead = asked.lead if asked.lead and (not self.train or self.rng.random() < 0.8) else ""
+        lead_ids = self.encode([lead])[0] if lead else []
         answer = self.answer(value, after_lead=bool(lead))
         where = [(places[i], len(pieces[i])) for i in asked.statements]
-        return Row(self.encode([asked.question])[0], lead, answer, where)
+        return Row(self.encode([asked.question])[0], lead_ids, answer, where, asked.everywhere)
 
     def _copy_row(self, context: IntArray) -> Row:
         """Go on with a passage of the text whose first words are given."""
@@ -309,25 +434,13 @@ class QuestionSource:
         """A value as the model has to write it, with the end of its turn."""
         return [*self.encode([f" {value}." if after_lead else value])[0], self.tokenizer.eos_token_id]
 
-    def passages_at(self, context: IntArray, segments: Iterable[int]) -> Tokens:
-        """The text of the segments with the margin around each, in the text's order, gaps marked."""
-        size, margin = self.layout.segment, self.layout.margin
-        spans: list[list[int]] = []
-        for segment in sorted(set(segments)):
-            start, end = max(0, segment * size - margin), min(len(context), (segment + 1) * size + margin)
-            if spans and start <= spans[-1][1]:
-                spans[-1][1] = end
-            else:
-                spans.append([start, end])
-        out: Tokens = []
-        for start, end in spans:
-            out += (self.frame[3] if out else []) + context[start:end].tolist()
-        return out
+    def separators(self, count: int) -> IntArray:
+        """``[count, n]`` tokens that stand before a passage: its rank by the pick, best first."""
+        return np.array(self.encode([f"\n[{rank + 1}]\n" for rank in range(count)]))
 
-    def reading(self, text: Tokens, question: Tokens, lead: Tokens) -> Tokens:
-        """The prompt: passages, question, and the begin of the answer."""
-        user, between, assistant, _ = self.frame
-        return user + text + between + question + assistant + lead
+    def turn(self, question: Tokens, lead: Tokens) -> Tokens:
+        """What follows the passages: a question, and the begin of the answer."""
+        return [*self.between, *question, *self.assistant, *lead]
 
 
 def read_json_gz(path: Path) -> Any:

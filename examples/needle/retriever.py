@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,14 @@ RawKeys = dict[int, Tensor]
 Rotation = tuple[Tensor, Tensor]
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-PROJECTIONS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+PROJECTIONS = (*ATTENTION, *MLP)
 LORA_SCALE = 2.0
+# lengths of the runs of tokens that the search by words looks for
+GRAMS = (1, 2, 4)
+RUN_CODES = 32768
+# tokens on both sides of a segment that its words are taken from, too
+WORD_MARGIN = 16
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,16 @@ class Shape:
         return sorted({1, self.memory_layers // 2, self.memory_layers - 1})
 
 
+class Ranks(NamedTuple):
+    """Of the low-rank updates: all projections of the compressor, what reads the memory (its output twice that),
+    and self-attention and MLP of the decoder's other layers."""
+
+    compressor: int = 32
+    injected: int = 32
+    attention: int = 32
+    mlp: int = 8
+
+
 class LowRankUpdates(nn.Module):
     """LoRA of several layers' projections, stacked by name."""
 
@@ -100,15 +116,34 @@ class LowRankUpdates(nn.Module):
 
 
 class InjectedBlocks(nn.Module):
-    """Attention to the memory: norm and query start as the layer's own, the output at zero."""
+    """Attention to the memory: norm and query start as the layer's own, the output at zero; both of low rank.
 
-    def __init__(self, shape: Shape, base: Weights) -> None:
+    Query ``base + up down``, output ``output_up output_down``.
+    """
+
+    def __init__(self, shape: Shape, base: Weights, rank: int) -> None:
         super().__init__()
         layers = range(shape.memory_layers)
         self.norm = _copies(base, [f"layers.{i}.input_layernorm.weight" for i in layers])
-        self.query = _copies(base, [f"layers.{i}.self_attn.q_proj.weight" for i in layers])
-        inputs, device = shape.heads * shape.head_dim, base["norm.weight"].device
-        self.output = nn.ParameterList([nn.Parameter(torch.zeros(shape.hidden, inputs, device=device)) for _ in layers])
+        self.base = [base[f"layers.{i}.self_attn.q_proj.weight"] for i in layers]
+        width, device = shape.heads * shape.head_dim, base["norm.weight"].device
+
+        def matrices(outputs: int, inputs: int, zero: bool) -> nn.ParameterList:
+            scale = 0.0 if zero else 1 / math.sqrt(inputs)
+            return nn.ParameterList([nn.Parameter(scale * torch.randn(outputs, inputs, device=device)) for _ in layers])
+
+        self.query_down = matrices(rank, shape.hidden, zero=False)
+        self.query_up = matrices(width, rank, zero=True)
+        self.output_down = matrices(2 * rank, width, zero=False)
+        self.output_up = matrices(shape.hidden, 2 * rank, zero=True)
+
+    def query(self, layer: int, x: Tensor) -> Tensor:
+        low = F.linear(x, self.query_down[layer].to(x.dtype))
+        return F.linear(x, self.base[layer]) + LORA_SCALE * F.linear(low, self.query_up[layer].to(x.dtype))
+
+    def output(self, layer: int, x: Tensor) -> Tensor:
+        low = F.linear(x, self.output_down[layer].to(x.dtype))
+        return LORA_SCALE * F.linear(low, self.output_up[layer].to(x.dtype))
 
 
 class Pick(nn.Module):
@@ -121,6 +156,58 @@ class Pick(nn.Module):
         self.token_weight = nn.ParameterList([nn.Parameter(torch.zeros(shape.hidden, device=device)) for _ in layers])
         self.token_bias = nn.Parameter(torch.zeros(len(layers), device=device))
         self.beta = nn.Parameter(torch.full((len(layers),), 0.5, device=device))
+        self.word_weight = nn.ParameterList([nn.Parameter(torch.zeros(shape.hidden, device=device)) for _ in layers])
+        self.word_bias = nn.Parameter(torch.zeros(len(layers), device=device))
+        self.word_beta = nn.Parameter(torch.full((len(layers), len(GRAMS)), 0.15, device=device))
+
+
+class WordIndex(NamedTuple):
+    """Which runs of tokens each segment holds, read with a margin: for each length in GRAMS ``[segments, codes]`` int8.
+
+    Single tokens are told apart by their class (case and leading space do not count), runs of several by a hash.
+    """
+
+    tables: list[Tensor]
+
+    @staticmethod
+    def codes(classes: Tensor, length: int) -> Tensor:
+        """Code ``[..., L]`` of the run of ``length`` classes that ends at each place; 0 where there is none."""
+        code = classes
+        for back in range(1, length):
+            earlier = F.pad(classes[..., :-back], (back, 0))
+            code = torch.where(
+                (code > 0) & (earlier > 0), code * 31 + earlier * (7919 + 2 * back), torch.zeros_like(code)
+            )
+        return code if length == 1 else torch.where(code > 0, code % (RUN_CODES - 1) + 1, code)
+
+    @classmethod
+    def of(cls, classes: Tensor, layout: Layout, count: int) -> WordIndex:
+        """The index of documents ``classes [documents, tokens]``, whose segments follow each other.
+
+        ``count`` is the number of classes.
+        """
+        size, margin = layout.segment, WORD_MARGIN
+        windows = F.pad(classes, (margin, margin)).unfold(-1, size + 2 * margin, size).flatten(0, 1)
+        tables = []
+        for length in GRAMS:
+            codes = cls.codes(windows, length)
+            table = torch.zeros(
+                len(windows), count if length == 1 else RUN_CODES, dtype=torch.int8, device=classes.device
+            )
+            tables.append(table.scatter_(1, codes, 1))
+        return cls(tables)
+
+    def evidence(self, classes: Tensor, used: Tensor) -> Tensor:
+        """How rare what a segment shares with a question is: ``[lengths, segments, R, L]`` for questions ``[R, L]``."""
+        parts = []
+        for length, table in zip(GRAMS, self.tables, strict=True):
+            codes = self.codes(classes, length)
+            found = table.index_select(1, codes.flatten()).view(len(table), *codes.shape)
+            found = found.to(torch.bfloat16 if table.is_cuda else torch.float32)
+            holding = found.sum(0, dtype=torch.float32)
+            rarity = torch.log(1 + (len(table) - holding + 0.5) / (holding + 0.5)) * (used & (codes > 0))
+            parts.append(found * rarity.to(found.dtype))
+        return torch.stack(parts)
 
 
 def _copies(base: Weights, names: list[str]) -> nn.ParameterList:
@@ -141,6 +228,25 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), epsilon).to(x.dtype)
 
 
+def picked_passages(documents: Tensor, segments: Tensor, ranks: Tensor, separators: Tensor, layout: Layout) -> Tensor:
+    """The text of picked segments with the margin on both sides, each after a separator that tells its rank.
+
+    Args:
+        documents: ``[D, tokens]`` token ids.
+        segments: ``[D, k]`` numbers of the segments, in the order in which they are to stand.
+        ranks: ``[D, k]``, 0 for the best.
+        separators: ``[k, n]`` token ids by rank.
+
+    Returns:
+        ``[D, k * (n + segment + 2 * margin)]`` token ids.
+    """
+    length = layout.segment + 2 * layout.margin
+    first = (segments * layout.segment - layout.margin).clamp(0, documents.shape[1] - length)
+    places = first[..., None] + torch.arange(length, device=documents.device)
+    text = documents.gather(1, places.flatten(1)).view(*segments.shape, length)
+    return torch.cat((separators[ranks], text), -1).flatten(1)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     """Attention over ``[batch, length, heads, head_dim]``; query heads share key/value heads."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -154,20 +260,22 @@ class Retriever(nn.Module):
         shape: sizes of the base.
         layout: the memory's layout.
         base: the base's weights; their dtype is the one that is computed in.
-        compressor_rank: rank of the updates of the memory layers' projections, used by compressor and pick.
-        decoder_rank: rank of the updates of the other layers' self-attention.
+        classes: ``[vocabulary]`` int64, the class of each token for the search by words; 0 has no part in it.
+        ranks: of the low-rank updates.
     """
 
     def __init__(
-        self, shape: Shape, layout: Layout, base: Weights, compressor_rank: int = 16, decoder_rank: int = 8
+        self, shape: Shape, layout: Layout, base: Weights, classes: Tensor, ranks: Ranks | None = None
     ) -> None:
         super().__init__()
-        self.shape, self.layout, self.base = shape, layout, base
+        self.shape, self.layout, self.base, self.ranks = shape, layout, base, ranks or Ranks()
+        self.classes, self.class_count = classes.to(base["norm.weight"].device), int(classes.max()) + 1
         lower, upper = range(shape.memory_layers), range(shape.memory_layers, shape.layers)
-        self.injected = InjectedBlocks(shape, base)
+        self.injected = InjectedBlocks(shape, base, self.ranks.injected)
         self.pick = Pick(shape, base)
-        self.lower = LowRankUpdates(base, lower, PROJECTIONS, compressor_rank)
-        self.upper = LowRankUpdates(base, upper, ATTENTION, decoder_rank)
+        self.lower = LowRankUpdates(base, lower, PROJECTIONS, self.ranks.compressor)
+        self.upper = LowRankUpdates(base, upper, ATTENTION, self.ranks.attention)
+        self.mlp = LowRankUpdates(base, upper, MLP, self.ranks.mlp)
         self.device = base["norm.weight"].device
         exponents = torch.arange(0, shape.head_dim, 2, device=self.device).float() / shape.head_dim
         self.frequencies = 1.0 / shape.rope_theta**exponents
@@ -187,7 +295,7 @@ class Retriever(nn.Module):
         return self.lower.apply_to(self.base)
 
     def decoder_weights(self) -> Weights:
-        return self.upper.apply_to(self.base)
+        return self.mlp.apply_to(self.upper.apply_to(self.base))
 
     def rotation(self, positions: Tensor) -> Rotation:
         """Cosines and sines ``[..., 1, head_dim / 2]`` of the positions ``[...]``."""
@@ -267,18 +375,26 @@ class Retriever(nn.Module):
             x = self._mlp(weights, layer, x + F.linear(attended, weights[f"{prefix}o_proj.weight"]))
         return memory, raw_keys
 
-    def scores(self, weights: Weights, questions: Tensor, used: Tensor, raw_keys: RawKeys) -> Tensor:
+    def word_index(self, documents: Tensor) -> WordIndex:
+        """The index of ``documents [D, tokens]``, whole segments each."""
+        return WordIndex.of(self.classes[documents], self.layout, self.class_count)
+
+    def scores(
+        self, weights: Weights, questions: Tensor, used: Tensor, raw_keys: RawKeys, words: WordIndex | None
+    ) -> Tensor:
         """How well each segment answers each question; no position of a chunk takes part.
 
         A question's tokens run through the compressor's layers. In the pick's layers each token asks the raw keys of
         all slots; the softmax over them, averaged over heads and summed over a segment's slots, is the segment's share.
-        The score is the sum over layers and tokens of beta x weight(token) x log(share x segments + 1).
+        The score is the sum over layers and tokens of beta x weight(token) x log(share x segments + 1), and of what
+        the segment and the question share word by word, each by its rarity, with weights of their own.
 
         Args:
             weights: :meth:`compressor_weights`.
             questions: ``[R, L]`` token ids.
             used: ``[R, L]`` bool, false for padding at the end.
             raw_keys: from :meth:`compress`, of all chunks.
+            words: from :meth:`word_index`, of the same tokens; ``None`` leaves the search by words out.
 
         Returns:
             ``[R, chunks * segments_per_chunk]`` float32.
@@ -286,6 +402,7 @@ class Retriever(nn.Module):
         rotation = self.rotation(torch.arange(questions.shape[1], device=self.device)[None])
         x, layers = self.embed(questions), self.shape.pick_layers
         total = torch.zeros((), device=self.device)
+        word_weight = torch.zeros(len(GRAMS), 1, 1, device=self.device)
         for layer in range(self.shape.memory_layers):
             h = self._norm(x, weights[f"layers.{layer}.input_layernorm.weight"])
             if layer in layers:
@@ -294,8 +411,13 @@ class Retriever(nn.Module):
                 weight = torch.sigmoid(h.float() @ self.pick.token_weight[i] + self.pick.token_bias[i]) * used
                 evidence = torch.log(share * share.shape[-1] + 1)
                 total = total + self.pick.beta[i] * (evidence * weight[..., None]).sum(1)
+                weight = torch.sigmoid(h.float() @ self.pick.word_weight[i] + self.pick.word_bias[i])
+                word_weight = word_weight + weight * self.pick.word_beta[i][:, None, None]
             if layer < self.shape.memory_layers - 1:
                 x = self._mlp(weights, layer, self._self_attention(weights, layer, x, h, rotation))
+        if words is not None:
+            found = words.evidence(self.classes[questions], used)
+            total = total + torch.einsum("gsrl,grl->rs", found, word_weight.to(found.dtype)).float()
         return total
 
     def _segment_shares(self, queries: Tensor, raw_keys: Tensor) -> Tensor:
@@ -325,7 +447,14 @@ class Retriever(nn.Module):
             for keys, values in memory
         ]
 
-    def decode(self, weights: Weights, ids: Tensor, memory: Memory | None, query_position: Tensor) -> Tensor:
+    def decode(
+        self,
+        weights: Weights,
+        ids: Tensor,
+        memory: Memory | None,
+        query_position: Tensor,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         """The last layer's normalised output ``[R, L, d]``.
 
         Args:
@@ -333,6 +462,7 @@ class Retriever(nn.Module):
             ids: ``[R, L]`` token ids; padding stands at the end.
             memory: from :meth:`place`, or ``None``; ``R`` is a multiple of its documents, rows of one lie side by side.
             query_position: ``[1]``, the position from which the memory is read.
+            gate: ``[R]`` factors of what is read from the memory; zero is no memory.
         """
         rotation = self.rotation(torch.arange(ids.shape[1], device=self.device)[None])
         x = self.embed(ids)
@@ -340,16 +470,17 @@ class Retriever(nn.Module):
             h = self._norm(x, weights[f"layers.{layer}.input_layernorm.weight"])
             x = self._self_attention(weights, layer, x, h, rotation)
             if memory is not None and layer < self.shape.memory_layers:
-                x = x + self._read(layer, x, memory[layer], query_position)
+                read = self._read(layer, x, memory[layer], query_position)
+                x = x + (read if gate is None else read * gate[:, None, None].to(read.dtype))
             x = self._mlp(weights, layer, x)
         return self._norm(x, self.base["norm.weight"])
 
     def _read(self, layer: int, x: Tensor, slots: tuple[Tensor, Tensor], query_position: Tensor) -> Tensor:
         keys, values = slots
         h = self._norm(x, self.injected.norm[layer])
-        queries = self._queries(F.linear(h, self.injected.query[layer].to(h.dtype)))
+        queries = self._queries(self.injected.query(layer, h))
         queries = self.rotate(queries, *self.rotation(query_position))
         rows, length = x.shape[:2]
         by_document = queries.reshape(len(keys), rows // len(keys) * length, *queries.shape[2:])
         attended = attend(by_document, keys, values, causal=False).reshape(rows, length, -1)
-        return F.linear(attended, self.injected.output[layer].to(h.dtype))
+        return self.injected.output(layer, attended)

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from adapter import load_base, save_adapter
 from batches import IGNORED, Batch, BatchQueue, BatchSizes
 from layout import Layout
-from retriever import Retriever, Shape
+from questions import QuestionSource
+from retriever import Retriever, Shape, picked_passages
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 TEXT_WEIGHT = 0.5
 PICKED = 8
@@ -38,9 +40,17 @@ class LearningRates(NamedTuple):
     updates: float = 1e-3
 
 
-def pick_loss(scores: Tensor, targets: Tensor) -> Tensor:
+class Frame(NamedTuple):
+    """Tokens that are the same in every window: ``[u]`` the begin of the user's turn, ``[k, n]`` separators."""
+
+    user: Tensor
+    separators: Tensor
+
+
+def pick_loss(scores: Tensor, targets: Tensor, compared: Tensor) -> Tensor:
     """Cross-entropy of the scores ``[R, segments]`` against the answer's segments, which share 1."""
-    return -(targets * F.log_softmax(scores, -1)).sum(-1).mean()
+    log_shares = F.log_softmax(scores.masked_fill(~compared, -1e4), -1)
+    return -(targets * log_shares).sum(-1).mean()
 
 
 def found_share(scores: Tensor, targets: Tensor, count: int = PICKED) -> Tensor:
@@ -49,21 +59,39 @@ def found_share(scores: Tensor, targets: Tensor, count: int = PICKED) -> Tensor:
     return targets.gather(1, best).gt(0).any(1).float().mean()
 
 
-def losses(retriever: Retriever, batch: Batch, contexts: int) -> tuple[Tensor, Tensor]:
+def windows(retriever: Retriever, batch: Batch, scores: Tensor, frame: Frame, contexts: int) -> tuple[Tensor, int]:
+    """``[B, tokens]`` what is read, and where the tail begins.
+
+    The passages are the reader's own best segments of its context; those that answers need take the last places if the
+    pick has missed them. Ranks are the pick's, so that they say as much as they will say later.
+    """
+    documents = batch.chunks.view(contexts, -1)
+    own = scores.view(len(scores), contexts, -1)[batch.reader, torch.arange(contexts, device=scores.device)].detach()
+    segments = (own + 1e4 * batch.needed).topk(PICKED, 1).indices.sort(1).values
+    ranks = own.gather(1, segments).argsort(1, descending=True).argsort(1)
+    text = picked_passages(documents, segments, ranks, frame.separators, retriever.layout)
+    ids = torch.cat((frame.user.expand(contexts, -1), text, batch.tail), 1)
+    return ids, ids.shape[1] - batch.tail.shape[1]
+
+
+def losses(retriever: Retriever, batch: Batch, frame: Frame, contexts: int) -> tuple[Tensor, Tensor]:
     """The loss to minimise, and ``[4]`` what is reported (REPORTED)."""
     compressor, decoder = retriever.compressor_weights(), retriever.decoder_weights()
     memory, raw_keys = retriever.compress(compressor, batch.chunks)
-    scores = retriever.scores(compressor, batch.questions, batch.question_used, raw_keys)
-    pick = pick_loss(scores, batch.targets)
+    words = retriever.word_index(batch.chunks.view(contexts, -1))
+    scores = retriever.scores(compressor, batch.questions, batch.question_used, raw_keys, words)
+    pick = pick_loss(scores, batch.targets, batch.compared)
     placed = retriever.place(memory, batch.chunk_index, contexts)
-    hidden = retriever.decode(decoder, batch.reading, placed, batch.query_position)
-    places = batch.answer_places[..., None].expand(-1, -1, hidden.shape[-1])
+    ids, tail = windows(retriever, batch, scores, frame, contexts)
+    hidden = retriever.decode(decoder, ids, placed, batch.query_position, batch.gate)
+    places = (tail + batch.answer_places)[..., None].expand(-1, -1, hidden.shape[-1])
     answer_logits = retriever.logits(hidden.gather(1, places))
     answer = F.cross_entropy(answer_logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORED)
-    text_logits = retriever.logits(retriever.decode(decoder, batch.running, placed, batch.query_position)[:, :-1])
-    text = F.cross_entropy(text_logits.flatten(0, 1), batch.running[:, 1:].flatten())
+    hidden = retriever.decode(decoder, batch.running, placed, batch.query_position, batch.gate)[:, :-1]
+    text = F.cross_entropy(retriever.logits(hidden).flatten(0, 1), batch.running[:, 1:].flatten())
     with torch.no_grad():
-        reported = torch.stack((answer, pick, text, found_share(scores, batch.targets)))
+        found = found_share(scores.masked_fill(~batch.compared, -1e4), batch.targets)
+        reported = torch.stack((answer, pick, text, found))
     return answer + pick + TEXT_WEIGHT * text, reported
 
 
@@ -75,14 +103,14 @@ def rate_factor(step: int, progress: float) -> float:
 class Trainer:
     """One optimiser step after the other; on CUDA the whole step is one graph over buffers that stay in place."""
 
-    def __init__(self, retriever: Retriever, first: Batch, contexts: int, peaks: LearningRates) -> None:
-        self.retriever, self.contexts, self.peaks = retriever, contexts, peaks
+    def __init__(self, retriever: Retriever, first: Batch, frame: Frame, contexts: int, peaks: LearningRates) -> None:
+        self.retriever, self.frame, self.contexts, self.peaks = retriever, frame, contexts, peaks
         self.cuda = retriever.device.type == "cuda"
         self.buffers = Batch(*(torch.from_numpy(array).to(retriever.device) for array in first))
         # tensors, because a graph reads them anew at every replay
         self.rates = [torch.tensor(peak, device=retriever.device) for peak in peaks]
         blocks = [*retriever.injected.parameters(), *retriever.pick.parameters()]
-        updates = [*retriever.lower.parameters(), *retriever.upper.parameters()]
+        updates = [*retriever.lower.parameters(), *retriever.upper.parameters(), *retriever.mlp.parameters()]
         self.parameters = blocks + updates
         self.optimizer = torch.optim.AdamW(
             [{"params": blocks, "lr": self.rates[0]}, {"params": updates, "lr": self.rates[1]}],
@@ -91,9 +119,10 @@ class Trainer:
             fused=self.cuda,
             capturable=self.cuda,
         )
-        self.steps = 0
+        self.steps, self.seconds = 0, 0.0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_reports: Tensor | None = None
+        self.eager = 0
         self.side_stream = torch.cuda.Stream() if self.cuda else None
 
     def step(self, batch: Batch, progress: float) -> Tensor:
@@ -104,7 +133,8 @@ class Trainer:
             buffer.copy_(torch.from_numpy(array))
         if self.side_stream is None:
             reports = self._update()
-        elif self.steps < EAGER_STEPS:
+        elif self.eager < EAGER_STEPS:
+            self.eager += 1
             self.side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side_stream):
                 reports = self._update()
@@ -114,8 +144,28 @@ class Trainer:
         self.steps += 1
         return reports
 
+    def save_state(self, path: Path) -> None:
+        """Everything that the next step needs: an exact continuation but for the order of the batches."""
+        state = {
+            "parameters": self.retriever.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def load_state(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.retriever.device)
+        self.retriever.load_state_dict(state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        # what was loaded has rates of its own
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        self.steps, self.seconds = state["steps"], state["seconds"]
+
     def _update(self) -> Tensor:
-        loss, reports = losses(self.retriever, self.buffers, self.contexts)
+        loss, reports = losses(self.retriever, self.buffers, self.frame, self.contexts)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
@@ -135,35 +185,38 @@ class Trainer:
         return self.graph_reports.clone()
 
 
-def train(trainer: Trainer, batches: BatchQueue, seconds: float, max_steps: int | None) -> None:
-    """Steps until the time is up, with a line now and then."""
+def train(trainer: Trainer, batches: BatchQueue, seconds: float, stop: float, max_steps: int | None) -> None:
+    """Steps until ``stop`` seconds of training, with a line now and then; rates decline over ``seconds``."""
     recent: list[Tensor] = []
-    start = time.monotonic()
+    start = time.monotonic() - trainer.seconds
     waited = 0.0
     while max_steps is None or trainer.steps < max_steps:
-        progress = (time.monotonic() - start) / seconds
-        if progress > 1:
+        trainer.seconds = time.monotonic() - start
+        if trainer.seconds > stop:
             break
         asked = time.monotonic()
         batch = batches.get()
         waited += time.monotonic() - asked
-        recent = [*recent[-199:], trainer.step(batch, progress)]
+        recent = [*recent[-199:], trainer.step(batch, min(1.0, trainer.seconds / seconds))]
         if trainer.cuda and trainer.steps % 8 == 0:
             torch.cuda.synchronize()  # the clock must not run ahead of the GPU
-        if trainer.steps in (2, 10, 30) or trainer.steps % 250 == 0:
+        if trainer.steps in (2, 10, 30, 100) or trainer.steps % 250 == 0:
             means = torch.stack(recent).mean(0).tolist()
             if not all(math.isfinite(mean) for mean in means):
                 raise RuntimeError(f"training: expected finite losses, got {means} at step {trainer.steps}")
             report = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(REPORTED, means, strict=True))
-            elapsed = time.monotonic() - start
-            print(f"step {trainer.steps}, {elapsed:.0f} s: {report}; waited {waited:.0f} s for data", flush=True)
+            print(
+                f"step {trainer.steps}, {trainer.seconds:.0f} s: {report}; waited {waited:.0f} s for data", flush=True
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
     parser.add_argument("--out", type=Path, required=True, help="the adapter, a safetensors file")
-    parser.add_argument("--seconds", type=float, default=395.0)
+    parser.add_argument("--seconds", type=float, default=900.0, help="of training, over which the rates decline")
+    parser.add_argument("--stop", type=float, help="stop after so many seconds of training; go on later with --state")
+    parser.add_argument("--state", type=Path, help="continue from this file if it is there; written at the end")
     parser.add_argument("--max-steps", type=int, help="stop earlier (for a quick trial)")
     parser.add_argument("--contexts", type=int, default=8, help="contexts in a batch")
     parser.add_argument("--memory-layers", type=int, default=8)
@@ -176,20 +229,26 @@ def main() -> None:
     device = torch.device(arguments.device)
     base = load_base(arguments.data / "base", device)
     batches = BatchQueue(arguments.data, base.folder, layout, sizes, arguments.workers, arguments.seed)
+    source = QuestionSource(arguments.data, AutoTokenizer.from_pretrained(base.folder), "train", 0, layout)
+    frame = Frame(torch.tensor(source.user, device=device), torch.from_numpy(source.separators(PICKED)).to(device))
     try:
         torch.manual_seed(arguments.seed)
-        retriever = Retriever(Shape.of(base.config, arguments.memory_layers), layout, base.weights)
+        retriever = Retriever(Shape.of(base.config, arguments.memory_layers), layout, base.weights, base.classes)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             retriever.compile_elementwise()
-        trainer = Trainer(retriever, batches.get(), sizes.contexts, LearningRates())
+        trainer = Trainer(retriever, batches.get(), frame, sizes.contexts, LearningRates())
+        if arguments.state and arguments.state.is_file():
+            trainer.load_state(arguments.state)
         print(f"{sum(p.numel() for p in trainer.parameters) / 1e6:.2f} M parameters are trained", flush=True)
-        train(trainer, batches, arguments.seconds, arguments.max_steps)
+        train(trainer, batches, arguments.seconds, arguments.stop or arguments.seconds, arguments.max_steps)
+        if arguments.state:
+            trainer.save_state(arguments.state)
     finally:
         batches.close()
     training = {
         "steps": trainer.steps,
-        "seconds": arguments.seconds,
+        "seconds": round(trainer.seconds, 1),
         "seed": arguments.seed,
         "contexts": sizes.contexts,
         "torch": str(torch.__version__),
