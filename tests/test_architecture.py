@@ -23,7 +23,7 @@ _library, cpu
 reference.*
 ops._autocast, ops._checks
 ops.*
-model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
+model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file, model.hooks
 model.families
 model.configuration, model.layer_math, model.managed_layers, model.chunks, model.collator, model.reading
 model.rotary

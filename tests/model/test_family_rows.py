@@ -140,3 +140,11 @@ def test_projections_of_their_own_are_the_modules_themselves() -> None:
     layer = builders.model().model.layers[0]
     assert projection(layer.self_attn, "q") is layer.self_attn.q_proj
     assert projection(layer.mlp, "down") is layer.mlp.down_proj
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_joined_projections_run(register: str) -> None:
+    attention, seen = builders.model("phi3").model.layers[3].self_attn, []
+    getattr(attention.qkv_proj, register)(lambda *_: seen.append(1))
+    projection(attention, "k")(torch.randn(3, 64, requires_grad=True)).sum().backward()
+    assert seen

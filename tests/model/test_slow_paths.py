@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache
 
 import sharedllm_ext
 from sharedllm_ext import SharedLLMForCausalLM, decoding_obstacle
+from sharedllm_ext.model import slow_paths as slow_paths_module
 from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, support
 from sharedllm_ext.model.slow_paths import attention_obstacle, fusing_obstacle, slow_paths
 
 from . import builders
 
-NO_HOOK = "expected no hook and no forward of its own, got one on"
+NO_HOOK = "expected no hook and no forward of its own, got"
+ENDS = "its handle's remove() ends it"
 HOLE = torch.tensor([[1, 0, 1]])
 STEPS: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
@@ -32,6 +35,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     end = DecodeRunner._end
     monkeypatch.setattr(DecodeRunner, "_end", lambda *a: (ran.append(1), end(*a))[1])
     return ran
+
+
+class Watcher:
+    """A hook that is no function."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
 
 
 def _hooked(model: Any) -> None:
@@ -84,9 +94,14 @@ def _gelu(model: Any) -> None:
         (lambda m: m.train(), "model: expected evaluation mode (model.eval()), got training mode"),
         (
             _hooked,
-            f"model.layers.1.self_attn: {NO_HOOK} FusedLlamaAttention",
+            f"model.layers.1.self_attn: {NO_HOOK} forward hook `_hooked.<locals>.<lambda>` on FusedLlamaAttention; "
+            f"{ENDS}",
         ),
-        (_own_forward, f"model.norm: {NO_HOOK} FusedLlamaRMSNorm"),
+        (
+            lambda m: m.lm_head.register_forward_pre_hook(Watcher()),
+            f"lm_head: {NO_HOOK} forward pre-hook `Watcher` on Linear; {ENDS}",
+        ),
+        (_own_forward, f"model.norm: {NO_HOOK} forward `_own_forward.<locals>.<lambda>` on FusedLlamaRMSNorm"),
         (_adapted, "model.layers.3.mlp.down_proj: expected a plain Linear, got Adapter"),
         (_other_norm, "model.layers.0.input_layernorm: expected LlamaRMSNorm, got LayerNorm"),
         (_mixed, "lm_head.weight: expected torch.float32 on cpu as the embedding, got torch.bfloat16 on cpu"),
@@ -201,6 +216,39 @@ def test_what_generate_does_agrees_with_the_answer(steps: list[int]) -> None:
         expected = decoding_obstacle(model) is None
         model.generate(builders.ids(1, 9), **STEPS)
         assert bool(steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("register", "kind"),
+    [
+        (torch_module.register_module_forward_hook, "forward hook"),
+        (torch_module.register_module_forward_pre_hook, "forward pre-hook"),
+        (torch_module.register_module_full_backward_hook, "backward hook"),
+        (torch_module.register_module_full_backward_pre_hook, "backward pre-hook"),
+    ],
+)
+def test_hooks_of_all_modules(register: Any, kind: str, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = builders.model(), builders.ids(1, 9)
+    expected = model.generate(text, **STEPS)
+    assert steps
+    steps.clear()
+    monkeypatch.setattr(slow_paths_module, "_obstacle_of", lambda _: None)
+    assert fusing_obstacle(model) is None
+    seen: set[nn.Module] = set()
+    forward = kind.startswith("forward")
+    handle = register(lambda module, *_: seen.add(module))
+    try:
+        got = f"got {kind} `test_hooks_of_all_modules.<locals>.<lambda>`; {ENDS}"
+        # without gradients those of the backward pass have nothing to do
+        reason = f"all modules: expected no hook and no forward of its own, {got}" if forward else None
+        assert decoding_obstacle(model) == reason
+        assert fusing_obstacle(model) == f"all modules: expected no hook, {got}"
+        assert torch.equal(model.generate(text, **STEPS), expected) and bool(steps) != forward
+    finally:
+        handle.remove()
+    if forward:
+        assert {module for layer in model.model.layers for module in (layer, layer.mlp, layer.mlp.down_proj)} <= seen
+    assert decoding_obstacle(model) is None and fusing_obstacle(model) is None
 
 
 def test_fused_layers_and_attention_kernel() -> None:

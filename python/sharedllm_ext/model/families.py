@@ -50,6 +50,8 @@ from transformers.models.smollm3.modeling_smollm3 import (
     SmolLM3RMSNorm,
 )
 
+from .hooks import is_untouched
+
 #: Name of the rotation of layers without rotary embedding.
 STILL = "none"
 _EACH_ITS_OWN = MappingProxyType({name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")})
@@ -156,8 +158,7 @@ class LinearPart:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [..., K]`` to ``[..., outputs]``."""
-        hooks = (*self.whole._forward_hooks, *self.whole._forward_pre_hooks)
-        if self._is_plain and not hooks and "forward" not in vars(self.whole):
+        if self._is_plain and is_untouched(self.whole):
             return F.linear(x, self.weight, self.bias)
         # quantised, adapted, offloaded or with hooks: only its own matmul is right
         out: Tensor = self.whole(x)[..., self.outputs]

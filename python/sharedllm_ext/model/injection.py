@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..ops import injected_attention
 from .families import FAMILIES, attention_norm, mlp_norm, norm_eps, projection
-from .layer_math import add_linear, add_mlp, add_output, adds_plainly, is_untouched, linear_weight, version_of
+from .hooks import is_untouched
+from .layer_math import add_linear, add_mlp, add_output, adds_plainly, linear_weight, version_of
 from .managed_layers import RunsSteps
 from .memory import ContextMemory
 from .rotary import TablesOf

@@ -19,6 +19,7 @@ from .families import (
     projection,
     residual_factor,
 )
+from .hooks import is_untouched
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 #: Whether 8-bit matmuls accumulate with fewer bits than float32, which is the tensor cores' fastest way: on hidden
@@ -79,17 +80,6 @@ def add_linear(hidden: Tensor, module: Any, x: Tensor) -> Tensor:
         hidden.view(-1, hidden.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), module.weight.t())
         return hidden
     return hidden + module(x)
-
-
-def is_untouched(module: Any) -> bool:
-    """Whether a call of a module is only its class's forward: no hooks, no replaced forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def applies_silu(mlp: Any) -> bool:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..ops import node_vectors
 from .families import attention_norm, embedding_factor, mlp_norm, mlp_width, projection, sliding_window
-from .layer_math import Products, is_untouched, split_heads
+from .hooks import is_untouched
+from .layer_math import Products, split_heads
 from .managed_layers import call_layer
 from .rotary import LayerTables
 from .upload import upload

@@ -7,7 +7,8 @@ import torch
 from ..ops.injected_attention import TENSOR_CORE_HEAD_SIZES
 from .decoding.support import decoding_obstacle
 from .families import family_of
-from .layer_math import FUSED_DTYPES, FUSED_MIXINS, is_untouched
+from .hooks import global_hook, is_untouched
+from .layer_math import FUSED_DTYPES, FUSED_MIXINS
 from .protocols import Decoder
 
 
@@ -32,6 +33,9 @@ def fusing_obstacle(model: Decoder) -> str | None:
     obstacle = _obstacle_of(model)
     if obstacle is not None:
         return obstacle
+    hook = global_hook(backward=True)
+    if hook is not None:
+        return f"all modules: expected no hook, got {hook}; its handle's remove() ends it"
     implementation = model.config._attn_implementation
     if implementation != "sdpa":
         return f"attn_implementation: expected sdpa, got {implementation}"

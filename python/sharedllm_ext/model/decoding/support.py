@@ -10,6 +10,7 @@ from ..._library import cuda_kernels
 from ...ops.injected_attention import TENSOR_CORE_HEAD_SIZES
 from ..cache_name import CACHE_NAME, one_cache
 from ..families import attention_norm, family_of, mlp_norm
+from ..hooks import forward_hook, global_hook, own_forward
 from ..protocols import Decoder
 from .cache import PreallocatedCache
 
@@ -25,6 +26,8 @@ _KERNELS = ("decode_linear", "decode_append", "injected_attention")
 # generation modes that choose tokens one by one
 _SINGLE = ("greedy_search", "sample")
 _WATCHING = ("output_attentions", "output_hidden_states")
+_NO_HOOK = "expected no hook and no forward of its own"
+_HOOK_ENDS = "its handle's remove() ends it"
 _logger = logging.getLogger("sharedllm_ext")
 _said: set[str] = set()
 
@@ -193,11 +196,15 @@ def _obstacle_in_settings_of(model: Decoder) -> str | None:
 
 
 def _obstacle_in_modules(model: Decoder) -> str | None:
+    everywhere = global_hook(backward=False)
+    if everywhere is not None:
+        return f"all modules: {_NO_HOOK}, got {everywhere}; {_HOOK_ENDS}"
     inner: Any = model.model
     named = [("model", model), *((f"model.{name}", one) for name, one in inner.named_modules() if name)]
     for name, one in (*named, ("model", inner), ("lm_head", model.lm_head)):
-        if has_hooks(one):
-            return f"{name}: expected no hook and no forward of its own, got one on {type(one).__name__}"
+        obstacle = _obstacle_in_forward(one)
+        if obstacle is not None:
+            return f"{name}: {obstacle}"
     if type(inner.embed_tokens) is not nn.Embedding or inner.embed_tokens.max_norm is not None:
         return f"model.embed_tokens: expected a plain Embedding, got {type(inner.embed_tokens).__name__}"
     family = family_of(inner.layers[0])
@@ -233,8 +240,9 @@ def _obstacle_in_modules(model: Decoder) -> str | None:
     return None
 
 
-def has_hooks(module: Any) -> bool:
-    """Whether a call is more than the forward; Transformers' own hooks do nothing unless outputs are wanted."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    foreign = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
-    return foreign or "forward" in module.__dict__
+def _obstacle_in_forward(module: Any) -> str | None:
+    """What a call of a module does besides its class's forward."""
+    hook, replaced, kind = forward_hook(module), own_forward(module), type(module).__name__
+    if hook is not None:
+        return f"{_NO_HOOK}, got {hook} on {kind}; {_HOOK_ENDS}"
+    return None if replaced is None else f"{_NO_HOOK}, got forward `{replaced}` on {kind}"
