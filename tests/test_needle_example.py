@@ -1,6 +1,7 @@
 """The needle experiment's scripts, with a tiny random model on the CPU: layout, memory, pick, questions, training."""
 
 import dataclasses
+import importlib.util
 import math
 import re
 import sys
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "ne
 
 import adapter
 import batches
-import evaluate
 import prepare
 import questions
 import retriever as needle
@@ -29,6 +29,12 @@ import train
 import train_wordings
 import word_search
 from layout import Layout
+
+# the demo model's scripts have an evaluate.py, too
+spec = importlib.util.spec_from_file_location("needle_evaluate", Path(train.__file__).with_name("evaluate.py"))
+assert spec is not None and spec.loader is not None
+evaluate = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(evaluate)
 
 SMALL = Layout(chunk_size=64, tree_depth=3, slots_per_node=4)
 # segments as long as the experiment's, in chunks of half the size
