@@ -1,5 +1,6 @@
 """The needle experiment's scripts, with a tiny random model on the CPU: layout, memory, pick, questions, training."""
 
+import copy
 import dataclasses
 import importlib.util
 import math
@@ -7,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "ne
 
 import adapter
 import batches
+import export
 import prepare
 import questions
 import retriever as needle
@@ -516,6 +519,34 @@ def test_an_adapter_names_its_base(tmp_path: Path) -> None:
         adapter.load_adapter(path, other)
     with pytest.raises(SystemExit, match=r"model\.safetensors is missing: run prepare\.py first"):
         adapter.load_base(tmp_path / "base", torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_the_package_finds_and_reads_the_same(tmp_path: Path) -> None:
+    """Exported, the model picks the same segments with the same scores, and writes the same logits after them."""
+    base, layout = tiny_base(), HALF
+    ours = tiny_retriever(base, layout)
+    for parameter in ours.parameters():
+        parameter.copy_((torch.randn_like(parameter) * 0.2).bfloat16())
+    path = tmp_path / "adapter.safetensors"
+    export.export(path, ours, copy.deepcopy(base), "tiny")
+    shared: Any = SharedLLMForCausalLM.from_adapter(path, base)
+    document = torch.randint(3, 256, (1, 3 * layout.chunk_size))
+    question = torch.randint(3, 256, (1, 11))
+    weights = ours.compressor_weights()
+    memory, raw_keys = ours.compress(weights, document.view(3, -1))
+    words = ours.word_index(document)
+    used = torch.ones_like(question, dtype=torch.bool)
+    scores = ours.scores(weights, question, used, raw_keys, words)[0]
+    made = shared.compress(document)
+    (found,) = shared.find_passages(question, document, memory=made, count=8)
+    best = scores.topk(8)
+    assert [passage.segment for passage in found] == best.indices.tolist()
+    torch.testing.assert_close(torch.tensor([p.score for p in found]), best.values, rtol=1e-3, atol=1e-3)
+    placed = ours.place(memory, torch.arange(3), 1)
+    hidden = ours.decode(ours.decoder_weights(), question, placed, torch.tensor([4]))
+    logits = shared(input_ids=question, memory=made).logits
+    torch.testing.assert_close(logits, ours.logits(hidden), rtol=1e-3, atol=1e-3)
 
 
 def models_of(data: Path, retriever: needle.Retriever) -> evaluate.Models:
