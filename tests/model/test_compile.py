@@ -32,6 +32,13 @@ def test_one_graph_takes_every_memory() -> None:
 def test_one_graph_of_every_family(family: str) -> None:
     model = builders.model(family)
     text = builders.ids(2, 10)
+    if family == "phi3_longrope":
+        # older Transformers (5.17) ask on the host which factors to take
+        try:
+            torch.compile(builders.base(family), backend="eager", fullgraph=True)(text)
+        except torch._dynamo.exc.TorchDynamoException:
+            pytest.skip("this Transformers traces no longrope")
+        torch.compiler.reset()
     memory = model.compress(builders.ids(2, 130), query_ids=text)
     got = torch.compile(model, backend="eager", fullgraph=True)(text, memory=memory).logits
     torch.testing.assert_close(got, model(text, memory=memory).logits)
