@@ -235,6 +235,11 @@ def test_what_no_decoder_is_made_of(model: Any) -> None:
     scaled.text_config.rope_parameters = {**scaled.text_config.rope_parameters, "rope_type": "linear", "factor": 2.0}
     with pytest.raises(ValueError, match="rope: expected a model with rope_type 'default' to stretch, got 'linear'"):
         plain_decoder(SharedLLMForCausalLM(scaled), rope={})
+    gemma = SharedLLMForCausalLM.from_base(builders.base("gemma3_text"), **builders.TREE)
+    with pytest.raises(
+        ValueError, match="rope: expected one rotation for all layers to stretch, got one each of sliding_"
+    ):
+        plain_decoder(gemma, rope={})
     offloaded = copy.deepcopy(model)
     offloaded.model.norm.to("meta")
     with pytest.raises(ValueError, match=r"expected plain weights .*offloaded ones \(model.norm.weight\)"):

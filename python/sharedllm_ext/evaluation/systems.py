@@ -41,10 +41,16 @@ def plain_decoder(model: Any, *, rope: dict[str, Any] | None = None) -> Any:
         rope: fields to put into ``config.rope_parameters``; the model's own type must be ``default``.
 
     Raises:
-        ValueError: weights that are quantised or offloaded, or rotary frequencies that are scaled already.
+        ValueError: weights that are quantised or offloaded; with ``rope`` frequencies that are scaled already, or
+            several kinds of them.
     """
     config = copy.deepcopy(model.config.text_config)
     if rope is not None:
+        kinds = [name for name, value in config.rope_parameters.items() if isinstance(value, dict)]
+        if kinds:
+            raise ValueError(
+                f"rope: expected one rotation for all layers to stretch, got one each of {', '.join(kinds)}"
+            )
         came = config.rope_parameters.get("rope_type", "default")
         if came != "default":
             raise ValueError(f"rope: expected a model with rope_type 'default' to stretch, got {came!r}")
@@ -64,6 +70,12 @@ def plain_decoder(model: Any, *, rope: dict[str, Any] | None = None) -> Any:
     plain.load_state_dict({name: state[name] for name in names}, assign=True)
     plain.tie_weights()
     _set_rotary(plain, config)
+    own = dict(model.named_buffers())
+    for name, buffer in plain.named_buffers():
+        # what is no part of a state: a factor of the embeddings
+        if buffer.is_meta:
+            place, _, attribute = name.rpartition(".")
+            plain.get_submodule(place).register_buffer(attribute, own[name], persistent=False)
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.requires_grad_(False).eval()
 
