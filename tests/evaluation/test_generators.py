@@ -305,6 +305,23 @@ def test_largest_number_of_units(limit: int, guess: int | None, most: int | None
     assert len(asked) < 8
 
 
+@pytest.mark.parametrize("guess", [None, 9_000, 10_500, 12_000])
+def test_long_contexts_are_tried_a_few_times_only(guess: int | None) -> None:
+    asked: list[int] = []
+    generator = random.Random(0)
+    sizes = [generator.randint(5, 20) for _ in range(20_000)]
+
+    def tokens(units: int) -> int:
+        asked.append(units)
+        return sum(sizes[:units])
+
+    limit = sum(sizes[:10_000])
+    _, used = _largest(tokens, limit, 1, None, guess)
+    assert limit * 511 / 512 < used <= limit
+    # the least one and the first guess without any are short
+    assert sum(units > 100 for units in asked) <= 3
+
+
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_too_short_a_length_names_what_is_needed(task: str, prompts: Prompts, sources: Sources) -> None:
     with pytest.raises(ValueError, match=rf"length: expected at least \d+ tokens for {task} with .*, got 40") as caught:

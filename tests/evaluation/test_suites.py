@@ -208,6 +208,7 @@ BAD = [
     ("longbench-e", {"qasper_e.jsonl": [longbench_row(length="x")]}, r'whole number "length" of at least 0, got \'x\''),
     ("longbench-v2", {"data.json": [1]}, r"data.json item 0: expected a JSON object, got 1"),
     ("infinitebench", {"passkey.jsonl": [{"context": "x", "input": "y"}]}, r'expected "answer", a string, a number'),
+    ("infinitebench", {"math_find.jsonl": [{"answer": "x"}]}, r'line 1: expected a number "answer", got \'x\''),
     (
         "infinitebench",
         {"code_debug.jsonl": [{"context": "x", "input": "", "answer": "f", "options": ["g"]}]},

@@ -27,6 +27,8 @@ from sharedllm_ext.evaluation.words import ADJECTIVES, NOUNS, pairs
 DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 #: From this length on the words of ``cwe`` come as often as in RULER from 4096 on: pairs are longer than its words.
 LONG_LIST = 8192
+#: Share of a length that a context may leave free: each try tokenises the whole of it.
+SLACK = 1 / 512
 #: Words that a code has for each token of length in ``fwe``.
 CODE_SHARE = 50
 
@@ -462,10 +464,11 @@ def check_tasks(tasks: Iterable[str], sources: Sources) -> None:
 def _largest(
     tokens: Callable[[int], int], limit: int, least: int, most: int | None, guess: int | None
 ) -> tuple[int, int]:
-    """The most units whose ``tokens`` are at most ``limit``, to a unit or so, and their tokens.
+    """The most units whose ``tokens`` are at most ``limit``, to a unit or to ``SLACK`` of it, and their tokens.
 
     ``tokens`` grows nearly evenly; only a number that was tried is returned.
     """
+    slack = limit * SLACK
     low, used = least, tokens(least)
     high = None if most is None else most + 1
     if used > limit:
@@ -481,9 +484,11 @@ def _largest(
             low, used = probe, came
         else:
             high = probe
-        if limit - used < each / 2:
+        if limit - used < max(each / 2, slack):
             break
-        probe = low + int((limit - used) / each)
+        # in the middle of what is close enough, where that is more than a unit
+        aim = limit - (slack / 2 if slack > each else 0)
+        probe = low + int((aim - used) / each)
     return low, used
 
 
@@ -508,7 +513,7 @@ def make_record(
         sources: sources of the context (default: the noise sentences; tasks about documents need theirs).
         seed: another one gives other records.
         depth: place of the answer in the context, 0 to 100 per cent, for tasks that have one.
-        guess: units to try first, such as those of the record before.
+        guess: units to try first, such as those of another record; it may decide how full the length is.
 
     Raises:
         ValueError: an unknown task, or a length that has no room for the shortest context.
@@ -563,7 +568,8 @@ def generate_records(
         for length in lengths:
             guess = None
             for index in range(questions):
-                record, guess = make_record(
+                # one guess for all, so that a record does not depend on those before it
+                record, units = make_record(
                     task,
                     length,
                     index,
@@ -573,4 +579,5 @@ def generate_records(
                     depth=depths[index % len(depths)],
                     guess=guess,
                 )
+                guess = units if guess is None else guess
                 yield record

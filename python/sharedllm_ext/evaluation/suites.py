@@ -471,6 +471,11 @@ def sought_number(text: str) -> str:
 
 def _infinitebench_answers(task: str, row: Row, name: str) -> list[str]:
     answers = scalars_of(row, "answer", name)
+    if task == "math_find":
+        try:
+            float(answers[0])
+        except ValueError:
+            raise TextError(f'{name}: expected a number "answer", got {answers[0][:60]!r}') from None
     if task not in ("longbook_choice_eng", "code_debug"):
         return answers
     options = texts_of(row, "options", name)
