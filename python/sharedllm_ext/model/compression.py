@@ -1,6 +1,7 @@
 """A model's work on a context: compressing it, showing which nodes are retained, checking whose a memory is."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -201,9 +202,13 @@ class ContextCompression:
             return query.flatten(0, 1), [query.shape[1]] * documents
         return query[used], used.sum(1).tolist()
 
+    def _reading_layers(self: Any) -> list[Any]:
+        """The layers that read the memory; a slice of the module list would be another module, made anew."""
+        return list(itertools.islice(self.model.layers, self.config.injection_layers))
+
     def _rotations(self: Any, layers: Iterable[Any] | None = None) -> dict[str, Rotation]:
         """The rotations of decoder layers by name; default: those that read the memory."""
-        own = self.model.layers[: self.config.injection_layers] if layers is None else layers
+        own = self._reading_layers() if layers is None else layers
         return rotations_of(self.model.rotary_emb, own)
 
     def _rope_tables(self: Any, rows: int, device: torch.device, layers: Iterable[Any] | None = None) -> LayerTables:

@@ -230,6 +230,11 @@ class Family:
         begin = sum(shares[: joined.index(name)]) * unit
         return LinearPart(whole, slice(begin, begin + shares[joined.index(name)] * unit))
 
+    @property
+    def adds_plainly(self) -> bool:
+        """Whether every layer adds what its attention and MLP give as it is."""
+        return self.residual_factor is None and not self.after
+
     @functools.cached_property
     def _own(self) -> dict[str, str]:
         """Attributes of the projections that are modules of their own."""

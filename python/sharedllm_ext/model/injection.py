@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import injected_attention
-from .families import FAMILIES, attention_norm, mlp_norm, norm_eps, projection
+from .families import FAMILIES, Family, attention_norm, norm_eps, projection
 from .hooks import is_untouched
 from .layer_math import add_linear, add_mlp, add_output, adds_plainly, linear_weight, version_of
 from .managed_layers import RunsSteps
@@ -207,6 +207,8 @@ class InjectedAttention(nn.Module):
 class _InjectedLayer:
     """Mixin: the family's decoder layer with the injected block between self-attention and MLP."""
 
+    base_family: Family
+
     def __call__(
         self, hidden_states: Tensor, *tensors: Tensor, injected_context: InjectedContext | None = None, **kwargs: Any
     ) -> Any:
@@ -231,16 +233,18 @@ class _InjectedLayer:
     ) -> Any:
         if compressor_step is not None:
             return compressor_step(self, hidden_states)
-        normed = attention_norm(self)(hidden_states)
+        family = self.base_family
+        normed = getattr(self, family.attention_norm)(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)  # type: ignore[attr-defined]
-        hidden_states = add_output(self, "attention", hidden_states, attended)
+        plain = family.adds_plainly
+        hidden_states = hidden_states + attended if plain else add_output(self, "attention", hidden_states, attended)
         if injected_context is not None:
             injection = self.injection  # type: ignore[attr-defined]
             hidden_states = self._own(injection(hidden_states, injected_context, memory_key, memory_value), injection)
-        norm = mlp_norm(self)
+        norm = getattr(self, family.mlp_norm)
         normed = norm(hidden_states)
         mlp: Any = self.mlp  # type: ignore[attr-defined]
-        if not adds_plainly(self, "mlp"):
+        if not plain and not adds_plainly(self, "mlp"):
             return add_output(self, "mlp", hidden_states, mlp(normed))
         return add_mlp(self._own(hidden_states, norm), mlp, normed)
 

@@ -98,7 +98,7 @@ def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
 def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
     """``hidden + mlp(x)``, as :func:`add_linear`."""
     if isinstance(mlp, _FusedMLP) and type(mlp).forward is _FusedMLP.forward and is_untouched(mlp):
-        return add_linear(hidden, projection(mlp, "down"), mlp.activated(x))
+        return add_linear(hidden, mlp.base_family.projection(mlp, "down"), mlp.activated(x))
     return hidden + apply_mlp(mlp, x)
 
 
@@ -109,6 +109,8 @@ def apply_mlp(mlp: Any, x: Tensor) -> Tensor:
 
 def adds_plainly(layer: Any, part: str) -> bool:
     """Whether a layer adds what its ``attention`` or ``mlp`` gives as it is."""
+    if family_of(layer).adds_plainly:
+        return True
     return residual_factor(layer) == 1.0 and after_output(layer, part) is None
 
 
@@ -133,10 +135,13 @@ class _FusedRMSNorm:
 class _FusedMLP:
     """Mixin: the family's MLP with one pass over gate and up where no gradient is needed."""
 
+    base_family: Family
+
     def activated(self, x: Tensor) -> Tensor:
         """``act(gate_proj(x)) * up_proj(x)``, ``[..., n]``."""
-        gate_proj = projection(self, "gate")
-        gate, up = gate_proj(x), projection(self, "up")(x)
+        own = self.base_family.projection
+        gate_proj = own(self, "gate")
+        gate, up = gate_proj(x), own(self, "up")(x)
         if inference_only(gate) and applies_silu(self):
             width = gate.shape[-1]
             return ops.silu_product(gate.view(-1, width), up.view(-1, width)).view(gate.shape)
@@ -145,7 +150,7 @@ class _FusedMLP:
         return self.act_fn(gate) * up  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return projection(self, "down")(self.activated(x))
+        return self.base_family.projection(self, "down")(self.activated(x))
 
 
 class _FusedAttention:

@@ -435,7 +435,7 @@ class SharedLLMForCausalLM(ContextCompression, PassageRetrieval, ContextGenerati
                 inputs.device,
                 offset=self.config.query_position_offset,
                 tables=self._rope_tables,
-                layers=self.model.layers[: self.config.injection_layers],
+                layers=self._reading_layers(),
             )
         outputs = self.model(
             input_ids=input_ids,
