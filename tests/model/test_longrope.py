@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharedllm_ext.model.cache_name import CACHE_NAME
 from sharedllm_ext.model.rotary import switch_of
 
 from . import builders
@@ -70,6 +71,25 @@ def test_embeddings_cannot_be_read_again() -> None:
     assert model.generate(inputs_embeds=embeds, **{**STEPS, "max_new_tokens": 4}).shape == (1, 4)
     with pytest.raises(ValueError, match=r"inputs_embeds: expected at most 64 tokens of prompt and answer, .*, got 65"):
         model.generate(inputs_embeds=embeds, **STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:running text")
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_second_turn_beyond_the_length(whole: bool) -> None:
+    model, text, more = _model(window=128), builders.ids(1, SWITCH - 8), builders.ids(1, 12)
+    first = model.generate(text, return_dict_in_generate=True, **{**STEPS, "max_new_tokens": 4})
+    turn = torch.cat((first.sequences, more), 1)
+    cache: Any = {CACHE_NAME: first.past_key_values}
+    if whole:
+        expected = _without_cache(model, turn)
+        assert torch.equal(model.generate(turn, **cache, **STEPS), expected)
+        return
+    # the cache holds all but the last token
+    new, mask = turn[:, SWITCH - 5 :], torch.ones_like(turn)
+    with pytest.raises(
+        ValueError, match=r"input_ids: expected the whole text, .*, got 13 tokens that follow the 59 of"
+    ):
+        model.generate(new, attention_mask=mask, **cache, **STEPS)
 
 
 def test_equal_factors_change_nothing() -> None:

@@ -116,6 +116,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             prompt = self._follow(remembered_prompt(past), input_ids, cached, chosen, kwargs)
             if not chosen:
                 memory = remembered_memory(past)
+            if prompt is None and input_ids is not None:
+                self._check_whole(input_ids, cached, kwargs.get("attention_mask"))
         elif input_ids is not None and split_window and memory is None and context_ids is None:
             split = self._split(input_ids, generation_config, kwargs)
             if split is not None:
@@ -316,6 +318,16 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             # splitting is done: a text without a cache only grows past the window
             inputs["split_window"] = False
         return inputs
+
+    def _check_whole(self: Any, input_ids: Tensor, cached: int, mask: Tensor | None) -> None:
+        """Refuse a text that only follows its cache where the whole of it may have to be read again."""
+        switch, columns = switch_of(self.model.rotary_emb), input_ids.shape[1]
+        partly = columns <= cached or (mask is not None and mask.shape[1] > columns)
+        if switch is not None and cached <= switch and partly:
+            raise ValueError(
+                f"input_ids: expected the whole text, which this base rotates otherwise beyond {switch} tokens "
+                f"(longrope), got {columns} tokens that follow the {cached} of {CACHE_NAME}"
+            )
 
     def _still_rotated(
         self: Any, cache: Any, input_ids: Tensor, mask: Tensor | None, embeds: Tensor | None, prompt: SplitPrompt | None
