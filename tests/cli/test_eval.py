@@ -255,8 +255,14 @@ def test_python_of_the_document_runs(
 
 
 BAD: list[tuple[str, tuple[object, ...], int, str]] = [
-    ("unknown system", ("--systems", "memory,x"), 2, "--systems: expected some of memory, full, .*, got 'x'"),
+    ("unknown system", ("--systems", "memory,x"), 2, "--systems: expected some of memory, pick, .*, got 'x'"),
     ("same system twice", ("--systems", "full,full"), 2, "expected different names divided by commas, got 'full,full'"),
+    (
+        "no pick",
+        ("--systems", "pick"),
+        2,
+        "--systems pick: expected a model with a trained pick, got one without",
+    ),
     ("unknown task", ("--tasks", "x"), 2, "--tasks: expected some of niah_single_1, .*, got 'x'"),
     ("task without its file", ("--tasks", "qa_squad"), 2, "--tasks: expected a file of squad questions for qa_squad"),
     ("no task", ("--tasks", ""), 2, "expected different names divided by commas, got ''"),

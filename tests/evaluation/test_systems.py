@@ -18,6 +18,7 @@ from sharedllm_ext.evaluation.systems import (
     MemorySystem,
     NtkSystem,
     PassagesSystem,
+    PickSystem,
     System,
     WindowSystem,
     YarnSystem,
@@ -175,6 +176,38 @@ def test_passages_with_the_question_s_words_are_read_in_their_order(model: Any, 
     assert system.read(short, own) == [*own.context.tolist(), *own.question]
     with pytest.raises(ValueError, match="t/0: expected at most 12 tokens in the window for a passage, question and"):
         PassagesSystem(system.model, prompts, window=12).answer([one])
+
+
+def test_pick_reads_the_passages_that_the_model_finds(prompts: Prompts, tokenizer: Any) -> None:
+    fields = {"injection_layers": 2, "chunk_size": 64, "slots_per_node": 4, "query_aware": False, "window": 96}
+    fields |= {"pick_layers": [0, 1], "segment_size": 8, "segment_margin": 4, "slot_position": "end"}
+    parts = {"begin": "amber", "passage": " {rank}:", "question": " bold", "answer": " calm"}
+    made = SharedLLMForCausalLM.from_base(llama(), passage_prompt=parts, **fields).eval()
+    one = record(60)
+    context = torch.from_numpy(prompts.encode(one.context).astype("int64")).unsqueeze(0)
+    asked = torch.tensor([prompts.encode("amber3?").tolist()])
+    memory = made.compress(context)
+    (found,) = made.find_passages(asked, context, memory=memory, count=3)
+    running = made.passage_prompt(tokenizer, context[0], found, "amber3?", "It is")
+    expected = made.generate(running, memory=memory, max_new_tokens=6, do_sample=False)
+    assert PickSystem(made, prompts, count=3).answer([one]) == [
+        tokenizer.decode(expected[0, running.shape[1] :], skip_special_tokens=True)
+    ]
+    # more than have room are cut to those that have
+    read: list[int] = []
+    system = PickSystem(made, prompts, count=50)
+    original = system._generate
+    system._generate = lambda record, ids, **more: read.append(len(ids)) or original(record, ids, **more)  # type: ignore
+    system.answer([one])
+    assert 60 < read[0] <= 90
+    assert len(PickSystem(made, prompts).answer([record(0)])) == 1
+    with pytest.raises(ValueError, match="t/0: expected at most 96 tokens in the window for a passage, question"):
+        system.answer([record(question=" why?" * 100)])
+
+
+def test_pick_needs_one(model: Any, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="model: expected one with a pick and a passage_prompt, got one without"):
+        PickSystem(model, prompts)
 
 
 def test_yarn_is_transformers_own(model: Any, base: Any, prompts: Prompts, tokenizer: Any) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sharedllm_ext.evaluation.records import Record
     from sharedllm_ext.evaluation.systems import System
 
-SYSTEMS = ("memory", "full", "yarn", "ntk", "window", "bm25")
+SYSTEMS = ("memory", "pick", "full", "yarn", "ntk", "window", "bm25")
 SUITE_NAMES = ("ruler", "longbench", "longbench-e", "longbench-v2", "infinitebench")
 DEFAULT_TASKS = ("niah_single_1",)
 DEFAULT_LENGTHS = (4096,)
@@ -120,7 +120,11 @@ def add_parser(commands: Any) -> None:
         "--sinks", type=count, default=4, metavar="N", help="first tokens that window keeps (default: %(default)s)"
     )
     systems.add_argument(
-        "--passages", type=positive, default=8, metavar="K", help="passages that bm25 picks (default: %(default)s)"
+        "--passages",
+        type=positive,
+        default=8,
+        metavar="K",
+        help="that bm25 and pick read (default: %(default)s)",
     )
     systems.add_argument("--passage-tokens", type=positive, default=128, metavar="N", help="default: %(default)s")
     systems.add_argument(
@@ -283,6 +287,7 @@ def _systems(args: argparse.Namespace, names: Sequence[str], model: Any, base: A
         MemorySystem,
         NtkSystem,
         PassagesSystem,
+        PickSystem,
         WindowSystem,
         YarnSystem,
         plain_decoder,
@@ -300,11 +305,13 @@ def _systems(args: argparse.Namespace, names: Sequence[str], model: Any, base: A
                 f"--systems yarn: expected --rope-factor, or --lengths above the model's {positions} positions, got "
                 f"{max(args.lengths)}"
             )
-    plain = plain_decoder(base) if set(names) - {"memory", "yarn", "ntk"} else None
+    plain = plain_decoder(base) if set(names) - {"memory", "pick", "yarn", "ntk"} else None
     found: list[System] = []
     for name in names:
         if name == "memory":
             found.append(MemorySystem(model, prompts))
+        elif name == "pick":
+            found.append(PickSystem(model, prompts, count=args.passages))
         elif name == "full":
             found.append(FullSystem(plain, prompts))
         elif name == "yarn":
@@ -349,6 +356,8 @@ def run(args: argparse.Namespace) -> int:
         names = args.systems or (["full"] if is_base else ["memory"])
         if is_base and "memory" in names:
             raise UsageError(f"--systems memory: expected a SharedLLM checkpoint, got a base one: {args.model}")
+        if "pick" in names and (model.pick is None or model.config.passage_prompt is None):
+            raise UsageError(f"--systems pick: expected a model with a trained pick, got one without: {args.model}")
         if "memory" in names:
             warn_if_silent(model, path)
         base = model

@@ -155,6 +155,46 @@ class MemorySystem(_Generating):
         return self._generate(record, running, **memory)
 
 
+class PickSystem(_Generating):
+    """A SharedLLM model with a trained pick: it finds passages by its memory and reads them beside it.
+
+    The model's own prompt (``config.passage_prompt``) stands around passages, question and answer prefix, in the place
+    of a chat template. Of the ``count`` best passages the worst are left out while the window has no room for them.
+    """
+
+    name = "pick"
+
+    def __init__(self, model: Any, prompts: Prompts, *, count: int = 8) -> None:
+        super().__init__(model, prompts)
+        if model.pick is None or model.config.passage_prompt is None:
+            raise ValueError("model: expected one with a pick and a passage_prompt, got one without")
+        self.count = count
+        self.settings: dict[str, Any] = {"system": self.name, "passages": count}
+
+    def answer(self, records: Sequence[Record]) -> list[str]:
+        """Answers of the model after the passages found; raises ``ValueError`` where not one of them has room."""
+        return [self._one(record) for record in records]
+
+    def _one(self, record: Record) -> str:
+        question, begin = record.question.strip(), record.answer_prefix.strip()
+        context = self._tensor(self.prompts.encode(record.context, record.id))
+        memory: dict[str, Any] = {}
+        passages: list[Any] = []
+        if context.shape[1]:
+            asked = self._tensor(self.prompts.encode(question, record.id))
+            with torch.inference_mode():
+                memory["memory"] = self.model.compress(context)
+                (passages,) = self.model.find_passages(asked, context, count=self.count, **memory)
+        while True:
+            running = self.model.passage_prompt(self.prompts.tokenizer, context[0], passages, question, begin)
+            needed = running.shape[1] + record.max_new_tokens
+            if needed <= self.model.config.window or len(passages) <= 1:
+                break
+            passages = passages[:-1]
+        _fits(record, needed, self.model.config.window, "a passage, question and answer")
+        return self._generate(record, running[0].tolist(), **memory)
+
+
 class FullSystem(_Generating):
     """A base model that reads the whole prompt with full attention, however many positions it was trained on."""
 
