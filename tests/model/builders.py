@@ -27,6 +27,9 @@ from transformers import (
 )
 
 from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.model.decoding.support import FIXED_ROPE_TYPES
+from sharedllm_ext.model.families import FAMILIES as ROWS
+from sharedllm_ext.model.families import Family
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -118,14 +121,27 @@ FAMILIES = {
         },
     ),
 }
-# built with norms whose weights are one
+# built with norms whose weights are one; a new family does not belong here
 _UNIT_NORMS = ("llama", "mistral", "qwen2", "qwen3", "llama_tied", "llama_rope_scaling")
+
+
+def _row(family: str) -> Family:
+    return ROWS[FAMILIES[family][0].model_type]
+
+
+def _rope_type(family: str) -> str:
+    parameters = FAMILIES[family][2].get("rope_parameters", {})
+    return str(parameters.get("rope_type", "default"))
+
+
 #: Those with something of their own in layers, rotation or logits.
 LATER = [family for family in FAMILIES if family not in _UNIT_NORMS]
 #: Of these the ones in which no rounding error chooses an expert.
-CONTINUOUS = [family for family in LATER if family != "qwen3_moe"]
+CONTINUOUS = [family for family in LATER if _row(family).experts is None]
+#: Of these the ones whose rotation does not follow the length.
+FIXED = [family for family in CONTINUOUS if _rope_type(family) in FIXED_ROPE_TYPES]
 #: Those whose decoding steps run by their own operators.
-DECODED = [family for family in FAMILIES if family not in ("qwen3_moe", "phi3_longrope", "gemma3_text")]
+DECODED = [family for family in FAMILIES if _row(family).not_decoded is None and _rope_type(family) in FIXED_ROPE_TYPES]
 VOCABULARY = 128
 TREE = {"injection_layers": 2, "chunk_size": 32, "tree_depth": 3, "slots_per_node": 4, "window": 24}
 

@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,34 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
 
 from sharedllm_ext import SharedLLMConfig, SharedLLMForCausalLM
 from sharedllm_ext.model import decoding
-from sharedllm_ext.model.families import FAMILIES, Family, LinearPart, family_of, projection, sliding_window
+from sharedllm_ext.model.families import (
+    FAMILIES,
+    Family,
+    LinearPart,
+    attention_norm,
+    family_of,
+    mlp_norm,
+    projection,
+    sliding_window,
+)
 
 from . import builders
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = list(FAMILIES.values())
 PARTS = ("norm", "attention", "mlp")
+
+
+def _is_norm(module: Any) -> bool:
+    return type(module).__name__.endswith("Norm")
 
 
 def _modules(model: Any, part: str) -> list[Any]:
     layers = model.model.layers
     if part == "norm":
-        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        # before and behind attention and MLP, whatever their names
+        norms = [child for layer in layers for child in layer.children() if _is_norm(child)]
+        assert {attention_norm(layer) for layer in layers} | {mlp_norm(layer) for layer in layers} <= set(norms)
         return [*norms, *(block.norm for block in model.injected_blocks), model.model.norm]
     return [layer.self_attn if part == "attention" else layer.mlp for layer in layers]
 
@@ -98,11 +115,39 @@ def test_the_window_is_what_the_layer_looks_back_on(row: Family) -> None:
     assert seen == (5 if hasattr(known, "sliding_window") else 9)
 
 
-def test_texts_name_every_family() -> None:
-    init = importlib.import_module("sharedllm_ext.cli.init")
-    texts = (SharedLLMConfig.__doc__, SharedLLMForCausalLM.from_base.__doc__, Path(str(init.__file__)).read_text())
-    for row in ROWS:
-        assert all(text is not None and row.title in text for text in texts), row.title
+TEXTS: dict[str, str] = {
+    "README.md": (ROOT / "README.md").read_text(),
+    "docs/cli.md": (ROOT / "docs" / "cli.md").read_text(),
+    "cli/init.py": Path(str(importlib.import_module("sharedllm_ext.cli.init").__file__)).read_text(),
+    "SharedLLMConfig": str(SharedLLMConfig.__doc__),
+    "from_base": str(SharedLLMForCausalLM.from_base.__doc__),
+    "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text(),
+}
+# "or a Llama, … or Qwen3 GGUF file", "`.gguf` file (Llama, … or Qwen3)"
+GGUF_LIST = re.compile(r"or a ((?:[\w/.]+, )+[\w/.]+ or [\w/.]+) GGUF file|``.gguf`` file \(([^)]*)\)")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=list(FAMILIES))
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_name_every_family(text: str, row: Family) -> None:
+    # Qwen3 is not named by Qwen3-MoE, nor Llama by LlamaConfig
+    assert re.search(rf"(?<![\w-]){re.escape(row.title)}(?![\w-])", TEXTS[text])
+
+
+@pytest.mark.parametrize("text", ["docs/cli.md", "cli/init.py", "from_base"])
+def test_texts_name_the_families_of_gguf_files(text: str) -> None:
+    (found,) = GGUF_LIST.findall(re.sub(r"\s+", " ", TEXTS[text]))
+    titles = re.split(r", | or ", "".join(found))
+    assert titles == [row.title for row in ROWS if row.gguf]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=list(FAMILIES))
+def test_the_table_of_families_says_what_the_row_says(row: Family) -> None:
+    table = (ROOT / "docs" / "ecosystem.md").read_text().splitlines()
+    (line,) = [line for line in table if f"| `{row.model_type}` |" in line]
+    decoding, gguf = (cell.strip() for cell in line.strip(" |").split("|")[-2:])
+    assert decoding.startswith("fast" if row.not_decoded is None else "ordinary")
+    assert gguf == ("read" if row.gguf else "refused")
 
 
 @pytest.mark.parametrize("bias", [False, True])

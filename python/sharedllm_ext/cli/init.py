@@ -39,7 +39,9 @@ FIELDS = (
 def add_parser(commands: Any) -> None:
     """Add the command."""
     families = "Llama, Mistral, Qwen2/2.5, Qwen3, Qwen3-MoE, SmolLM3, Phi-3/Phi-4, Gemma 3 or Granite"
-    text = f"build a SharedLLM checkpoint from a {families} checkpoint, or a GGUF file of the first four"
+    text = (
+        f"build a SharedLLM checkpoint from a {families} checkpoint, or a Llama, Mistral, Qwen2/2.5 or Qwen3 GGUF file"
+    )
     parser = commands.add_parser("init", help=text, description=text)
     parser.add_argument(
         "base", type=some_path, metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub"

@@ -145,9 +145,9 @@ class SharedLLMForCausalLM(ContextCompression, PassageRetrieval, ContextGenerati
 
         Args:
             base: a local folder or hub name of a checkpoint of one of the families (Llama, Mistral, Qwen2/2.5, Qwen3,
-                Qwen3-MoE, SmolLM3, Phi-3/Phi-4, Gemma 3 or Granite), a ``.gguf`` file of one of the first four, which
-                is dequantised, or such a model; its parameters are shared, not copied. Layers that bitsandbytes,
-                torchao or others have quantised stay so; the new blocks are not quantised.
+                Qwen3-MoE, SmolLM3, Phi-3/Phi-4, Gemma 3 or Granite), a ``.gguf`` file (Llama, Mistral, Qwen2/2.5 or
+                Qwen3), which is dequantised, or such a model; its parameters are shared, not copied. Layers that
+                bitsandbytes, torchao or others have quantised stay so; the new blocks are not quantised.
             dtype: dtype of the parameters (``base`` a path); default: the checkpoint's own, float32 for quantised GGUF.
             gguf_file: name of the GGUF file, where ``base`` is the folder or hub name that holds it.
             revision, token, device_map, attn_implementation, quantization_config: as for Transformers'
