@@ -83,6 +83,35 @@ def test_head_sizes_of_the_tensor_cores() -> None:
         }, kernel
 
 
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [
+        # TMA's swizzle takes pieces of 128 bytes: D 96 has an instance that refuses, so that the choice needs no case
+        ("decode_bulk", attention_module.TENSOR_CORE_HEAD_SIZES),
+        ("bulk_sm90", (64, 96, 128)),
+        ("chained_sm90", (128,)),
+    ],
+)
+def test_head_sizes_of_single_kernels(kernel: str, sizes: tuple[int, ...]) -> None:
+    files = (CSRC / "kernels" / "instances").glob(f"injected_attention_{kernel}_[bf]*.cu")
+    assert {file.stem.removeprefix(f"injected_attention_{kernel}_") for file in files} == {
+        f"{kind}_{size}" for kind in ("bf16", "fp16") for size in sizes
+    }
+
+
+def test_instances_of_node_vectors() -> None:
+    # rows of a tile: eight for each column of tiles
+    declared = {
+        (int(size), 8 * int(columns))
+        for size, columns in found("kernels/node_vectors.cu", r"launch_tensor<T, (\d+), (\d)>\(const")
+    }
+    assert {size for size, _ in declared} == set(attention_module.TENSOR_CORE_HEAD_SIZES)
+    files = (CSRC / "kernels" / "instances").glob("node_vectors_*.cu")
+    assert {file.stem.removeprefix("node_vectors_") for file in files} == {
+        f"{kind}_{size}_{rows}" for kind in ("bfloat16", "float16") for size, rows in declared
+    }
+
+
 def test_element_types_of_the_cuda_kernels() -> None:
     (function,) = found("ops/common/cuda_checks.h", r"inline FloatType float_type\([^)]*\) \{([\s\S]*?)\n\}")
     names = {"Float": torch.float32, "BFloat16": torch.bfloat16, "Half": torch.float16}

@@ -297,6 +297,7 @@ struct Config {
   // The merging kernel can wait for each result instead of for the end of this kernel.
   static constexpr bool kMayAwait = kBulk && kRows == 8;
   static_assert(kSlots % (16 * kSlotWarps) == 0 && kHeadSize % 32 == 0 && kTileBytes % 1024 == 0);
+  static_assert(kHeadSize % kMergeColumns == 0 && kMergeColumns % 16 == 0, "all columns are summed, in whole tiles");
   static_assert(kSharedBytes + sizeof(PlaceScan) <= 227 * 1024);
   // Weights of 8-bit values carry the value's scale and are rounded to half: raised by 2^7, so that 2^kGrowth times
   // that still fits and small ones keep their bits.

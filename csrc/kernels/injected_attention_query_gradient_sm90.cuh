@@ -443,6 +443,7 @@ cudaError_t launch_query_gradient(const InjectedAttentionBackwardParams& params,
   if (status != cudaSuccess) return status;
   auto* const kernel = query_gradient_kernel<T, kHeadSize>;
   constexpr int kSharedBytes = query_gradient_shared_bytes<kHeadSize>();
+  static_assert(kSharedBytes <= 227 * 1024);
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
   kernel<<<static_cast<unsigned>(std::min<int64_t>(total, processors)), Tile::kThreads, kSharedBytes, stream>>>(
