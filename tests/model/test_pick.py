@@ -254,6 +254,17 @@ def test_one_memory_answers_many_questions_and_comes_back_from_a_file(model: Any
 
 
 @torch.no_grad()
+def test_the_default_dtype_changes_nothing(model: Any) -> None:
+    ids, question = tokens(1, 3 * CHUNK), tokens(1, 6, seed=9)
+    expected = model.find_passages(question, ids)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert model.find_passages(question, ids) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
 def test_a_model_keeps_its_pick(model: Any, tmp_path: Path) -> None:
     ids, question = tokens(1, 3 * CHUNK), tokens(1, 6, seed=9)
     model.save_pretrained(tmp_path)

@@ -153,7 +153,7 @@ class PassageRetrieval:
 
         def scores(question: Tensor) -> tuple[Tensor, int]:
             if not question.numel() or not segments:
-                return torch.zeros(segments, device=device), segments
+                return torch.zeros(segments, device=device, dtype=torch.float32), segments
             states = source(input_ids=question.unsqueeze(0), use_cache=False, output_hidden_states=True).hidden_states
             inputs = [state[0] for state in states[: config.injection_layers]]
             evidence = words.evidence(pick.token_class[question].long())

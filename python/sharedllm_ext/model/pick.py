@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import context_tree_layout, context_tree_select, context_tree_split
 from .compressor import stride_ends
 from .families import attention_norm, projection
+from .layer_math import linear_weight
 from .rotary import Tables
 from .word_index import RUN_LENGTHS
 
@@ -109,7 +110,7 @@ class Pick(nn.Module):
     def start_from(self, layers: Any) -> None:
         """Begin with the query projections of a compressor's layers, all tokens alike, and no search by words."""
         for query, layer in zip(self.queries, self.layers, strict=True):
-            query.weight.copy_(projection(layers[layer].self_attn, "q").weight)
+            query.weight.copy_(linear_weight(projection(layers[layer].self_attn, "q")))
         for zero in (self.token_weight, self.word_weight, self.token_bias, self.word_bias, self.token_class):
             zero.zero_()
         self.beta.fill_(0.5)
@@ -131,8 +132,8 @@ class Pick(nn.Module):
         Returns:
             ``[n]`` float32.
         """
-        total = torch.zeros(count, device=segment.device)
-        word_weight = torch.zeros(len(RUN_LENGTHS), inputs[0].shape[0], device=segment.device)
+        total = torch.zeros(count, device=segment.device, dtype=torch.float32)
+        word_weight = torch.zeros(len(RUN_LENGTHS), inputs[0].shape[0], device=segment.device, dtype=torch.float32)
         for i, (layer, query, key) in enumerate(zip(self.layers, self.queries, keys, strict=True)):
             normed = attention_norm(compressor[layer])(inputs[layer])
             mass = self._mass(query(normed), key, segment, count)
@@ -151,5 +152,7 @@ class Pick(nn.Module):
         for part in grouped.split(max(1, _BLOCK // max(1, slots * heads * group))):
             scores = torch.einsum("thgd,shd->thgs", part, keys).float() / math.sqrt(size)
             mass = scores.softmax(-1).mean((1, 2))
-            rows.append(torch.zeros(len(part), count, device=mass.device).index_add_(1, segment, mass))
+            rows.append(
+                torch.zeros(len(part), count, device=mass.device, dtype=torch.float32).index_add_(1, segment, mass)
+            )
         return torch.cat(rows)
