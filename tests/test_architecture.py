@@ -44,6 +44,10 @@ model.__init__
 __init__
 reference.model
 info, evaluation.*
+training.wordings, training.sources, training.prompt, training.trained
+training.data
+training.losses
+training.*
 cli.*
 __main__
 """

@@ -1,0 +1,175 @@
+"""What is trained of a model: a choice of parts, each whole or by a low-rank update that merges."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model.adapter import DOWN, UP
+from ..model.families import attention_norm
+from ..model.managed_layers import is_sharded
+
+PARTS = ("injected", "upper", "compressor")
+#: Factor of the low-rank updates.
+SCALE = 2.0
+
+
+class Part(NamedTuple):
+    """A part of the model, whole or by updates of a rank."""
+
+    name: str
+    rank: int | None = None
+
+
+def parse_parts(text: str, rank: int | None = None) -> list[Part]:
+    """The parts of ``injected,upper,compressor``; ``upper:16`` is an update of rank 16.
+
+    Args:
+        text: names divided by commas.
+        rank: of ``upper`` and ``compressor`` where they have none of their own.
+
+    Raises:
+        ValueError: an unknown part, one named twice, no injected blocks, or a rank that is no positive number.
+    """
+    parts = []
+    for item in text.split(","):
+        name, _, own = item.strip().partition(":")
+        if name not in PARTS:
+            raise ValueError(f"trained: expected parts of {', '.join(PARTS)}, got {name!r}")
+        if own and not (own.isascii() and own.isdigit() and int(own)):
+            raise ValueError(f"trained: expected a rank of at least 1 after {name!r}, got {own!r}")
+        parts.append(Part(name, int(own) if own else None if name == "injected" else rank))
+    names = [part.name for part in parts]
+    if len(set(names)) < len(names):
+        raise ValueError(f"trained: expected each part once, got {text!r}")
+    if "injected" not in names:
+        raise ValueError(f"trained: expected injected among the parts, without which no memory is read, got {text!r}")
+    return parts
+
+
+class LowRankLinear(nn.Linear):
+    """A linear module with an update: ``SCALE * x @ down.T @ up.T`` is added, ``up [N, r]``, ``down [r, K]``."""
+
+    up: nn.Parameter
+    down: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``."""
+        return super().forward(x) + SCALE * F.linear(F.linear(x, self.down), self.up)
+
+
+def add_update(module: nn.Linear, rank: int, generator: torch.Generator) -> None:
+    """Give a linear module an update that begins with zero; its own weight stays in its place, under its name."""
+    if type(module) is not nn.Linear:
+        raise ValueError(f"trained: expected plain linear modules for updates of a rank, got {type(module).__name__}")
+    weight, features = module.weight, module.in_features
+    down = torch.randn(rank, features, generator=generator) / math.sqrt(features)
+    module.__class__ = LowRankLinear
+    module.up = nn.Parameter(torch.zeros(module.out_features, rank, dtype=torch.float32, device=weight.device))
+    module.down = nn.Parameter(down.to(weight.device))
+
+
+@torch.no_grad()
+def merge_updates(model: nn.Module) -> None:
+    """Add every update to its weight; the modules are plain linear ones again."""
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.weight += (SCALE * (module.up @ module.down)).to(module.weight.dtype)
+            del module.up, module.down
+            plain: Any = module
+            plain.__class__ = nn.Linear
+
+
+class Trained:
+    """The trained parameters of a model by name, everything else frozen.
+
+    Args:
+        model: a :class:`SharedLLMForCausalLM` with float32 or float64 parameters; its pick is always trained.
+        parts: from :func:`parse_parts`.
+        seed: of the updates' beginning.
+
+    Raises:
+        ValueError: a part that the model lacks, half-precision parameters, or sharded ones.
+    """
+
+    def __init__(self, model: Any, parts: Iterable[Part], seed: int = 0) -> None:
+        if any(is_sharded(module) for module in model.modules()):
+            raise ValueError("model: expected whole parameters in every process, got ones sharded by FSDP")
+        self.model, self.parts = model, list(parts)
+        generator = torch.Generator().manual_seed(seed)
+        model.requires_grad_(False)
+        for part in self.parts:
+            for module in _modules(model, part.name):
+                updated = part.rank is not None and isinstance(module, nn.Linear)
+                if part.rank is not None and updated:
+                    add_update(module, part.rank, generator)
+                for name, parameter in module.named_parameters(recurse=False):
+                    # of what has no updates (norms, biases, experts) the vectors are trained whole
+                    own = part.rank is None or parameter.dim() == 1 or (updated and name in ("up", "down"))
+                    parameter.requires_grad_(own)
+        if model.pick is not None:
+            model.pick.requires_grad_(True)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        narrow = [name for name, p in self.parameters.items() if p.dtype not in (torch.float32, torch.float64)]
+        if narrow:
+            raise ValueError(
+                f"model: expected float32 parameters where they are trained, got {narrow[0]} in half precision"
+            )
+
+    def new(self, name: str) -> bool:
+        """Whether a parameter is none of the base checkpoint's: of a block, of the pick, or of an update."""
+        return ".injection." in name or name.startswith("pick.") or name.endswith((".up", ".down"))
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """What :func:`write_adapter` takes, with ``SCALE``: whole tensors, updates as pairs by the weight's name."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            stem, _, own = name.rpartition(".")
+            side = {"up": UP, "down": DOWN}.get(own)
+            tensors[name if side is None else f"{stem}.weight{side}"] = parameter
+        if self.model.pick is not None:
+            tensors["pick.token_class"] = self.model.pick.token_class
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values into the parameters.
+
+        Raises:
+            ValueError: other names or shapes.
+        """
+        if tensors.keys() != self.parameters.keys():
+            other = sorted(tensors.keys() ^ self.parameters.keys())
+            raise ValueError(f"checkpoint: expected the trained parameters of this run, got others, such as {other[0]}")
+        for name, parameter in self.parameters.items():
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(
+                    f"checkpoint: expected {name} of shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def _modules(model: Any, part: str) -> list[Any]:
+    """The modules of a part whose parameters are trained."""
+    count, total = model.config.injection_layers, len(model.model.layers)
+    if part == "injected":
+        found = [module for block in model.injected_blocks for module in block.modules()]
+    elif part == "upper":
+        if count == total:
+            raise ValueError(
+                f"trained: expected injection_layers below the base's {total} layers for upper, got {count}"
+            )
+        found = [module for layer in model.model.layers[count:] for module in layer.self_attn.modules()]
+    else:
+        if model.compressor is None:
+            raise ValueError("trained: expected tie_compressor=False for compressor, got True")
+        *lower, last = model.compressor.layers
+        found = [module for layer in lower for module in layer.modules()]
+        # of the last layer nothing but keys and values is read
+        unread = {"q_proj", "o_proj", "q_norm"}
+        found += [module for name, module in last.self_attn.named_modules() if name not in unread]
+        found.append(attention_norm(last))
+    return found
