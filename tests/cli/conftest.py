@@ -20,6 +20,19 @@ VOCABULARY = 320
 WINDOW = 64
 TREE = ("--chunk-size", "32", "--slots-per-node", "4", "--injection-layers", "2", "--window", str(WINDOW))
 END = "<|end|>"
+PICK_FIELDS: dict[str, Any] = {
+    "injection_layers": 2,
+    "chunk_size": 32,
+    "slots_per_node": 4,
+    "window": 128,
+    "query_aware": False,
+    "slot_position": "end",
+    "pick_layers": [0, 1],
+    "segment_size": 8,
+    "segment_margin": 4,
+    "passage_prompt": {"begin": "(", "passage": "[{rank}]", "question": "?", "answer": ")"},
+}
+FACT, QUESTION = "The owl sleeps in the quince.", "owl quince"
 
 
 def sentences(count: int, seed: int = 0) -> str:
@@ -92,6 +105,34 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
         torch.nn.init.normal_(block.o_proj.weight, std=0.3)
     model.save_pretrained(folder)
     return folder
+
+
+def pretend_training(model: Any) -> Any:
+    """As if trained: the context changes answers, and the pick goes by words more than by anything else."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for block in model.injected_blocks:
+            block.o_proj.weight.normal_(std=0.3)
+        model.pick.token_class.copy_(torch.arange(model.pick.token_class.numel()))
+        model.pick.word_beta.fill_(5.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def picking(tmp_path_factory: pytest.TempPathFactory, base: Path, tokenizer: Any) -> Path:
+    """A checkpoint with a pick."""
+    folder = tmp_path_factory.mktemp("picking") / "model"
+    pretend_training(SharedLLMForCausalLM.from_base(base, **PICK_FIELDS)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """The same as an adapter."""
+    path = tmp_path_factory.mktemp("adapter") / "tiny.safetensors"
+    pretend_training(SharedLLMForCausalLM.from_base(base, **PICK_FIELDS)).save_adapter(path, base)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import stat
@@ -75,6 +76,17 @@ def counts(text: str) -> list[int]:
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"expected different numbers, got {text!r}")
     return values
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -231,6 +243,11 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: Progres
     if missing:
         # Transformers would go on with random weights in their place
         raise CommandError(f"{path}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}")
+    return ready_model(path, model, dtype, device)
+
+
+def ready_model(path: str, model: Any, dtype: str, device: torch.device) -> Any:
+    """A loaded model on its device, in a dtype that is fast there unless ``dtype`` names one."""
     if dtype == "auto" and device.type == "cpu":
         model = _fast_on_cpu(path, model)
     if device.type == "cpu" and model.config.micro_batch_tokens is None:
@@ -283,6 +300,20 @@ def find_tokenizer(path: str) -> Any:
                 "(auto_map in tokenizer_config.json), which is never run here"
             ) from error
         # tokenizer files come in many formats, and damaged ones end in errors of any kind
+        raise CommandError(f"{path}: the tokenizer cannot be loaded: {one_line(error)}") from error
+
+
+def gguf_tokenizer(base: str, gguf_file: str | None = None) -> Any:
+    """The tokenizer that a GGUF file holds, its chat template with it."""
+    from transformers import AutoTokenizer
+
+    from sharedllm_ext.model.gguf_checkpoint import find_gguf
+
+    path = find_gguf(base, gguf_file)
+    assert path is not None  # the model was read from it
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise CommandError(f"{path}: the tokenizer cannot be loaded: {one_line(error)}") from error
 
 

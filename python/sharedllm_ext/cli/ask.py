@@ -10,10 +10,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES, load_adapted
 from sharedllm_ext.cli._common import (
     EXIT_ERROR,
     add_model_options,
     characters,
+    count,
     load_model,
     load_tokenizer,
     mebibytes,
@@ -30,7 +32,11 @@ from sharedllm_ext.cli._output import CommandError, UsageError, print_error, pri
 from sharedllm_ext.cli._progress import Progress
 
 if TYPE_CHECKING:
-    from sharedllm_ext.evaluation import Texts
+    import torch
+
+    from sharedllm_ext.cli._places import Places
+    from sharedllm_ext.evaluation.texts import Texts, Tokens
+    from sharedllm_ext.model.passages import Passage
 
 
 def add_parser(commands: Any) -> None:
@@ -48,9 +54,27 @@ def add_parser(commands: Any) -> None:
         metavar="FILE_OR_FOLDER",
         help="text file, folder of text files, pipe, - for stdin, .jsonl with text, or .npy token ids; may be repeated",
     )
-    parser.add_argument("--memory", type=some_path, metavar="FILE", help="use this saved memory instead of a context")
+    parser.add_argument(
+        "--memory",
+        type=some_path,
+        metavar="FILE",
+        help="use this saved memory instead of a context; to read passages, beside the context it was made of",
+    )
     parser.add_argument(
         "--save-memory", type=some_path, metavar="FILE", help="save the context's memory (.safetensors)"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=some_path,
+        metavar="NAME_OR_FILE",
+        help="put this adapter on MODEL, its base checkpoint: a folder, a hub name, a GGUF file, or "
+        f"{BASE_PACKAGE}, the Python package of the base of {ADAPTER}",
+    )
+    parser.add_argument(
+        "--passages",
+        type=count,
+        metavar="N",
+        help=f"passages to find and read, by a model with a pick; 0 reads the memory alone (default: {PASSAGES})",
     )
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=_temperature, metavar="T", help="sample; 0 is greedy (default)")
@@ -85,9 +109,8 @@ def _top_p(text: str) -> float:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if (args.context is None) == (args.memory is None):
-        came = "none" if args.context is None else "both"
-        raise UsageError(f"--context, --memory: expected exactly one of them, got {came}")
+    if args.context is None and args.memory is None:
+        raise UsageError("--context, --memory: expected exactly one of them, got none")
     if args.memory is not None and args.save_memory is not None:
         raise UsageError("--save-memory: expected --context with it, got --memory")
     if args.question is None and args.save_memory is None:
@@ -99,7 +122,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.context is not None and args.context.count("-") > 1:
         raise UsageError(f"--context: expected - once, got it {args.context.count('-')} times")
     if args.save_memory is not None:
-        keep = [args.model, *(path for path in args.context or () if os.path.isfile(path))]
+        keep = [
+            args.model,
+            *([args.adapter] if args.adapter else []),
+            *(path for path in args.context or () if os.path.isfile(path)),
+        ]
         writable_target("--save-memory", args.save_memory, keep=keep)
 
 
@@ -115,7 +142,10 @@ def _check_characters(question: str) -> None:
         ) from None
 
 
-def _question_ids(tokenizer: Any, question: str, chat: bool | None) -> list[int]:
+def _question_ids(tokenizer: Any, question: str, chat: bool | None, *, plain: bool) -> list[int]:
+    """The question's tokens, in the chat template unless ``plain``: passages are found by the question itself."""
+    if plain:
+        return list(tokenizer(question, add_special_tokens=False)["input_ids"])
     if chat and not tokenizer.chat_template:
         raise CommandError("--chat-template: expected a tokenizer with a chat template, got one without")
     if chat is None:
@@ -148,6 +178,92 @@ def _read_contexts(paths: list[str], progress: Progress) -> list[Texts]:
     return found
 
 
+def _load(args: argparse.Namespace, device: torch.device, progress: Progress) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    if args.adapter is not None:
+        model, tokenizer = load_adapted(args.adapter, args.model, args.dtype, device, progress=progress)
+    else:
+        path = model_path(args.model)
+        model = load_model(path, args.dtype, device, progress=progress)
+        tokenizer = load_tokenizer(path)
+    warn_if_silent(model, args.model)
+    return model, tokenizer
+
+
+def _passages_to_read(args: argparse.Namespace, model: Any) -> int:
+    """How many passages to find and read; 0 answers from the memory alone.
+
+    Raises:
+        UsageError: options that do not fit the model.
+    """
+    if model.pick is None:
+        if args.passages:
+            raise UsageError("--passages: expected a model with a pick (config.pick_layers), got one without")
+        if args.context is not None and args.memory is not None:
+            raise UsageError("--context, --memory: expected exactly one of them by a model without a pick, got both")
+        return 0
+    reads = PASSAGES if args.passages is None else int(args.passages)
+    if not reads and args.context is not None and args.memory is not None:
+        raise UsageError("--context, --memory: expected exactly one of them with --passages 0, got both")
+    if reads and args.question is not None and args.context is None:
+        raise UsageError(
+            "--memory: expected --context with it, the text of the memory, in which passages are read (--passages 0 "
+            "reads the memory alone)"
+        )
+    if reads and model.config.passage_prompt is None:
+        raise CommandError(
+            f"{args.model}: expected config.passage_prompt, the texts around passages, got None (--passages 0 reads "
+            "the memory alone)"
+        )
+    if reads and args.chat_template is not None:
+        raise UsageError("--chat-template: expected it with --passages 0 alone, since passages have their own prompt")
+    return reads
+
+
+def _tokenise(contexts: list[Texts], tokenizer: Any, vocabulary: int, progress: Progress) -> tuple[Tokens, Places]:
+    """Token ids of all contexts, joined, and where each text stands in them."""
+    import numpy as np
+
+    from sharedllm_ext.cli._places import Places
+    from sharedllm_ext.evaluation.tokenising import join_documents, read_tokens
+
+    parts: list[Tokens] = []
+    spans: list[tuple[Texts, list[Tokens], int, int]] = []
+    with progress.bar("tokenising", sum(map(characters, contexts)), "characters") as update:
+        for texts in contexts:
+            documents = read_tokens(texts, tokenizer, vocabulary, join=False, progress=update)
+            joined, gap = join_documents(texts, documents, tokenizer)
+            spans.append((texts, documents, sum(len(part) for part in parts), gap))
+            parts.append(joined)
+    tokens = np.concatenate(parts)
+    places = Places(tokenizer, tokens)
+    for texts, documents, start, gap in spans:
+        headings = texts.kind == "folder" or (len(contexts) > 1 and texts.kind == "text")
+        places.add_texts(texts, documents, start, headings=headings, only=len(contexts) == 1, gap=gap)
+    return tokens, places
+
+
+def _prompt(
+    args: argparse.Namespace, model: Any, tokenizer: Any, context: torch.Tensor, passages: list[Passage]
+) -> torch.Tensor:
+    prompt: torch.Tensor = model.passage_prompt(tokenizer, context[0], passages, args.question)
+    if prompt.shape[1] > model.config.window:
+        raise CommandError(
+            f"--passages: expected passages and question of at most {model.config.window} tokens (the model's window), "
+            f"got {prompt.shape[1]} by {len(passages)} passages"
+        )
+    return prompt
+
+
+def _described(passage: Passage, places: Places) -> dict[str, Any]:
+    return {
+        "rank": passage.rank + 1,
+        "score": passage.score,
+        "tokens": [passage.start, passage.end],
+        "places": [dataclasses.asdict(place) for place in places.of(passage.start, passage.end)],
+    }
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
@@ -155,23 +271,19 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress(not args.json)
     contexts = None if args.context is None else _read_contexts(args.context, progress)
 
-    import numpy as np
     import torch
 
-    from sharedllm_ext.evaluation.tokenising import read_tokens
     from sharedllm_ext.model import ContextMemory
 
     device = pick_device(args.device)
     begin = time.perf_counter()
-    path = model_path(args.model)
-    model = load_model(path, args.dtype, device, progress=progress)
-    tokenizer = load_tokenizer(path)
+    model, tokenizer = _load(args, device, progress)
     load_seconds = time.perf_counter() - begin
-    warn_if_silent(model, path)
+    reads = _passages_to_read(args, model)
 
     question: torch.Tensor | None = None
     if args.question is not None:
-        ids = _question_ids(tokenizer, args.question, args.chat_template)
+        ids = _question_ids(tokenizer, args.question, args.chat_template, plain=reads > 0)
         if not 1 <= len(ids) <= model.config.window:
             raise CommandError(
                 f"QUESTION: expected 1 to {model.config.window} tokens (the model's window), got {len(ids)}"
@@ -180,17 +292,24 @@ def run(args: argparse.Namespace) -> int:
 
     timings: dict[str, float] = {}
     tokenize_seconds = None
-    if contexts is None:
+    context = None
+    if contexts is not None:
+        begin = time.perf_counter()
+        tokens, places = _tokenise(contexts, tokenizer, model.config.vocab_size, progress)
+        tokenize_seconds = time.perf_counter() - begin
+        context = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)
+    if args.memory is not None:
         # saved by a run in another dtype, it is still this model's
         memory = ContextMemory.load(args.memory, model).to(model.dtype)
         if memory.batch_size != 1:
             raise CommandError(f"{args.memory}: expected a memory of one document, got {memory.batch_size}")
+        if context is not None and context.shape[1] != memory.num_tokens[0]:
+            raise CommandError(
+                f"--context, --memory: expected the text of the memory, {memory.num_tokens[0]} tokens, got one of "
+                f"{context.shape[1]}"
+            )
     else:
-        begin = time.perf_counter()
-        with progress.bar("tokenising", sum(map(characters, contexts)), "characters") as update:
-            parts = [read_tokens(texts, tokenizer, model.config.vocab_size, progress=update)[0] for texts in contexts]
-        tokenize_seconds = time.perf_counter() - begin
-        context = torch.from_numpy(np.concatenate(parts).astype("int64")).unsqueeze(0).to(device)
+        assert context is not None  # checked above
         with progress.compression(context.shape[1]) as tell, torch.inference_mode():
             memory = model.compress(context, query_ids=question, progress=tell)
             timings = dict(model.last_timings)
@@ -208,6 +327,7 @@ def run(args: argparse.Namespace) -> int:
     sources = [texts.source for texts in contexts or ()]
     report: dict[str, Any] = {
         "model": args.model,
+        "adapter": args.adapter,
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": sources[0] if len(sources) == 1 else sources or None,
@@ -219,14 +339,28 @@ def run(args: argparse.Namespace) -> int:
         "files_skipped": sum(texts.skipped for texts in contexts or ()),
         "files_unreadable": [name for texts in contexts or () for name in texts.unreadable],
         "question_tokens": 0 if question is None else question.shape[1],
+        "passages": None,
         "seconds": {
             "load_model": load_seconds,
             "tokenize": tokenize_seconds,
             "compress": timings.get("compress"),
             "retrieve": timings.get("retrieve"),
+            "find": None,
         },
     }
     if question is not None:
+        prompt = question
+        if reads:
+            assert context is not None  # checked above
+            begin = time.perf_counter()
+            with progress.bar("finding", None, ""):
+                passages = model.find_passages(question, context, memory=memory, count=reads)[0]
+            report["seconds"]["find"] = time.perf_counter() - begin
+            prompt = _prompt(args, model, tokenizer, context, passages)
+            report |= {
+                "passages": [_described(passage, places) for passage in passages],
+                "question_tokens": prompt.shape[1],
+            }
         if not args.json:
             _say_context(report, model)
         from sharedllm_ext.cli._generation import generate
@@ -234,7 +368,7 @@ def run(args: argparse.Namespace) -> int:
         answer = generate(
             model,
             tokenizer,
-            question,
+            prompt,
             memory,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
@@ -245,7 +379,7 @@ def run(args: argparse.Namespace) -> int:
             "question": args.question,
             "answer": answer.text,
             "answer_tokens": answer.tokens,
-            "running_tokens": question.shape[1] + answer.tokens,
+            "running_tokens": prompt.shape[1] + answer.tokens,
         }
         report["seconds"] |= {"first_token": answer.first_token, "per_token": answer.per_token}
     elif not args.json:
@@ -258,6 +392,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_context(report: dict[str, Any], model: Any) -> None:
+    from sharedllm_ext.cli._places import in_words
+
     say(
         f"context: {report['context_tokens']:,} tokens -> {report['chunks']:,} chunks -> {report['memory_slots']:,} "
         f"memory slots in {model.config.injection_layers} layers, {mebibytes(report['memory_bytes'])}"
@@ -267,18 +403,23 @@ def _say_context(report: dict[str, Any], model: Any) -> None:
     if report["files_unreadable"]:
         count, first = len(report["files_unreadable"]), report["files_unreadable"][0]
         say(f"         {count} files cannot be read and were left out, the first is {first}")
+    for passage in report["passages"] or ():
+        first, end = passage["tokens"]
+        where = ", ".join(in_words(**place) for place in passage["places"])
+        say(f"passage {passage['rank']}: score {passage['score']:.2f}, tokens {first:,} to {end - 1:,}, {where}")
     if report["question_tokens"]:
-        say(f"running text: {report['question_tokens']:,} tokens of question, window {model.config.window:,}")
+        what = "question" if report["passages"] is None else "passages and question"
+        say(f"running text: {report['question_tokens']:,} tokens of {what}, window {model.config.window:,}")
         say()
 
 
 def _say_times(report: dict[str, Any]) -> None:
     names = {"load_model": "model loaded", "tokenize": "tokenised", "compress": "compress", "retrieve": "retrieve"}
-    names |= {"first_token": "first token", "per_token": "per token"}
+    names |= {"find": "passages found", "first_token": "first token", "per_token": "per token"}
     parts = [f"{text} {seconds(report['seconds'][key])}" for key, text in names.items() if report["seconds"].get(key)]
     say()
     say("times: " + ", ".join(parts))
     if "answer" in report:
         say(f"running text: {report['question_tokens']:,} + {report['answer_tokens']:,} answered tokens")
-    if report["memory_file"] and report["context"]:
+    if report["memory_file"] and report["seconds"]["compress"] is not None:
         say(f"memory saved: {report['memory_file']}")

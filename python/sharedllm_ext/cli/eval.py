@@ -18,6 +18,7 @@ from sharedllm_ext.cli._common import (
     checkpoint_type,
     count,
     counts,
+    gguf_tokenizer,
     load_model,
     load_tokenizer,
     model_path,
@@ -264,12 +265,7 @@ def _load(path: str, dtype: str, device: Any, progress: Progress) -> tuple[Any, 
         raise CommandError(f"{path}: the checkpoint cannot be loaded: {one_line(error)}") from error
     if dtype == "auto" and device.type == "cpu":
         model = _fast_on_cpu(path, model)
-    if gguf:
-        from sharedllm_ext.cli.init import _gguf_tokenizer
-
-        tokenizer = _gguf_tokenizer(path, None)
-    else:
-        tokenizer = load_tokenizer(path)
+    tokenizer = gguf_tokenizer(path) if gguf else load_tokenizer(path)
     return model.to(device).eval(), tokenizer, True
 
 

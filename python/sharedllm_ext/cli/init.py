@@ -12,6 +12,7 @@ from sharedllm_ext.cli._common import (
     add_json_option,
     checkpoint_type,
     find_tokenizer,
+    gguf_tokenizer,
     one_line,
     positive,
     prepare_hub,
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         if issubclass(warning.category, UserWarning):
             say(f"sharedllm: warning: {warning.message}")
     if from_gguf:
-        tokenizer = _gguf_tokenizer(args.base, args.gguf_file)
+        tokenizer = gguf_tokenizer(args.base, args.gguf_file)
     try:
         model.save_pretrained(out)
         if tokenizer is not None:
@@ -155,17 +156,3 @@ def run(args: argparse.Namespace) -> int:
         say(f"sharedllm: warning: {args.base} has no tokenizer, so {out} has none either")
     say("The new blocks start at zero: until they are trained, the model answers as its base does, context or not.")
     return 0
-
-
-def _gguf_tokenizer(base: str, gguf_file: str | None) -> Any:
-    """The tokenizer that a GGUF file holds, its chat template with it."""
-    from transformers import AutoTokenizer
-
-    from sharedllm_ext.model.gguf_checkpoint import find_gguf
-
-    path = find_gguf(base, gguf_file)
-    assert path is not None  # the model was read from it
-    try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        raise CommandError(f"{path}: the tokenizer cannot be loaded: {one_line(error)}") from error

@@ -296,11 +296,21 @@ def read_tokens(
     if not kept:
         raise TextError(f"{texts.source}: expected text, got 0 tokens")
     if join and len(kept) > 1:
-        end = getattr(tokenizer, "eos_token_id", None) if texts.kind == "lines" else None
-        parts = []
-        for document in kept:
-            parts += [document] if end is None else [document, np.asarray([end], dtype=document.dtype)]
-        kept = [np.concatenate(parts if end is None else parts[:-1])]
+        kept = [join_documents(texts, kept, tokenizer)[0]]
     for document in kept:
         check_ids(document, vocabulary, texts.source)
     return kept
+
+
+def join_documents(texts: Texts, documents: Sequence[Tokens], tokenizer: Any) -> tuple[Tokens, int]:
+    """Token ids of the texts' documents as one array, and how many tokens divide them.
+
+    The documents of a ``.jsonl`` file are divided by the tokenizer's end token, where it has one.
+    """
+    end = getattr(tokenizer, "eos_token_id", None) if texts.kind == "lines" else None
+    if end is None:
+        return np.concatenate(documents), 0
+    parts = []
+    for document in documents:
+        parts += [document, np.asarray([end], dtype=document.dtype)]
+    return np.concatenate(parts[:-1]), 1

