@@ -690,6 +690,7 @@ cudaError_t launch_backward(const InjectedAttentionBackwardParams& params, cudaS
   cudaError_t status = encode_backward_maps(&maps, params, tiling, Tile::kSlots);
   if (status != cudaSuccess) return status;
   static_assert(Tile::kSlots == kBackwardSlots, "the tail is cut in these");
+  static_assert(Tile::kSharedBytes <= 227 * 1024);
   SlotTilePieces pieces{};
   if (!cut_tail(params, &pieces)) return cudaErrorInvalidValue;
   const SlotTileTail tail(params);
