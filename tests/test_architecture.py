@@ -13,8 +13,6 @@ LONGEST = 500
 #: What may be longer, and why.
 LONG = {
     "cli.eval": "the one command with suites, systems and resumed runs",
-    "evaluation.generators": "a generator for each task of the published suites",
-    "evaluation.suites": "a record and a metric for each task of the published suites",
 }
 #: Modules from the lowest to the highest: each may import those of lines above its own, and of its own line.
 ORDER = """

@@ -20,7 +20,7 @@ from sharedllm_ext.cli import eval as command
 from sharedllm_ext.cli._common import DEMO_MODEL
 from sharedllm_ext.evaluation import systems as systems_module
 from sharedllm_ext.evaluation.generators import TASKS
-from sharedllm_ext.evaluation.suites import LONGBENCH
+from sharedllm_ext.evaluation.longbench import LONGBENCH
 
 from ..model.gguf_files import write_gguf
 from .conftest import Result, sentences

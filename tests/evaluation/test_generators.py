@@ -11,24 +11,22 @@ from typing import Any
 
 import pytest
 
+from sharedllm_ext.evaluation.counting import LONG_LIST
 from sharedllm_ext.evaluation.generators import (
     DEFAULT_DEPTHS,
-    LONG_LIST,
     TASKS,
-    Sources,
     _largest,
     default_tasks,
     generate_records,
-    hide,
     make_record,
-    place_of,
-    read_hotpotqa,
-    read_squad,
 )
 from sharedllm_ext.evaluation.haystacks import NOISE, NOISE_HAYSTACK, Haystack, haystack_of, sentences_of
 from sharedllm_ext.evaluation.metrics import score
+from sharedllm_ext.evaluation.needles import hide, place_of
 from sharedllm_ext.evaluation.prompts import Prompts
+from sharedllm_ext.evaluation.questions import read_hotpotqa, read_squad
 from sharedllm_ext.evaluation.records import Record
+from sharedllm_ext.evaluation.tasks import Sources
 from sharedllm_ext.evaluation.texts import TextError, Texts
 from sharedllm_ext.evaluation.words import ADJECTIVES, NOUNS, pairs
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from sharedllm_ext.evaluation.infinitebench import INFINITEBENCH, sought_number
+from sharedllm_ext.evaluation.longbench import LONGBENCH
 from sharedllm_ext.evaluation.metrics import METRICS, score
-from sharedllm_ext.evaluation.suites import INFINITEBENCH, LONGBENCH, RULER, SUITES, read_suite, sought_number
+from sharedllm_ext.evaluation.ruler_files import RULER
+from sharedllm_ext.evaluation.suites import SUITES, read_suite
 from sharedllm_ext.evaluation.texts import TextError
 
 

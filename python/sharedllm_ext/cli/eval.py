@@ -35,11 +35,11 @@ from sharedllm_ext.cli._output import CommandError, Table, UsageError, print_err
 from sharedllm_ext.cli._progress import Progress
 
 if TYPE_CHECKING:
-    from sharedllm_ext.evaluation.generators import Sources
     from sharedllm_ext.evaluation.harness import Evaluation, Prediction, Share
     from sharedllm_ext.evaluation.prompts import Prompts
     from sharedllm_ext.evaluation.records import Record
     from sharedllm_ext.evaluation.systems import System
+    from sharedllm_ext.evaluation.tasks import Sources
 
 SYSTEMS = ("memory", "pick", "full", "yarn", "ntk", "window", "bm25")
 SUITE_NAMES = ("ruler", "longbench", "longbench-e", "longbench-v2", "infinitebench")
@@ -190,8 +190,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read_sources(args: argparse.Namespace, progress: Progress) -> Sources:
-    from sharedllm_ext.evaluation.generators import Sources, read_hotpotqa, read_squad
     from sharedllm_ext.evaluation.haystacks import NOISE_HAYSTACK, haystack_of
+    from sharedllm_ext.evaluation.questions import read_hotpotqa, read_squad
+    from sharedllm_ext.evaluation.tasks import Sources
     from sharedllm_ext.evaluation.texts import read_texts, size_of
 
     haystack = NOISE_HAYSTACK

@@ -1,13 +1,6 @@
 """Perplexity with growing context, questions about long contexts, the reading of texts, and the memory that it took."""
 
-from sharedllm_ext.evaluation.generators import (
-    TASKS,
-    Sources,
-    generate_records,
-    make_record,
-    read_hotpotqa,
-    read_squad,
-)
+from sharedllm_ext.evaluation.generators import TASKS, generate_records, make_record
 from sharedllm_ext.evaluation.harness import Evaluation, Prediction, PredictionFile, Share, evaluate
 from sharedllm_ext.evaluation.haystacks import Haystack, haystack_of
 from sharedllm_ext.evaluation.metrics import METRICS, score
@@ -20,6 +13,7 @@ from sharedllm_ext.evaluation.perplexity import (
     running_losses,
 )
 from sharedllm_ext.evaluation.prompts import Prompts
+from sharedllm_ext.evaluation.questions import read_hotpotqa, read_squad
 from sharedllm_ext.evaluation.records import Record
 from sharedllm_ext.evaluation.suites import SUITES, read_suite
 from sharedllm_ext.evaluation.systems import (
@@ -33,6 +27,7 @@ from sharedllm_ext.evaluation.systems import (
     YarnSystem,
     plain_decoder,
 )
+from sharedllm_ext.evaluation.tasks import Sources
 from sharedllm_ext.evaluation.texts import TextError, Texts, read_texts
 from sharedllm_ext.evaluation.tokenising import encode, read_tokens
 
