@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sharedllm_ext.cli import needle
 from sharedllm_ext.cli._common import (
     DEMO_MODEL,
     add_model_options,
@@ -22,11 +22,12 @@ from sharedllm_ext.cli._common import (
 )
 from sharedllm_ext.cli._output import CommandError, emit, print_json, say
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.cli._standard_library import standard_library
 from sharedllm_ext.cli.perplexity import PerplexityTable, table_note
 
-#: Packages of many related modules come first: far context helps where the code is about the same thing.
-PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "logging", "importlib", "http", "xml", "json", "urllib")
-MAX_FILE_BYTES = 400_000
+CONTEXT_LENGTHS = (0, 8192, 32768, 131072)
+POINTS = 4
+MAX_NEW_TOKENS = 96
 CONTINUATION_CONTEXT = 32768
 PROMPT_TOKENS = 192
 SHOWN_LINES = 8
@@ -36,49 +37,35 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     text = (
         "run the small shipped model on this Python's standard library source: perplexity of the same running text "
-        "with growing context, then a continuation"
+        "with growing context, then a continuation; --needle: a fact hidden in it, found and answered"
     )
     parser = commands.add_parser("demo", help="run the shipped model on Python's standard library", description=text)
     parser.add_argument("--model", type=some_path, metavar="PATH", help="another SharedLLM checkpoint")
     parser.add_argument(
         "--context-lengths",
         type=counts,
-        default=[0, 8192, 32768, 131072],
         metavar="N,N,…",
         help="tokens of context (default: 0,8192,32768,131072)",
     )
-    parser.add_argument("--points", type=positive, default=4, metavar="N", help="running texts (default: %(default)s)")
+    parser.add_argument("--points", type=positive, metavar="N", help=f"running texts (default: {POINTS})")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=96, metavar="N", help="of the continuation (default: %(default)s)"
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help=f"of the continuation (default: {MAX_NEW_TOKENS}) or of the answer (default: {needle.MAX_NEW_TOKENS})",
     )
+    needle.add_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
 
 
-def standard_library(root: Path) -> Iterator[tuple[str, str]]:
-    """(path, text) of the standard library's modules, in an order that does not depend on the machine."""
-    from sharedllm_ext.evaluation.texts import TextError, decode
-
-    packages = [root / name for name in PACKAGES if (root / name).is_dir()]
-    files = [file for package in packages for file in sorted(package.rglob("*.py"), key=lambda path: path.as_posix())]
-    files += sorted(root.glob("*.py"))
-    for file in files:
-        relative = file.relative_to(root).as_posix()
-        if "test" in relative.split("/")[:-1] or relative.startswith("_sysconfigdata"):
-            continue
-        if file.stat().st_size > MAX_FILE_BYTES:
-            continue
-        try:
-            text = decode(file.read_bytes(), relative)
-        except (TextError, OSError):
-            # a module in another encoding, or one that this user may not read, is not needed for the demo
-            continue
-        if text.strip():
-            yield relative, text
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    needle.check_options(args)
+    if args.needle:
+        return needle.run(args)
+    args.context_lengths = args.context_lengths or list(CONTEXT_LENGTHS)
+    args.points = args.points or POINTS
     begin = time.perf_counter()
     path = args.model
     if path is None:
@@ -176,7 +163,9 @@ def _continue(args: argparse.Namespace, model: Any, tokenizer: Any, tokens: Any,
             f"a continuation after {length:,} tokens of context and {len(prompt)} of running text (it begins at the ▶):"
         )
         emit("\n" + "\n".join(text.split("\n")[-SHOWN_LINES:]) + "▶", end="")
-    answer = generate(model, tokenizer, running, memory, max_new_tokens=args.max_new_tokens, show=not args.json)
+    answer = generate(
+        model, tokenizer, running, memory, max_new_tokens=args.max_new_tokens or MAX_NEW_TOKENS, show=not args.json
+    )
     return {
         "context_tokens": length,
         "prompt": text,
