@@ -307,6 +307,19 @@ def test_empty_questions_and_contexts(model: Any) -> None:
     assert model.find_passages(tokens(1, 3), ids, torch.zeros(1, CHUNK)) == [[]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_questions_shorter_than_a_run_find_their_words(model: Any, length: int) -> None:
+    ids, question = tokens(1, 2 * CHUNK), tokens(1, length, seed=5)
+    ids[0, 40 : 40 + length] = question[0]
+    evidence = WordIndex.of(model.pick.token_class[ids[0]].long(), SEGMENT).evidence(
+        model.pick.token_class[question[0]].long()
+    )
+    assert evidence.shape == (3, 16, length) and bool((evidence[0, 5] > 0).all())
+    assert bool(evidence[1, 5, -1] > 0) == (length > 1) and not evidence[2].any()
+    assert len(model.find_passages(question, ids, count=3)[0]) == 3
+
+
 def test_bad_input_is_refused(model: Any) -> None:
     ids, question = tokens(1, CHUNK), tokens(1, 4)
     memory = model.compress(ids)

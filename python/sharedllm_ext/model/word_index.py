@@ -69,7 +69,8 @@ def run_codes(classes: Tensor, length: int) -> Tensor:
     """
     code = classes
     for back in range(1, length):
-        earlier = F.pad(classes[..., :-back], (back, 0))
+        # also of fewer tokens than a run has
+        earlier = F.pad(classes, (back, 0))[..., : classes.shape[-1]]
         whole = (code > 0) & (earlier > 0)
         code = torch.where(whole, code * 31 + earlier * (7919 + 2 * back), torch.zeros_like(code))
     return code if length == 1 else torch.where(code > 0, code % (RUN_CODES - 1) + 1, code)
