@@ -44,7 +44,8 @@ reference.model
 info, evaluation.*
 training.wordings, training.sources, training.prompt, training.trained
 training.data
-training.losses
+training.losses, training.flops, training.checkpoint
+training.loop
 training.*
 cli.*
 __main__

@@ -1,0 +1,84 @@
+"""The file from which a stopped training goes on: what is trained, the optimiser's state, how far it was.
+
+Safetensors, ``parameter.NAME`` and for each field of AdamW's state ``FIELD.NAME``; the metadata hold a JSON object. It
+is written under another name and renamed when it is whole, so that the one before stands until then.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+_KEY, _VERSION = "sharedllm_training", 1
+_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says what stands on the disk."""
+
+
+def write_checkpoint(
+    path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, header: dict[str, Any]
+) -> None:
+    """Write a checkpoint.
+
+    Args:
+        path: the file.
+        parameters: by name, in the order of the optimiser's.
+        optimizer: AdamW over them.
+        header: what ``json`` can write.
+
+    Raises:
+        TrainingError: it cannot be written; the checkpoint before stands.
+    """
+    tensors = {f"parameter.{name}": parameter for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        tensors.update({f"{field}.{name}": state[field] for field in _STATE if field in state})
+    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    part = path.with_name(f"{path.name}.part")
+    try:
+        save_file(held, part, metadata={_KEY: json.dumps({"version": _VERSION, **header})})
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        reason = " ".join(str(error).split())
+        stands = "the one before stands" if path.exists() else "there is none yet"
+        raise TrainingError(f"{path}: the checkpoint cannot be written: {reason}; {stands}") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Parameters by name, the optimiser's state by name, and the header.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or no checkpoint of this version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a checkpoint to go on from, found none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+        tensors = load(path.read_bytes())
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: expected a checkpoint, got a damaged or foreign file: {error}") from None
+    if not isinstance(header, dict) or header.get("version") != _VERSION:
+        raise ValueError(f"{path}: expected a checkpoint of version {_VERSION}, got another file")
+    parameters: dict[str, Tensor] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        field, _, name = key.partition(".")
+        if field == "parameter":
+            parameters[name] = tensor
+        else:
+            states.setdefault(name, {})[field] = tensor
+    return parameters, states, header
