@@ -218,7 +218,7 @@ def test_table_survives_a_plot_that_cannot_be_drawn(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device", "a.png")
 
-    monkeypatch.setattr(command, "plot", full)
+    monkeypatch.setattr("sharedllm_ext.cli._eval_run.plot", full)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     result = cli("eval", "demo", *SHORT, *kept, "--plot", tmp_path / "a.png")
     assert result.code == 1
