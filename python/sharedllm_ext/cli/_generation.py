@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TextStreamer
 
 from sharedllm_ext.cli._output import emit
@@ -59,8 +60,6 @@ def generate(
 ) -> Answer:
     """Generate after ``input_ids`` ``[1, L]`` with a memory (or none); greedy without ``temperature`` and ``top_p``,
     and at temperature 0."""
-    import torch
-
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature != 0 and (temperature is not None or top_p is not None):
         sampling = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -226,8 +227,6 @@ def table_note(report: PerplexityReport) -> str:
 
 def plot(report: PerplexityReport, path: str) -> None:
     """Perplexity over context length, with the paired interval against the first length."""
-    import math
-
     import matplotlib
 
     matplotlib.use("Agg")
