@@ -5,9 +5,12 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from sharedllm_ext import SharedLLMConfig, SharedLLMForCausalLM
@@ -33,6 +36,28 @@ def test_what_is_set_reaches_the_base_s_configuration() -> None:
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         other.eos_token_id = 6
         assert (config.eos_token_id, other.eos_token_id) == (5, 6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda base: SharedLLMConfig(text_config=base.config, **builders.TREE),
+        lambda base: SharedLLMForCausalLM.from_base(base, **builders.TREE).config,
+    ],
+    ids=["configuration", "from_base"],
+)
+def test_a_loaded_base_keeps_its_own_configuration(make: Callable[[Any], SharedLLMConfig], attention: str) -> None:
+    base: Any = builders.base()
+    base.set_attn_implementation(attention)
+    ids, fields = builders.ids(2, 12), base.config.to_dict()
+    with torch.no_grad():
+        expected = base(ids).logits
+        config = make(base)
+        config.eos_token_id = 7
+        assert base.config._attn_implementation == attention
+        assert base.config.to_dict() == fields
+        assert torch.equal(base(ids).logits, expected)
 
 
 def test_use_cache_false_is_followed() -> None:

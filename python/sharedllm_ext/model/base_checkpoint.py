@@ -68,7 +68,7 @@ def load_base(
     config = AutoConfig.from_pretrained(base, trust_remote_code=False, **source)
     if header is not None:
         complete_config(config, header)
-    SharedLLMConfig(text_config=copy.deepcopy(config), **fields)
+    SharedLLMConfig(text_config=config, **fields)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         base,
         config=config,

@@ -1,5 +1,6 @@
 """Configuration of a SharedLLM model."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class SharedLLMConfig(PreTrainedConfig):
     """Configuration of :class:`SharedLLMForCausalLM`.
 
     Args:
-        text_config: configuration of the base checkpoint, or its dictionary; of the families Llama, Mistral, Qwen2/2.5,
-            Qwen3, Qwen3-MoE, SmolLM3, Phi-3/Phi-4, Gemma 3 or Granite.
+        text_config: configuration of the base checkpoint (copied) or its dictionary; of the families Llama, Mistral,
+            Qwen2/2.5, Qwen3, Qwen3-MoE, SmolLM3, Phi-3/Phi-4, Gemma 3 or Granite.
         injection_layers: ``M``, how many of the lowest layers compress the context and read the memory (paper: 4 for
             language modelling, 16 for instruction following).
         chunk_size: ``c``, context tokens in a chunk (paper: 1024).
@@ -118,6 +119,8 @@ class SharedLLMConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model("llama")
         check_family("text_config", getattr(self.text_config, "model_type", type(self.text_config).__name__))
         check_settings("text_config", self.text_config)
+        # Transformers sets the attention of inner configurations too: a loaded base must keep its own
+        self.text_config = copy.deepcopy(self.text_config)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
         self.auto_map = {auto_class: f"{_STUB}.{name}" for auto_class, name in _AUTO_CLASSES.items()}
