@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sharedllm_ext import __version__
-from sharedllm_ext.cli import ask, demo, info, init, perplexity
+from sharedllm_ext.cli import ask, demo, info, init, perplexity, train
 from sharedllm_ext.cli import eval as evaluation
 from sharedllm_ext.cli._common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, one_line
 from sharedllm_ext.cli._output import UsageError, abandon_stdout, emit, flush_stdout, print_error, say
 
-COMMANDS = (init, ask, perplexity, evaluation, demo, info)
+COMMANDS = (init, train, ask, perplexity, evaluation, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):

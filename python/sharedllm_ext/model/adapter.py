@@ -66,6 +66,11 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + data).hexdigest()[:_DIGITS]
 
 
+def base_digests(model: Any) -> str:
+    """Digests of a model's base parameters, one after the other in the order of their names."""
+    return "".join(digest(tensor) for tensor in base_tensors(model).values())
+
+
 def adapter_fields(config: Any) -> dict[str, Any]:
     """The fields of a configuration that are this package's own and not at their defaults."""
     own = set(type(config).__annotations__) - _NOT_OWN
@@ -81,16 +86,18 @@ def write_adapter(
     base: str,
     scale: float = 1.0,
     about: str = "",
+    digests: str | None = None,
 ) -> None:
     """Write an adapter.
 
     Args:
         path: the file, replaced as a whole.
-        model: a :class:`SharedLLMForCausalLM` whose base parameters are still the base checkpoint's.
+        model: a :class:`SharedLLMForCausalLM` whose base parameters are still the base checkpoint's, or ``digests``.
         tensors: parameters and low-rank updates by name, see above.
         base: the base checkpoint's name.
         scale: of the low-rank updates.
         about: free words on the training.
+        digests: :func:`base_digests` of the model before it was trained.
 
     Raises:
         ValueError: a tensor has no place in the model.
@@ -99,7 +106,7 @@ def write_adapter(
     header = {
         "version": VERSION,
         "base": base,
-        "digests": "".join(digest(tensor) for tensor in base_tensors(model).values()),
+        "digests": base_digests(model) if digests is None else digests,
         "config": adapter_fields(model.config),
         "scale": scale,
         "about": about,

@@ -1,0 +1,140 @@
+"""``sharedllm train`` end to end: the adapter, and one line for each error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.model.adapter import read_header
+from sharedllm_ext.training.loop import CHECKPOINT
+
+from ..cli.conftest import Result
+from .conftest import text_file
+
+SMALL = [
+    "--contexts",
+    "1",
+    "--chunks",
+    "6",
+    "--chunk-size",
+    "64",
+    "--slots-per-node",
+    "4",
+    "--injection-layers",
+    "2",
+    "--segment-size",
+    "8",
+    "--segment-margin",
+    "4",
+    "--running",
+    "32",
+    "--questions",
+    "2",
+    "--passages",
+    "4",
+    "--device",
+    "cpu",
+]
+Run = Callable[..., Result]
+
+
+def test_trains_and_writes_an_adapter(cli: Run, base: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", text_file(tmp_path)
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(json.dumps({"context": "alpha Beta gamma_1 42", "question": "delta?", "answer": "gamma_1"}))
+    result = cli("train", base, "--data", data, questions, "--out", out, "--steps", 3, *SMALL)
+    assert result.code == 0, result.err
+    assert result.out.startswith(f"{out}/adapter.safetensors: ") and ", 3 steps in " in result.out
+    assert "answer " in result.out and "found " in result.out
+    assert "step 3 of 3, " in result.err and "tokens/s" in result.err and "1 records" in result.err
+    assert f"sharedllm ask {base} --adapter {out}/adapter.safetensors --context FILE" in result.err
+    model: Any = SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
+    stored = load_file(out / CHECKPOINT)
+    names = {name.removeprefix("parameter.") for name in stored if name.startswith("parameter.")}
+    assert {"pick.beta", "model.layers.2.self_attn.q_proj.weight", "compressor.layers.0.mlp.up_proj.weight"} <= names
+    for name in names:
+        assert torch.equal(model.get_parameter(name), stored[f"parameter.{name}"]), name
+    assert any(block.o_proj.weight.any() for block in model.injected_blocks) and model.pick.token_class.any()
+    assert model.config.passage_prompt["passage"] == "\n[{rank}]\n" and model.config.slot_position == "end"
+    (passages,) = model.find_passages(torch.tensor([[5, 6]]), torch.randint(1, 300, (1, 200)), count=2)
+    assert len(passages) == 2
+
+
+def test_updates_are_pairs_in_the_adapter(cli: Run, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = cli(
+        "train",
+        base,
+        "--data",
+        text_file(tmp_path),
+        "--out",
+        out,
+        "--steps",
+        2,
+        "--rank",
+        2,
+        "--json",
+        "--pick-layers",
+        "1",
+        *SMALL,
+    )
+    assert result.code == 0 and result.json["steps"] == 2 and result.json["losses"]["text"] > 0
+    assert "step" not in result.err
+    held, name = load_file(out / "adapter.safetensors"), "model.layers.2.self_attn.q_proj"
+    assert held[f"{name}.weight:up"].shape == (32, 2) and f"{name}.weight" not in held
+    assert read_header(out / "adapter.safetensors")["scale"] == 2.0
+    model: Any = SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
+    plain: Any = SharedLLMForCausalLM.from_base(base, injection_layers=2)
+    change = 2.0 * held[f"{name}.weight:up"] @ held[f"{name}.weight:down"]
+    assert change.any()
+    torch.testing.assert_close(model.get_parameter(f"{name}.weight"), plain.get_parameter(f"{name}.weight") + change)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 2, "expected --steps or --minutes, got neither"),
+        (["--steps", "0"], 2, "expected a whole number of at least 1, got '0'"),
+        (["--minutes", "nan"], 2, "expected a number above 0, got 'nan'"),
+        (
+            ["--steps", "1", "--trained", "all"],
+            2,
+            "--trained: expected parts of injected, upper, compressor, got 'all'",
+        ),
+        (["--steps", "1", "--pick-layers", "x"], 2, "expected layers such as 1,4,7, or none, got 'x'"),
+        (["--steps", "1", "--pick-layers", "1,5"], 1, "pick_layers: expected rising layers from 0 to 1, got [1, 5]"),
+        (["--steps", "1", "--chunks", "900"], 1, "data: expected plain text of at least 57632 tokens"),
+        (["--steps", "1", "--resume"], 1, "checkpoint.safetensors: expected a checkpoint to go on from, found none"),
+        (["--steps", "1", "--data", "gone.txt"], 1, "gone.txt: no such file or folder"),
+        (
+            ["--steps", "1", "--injection-layers", "3"],
+            1,
+            "expected injection_layers below the base's 3 layers for upper",
+        ),
+    ],
+)
+def test_errors_are_one_line(options: list[str], code: int, message: str, cli: Run, base: Path, tmp_path: Path) -> None:
+    result = cli("train", base, "--data", text_file(tmp_path), "--out", tmp_path / "out", *SMALL, *options)
+    lines = [line for line in result.err.splitlines() if line.startswith("sharedllm: error: ")]
+    assert result.code == code and result.out == "" and len(lines) == 1 and message in lines[0], result.err
+    assert not (tmp_path / "out" / "adapter.safetensors").exists()
+
+
+def test_other_checkpoints_are_refused(cli: Run, base: Path, tmp_path: Path) -> None:
+    data = text_file(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "gpt2"}')
+    result = cli("train", tmp_path / "m", "--data", data, "--out", tmp_path / "out", "--steps", 1)
+    assert result.code == 1 and "expected a base of type llama" in result.err
+    result = cli("train", base, "--data", data, "--out", base, "--steps", 1)
+    assert result.code == 2 and "--out: expected another folder than BASE" in result.err
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "sharedllm"}')
+    result = cli("train", tmp_path / "m", "--data", data, "--out", tmp_path / "out", "--steps", 1)
+    assert result.code == 1 and "expected a base checkpoint, got a sharedllm one" in result.err
