@@ -69,6 +69,7 @@ LATE = {
     "cli.needle": HELP,
     # also matplotlib, an optional package
     "cli.perplexity": HELP,
+    "cli.train": HELP,
 }
 
 
