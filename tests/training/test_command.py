@@ -1,8 +1,12 @@
-"""``sharedllm train`` end to end: the adapter, and one line for each error."""
+"""``sharedllm train`` end to end: adapter, resuming, signals, processes, one line for each error."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from sharedllm_ext.training.loop import CHECKPOINT
 from ..cli.conftest import Result
 from .conftest import text_file
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = [
     "--contexts",
     "1",
@@ -95,6 +100,52 @@ def test_updates_are_pairs_in_the_adapter(cli: Run, base: Path, tmp_path: Path) 
     change = 2.0 * held[f"{name}.weight:up"] @ held[f"{name}.weight:down"]
     assert change.any()
     torch.testing.assert_close(model.get_parameter(f"{name}.weight"), plain.get_parameter(f"{name}.weight") + change)
+
+
+def start(base: Path, out: Path, data: Path, *more: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sharedllm_ext", "train", str(base), "--data", str(data), "--out", str(out)]
+    environment = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, more), *SMALL],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_training_goes_on(number: int, code: int, cli: Run, base: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", text_file(tmp_path)
+    process = start(base, out, data, "--minutes", 10, "--save-minutes", "0.0001")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("checkpoint of step"):
+            break
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == code
+    assert "the same command with --resume goes on" in rest and "Traceback" not in rest
+    assert [path.name for path in out.iterdir()] == [CHECKPOINT]
+    held = cli("train", base, "--data", data, "--out", out, "--steps", 1, *SMALL)
+    assert held.code == 1 and f"the folder holds {CHECKPOINT} (--resume goes on" in held.err
+    other = cli("train", base, "--data", data, "--out", out, "--steps", 1, "--resume", "--seed", 1, *SMALL)
+    assert other.code == 1 and "of the same settings, got seed 0 instead of 1" in other.err
+    # no more steps than there were: the adapter of what stands
+    resumed = cli("train", base, "--data", data, "--out", out, "--steps", 1, "--resume", *SMALL)
+    assert resumed.code == 0, resumed.err
+    assert (out / "adapter.safetensors").is_file()
+
+
+def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", text_file(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    command += ["sharedllm_ext", "train", str(base), "--data", str(data), "--out", str(out), "--steps", "2", *SMALL]
+    environment = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("adapter.safetensors: ") == 1
+    SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
 
 
 @pytest.mark.parametrize(
