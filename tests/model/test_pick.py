@@ -254,6 +254,23 @@ def test_one_memory_answers_many_questions_and_comes_back_from_a_file(model: Any
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite", "phi3", "qwen2"])
+def test_a_memory_of_another_text_is_refused(family: str) -> None:
+    """Of the same length: its passages would be those of the other text."""
+    fields = {**FIELDS, "injection_layers": 2, "pick_layers": [1]}
+    model: Any = SharedLLMForCausalLM.from_base(build_base(family), **fields)
+    ids, other, question = tokens(1, 3 * CHUNK), tokens(1, 3 * CHUNK, seed=1), tokens(1, 5, seed=2)
+    memory = model.compress(ids)
+    assert model.find_passages(question, ids, memory=memory) == model.find_passages(question, ids)
+    rounded = memory.to(torch.bfloat16).to(torch.float32)
+    assert model.find_passages(question, ids, memory=rounded)
+    with pytest.raises(
+        ValueError, match=r"expected the text that the memory was made of, got another: \d+ of 48 tokens"
+    ):
+        model.find_passages(question, other, memory=memory)
+
+
+@torch.no_grad()
 def test_the_default_dtype_changes_nothing(model: Any) -> None:
     ids, question = tokens(1, 3 * CHUNK), tokens(1, 6, seed=9)
     expected = model.find_passages(question, ids)

@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .families import attention_norm
 from .inputs import check_ids, check_mask
+from .lower_model import LowerModel, embed_tokens, project
+from .managed_layers import is_managed
 from .memory import ContextMemory
-from .pick import slot_places, unrotated
+from .pick import SlotPlaces, slot_places, unrotated
 from .word_index import WordIndex
 
+# slots of a document that are compared with its text, and how far rounding may take their values
+_COMPARED, _ROUNDING = 64, 0.25
 _NO_PICK = "a model with a pick (config.pick_layers; from_adapter loads one), got one without"
 
 
@@ -81,6 +86,10 @@ class PassageRetrieval:
             memory = self.compress(context_ids, context_attention_mask, training=False)
         else:
             self.check_memory(memory)
+        if memory.device != context_ids.device:
+            raise ValueError(
+                f"memory: expected device {context_ids.device} as context_ids, got {memory.device}; use memory.to(…)"
+            )
         if memory.batch_size not in (1, rows):
             raise ValueError(f"memory: expected {rows} batch rows as in question_ids, or 1, got {memory.batch_size}")
         found = []
@@ -142,6 +151,7 @@ class PassageRetrieval:
         segments = -(-ids.numel() // size)
         places = slot_places(ids.numel(), config)
         slots = slice(memory.cu_slots[document], memory.cu_slots[document + 1])
+        _check_text(lower, ids, places, memory.values[0][slots])
         position, segment = places.position.to(memory.device), (places.token // size).to(memory.device)
         tables = self._rope_tables(int(places.position.max()) + 1 if ids.numel() else 1, memory.device)
         keys = [
@@ -169,3 +179,29 @@ class PassageRetrieval:
             start = max(0, min(segment * size - margin, length - whole))
             passages.append(Passage(start, start + whole, segment, rank, score))
         return passages
+
+
+def _check_text(lower: LowerModel, ids: Tensor, places: SlotPlaces, values: Tensor) -> None:
+    """Refuse a text that a document's memory was not made of: layer 0's values depend on the slots' tokens alone.
+
+    Args:
+        lower: the compressor's modules.
+        ids: ``[T]`` the text.
+        places: its slots.
+        values: ``[S, Hkv, D]`` layer 0's values in the memory.
+    """
+    layer, count = lower.layers[0], places.token.numel()
+    if not count or is_managed(layer):
+        return
+    chosen = torch.linspace(0, count - 1, min(count, _COMPARED)).long()
+    tokens = places.token[chosen]
+    normed = attention_norm(layer)(embed_tokens(lower, ids[tokens.to(ids.device)]))
+    expected = project(layer, normed, "v").float().flatten(1)
+    held = values[chosen.to(values.device)].float().flatten(1)
+    other = (held - expected).norm(dim=1) > _ROUNDING * expected.norm(dim=1)
+    if bool(other.any()):
+        first = int(tokens[other.cpu()].min())
+        raise ValueError(
+            "context_ids: expected the text that the memory was made of, got another: "
+            f"{int(other.sum())} of {len(tokens)} tokens that were compared differ, the first is token {first}"
+        )
