@@ -84,7 +84,7 @@ ASK = ("ask", "{model}", "why?")
 PERPLEXITY = ("perplexity", "{model}", "{text}")
 CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("no command", (), 2, r"the following arguments are required: COMMAND \(try: sharedllm --help\)"),
-    ("unknown command", ("train",), 2, r"invalid choice: 'train'"),
+    ("unknown command", ("compress",), 2, r"invalid choice: 'compress'"),
     ("unknown option", (*PERPLEXITY, "--window", "3"), 2, r"unrecognized arguments: --window 3"),
     ("missing context", (*ASK, "--context", "{nothing}"), 1, r"{nothing}: no such file or folder"),
     ("empty context", (*ASK, "--context", "{empty.txt}"), 1, r"{empty.txt}: expected text, got an empty file"),
