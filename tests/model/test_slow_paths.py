@@ -269,3 +269,25 @@ def test_on_cuda() -> None:
     assert decoding_obstacle(model) == attention_obstacle(model) == expected
     assert fusing_obstacle(model) is None
     assert decoding_obstacle(model.float()) == "dtype: expected torch.bfloat16 or torch.float16, got torch.float32"
+
+
+def test_generate_says_what_is_not_fused_and_which_kernel_is_general(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, once each; the tiny model's head size has no tensor core kernel."""
+    monkeypatch.setattr(slow_paths_module, "DEVICE", "cpu")
+    monkeypatch.setattr(slow_paths_module, "_obstacle_of", lambda model: None)
+    model = builders.model()
+    model.model.layers[1].mlp.register_forward_hook(lambda *arguments: None)
+    memory = model.compress(builders.ids(1, 40))
+    with caplog.at_level(logging.INFO, logger="sharedllm_ext"):
+        for _ in range(2):
+            model.generate(builders.ids(1, 4), memory=memory, max_new_tokens=2, do_sample=False)
+    said = [record.getMessage() for record in caplog.records if record.name == "sharedllm_ext"]
+    fused = [text for text in said if text.startswith("norms, attention or MLPs are not fused: model.layers.1 mlp: ")]
+    general = [text for text in said if text.startswith("attention to the memory takes the general kernel: head_dim: ")]
+    assert len(fused) == len(general) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="sharedllm_ext"):
+        model.generate(builders.ids(1, 4), memory=memory, max_new_tokens=2, do_sample=False)
+    assert not [record for record in caplog.records if record.name == "sharedllm_ext"]

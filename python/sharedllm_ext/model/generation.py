@@ -31,6 +31,7 @@ from .outputs import with_memory
 from .reading import say_if_it_cannot_read
 from .rotary import switch_of
 from .signature import describe_difference
+from .slow_paths import say_slow_parts
 from .split import Split, split_rows
 from .split_prompt import (
     RunningTextCandidates,
@@ -156,6 +157,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             say_if_it_cannot_read(self)
         if not split_window:
             kwargs["split_window"] = False
+        say_slow_parts(self)
         parent: Any = super()
         seen = True  # whether somebody else may hold the cache
         generating = None

@@ -1,15 +1,20 @@
 """Which parts of a model take general code where faster code exists, and why."""
 
+import logging
 from typing import Any
 
 import torch
 
 from ..ops.injected_attention import TENSOR_CORE_HEAD_SIZES
-from .decoding.support import decoding_obstacle
+from .decoding.support import decoding_obstacle, say_slow
 from .families import family_of
 from .hooks import global_hook, is_untouched
 from .layer_math import FUSED_DTYPES, FUSED_MIXINS
 from .protocols import Decoder
+
+#: Of the models that have faster code; for tests another one.
+DEVICE = "cuda"
+_logger = logging.getLogger("sharedllm_ext")
 
 
 def slow_paths(model: Decoder) -> dict[str, str]:
@@ -26,6 +31,18 @@ def slow_paths(model: Decoder) -> dict[str, str]:
         "attention": attention_obstacle(model),
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def say_slow_parts(model: Decoder) -> None:
+    """Log, once in a process, what of a model on CUDA is not fused or takes the general kernel."""
+    if not _logger.isEnabledFor(logging.INFO) or model.model.embed_tokens.weight.device.type != DEVICE:
+        return
+    for what, reason in (
+        ("norms, attention or MLPs are not fused", fusing_obstacle(model)),
+        ("attention to the memory takes the general kernel", attention_obstacle(model)),
+    ):
+        if reason is not None:
+            say_slow(reason, what)
 
 
 def fusing_obstacle(model: Decoder) -> str | None:

@@ -32,11 +32,11 @@ _logger = logging.getLogger("sharedllm_ext")
 _said: set[str] = set()
 
 
-def say_slow(reason: str) -> None:
-    """Log, once in a process, why a decoding step takes the ordinary path."""
-    if reason not in _said:
-        _said.add(reason)
-        _logger.info("generate decodes by the model's own forward: %s", reason)
+def say_slow(reason: str, what: str = "generate decodes by the model's own forward") -> None:
+    """Log, once in a process, why a decoding step takes the ordinary path, or what else does."""
+    if f"{what}: {reason}" not in _said:
+        _said.add(f"{what}: {reason}")
+        _logger.info("%s: %s", what, reason)
 
 
 def decoding_obstacle(
