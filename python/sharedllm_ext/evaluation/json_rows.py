@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sharedllm_ext.evaluation.texts import TextError, _read_file, half_surrogate, shown
+from sharedllm_ext.evaluation.texts import TextError, _read_file, half_surrogate, parse, shown
 
 Row = Mapping[str, Any]
-
-
-def parse(text: str, name: str, expected: str) -> Any:
-    """The value of a JSON text; raises :class:`TextError` that says what was ``expected``."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{name}: expected {expected}, got {error.msg.lower()}") from None
-    except (RecursionError, ValueError) as error:
-        came = "one nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
-        raise TextError(f"{name}: expected {expected}, got {came}") from None
-    return value
 
 
 def read_json(path: Path, expected: str) -> Any:

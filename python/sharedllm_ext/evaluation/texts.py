@@ -191,18 +191,24 @@ def half_surrogate(text: str) -> int:
     return -1
 
 
+def parse(text: str, name: str, expected: str) -> Any:
+    """The value of a JSON text; raises :class:`TextError` that says what was ``expected``."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TextError(f"{name}: expected {expected}, got {error.msg.lower()}") from None
+    except (RecursionError, ValueError) as error:
+        came = "one nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise TextError(f"{name}: expected {expected}, got {came}") from None
+    return value
+
+
 def _read_json_lines(path: Path, progress: Progress | None) -> Texts:
     documents, names, source = [], [], shown(path)
     for number, line in enumerate(_read_file(path, source, progress).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{source} line {number}: expected a JSON object, got {error.msg.lower()}") from None
-        except (RecursionError, ValueError) as error:
-            came = "one nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
-            raise TextError(f"{source} line {number}: expected a JSON object, got {came}") from None
+        row = parse(line, f"{source} line {number}", "a JSON object")
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             came = f"the keys {sorted(row)}" if isinstance(row, dict) and "text" not in row else repr(row)
