@@ -144,6 +144,12 @@ class PassageRetrieval:
             ids += tokens(text)
         return torch.tensor([ids], dtype=torch.int64, device=context_ids.device)
 
+    def _layer_inputs(self: Any, ids: Tensor) -> list[Tensor]:
+        """What comes into each of the compressor's layers, ``[B, L, d]`` each, at the tokens ``[B, L]`` of a text."""
+        source = self.model if self.compressor is None else self.compressor
+        states = source(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        return list(states[: self.config.injection_layers])
+
     def _scorer(self: Any, ids: Tensor, memory: ContextMemory, document: int) -> Callable[[Tensor], tuple[Tensor, int]]:
         """Gives the scores of a document's segments for a question."""
         config, pick, device = self.config, self.pick, ids.device
@@ -159,13 +165,11 @@ class PassageRetrieval:
             for layer in pick.layers
         ]
         words = WordIndex.of(pick.token_class[ids].long(), size)
-        source = self.model if self.compressor is None else self.compressor
 
         def scores(question: Tensor) -> tuple[Tensor, int]:
             if not question.numel() or not segments:
                 return torch.zeros(segments, device=device, dtype=torch.float32), segments
-            states = source(input_ids=question.unsqueeze(0), use_cache=False, output_hidden_states=True).hidden_states
-            inputs = [state[0] for state in states[: config.injection_layers]]
+            inputs = [state[0] for state in self._layer_inputs(question.unsqueeze(0))]
             evidence = words.evidence(pick.token_class[question].long())
             return pick(inputs, lower.layers, keys, segment, segments, evidence), segments
 
@@ -174,11 +178,17 @@ class PassageRetrieval:
     def _best(self: Any, scores: Tensor, segments: int, length: int, count: int) -> list[Passage]:
         size, margin = self.config.segment_size, self.config.segment_margin
         values, order = scores.topk(min(count, segments))
-        whole, passages = min(length, size + 2 * margin), []
-        for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
-            start = max(0, min(segment * size - margin, length - whole))
-            passages.append(Passage(start, start + whole, segment, rank, score))
-        return passages
+        return [
+            Passage(*passage_span(segment, length, size, margin), segment, rank, score)
+            for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True))
+        ]
+
+
+def passage_span(segment: int, length: int, size: int, margin: int) -> tuple[int, int]:
+    """First token and end of a segment of ``size`` tokens with its margins, moved into a text of ``length`` tokens."""
+    whole = min(length, size + 2 * margin)
+    start = max(0, min(segment * size - margin, length - whole))
+    return start, start + whole
 
 
 def _check_text(lower: LowerModel, ids: Tensor, places: SlotPlaces, values: Tensor) -> None:

@@ -66,12 +66,18 @@ def _places_in_chunk(length: int, size: int, depth: int, slots: int, at_end: boo
 def unrotated(keys: Tensor, tables: Tables, positions: Tensor) -> Tensor:
     """Keys ``[S, Hkv, D]`` before their rotation by ``positions [S]``; ``tables`` are cos and sin ``[P, R/2]``."""
     cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in tables)
-    half = cos.shape[-1]
-    first, second = keys[..., :half].float(), keys[..., half : 2 * half].float()
     # cos and sin may be scaled alike
     scale = cos.square() + sin.square()
-    turned = ((first * cos + second * sin) / scale, (second * cos - first * sin) / scale)
-    return torch.cat((*turned, keys[..., 2 * half :].float()), -1).to(keys.dtype)
+    return rotated(keys, cos / scale, -sin / scale)
+
+
+def rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys ``[S, Hkv, D]`` rotated by cos and sin ``[S, 1, R/2]``, computed in float32 at least."""
+    half = cos.shape[-1]
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*turned, wide[..., 2 * half :]), -1).to(keys.dtype)
 
 
 class Pick(nn.Module):

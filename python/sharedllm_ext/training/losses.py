@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model.injection import InjectedContext
 from ..model.memory import ContextMemory
-from ..model.pick import SlotPlaces, slot_places, unrotated
+from ..model.passages import passage_span
+from ..model.pick import SlotPlaces, rotated, slot_places, unrotated
 from ..model.rotary import Tables
 from ..model.word_index import WordIndex
 from .data import Batch, Example, needed_segments, segments_of
@@ -116,7 +117,6 @@ class Losses:
         for number, example in enumerate(examples):
             ids = list(self.prompt.begin)
             if scores is not None:
-                length = len(example.context)
                 own = scores[row + example.turns[0], offsets[number] : offsets[number + 1]].detach().float()
                 needed = {
                     s
@@ -128,10 +128,9 @@ class Losses:
                 boosted[sorted(needed)] -= _LEFT_OUT
                 picked = boosted.topk(min(self.passages, len(own))).indices.sort().values
                 ranks = own[picked].argsort(descending=True, stable=True).argsort().tolist()
-                whole = min(length, size + 2 * margin)
                 for segment, rank in zip(picked.tolist(), ranks, strict=True):
-                    start = max(0, min(segment * size - margin, length - whole))
-                    ids += [*self.prompt.passages[rank], *example.context[start : start + whole].tolist()]
+                    start, end = passage_span(segment, len(example.context), size, margin)
+                    ids += [*self.prompt.passages[rank], *example.context[start:end].tolist()]
             labels = [IGNORED] * len(ids)
             for i in example.turns:
                 question = example.questions[i]
@@ -199,9 +198,7 @@ def pick_scores(model: Any, memory: ContextMemory, places: list[SlotPlaces], bat
     keys = [unrotated(memory.keys[layer], tables.of(lower.layers[layer]), position) for layer in pick.layers]
     asked = [question.question for example in batch.examples for question in example.questions]
     ids, used = _padded(asked, device)
-    source = model.model if model.compressor is None else model.compressor
-    states = source(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-    inputs = states[: config.injection_layers]
+    inputs = model._layer_inputs(ids)
     evidence = _evidence(model, batch, ids, used)
     rows = []
     for row, question in enumerate(asked):
@@ -266,12 +263,7 @@ def _rotated(keys: Tensor, tables: Tables, positions: Tensor) -> Tensor:
     """Keys ``[S, Hkv, D]``, already rotated, turned on by ``positions [S]``; what scales cos and sin counts once."""
     cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in tables)
     scale = (cos.square() + sin.square()).sqrt()
-    cos, sin = cos / scale, sin / scale
-    half = cos.shape[-1]
-    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*turned, wide[..., 2 * half :]), -1).to(keys.dtype)
+    return rotated(keys, cos / scale, sin / scale)
 
 
 def _hidden(model: Any, ids: Tensor, memory: ContextMemory) -> Tensor:
