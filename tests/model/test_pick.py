@@ -301,8 +301,10 @@ def test_a_prompt_holds_the_passages_in_the_texts_order() -> None:
     ids, question = tokens(3 * CHUNK), tokens(5, seed=2)
 
     class Letters:
-        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+        def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool = False) -> Any:
             assert not add_special_tokens
+            # whose text may look like a special token
+            assert split_special_tokens == (text in ("xy", "z"))
             return type("Encoded", (), {"input_ids": [ord(c) for c in text]})
 
     (found,) = model.find_passages(question[None], ids[None], count=2)

@@ -29,9 +29,8 @@ class PromptIds(NamedTuple):
 class Prompts:
     """Turns records into token ids, the same for every system.
 
-    Context and question are tokenised separately and without special tokens: text that looks like one is text. In a
-        chat,
-    context and question are one user message and the answer prefix begins the answer.
+    Context and question are tokenised separately and without special tokens: text that looks like one is text.
+    In a chat, context and question are one user message and the answer prefix begins the answer.
 
     Args:
         tokenizer: a Transformers tokenizer.

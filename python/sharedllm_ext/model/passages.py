@@ -133,15 +133,16 @@ class PassageRetrieval:
         if parts is None:
             raise ValueError("passage_prompt: expected config.passage_prompt, got None")
 
-        def tokens(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+        def tokens(text: str, **how: bool) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False, **how).input_ids) if text else []
 
         ids = tokens(parts["begin"])
         for passage in sorted(passages, key=lambda p: (p.start, p.segment)):
             ids += tokens(parts["passage"].format(rank=passage.rank + 1))
             ids += context_ids[passage.start : passage.end].tolist()
-        for text in (parts["question"], question, parts["answer"], answer_begin):
-            ids += tokens(text)
+        # what looks like a special token in a question is text: it must not end the turn
+        ids += tokens(parts["question"]) + tokens(question, split_special_tokens=True)
+        ids += tokens(parts["answer"]) + tokens(answer_begin, split_special_tokens=True)
         return torch.tensor([ids], dtype=torch.int64, device=context_ids.device)
 
     def _layer_inputs(self: Any, ids: Tensor) -> list[Tensor]:
