@@ -26,6 +26,25 @@ class PromptIds(NamedTuple):
         return len(self.begin) + len(self.context) + len(self.question)
 
 
+def chat_halves(tokenizer: Any, expected: str) -> tuple[str, str]:
+    """What a chat template says before and after one user message, the begin of the answer included.
+
+    Raises:
+        ValueError: ``expected`` begins the error: the template does not take one user message and say it once.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _PLACE}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:
+        # a template may raise anything
+        raise ValueError(f"{expected} that takes one user message, got {' '.join(str(error).split())}") from error
+    head, *rest = text.split(_PLACE)
+    if len(rest) != 1:
+        raise ValueError(f"{expected} that says the message once, got it {len(rest)} times")
+    return head, rest[0]
+
+
 class Prompts:
     """Turns records into token ids, the same for every system.
 
@@ -63,20 +82,9 @@ class Prompts:
         return []
 
     def _read_template(self) -> None:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": _PLACE}], add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:
-            # a template may raise anything
-            raise ValueError(
-                f"chat: expected a template that takes one user message, got {' '.join(str(error).split())}"
-            ) from error
-        parts = text.split(_PLACE)
-        if len(parts) != 2:
-            raise ValueError(f"chat: expected a template that says the message once, got it {len(parts) - 1} times")
         self._chat_head, self._chat_tail = (
-            list(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts
+            list(self.tokenizer(part, add_special_tokens=False)["input_ids"])
+            for part in chat_halves(self.tokenizer, "chat: expected a template")
         )
 
     def encode(self, text: str, name: str = "text") -> Tokens:

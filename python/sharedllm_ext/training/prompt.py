@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# a noncharacter of Unicode, which no interchanged text holds
-_PLACE = "\ufdd2"
+from ..evaluation.prompts import chat_halves
 
 
 class PromptTokens(NamedTuple):
@@ -64,18 +63,7 @@ def default_prompt(tokenizer: Any) -> dict[str, str]:
     """
     begin, answer = "", "\n"
     if getattr(tokenizer, "chat_template", None):
-        try:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": _PLACE}], add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:
-            # a template may raise anything
-            raise ValueError(f"chat template: expected one that takes one user message, got {error}") from error
-        if text.count(_PLACE) != 1:
-            raise ValueError(
-                f"chat template: expected one that says the message once, got it {text.count(_PLACE)} times"
-            )
-        begin, answer = text.split(_PLACE)
+        begin, answer = chat_halves(tokenizer, "chat template: expected one")
     elif getattr(tokenizer, "bos_token", None):
         begin = tokenizer.bos_token
     return {"begin": begin, "passage": "\n[{rank}]\n", "question": "\n\n", "answer": answer}
