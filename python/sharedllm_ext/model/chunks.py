@@ -14,12 +14,19 @@ class Chunk:
     length: int
 
 
-def cut_into_chunks(lengths: Sequence[int], chunk_size: int) -> list[Chunk]:
-    """Chunks of packed documents of the given lengths, in order; the last chunk of a document may be short."""
+def cut_into_chunks(lengths: Sequence[int], chunk_size: int, first_chunks: Sequence[int] | None = None) -> list[Chunk]:
+    """Chunks of packed documents of the given lengths, in order; the last chunk of a document may be short.
+
+    Args:
+        lengths: tokens of each document, or of its part that begins with chunk ``first_chunks[i]``.
+        chunk_size: tokens of a full chunk.
+        first_chunks: index of each part's first chunk in its document; default: 0, whole documents.
+    """
     chunks, first = [], 0
     for document, length in enumerate(lengths):
+        number = 0 if first_chunks is None else first_chunks[document]
         chunks += [
-            Chunk(document, index, first + begin, min(chunk_size, length - begin))
+            Chunk(document, number + index, first + begin, min(chunk_size, length - begin))
             for index, begin in enumerate(range(0, length, chunk_size))
         ]
         first += length

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,14 +79,57 @@ class ContextCompression:
         Raises:
             ValueError: invalid shapes, dtypes, devices or token ids; the message names what was expected.
         """
+        return self._compress_part(
+            context_ids,
+            context_attention_mask,
+            query_ids,
+            query_attention_mask,
+            query_embeds,
+            generator=generator,
+            progress=progress,
+            training=training,
+        )
+
+    def _compress_part(
+        self: Any,
+        context_ids: Tensor,
+        context_attention_mask: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        query_attention_mask: Tensor | None = None,
+        query_embeds: Tensor | None = None,
+        *,
+        first_chunks: Sequence[int] | None = None,
+        name: str = "compress",
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], None] | None = None,
+        training: bool | None = None,
+    ) -> ContextMemory:
+        """:meth:`compress` of parts of documents, each a slice of its document's chunks.
+
+        Chunks do not see each other: the parts of a document, put one after the other, are its memory.
+
+        Args:
+            context_ids: ``[B, C]``, one part a row, with its mask; a part that its document goes on after ends with a
+                full chunk.
+            query_ids, query_attention_mask, query_embeds: one row for each part, the query of its document.
+            first_chunks: index of each part's first chunk in its document; default: 0.
+            name: the caller's, for errors.
+            context_attention_mask, generator, progress, training: as for :meth:`compress`.
+
+        Returns:
+            A memory whose documents are the parts, counted from each part's own begin; keys are rotated by the chunks'
+            indices in the whole documents.
+        """
         if torch.compiler.is_exporting():
-            raise ValueError(f"compress: expected to run outside of torch.export, got a call inside; {_NOT_TRACED}")
+            raise ValueError(f"{name}: expected to run outside of torch.export, got a call inside; {_NOT_TRACED}")
         lower = self.lower_model
-        check_whole("compress", lower.embed_tokens)
+        check_whole(name, lower.embed_tokens)
         watch = Stopwatch(self.device)
         training = self.training if training is None else training
         with torch.set_grad_enabled(training and torch.is_grad_enabled() and _any_trainable(lower)):
-            work = self._prepare(context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds)
+            work = self._prepare(
+                context_ids, context_attention_mask, query_ids, query_attention_mask, query_embeds, first_chunks
+            )
             watch.lap("retrieve")
             # weights in training change with every step, too often for a digest of them
             signature = functools.partial(self.memory_signature, fingerprint=not training)
@@ -150,6 +193,7 @@ class ContextCompression:
         query_ids: Tensor | None,
         query_mask: Tensor | None,
         query_embeds: Tensor | None,
+        first_chunks: Sequence[int] | None = None,
     ) -> Work:
         """Check and pack the inputs, cut the chunks, compute tables and query vectors."""
         self._check_vocabularies()
@@ -159,15 +203,19 @@ class ContextCompression:
         ids = context_ids.flatten() if mask is None else context_ids[mask]
         size = self.config.chunk_size
         counts = [-(-length // size) for length in lengths]
+        firsts = [0] * len(lengths) if first_chunks is None else list(first_chunks)
+        if len(firsts) != len(lengths) or any(first < 0 for first in firsts):
+            raise ValueError(f"first_chunks: expected {len(lengths)} integers of at least 0, got {firsts}")
+        indices = (first + count for first, count in zip(firsts, counts, strict=True))
         queries = self._rows_with_query(query_ids, query_mask, query_embeds, len(lengths))
         longest = 0 if queries is None else max(queries[1], default=0)
-        tables = self._rope_tables(max([size, longest, *counts]) + size, context_ids.device)
+        tables = self._rope_tables(max([size, longest, *indices]) + size, context_ids.device)
         query = has_query = None
         if queries is not None and longest:
             has_query = [length > 0 for length in queries[1]]
             upper = LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
             query = query_vectors(upper, queries[0], queries[1], tables)
-        return Work(ids, lengths, cut_into_chunks(lengths, size), counts, tables, query, has_query)
+        return Work(ids, lengths, cut_into_chunks(lengths, size, firsts), counts, tables, query, has_query)
 
     @property
     def last_timings(self: Any) -> dict[str, float]:
