@@ -40,7 +40,8 @@ model.__init__
 __init__
 reference.model
 info, evaluation.*
-training.wordings, training.sources, training.prompt, training.trained
+training.wordings, training.sources, training.prompt, training.sharding
+training.trained
 training.data
 training.losses, training.flops, training.checkpoint
 training.loop
@@ -57,6 +58,7 @@ LATE = {
     "info": "it reports what cannot be imported",
     "evaluation.peak_memory": "the system's resource module is there on Unix alone",
     "model.gguf_checkpoint": "gguf and accelerate are optional packages",
+    "training.sharding": "PyTorch's sharding modules take a second to import, and few runs need them",
     "cli._adapter": HELP,
     "cli._common": HELP,
     "cli._eval_report": "matplotlib is an optional package",

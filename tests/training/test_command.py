@@ -137,15 +137,23 @@ def test_a_stopped_training_goes_on(number: int, code: int, cli: Run, base: Path
     assert (out / "adapter.safetensors").is_file()
 
 
-def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path, sharding: str) -> None:
     out, data = tmp_path / "out", text_file(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     command += ["sharedllm_ext", "train", str(base), "--data", str(data), "--out", str(out), "--steps", "2", *SMALL]
-    environment = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += ["--sharding", sharding]
+    paths = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("adapter.safetensors: ") == 1
-    SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
+    model: Any = SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
+    stored = load_file(out / CHECKPOINT)
+    names = [name.removeprefix("parameter.") for name in stored if name.startswith("parameter.")]
+    assert "compressor.layers.0.mlp.up_proj.weight" in names
+    for name in names:
+        assert torch.equal(model.get_parameter(name), stored[f"parameter.{name}"]), name
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,7 @@ def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path) -> None:
             2,
             "--trained: expected parts of injected, upper, compressor, got 'all'",
         ),
+        (["--steps", "1", "--sharding", "fsdp"], 2, "--sharding fsdp: expected several processes (torchrun"),
         (["--steps", "1", "--pick-layers", "x"], 2, "expected layers such as 1,4,7, or none, got 'x'"),
         (["--steps", "1", "--pick-layers", "1,5"], 1, "pick_layers: expected rising layers from 0 to 1, got [1, 5]"),
         (["--steps", "1", "--chunks", "900"], 1, "data: expected plain text of at least 57632 tokens"),

@@ -29,7 +29,7 @@ from sharedllm_ext.cli._progress import Progress, amount, clock
 if TYPE_CHECKING:
     import torch
 
-    from sharedllm_ext.training import Report, Trained, Trainer
+    from sharedllm_ext.training import Report, Trainer
 
 ADAPTER = "adapter.safetensors"
 FIELDS = (
@@ -111,6 +111,12 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="to compute in, over float32 parameters (default: bfloat16 on CUDA, float32 on a CPU)",
     )
+    run_on.add_argument(
+        "--sharding",
+        choices=["ddp", "fsdp"],
+        default="ddp",
+        help="of several processes: all parameters in each (ddp), or a share in each (fsdp; default: ddp)",
+    )
     run_on.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again: less memory")
     run_on.add_argument("--save-minutes", type=_above_zero, default=10.0, metavar="T", help="between checkpoints")
     add_json_option(parser)
@@ -151,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         parts = parse_parts(args.trained, args.rank)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
+    if args.sharding == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UsageError("--sharding fsdp: expected several processes (torchrun --nproc-per-node N), got one")
     world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     device = pick_device(args.device)
     if world > 1:
@@ -214,6 +222,7 @@ def _train(
         read_sources,
         token_classes,
     )
+    from sharedllm_ext.training.sharding import gathered
 
     progress = Progress(first and not args.json)
     quiet_transformers(progress.terminal)
@@ -239,7 +248,9 @@ def _train(
     config = model.config
     if model.pick is not None and tokenizer is not None:
         model.pick.token_class.copy_(token_classes(tokenizer, config.text_config.vocab_size))
-    model.to(device)
+    if args.sharding == "ddp":
+        # fully_shard moves one layer after the other, of which a share stays
+        model.to(device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with progress.bar("reading the data", None, ""):
@@ -262,6 +273,7 @@ def _train(
         accumulate=args.accumulate,
         save_minutes=args.save_minutes,
         bfloat16=bfloat16,
+        sharding=args.sharding,
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
@@ -290,6 +302,7 @@ def _train(
         out,
         # JSON has no tuples, and a checkpoint's settings come from it
         settings=json.loads(json.dumps(settings)),
+        device=device,
         report=lambda report: tell(_line(report, options)),
         say=tell,
     )
@@ -311,19 +324,21 @@ def _train(
         if first:
             say(f"sharedllm: stopped at step {trainer.step}; the same command with --resume goes on")
         return 128 + stopped
+    tensors = gathered(trained.adapter_tensors().items(), first)
     if first:
-        _write(args, out / ADAPTER, trainer, trained, digests)
+        _write(args, out / ADAPTER, trainer, tensors, digests)
     return 0
 
 
-def _write(args: argparse.Namespace, path: Path, trainer: Trainer, trained: Trained, digests: str) -> None:
+def _write(
+    args: argparse.Namespace, path: Path, trainer: Trainer, tensors: dict[str, torch.Tensor], digests: str
+) -> None:
     """Write the adapter, and say what it is."""
     from sharedllm_ext.model.adapter import write_adapter
     from sharedllm_ext.training.trained import SCALE
 
     name = os.path.basename(os.path.normpath(args.base)) or args.base
     about = f"sharedllm train: {trainer.step} steps of {args.trained}"
-    tensors = trained.adapter_tensors()
     try:
         write_adapter(path, trainer.model, tensors, base=name, scale=SCALE, about=about, digests=digests)
     except Exception as error:

@@ -7,6 +7,7 @@ is written under another name and renamed when it is whole, so that the one befo
 import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,32 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says what stands on the disk."""
 
 
-def write_checkpoint(
-    path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, header: dict[str, Any]
-) -> None:
+def checkpoint_tensors(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds, by its name there: parameters, and AdamW's state of each."""
+    for name, parameter in parameters.items():
+        yield f"parameter.{name}", parameter
+        state = optimizer.state.get(parameter, {})
+        for field in _STATE:
+            if field in state:
+                yield f"{field}.{name}", state[field]
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write a checkpoint.
 
     Args:
         path: the file.
-        parameters: by name, in the order of the optimiser's.
-        optimizer: AdamW over them.
+        tensors: those of :func:`checkpoint_tensors`, whole and on the CPU.
         header: what ``json`` can write.
 
     Raises:
         TrainingError: it cannot be written; the checkpoint before stands.
     """
-    tensors = {f"parameter.{name}": parameter for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        tensors.update({f"{field}.{name}": state[field] for field in _STATE if field in state})
-    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(held, part, metadata={_KEY: json.dumps({"version": _VERSION, **header})})
+        save_file(tensors, part, metadata={_KEY: json.dumps({"version": _VERSION, **header})})
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import TrainingError, read_checkpoint, write_checkpoint
+from .checkpoint import TrainingError, checkpoint_tensors, read_checkpoint, write_checkpoint
 from .data import Batch, Mix
 from .flops import StepFlops, batch_tokens, peak_flops
 from .losses import Counts, Losses, Sums, Weights, count
+from .sharding import SHARDINGS, gathered, like, shard, whole
 from .trained import Trained
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -43,6 +44,7 @@ class Options:
         report_seconds: between reports.
         bfloat16: compute in it, over parameters that stay as they are.
         most_skipped: steps without a finite loss in a row that end the training.
+        sharding: of several processes: ``ddp``, all parameters in each, or ``fsdp``, a share of them in each.
     """
 
     steps: int | None = None
@@ -58,6 +60,7 @@ class Options:
     report_seconds: float = 10.0
     bfloat16: bool = False
     most_skipped: int = 5
+    sharding: str = "ddp"
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -66,6 +69,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"sharding: expected one of {', '.join(SHARDINGS)}, got {self.sharding!r}")
 
     def rate(self, step: int, seconds: float) -> float:
         """The factor of the peak rates in a step: a linear rise, then half a cosine."""
@@ -109,11 +114,13 @@ class Trainer:
         folder: where checkpoints are written; must exist.
         weights: of the losses.
         settings: what must be equal for a checkpoint to be gone on from; JSON.
+        device: where to compute; default: the model's. A model that ``fsdp`` shards need not be there yet.
         report: called with each :class:`Report` in the first process.
         say: called there with lines on skipped steps and checkpoints.
 
     With ``torch.distributed`` initialised, every process takes its share of the step's batches, and gradients are
-    summed over the processes: the step equals that of one process with as many accumulated batches.
+    summed over the processes: the step equals that of one process with as many accumulated batches. Checkpoints hold
+    whole tensors and can be gone on from with any division of a step's batches.
     """
 
     def __init__(
@@ -126,6 +133,7 @@ class Trainer:
         *,
         weights: Weights | None = None,
         settings: dict[str, Any] | None = None,
+        device: torch.device | None = None,
         report: Callable[[Report], object] = lambda report: None,
         say: Callable[[str], object] = lambda line: None,
     ) -> None:
@@ -136,11 +144,17 @@ class Trainer:
         self._tells = self.rank == 0
         self._report, self._say = report, say
         self.model = trained.model
-        self.device: torch.device = self.model.device
+        self.device: torch.device = self.model.device if device is None else device
+        self._flops = StepFlops(self.model, losses.prompt, losses.passages)
+        self._sharded: Callable[[Batch], Sums] | None = None
+        if options.sharding == "fsdp":
+            if not self.several:
+                raise ValueError("sharding: expected several processes (torchrun) for fsdp, got one without a group")
+            self._sharded = shard(self.model, losses, self.device)
+            trained.find_parameters()
         self.parameters = list(trained.parameters.values())
         self.optimizer = self._optimizer()
         self.step, self.seconds, self.skipped = 0, 0.0, 0
-        self._flops = StepFlops(self.model, losses.prompt, losses.passages)
         self._peak = peak_flops(self.device)
         self._signal = 0
         self._last: Report | None = None
@@ -173,6 +187,7 @@ class Trainer:
             TrainingError: it cannot be written, in all processes.
         """
         failure: TrainingError | None = None
+        tensors = gathered(checkpoint_tensors(self.trained.parameters, self.optimizer), self.rank == 0)
         if self.rank == 0:
             header = {
                 "step": self.step,
@@ -181,7 +196,7 @@ class Trainer:
                 "settings": self.settings,
             }
             try:
-                write_checkpoint(self.path, self.trained.parameters, self.optimizer, header)
+                write_checkpoint(self.path, tensors, header)
             except TrainingError as error:
                 failure = error
         if self._largest([float(failure is not None)])[0]:
@@ -211,7 +226,16 @@ class Trainer:
             for group, kept in zip(self.optimizer.param_groups, stored["param_groups"], strict=True)
             for number, parameter in zip(kept["params"], group["params"], strict=True)
         ]
-        stored["state"] = {number: states[name] for number, name in numbers if name in states}
+        places = self.trained.parameters
+        stored["state"] = {
+            number: {
+                # the count of steps is a number, not shared out
+                field: like(value, places[name]) if value.dim() else value
+                for field, value in states[name].items()
+            }
+            for number, name in numbers
+            if name in states
+        }
         self.optimizer.load_state_dict(stored)
         self.step, self.seconds, self.skipped = header["step"], header["seconds"], header["skipped"]
 
@@ -246,7 +270,8 @@ class Trainer:
                     self._tell(meter)
                     meter = _Meter(now)
                 if stop:
-                    self._tell(meter)
+                    if meter.steps:
+                        self._tell(meter)
                     self.save()
                     return int(stop)
         if meter.steps:
@@ -269,13 +294,16 @@ class Trainer:
         reported = torch.zeros(4, dtype=torch.float64, device=self.device)
         for batch in batches:
             with self._precision():
-                sums = self.losses(batch)
-            sums.total(counts, self.weights).backward()  # type: ignore[no-untyped-call]
+                sums = (self._sharded or self.losses)(batch)
+            loss = sums.total(counts, self.weights)
+            # fully_shard divides the sum over the processes by their number
+            loss = loss if self._sharded is None else loss * self.world
+            loss.backward()  # type: ignore[no-untyped-call]
             reported += torch.stack([term.detach().double() for term in sums])
         self._sum_gradients()
         if self.several:
             dist.all_reduce(reported)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip, foreach=True)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip, foreach=True))
         wrong = [n for n, value in zip(Sums._fields, reported.tolist(), strict=True) if not math.isfinite(value)]
         if not wrong and not bool(norm.isfinite()):
             wrong = ["gradient"]
@@ -345,20 +373,20 @@ class Trainer:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if not self.several:
+        if not self.several or self._sharded is not None:
             return
         bucket: list[Tensor] = []
-        for parameter in [*self.parameters, None]:
+        for following in [*self.parameters, None]:
             full = sum(g.nbytes for g in bucket) >= _BUCKET
-            if bucket and (parameter is None or full or parameter.dtype != bucket[0].dtype):
+            if bucket and (following is None or full or following.dtype != bucket[0].dtype):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
                 dist.all_reduce(flat)
                 for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                     gradient.copy_(part.view_as(gradient))
                 bucket = []
-            if parameter is not None:
-                assert parameter.grad is not None
-                bucket.append(parameter.grad)
+            if following is not None:
+                assert following.grad is not None
+                bucket.append(following.grad)
 
 
 class _Meter:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..model.adapter import DOWN, UP
 from ..model.families import attention_norm
 from ..model.managed_layers import is_sharded
+from .sharding import like
 
 PARTS = ("injected", "upper", "compressor")
 #: Factor of the low-rank updates.
@@ -112,12 +113,17 @@ class Trained:
                     parameter.requires_grad_(own)
         if model.pick is not None:
             model.pick.requires_grad_(True)
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.find_parameters()
         narrow = [name for name, p in self.parameters.items() if p.dtype not in (torch.float32, torch.float64)]
         if narrow:
             raise ValueError(
                 f"model: expected float32 parameters where they are trained, got {narrow[0]} in half precision"
             )
+
+    def find_parameters(self) -> None:
+        """Look the parameters up again: sharding puts others in their places."""
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def new(self, name: str) -> bool:
         """Whether a parameter is none of the base checkpoint's: of a block, of the pick, or of an update."""
@@ -149,7 +155,7 @@ class Trained:
                 raise ValueError(
                     f"checkpoint: expected {name} of shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
                 )
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
 
 
 def _modules(model: Any, part: str) -> list[Any]:
