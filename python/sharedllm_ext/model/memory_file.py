@@ -1,4 +1,4 @@
-"""The file of a context memory: safetensors, replaced as a whole or not at all, and checked before use.
+"""Files of context memories and indexes: safetensors, replaced as a whole or not at all, and checked before use.
 
 The file's metadata hold ``header``, a JSON object, and since version 2 ``sha256`` of that text; the header holds the
 CRC-32 of every tensor's bytes. Nothing is mapped: a file that shrinks later cannot harm a memory that was read.
@@ -14,17 +14,36 @@ import os
 import secrets
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
 
-FORMAT = "sharedllm-context-memory"
-VERSION = 2
+
+@dataclasses.dataclass(frozen=True)
+class FileFormat:
+    """A kind of file.
+
+    Attributes:
+        name: what its header's ``format`` says.
+        noun: what errors call it.
+        fields: the header's fields, by version.
+    """
+
+    name: str
+    noun: str
+    fields: Mapping[int, Set[str]]
+
+    @property
+    def version(self) -> int:
+        """The latest, which is written."""
+        return max(self.fields)
+
+
 _FIELDS = {"format", "version", "cu_slots", "num_chunks", "num_tokens", "memory_index", "signature"}
-_FIELDS_OF_VERSION = {1: _FIELDS, 2: _FIELDS | {"checksums"}}
+MEMORY = FileFormat("sharedllm-context-memory", "context memory", {1: _FIELDS, 2: _FIELDS | {"checksums"}})
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # what a memory's tensors may be
 DTYPES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -41,7 +60,9 @@ _KINDS = {
 }
 
 
-def write_tensors(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor], form: FileFormat = MEMORY
+) -> None:
     """Write tensors and their header to a file, which is replaced when the new one is complete.
 
     Symbolic links are followed, the permissions of an existing file kept; a new one gets those of any new file.
@@ -51,20 +72,21 @@ def write_tensors(path: str | os.PathLike[str], header: Mapping[str, Any], tenso
         path: the file; its folder must exist.
         header: what ``json`` can write.
         tensors: on any device.
+        form: the kind of file.
 
     Raises:
         ValueError: ``path`` is something else than a regular file.
         OSError: the file cannot be written.
     """
-    target = _target(path)
+    target = _target(path, form.noun)
     folder, base = os.path.split(target)
     mode = stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else None
     # of a fixed length, however long the file's own name is
     prefix = f".sharedllm-{hashlib.sha256(os.fsencode(base)).hexdigest()[:16]}-"
     try:
-        _clear(folder, prefix)
+        _clear(folder, prefix, form)
         with _temporary(folder, prefix) as (temporary, file):
-            _write(file, header, tensors)
+            _write(file, header, tensors, form)
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
             file.flush()
@@ -75,17 +97,17 @@ def write_tensors(path: str | os.PathLike[str], header: Mapping[str, Any], tenso
         raise OSError(error.errno, error.strerror, target) from None
 
 
-def _target(path: str | os.PathLike[str]) -> str:
+def _target(path: str | os.PathLike[str], noun: str) -> str:
     name = os.fsdecode(path)
     kind = _kind(name)
     if kind is None and name.endswith(os.sep):
         kind = "a folder's name"
     if kind is not None:
-        raise ValueError(f"context memory file: expected a regular file or a new name, got {name!r}, which is {kind}")
+        raise ValueError(f"{noun} file: expected a regular file or a new name, got {name!r}, which is {kind}")
     target = os.path.realpath(name)
     if not os.path.isdir(os.path.dirname(target)):
         raise FileNotFoundError(
-            f"context memory file: expected an existing folder, got {os.path.dirname(target)!r}, which does not exist"
+            f"{noun} file: expected an existing folder, got {os.path.dirname(target)!r}, which does not exist"
         )
     if os.path.exists(target) and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
@@ -127,7 +149,7 @@ def _temporary(folder: str, prefix: str) -> Iterator[tuple[str, BinaryIO]]:
                     os.unlink(name)
 
 
-def _clear(folder: str, prefix: str) -> None:
+def _clear(folder: str, prefix: str, form: FileFormat) -> None:
     """Remove leftovers of interrupted calls: files with their name and content, and without a lock."""
     for entry in os.listdir(folder):
         random = entry.removeprefix(prefix).removesuffix(".partial")
@@ -140,13 +162,13 @@ def _clear(folder: str, prefix: str) -> None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 begin = os.pread(descriptor, 128, 0)
-                if stat.S_ISREG(os.fstat(descriptor).st_mode) and (not begin or FORMAT.encode() in begin):
+                if stat.S_ISREG(os.fstat(descriptor).st_mode) and (not begin or form.name.encode() in begin):
                     os.unlink(name)
             finally:
                 os.close(descriptor)
 
 
-def _write(file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _write(file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tensor], form: FileFormat) -> None:
     entries, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
@@ -155,7 +177,7 @@ def _write(file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tens
     checksums = dict.fromkeys(tensors, 0)
 
     def head() -> bytes:
-        fields = {"format": FORMAT, "version": VERSION, **header}
+        fields = {"format": form.name, "version": form.version, **header}
         text = json.dumps({**fields, "checksums": {name: f"{crc:08x}" for name, crc in checksums.items()}})
         metadata = {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         whole = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
@@ -197,30 +219,28 @@ class MemoryFile:
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
-        ValueError: no regular file, no context memory, of another version, truncated, or a header that was changed.
+        ValueError: no regular file, none of this kind, of another version, truncated, or a header that was changed.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = name = os.fsdecode(path)
+    def __init__(self, path: str | os.PathLike[str], form: FileFormat = MEMORY) -> None:
+        self.name, self._form = (name := os.fsdecode(path)), form
         try:
             # opening a FIFO would wait for its writer
             self._descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"context memory file: expected a file, got {name!r}, which does not exist"
-            ) from None
+            raise FileNotFoundError(f"{form.noun} file: expected a file, got {name!r}, which does not exist") from None
         except OSError as error:
             kind = _kind(name)
             if kind is None:
                 raise
-            raise ValueError(f"context memory file: expected a regular file, got {name!r}, which is {kind}") from error
+            raise ValueError(f"{form.noun} file: expected a regular file, got {name!r}, which is {kind}") from error
         try:
             status = os.fstat(self._descriptor)
             if stat.S_ISDIR(status.st_mode):
-                raise FileNotFoundError(f"context memory file: expected a file, got {name!r}, which is a folder")
+                raise FileNotFoundError(f"{form.noun} file: expected a file, got {name!r}, which is a folder")
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError(
-                    f"context memory file: expected a regular file, got {name!r}, which is "
+                    f"{form.noun} file: expected a regular file, got {name!r}, which is "
                     f"{_KINDS.get(stat.S_IFMT(status.st_mode), 'none')}"
                 )
             self.header, self._entries = self._read_head(status.st_size)
@@ -234,8 +254,18 @@ class MemoryFile:
     def __exit__(self, *error: object) -> None:
         os.close(self._descriptor)
 
-    def expect(self, kinds: Sequence[str], layers: int, shape: tuple[int, ...]) -> tuple[list[str], torch.dtype]:
+    def expect(
+        self,
+        kinds: Sequence[str],
+        layers: int,
+        shape: tuple[int, ...],
+        others: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> tuple[list[str], torch.dtype]:
         """Check that the file holds ``kind.0 … kind.{layers - 1}`` of every kind, of this shape and of one dtype.
+
+        Args:
+            kinds, layers, shape: what the file holds of every layer.
+            others: shapes of what it holds beside them, of any dtype.
 
         Returns:
             The tensors' names, by kind, and their dtype.
@@ -243,17 +273,19 @@ class MemoryFile:
         Raises:
             ValueError: names what differs.
         """
-        if len(self._entries) != layers * len(kinds):
-            raise self._error(f"{layers * len(kinds)} tensors for {layers} layers", str(len(self._entries)))
+        others = others or {}
+        count = layers * len(kinds) + len(others)
+        if len(self._entries) != count:
+            raise self._error(f"{count} tensors for {layers} layers", str(len(self._entries)))
         names = tensor_names(kinds, layers)
-        dtypes: set[torch.dtype] = set()
-        for name in names:
+        shapes = {**dict.fromkeys(names, shape), **others}
+        for name, expected in shapes.items():
             entry = self._entries.get(name)
             if entry is None:
-                raise self._error(f"a tensor {name}", f"none, but {min(set(self._entries) - set(names))!r}")
-            if entry.shape != shape:
-                raise self._error(f"{name} of shape {shape}", str(entry.shape))
-            dtypes.add(entry.dtype)
+                raise self._error(f"a tensor {name}", f"none, but {min(set(self._entries) - set(shapes))!r}")
+            if entry.shape != expected:
+                raise self._error(f"{name} of shape {expected}", str(entry.shape))
+        dtypes = {self._entries[name].dtype for name in names}
         if len(dtypes) != 1:
             raise self._error("one dtype for all tensors", ", ".join(sorted(map(str, dtypes))))
         return names, dtypes.pop()
@@ -310,15 +342,19 @@ class MemoryFile:
             raise self._foreign("a safetensors file without that header")
         text = metadata["header"]
         header = self._json(text, "the header")
-        if header.get("format") != FORMAT:
-            raise self._foreign("a safetensors file without that header")
+        form, found = self._form, header.get("format")
+        if found != form.name:
+            ours = isinstance(found, str) and found.startswith("sharedllm-")
+            raise self._foreign(f"a {shorten(found)} file" if ours else "a safetensors file without that header")
         version = header.get("version")
-        if not isinstance(version, int) or version not in _FIELDS_OF_VERSION:
-            raise ValueError(f"{self.name}: expected {FORMAT} version 1 to {VERSION}, got {shorten(version)}")
-        if set(header) != _FIELDS_OF_VERSION[version]:
-            fields = ", ".join(sorted(set(header) ^ _FIELDS_OF_VERSION[version]))[:200]
+        if not isinstance(version, int) or version not in form.fields:
+            versions = "version 1" if form.version == 1 else f"version 1 to {form.version}"
+            raise ValueError(f"{self.name}: expected {form.name} {versions}, got {shorten(version)}")
+        if set(header) != form.fields[version]:
+            fields = ", ".join(sorted(set(header) ^ form.fields[version]))[:200]
             raise self._error(f"the fields of version {version}", f"others: missing or unknown are {fields}")
-        if version >= 2 and metadata.get("sha256") != hashlib.sha256(text.encode(errors="replace")).hexdigest():
+        digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+        if "checksums" in header and metadata.get("sha256") != digest:
             raise self._error("a header with its SHA-256", "another one: the header was changed")
         return header, self._check_entries(head, 8 + length, size)
 
@@ -367,12 +403,12 @@ class MemoryFile:
 
     def _truncated(self, expected: str, got: str) -> ValueError:
         return ValueError(
-            f"{self.name}: expected a complete {FORMAT} file, got a truncated or foreign one (expected {expected}, got "
-            f"{got})"
+            f"{self.name}: expected a complete {self._form.name} file, got a truncated or foreign one (expected "
+            f"{expected}, got {got})"
         )
 
     def _foreign(self, got: str) -> ValueError:
-        return ValueError(f"{self.name}: expected a {FORMAT} file, got {got}")
+        return ValueError(f"{self.name}: expected a {self._form.name} file, got {got}")
 
 
 def tensor_names(kinds: Sequence[str], layers: int) -> list[str]:
