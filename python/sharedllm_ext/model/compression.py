@@ -210,11 +210,7 @@ class ContextCompression:
         queries = self._rows_with_query(query_ids, query_mask, query_embeds, len(lengths))
         longest = 0 if queries is None else max(queries[1], default=0)
         tables = self._rope_tables(max([size, longest, *indices]) + size, context_ids.device)
-        query = has_query = None
-        if queries is not None and longest:
-            has_query = [length > 0 for length in queries[1]]
-            upper = LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
-            query = query_vectors(upper, queries[0], queries[1], tables)
+        query, has_query = self._query_vectors(queries, tables)
         return Work(ids, lengths, cut_into_chunks(lengths, size, firsts), counts, tables, query, has_query)
 
     @property
@@ -223,8 +219,22 @@ class ContextCompression:
         (everything else), and the counts ``context_tokens``, ``chunks`` and ``slots``. Empty before the first."""
         return {} if self._watch is None else self._watch.read()
 
+    def _query_vectors(
+        self: Any, queries: tuple[Tensor, list[int]] | None, tables: LayerTables
+    ) -> tuple[Tensor | None, list[bool] | None]:
+        """Query vectors ``[B, d]`` and which rows have one; ``None`` where none has."""
+        if queries is None or not any(queries[1]):
+            return None, None
+        upper = LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
+        return query_vectors(upper, queries[0], queries[1], tables), [length > 0 for length in queries[1]]
+
     def _rows_with_query(
-        self: Any, query_ids: Tensor | None, mask: Tensor | None, query_embeds: Tensor | None, documents: int
+        self: Any,
+        query_ids: Tensor | None,
+        mask: Tensor | None,
+        query_embeds: Tensor | None,
+        documents: int,
+        of: str = "row of context_ids",
     ) -> tuple[Tensor, list[int]] | None:
         """Packed query tokens (or their embeddings) and how many each document has; ``None`` without a query."""
         if query_ids is not None and query_embeds is not None:
@@ -240,9 +250,7 @@ class ContextCompression:
         else:
             check_embeds(self, name, query)
         if query.shape[0] != documents:
-            raise ValueError(
-                f"{name}: expected {documents} rows, one for each row of context_ids, got {query.shape[0]}"
-            )
+            raise ValueError(f"{name}: expected {documents} rows, one for each {of}, got {query.shape[0]}")
         used = check_mask("query_attention_mask", mask, name, query)
         if not self.config.query_aware:
             return None

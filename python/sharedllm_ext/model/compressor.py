@@ -57,7 +57,6 @@ def compress_chunks(
     Returns:
         keys and values, ``M`` tensors ``[S, Hkv, D]`` each; slots of each chunk.
     """
-    device = ids.device
     managed = any(is_managed(layer) for layer in model.layers)
     if managed and torch.is_grad_enabled():
         check_checkpointing(model.layers[0])
@@ -72,39 +71,65 @@ def compress_chunks(
         tree = choose_nodes(model, embeddings, chunks, shape, tables, query, has_query, generator)
     if watch is not None:
         watch.lap("retrieve")
-    chunk_index = upload(torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64), device)
     kept = kept_tokens(chunks, shape, tree)
-    num_slots = sum(kept)
-    positions, cu_nodes, keep_index, keep_position, _ = context_tree_layout(
-        tree.nodes, chunk_index, shape.slots_per_node, ids.numel(), num_slots
-    )
-    if shape.slots_at_end:
-        keep_index, keep_position = stride_ends(keep_index, keep_position, ids.numel())
-    nodes = _Nodes(tree, positions, cu_nodes, keep_index, max(chunk.length for chunk in chunks), tables)
-    packing = _Packing(
-        nodes,
-        positions,
-        keep_index,
-        keep_position,
-        tables,
-        Products() if products is None else products,
-        checkpointing and not managed and torch.is_grad_enabled(),
+    packing = pack_nodes(
+        tree,
+        chunks,
+        shape,
+        tokens=ids.numel(),
+        slots=sum(kept),
+        tables=tables,
+        products=Products() if products is None else products,
+        checkpointing=checkpointing and not managed and torch.is_grad_enabled(),
     )
     keys, values = [], []
     hidden: Any = embeddings
     del embeddings
     for index, layer in enumerate(model.layers):
-        place = _Place(index, len(model.layers) - index - 1)
+        place = Place(index, len(model.layers) - index - 1)
         if managed:
-            step = functools.partial(_compress_layer, packing=packing, place=place)
+            step = functools.partial(compress_layer, packing=packing, place=place)
             hidden, memory_key, memory_value = call_layer(layer, step, hidden)
         else:
-            hidden, memory_key, memory_value = _compress_layer(layer, hidden, first, packing=packing, place=place)
+            hidden, memory_key, memory_value = compress_layer(layer, hidden, first, packing=packing, place=place)
         keys.append(memory_key)
         values.append(memory_value)
     per_chunk = shape.depth + 1
     slots = [sum(kept[i : i + per_chunk]) for i in range(0, len(kept), per_chunk)]
     return keys, values, slots
+
+
+def pack_nodes(
+    tree: ContextTree,
+    chunks: Sequence[Chunk],
+    shape: TreeShape,
+    *,
+    tokens: int,
+    slots: int,
+    tables: LayerTables,
+    products: Products,
+    checkpointing: bool = False,
+) -> "Packing":
+    """Lay out the nodes of consecutive chunks for the layers.
+
+    Args:
+        tree: nodes that hold each of the chunks' tokens once.
+        chunks: the chunks.
+        shape: the tree's sizes.
+        tokens: of all chunks.
+        slots: that the nodes keep.
+        tables: cos and sin of each layer.
+        products: how the layers' matmuls are computed.
+        checkpointing: recompute the layers in the backward pass.
+    """
+    chunk_index = upload(torch.tensor([chunk.index for chunk in chunks], dtype=torch.int64), tree.nodes.device)
+    positions, cu_nodes, keep_index, keep_position, _ = context_tree_layout(
+        tree.nodes, chunk_index, shape.slots_per_node, tokens, slots
+    )
+    if shape.slots_at_end:
+        keep_index, keep_position = stride_ends(keep_index, keep_position, tokens)
+    nodes = _Nodes(tree, positions, cu_nodes, keep_index, max(chunk.length for chunk in chunks), tables)
+    return Packing(nodes, positions, keep_index, keep_position, tables, products, checkpointing)
 
 
 def stride_ends(keep_index: Tensor, keep_position: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +145,7 @@ def stride_ends(keep_index: Tensor, keep_position: Tensor, tokens: int) -> tuple
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """A layer's place: its index, and how many layers of the compressor are above it."""
 
     index: int
@@ -128,7 +153,7 @@ class _Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Packing:
+class Packing:
     """Shared by all layers of one micro-batch; indices and positions from :func:`context_tree_layout`."""
 
     nodes: "_Nodes"
@@ -148,8 +173,8 @@ class _Packing:
         return chunk_compression(query, key, value, *tables, where, where, index, self.keep_position)
 
 
-def _compress_layer(
-    layer: Layer, hidden: Tensor, first: list[Embedded] | None = None, *, packing: _Packing, place: _Place
+def compress_layer(
+    layer: Layer, hidden: Tensor, first: list[Embedded] | None = None, *, packing: Packing, place: Place
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """One layer of the compressor.
 

@@ -1,8 +1,8 @@
 """Compressing in micro-batches: how many tokens at a time, where the memory is stored, errors of lacking memory."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def compress_in_micro_batches(
     Raises:
         torch.OutOfMemoryError: says how much was needed, and which settings need less.
     """
-    ids, lengths, chunks, counts = work.ids, work.lengths, work.chunks, work.counts
+    ids, lengths, chunks = work.ids, work.lengths, work.chunks
     shape = tree_shape(config, training)
     pieces: list[list[Tensor]] = [[] for _ in range(2 * len(lower.layers))]
     store: list[Tensor] | None = None
@@ -80,40 +80,26 @@ def compress_in_micro_batches(
     room = sum(min(chunk.length, (config.tree_depth + 1) * config.slots_per_node) for chunk in chunks)
     if not chunks or not torch.is_grad_enabled():
         # the whole memory at once: appending would copy it again and again
-        store = _memory_store(lower, room, model_dtype, ids.device)
-    products = _products_of(config, lower, fp8)
-    limit = config.micro_batch_tokens or _micro_batch_tokens(lower, ids.device)
-    first = 0
-    while first < len(chunks):
-        batch = micro_batch(chunks, first, limit)
-        part = ids[batch[0].start : batch[-1].start + batch[-1].length]
-        failure: str | None = None
-        try:
-            keys, values, slots = compress_chunks(
-                lower,
-                part,
-                batch,
-                shape,
-                work.tables,
-                work.query,
-                work.has_query,
-                generator,
-                checkpointing,
-                watch,
-                products,
-            )
-        except RuntimeError as error:
-            if not _is_out_of_memory(error, ids.device):
-                raise
-            failure = str(error).split("\n", maxsplit=1)[0]
-        if failure is not None:
-            # outside the handler, which would keep the failed call's tensors alive
-            torch.cuda.empty_cache()
-            if config.micro_batch_tokens is None and len(batch) > 1 and store is not None:
-                limit = part.numel() // 2
-                continue
-            raise torch.OutOfMemoryError(_out_of_memory(config, lower, part, store, failure))
-        first += len(batch)
+        store = memory_store(lower, room, model_dtype, ids.device)
+    products = products_of(config, lower, fp8)
+
+    def compress(part: Tensor, batch: Sequence[Chunk]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        return compress_chunks(
+            lower,
+            part,
+            batch,
+            shape,
+            work.tables,
+            work.query,
+            work.has_query,
+            generator,
+            checkpointing,
+            watch,
+            products,
+        )
+
+    needed = activation_bytes(lower)
+    for batch, (keys, values, slots) in in_micro_batches(work, config, compress, store, token_bytes=needed):
         written = sum(slots_by_chunk)
         slots_by_chunk += slots
         if store is None:
@@ -137,14 +123,66 @@ def compress_in_micro_batches(
         keys=tensors[:half],
         values=tensors[half:],
         cu_slots=cu_slots,
-        num_chunks=counts,
+        num_chunks=work.counts,
         num_tokens=lengths,
         memory_index=list(range(len(lengths))),
         signature=signature(),
     )
 
 
-def _products_of(config: Any, lower: LowerModel, fp8: Fp8Products) -> Products:
+T = TypeVar("T")
+
+
+def in_micro_batches(
+    work: Work,
+    config: Any,
+    compress: Callable[[Tensor, Sequence[Chunk]], T],
+    store: list[Tensor] | None,
+    *,
+    token_bytes: int,
+) -> Iterator[tuple[Sequence[Chunk], T]]:
+    """Compress all chunks, as many at a time as the configuration or free memory says.
+
+    Args:
+        work: what to compress.
+        config: of the model.
+        compress: called with the tokens and chunks of every micro-batch.
+        store: where results are written, so that a micro-batch may be tried again; ``None`` for one with gradients.
+        token_bytes: of the activations of one token.
+
+    Yields:
+        The chunks of a micro-batch, and what ``compress`` gives for them.
+
+    Raises:
+        torch.OutOfMemoryError: says how much was needed, and which settings need less.
+    """
+    ids, chunks = work.ids, work.chunks
+    limit = config.micro_batch_tokens or _micro_batch_tokens(token_bytes, ids.device)
+    first = 0
+    while first < len(chunks):
+        batch = micro_batch(chunks, first, limit)
+        part = ids[batch[0].start : batch[-1].start + batch[-1].length]
+        failure: str | None = None
+        try:
+            result = compress(part, batch)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error, ids.device):
+                raise
+            failure = str(error).split("\n", maxsplit=1)[0]
+        if failure is not None:
+            # outside the handler, which would keep the failed call's tensors alive
+            torch.cuda.empty_cache()
+            if config.micro_batch_tokens is None and len(batch) > 1 and store is not None:
+                limit = part.numel() // 2
+                continue
+            raise torch.OutOfMemoryError(_out_of_memory(config, token_bytes, part, store, failure))
+        first += len(batch)
+        yield batch, result
+        # the next micro-batch needs its room
+        del result
+
+
+def products_of(config: Any, lower: LowerModel, fp8: Fp8Products) -> Products:
     if config.compressor_precision == "model":
         fp8.forget()
         return Products()
@@ -154,7 +192,7 @@ def _products_of(config: Any, lower: LowerModel, fp8: Fp8Products) -> Products:
     return fp8
 
 
-def _memory_store(lower: LowerModel, slots: int, model_dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def memory_store(lower: LowerModel, slots: int, model_dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     attention, layers = lower.layers[0].self_attn, len(lower.layers)
     dtype = _memory_dtype(projection(attention, "v"), model_dtype, device)
     shape = (slots, projection(attention, "k").out_features // attention.head_dim, attention.head_dim)
@@ -181,17 +219,17 @@ def _memory_dtype(module: Any, model_dtype: torch.dtype, device: torch.device) -
     return dtype
 
 
-def _micro_batch_tokens(lower: LowerModel, device: torch.device) -> int:
+def _micro_batch_tokens(token_bytes: int, device: torch.device) -> int:
     """Tokens of a micro-batch when the configuration names none."""
     most = _MICRO_BATCH_TOKENS.get(device.type, _MICRO_BATCH_TOKENS["cpu"])
     if device.type != "cuda":
         return most
-    return max(1, min(most, int(0.95 * _free_bytes(device)) // activation_bytes(lower)))
+    return max(1, min(most, int(0.95 * _free_bytes(device)) // token_bytes))
 
 
-def _out_of_memory(config: Any, lower: LowerModel, ids: Tensor, store: list[Tensor] | None, failure: str) -> str:
+def _out_of_memory(config: Any, token_bytes: int, ids: Tensor, store: list[Tensor] | None, failure: str) -> str:
     tokens, device = ids.numel(), ids.device
-    needed = tokens * activation_bytes(lower)
+    needed = tokens * token_bytes
     kept = sum(tensor.nbytes for tensor in store or ())
     knob = f"micro_batch_tokens below {tokens}" if store is not None else "gradient checkpointing or a shorter context"
     return (

@@ -50,6 +50,15 @@ class ContextTree(NamedTuple):
     similarity: Tensor | None
 
 
+def nodes_of_levels(roots: Tensor, levels: int) -> list[Tensor]:
+    """All nodes of each level below the roots ``[n, 2]``, split in halves: ``[n, 2^l, 2]`` for ``l = 1 … levels``."""
+    nodes, found = roots, []
+    for level in range(1, levels + 1):
+        nodes = context_tree_split(nodes).flatten(0, 1)
+        found.append(nodes.view(roots.shape[0], 2**level, 2))
+    return found
+
+
 def kept_tokens(chunks: Sequence[Chunk], shape: TreeShape, tree: ContextTree) -> list[int]:
     """Tokens that every retained node keeps, in slot order; waits for the device only if they depend on the choice."""
     per_chunk, slots = shape.depth + 1, shape.slots_per_node
@@ -135,6 +144,34 @@ def choose_nodes(model: LowerModel, embeddings: Tensor, *arguments: Any) -> Cont
     return ContextTree(*call_layer(model.layers[0], grow, embeddings))
 
 
+def vectors_of_levels(
+    model: LowerModel,
+    embedded: Embedded,
+    chunks: Sequence[Chunk],
+    shape: TreeShape,
+    tables: LayerTables,
+    nodes: Sequence[Tensor],
+) -> list[Tensor]:
+    """Vectors of all nodes that could be picked, as :func:`grow_tree` computes them.
+
+    Args:
+        model, embedded, chunks, shape, tables: as for :func:`grow_tree`.
+        nodes: ``[n, 2^l, 2]`` those of levels ``l = 1 … depth - 1``.
+
+    Returns:
+        ``[n * 2^l, d]`` for each level.
+    """
+    if not _reads_once(model, chunks, shape, tables, embedded.embeddings.device):
+        return [last_token_vectors(model, embedded, level.flatten(0, 1), tables) for level in nodes]
+    roots = torch.stack((nodes[0][:, 0, 0], nodes[0][..., 1].sum(1)), 1)
+    candidates = _attend_to_candidates(model, embedded, roots, len(nodes), tables)
+    sizes = [level.shape[1] for level in nodes]
+    return [
+        _vectors(model, embedded, level.flatten(0, 1), attended.flatten(0, 1))
+        for level, attended in zip(nodes, candidates.attended.split(sizes, 1), strict=True)
+    ]
+
+
 def _reads_once(
     model: LowerModel, chunks: Sequence[Chunk], shape: TreeShape, tables: LayerTables, device: torch.device
 ) -> bool:
@@ -167,14 +204,12 @@ def _attend_to_candidates(
     model: LowerModel, embedded: Embedded, roots: Tensor, levels: int, tables: LayerTables
 ) -> _Candidates:
     layer = model.layers[0]
-    nodes = [roots.unsqueeze(1)]
-    for _ in range(levels):
-        nodes.append(context_tree_split(nodes[-1].flatten(0, 1)).reshape(roots.shape[0], -1, 2))
+    nodes = nodes_of_levels(roots, levels)
     query = project(layer, embedded.normed.index_select(0, last_token(nodes[-1]).flatten()), "q")
     query = query.unflatten(0, nodes[-1].shape[:2])
     scale = layer.self_attn.scaling
     attended = tree_node_vectors(query, embedded.key, embedded.value, roots, *tables.of(layer), levels, scale=scale)
-    return _Candidates(torch.cat(nodes[1:], 1), attended)
+    return _Candidates(torch.cat(nodes, 1), attended)
 
 
 def _candidate_vectors(model: LowerModel, embedded: Embedded, candidates: _Candidates, spans: Tensor) -> Tensor:
@@ -185,5 +220,10 @@ def _candidate_vectors(model: LowerModel, embedded: Embedded, candidates: _Candi
     row = index + torch.arange(spans.shape[0], device=spans.device).unsqueeze(1) * candidates.nodes.shape[1]
     # index_select copies whole rows, several times as fast as indexing
     attended = candidates.attended.flatten(0, 1).index_select(0, row.flatten())
-    hidden = embedded.embeddings.index_select(0, last_token(spans).flatten())
+    return _vectors(model, embedded, spans.flatten(0, 1), attended)
+
+
+def _vectors(model: LowerModel, embedded: Embedded, spans: Tensor, attended: Tensor) -> Tensor:
+    """Vectors ``[N, d]`` of spans ``[N, 2]`` from layer 0's attention at their last tokens ``[N, Hq, D]``."""
+    hidden = embedded.embeddings.index_select(0, last_token(spans))
     return model.norm(finish(model.layers[0], hidden, attended.flatten(1), Products()))
