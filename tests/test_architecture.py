@@ -26,13 +26,16 @@ model.rotary
 model.lower_model
 model.tree
 model.compressor
+model.levels
 model.word_index
 model.pick
 model.signature, model.training_mark
 model.memory, model.inputs
 model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs
+model.context_index
 model.split_prompt, model.gguf_checkpoint, model.passages, model.adapter
 model.compression, model.base_checkpoint, model.decoding.*
+model.indexing
 model.generation, model.slow_paths
 model.modeling
 model.published

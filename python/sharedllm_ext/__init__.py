@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _MODEL_NAMES = (
+    "ContextIndex",
     "ContextMemory",
     "SharedLLMConfig",
     "SharedLLMDataCollator",
@@ -20,6 +21,7 @@ _MODEL_NAMES = (
 )
 
 __all__ = [
+    "ContextIndex",
     "ContextMemory",
     "SharedLLMConfig",
     "SharedLLMDataCollator",
@@ -34,6 +36,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import ops, reference
     from .model import (
+        ContextIndex,
         ContextMemory,
         SharedLLMConfig,
         SharedLLMDataCollator,

@@ -5,6 +5,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .collator import SharedLLMDataCollator
 from .configuration import SharedLLMConfig
+from .context_index import ContextIndex
 from .decoding import decoding_obstacle
 from .memory import ContextMemory
 from .modeling import SharedLLMForCausalLM
@@ -16,6 +17,7 @@ AutoModelForCausalLM.register(SharedLLMConfig, SharedLLMForCausalLM, exist_ok=Tr
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sharedllm"] = SharedLLMForCausalLM.__name__
 
 __all__ = [
+    "ContextIndex",
     "ContextMemory",
     "SharedLLMConfig",
     "SharedLLMDataCollator",

@@ -22,11 +22,11 @@ from .adapter import (
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
-from .compression import ContextCompression
 from .configuration import SharedLLMConfig
 from .decoding.session import removed_tokens
 from .families import FAMILIES, projection
 from .generation import ContextGeneration
+from .indexing import ContextIndexing
 from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
 from .inputs import (
     check_embeds,
@@ -57,7 +57,7 @@ from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .training_mark import TrainingMark
 
 
-class SharedLLMForCausalLM(ContextCompression, PassageRetrieval, ContextGeneration):
+class SharedLLMForCausalLM(ContextIndexing, PassageRetrieval, ContextGeneration):
     """A causal language model that reads long contexts through a compressed memory (SharedLLM).
 
     The ``M`` lowest layers compress ``context_ids`` into a :class:`ContextMemory`; the whole model decodes the running

@@ -36,3 +36,6 @@ class Decoder(Protocol):
 
     def check_memory(self, memory: Any) -> None:
         """Refuse a memory that another model has made."""
+
+    def check_index(self, index: Any) -> None:
+        """Refuse an index that another model has made."""
