@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharedllm_ext import ContextMemory, SharedLLMForCausalLM
+from sharedllm_ext import ContextIndex, ContextMemory, SharedLLMForCausalLM
 from sharedllm_ext.cli import ask, build_parser, main
 from sharedllm_ext.cli.demo import DEMO_MODEL, standard_library
 
@@ -140,6 +140,23 @@ def test_ask_without_a_question_only_saves(cli: Cli, checkpoint: Path, text_file
     assert result.code == 0 and result.out == ""
     assert f"memory saved: {file}" in result.err
     assert ContextMemory.load(file).num_tokens[0] > 1000
+
+
+def test_ask_chooses_from_a_saved_index(cli: Cli, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "index.safetensors"
+    options = ("--max-new-tokens", 12, "--json")
+    kept = cli("ask", checkpoint, "--context", text_file, "--save-index", file, "alpha Beta?", *options)
+    assert kept.code == 0 and kept.json["index_file"] == str(file), kept.err
+    assert kept.json["index_bytes"] == ContextIndex.load(file).nbytes > 3 * kept.json["memory_bytes"]
+    for question in ("alpha Beta?", "gamma_1 delta", "42"):
+        asked = cli("ask", checkpoint, "--index", file, question, *options)
+        alone = cli("ask", checkpoint, "--context", text_file, question, *options)
+        for name in ("answer", "context_tokens", "chunks", "memory_slots", "memory_bytes", "question_tokens"):
+            assert asked.json[name] == alone.json[name], (question, name)
+        assert asked.json["seconds"]["compress"] is None and asked.json["seconds"]["retrieve"] > 0
+        assert (alone.json["index_file"], alone.json["index_bytes"], alone.json["memory_file"]) == (None, None, None)
+    without = cli("ask", checkpoint, "--context", text_file, "--save-index", file)
+    assert without.code == 0 and without.out == "" and f"index saved: {file}, " in without.err
 
 
 def test_ask_sampling_differs_from_greedy(cli: Cli, checkpoint: Path, text_file: Path) -> None:

@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "model", type=some_path, metavar="MODEL", help="SharedLLM checkpoint folder; demo: the shipped one"
     )
-    parser.add_argument("question", metavar="QUESTION", nargs="?", help="may be left out with --save-memory")
+    parser.add_argument("question", metavar="QUESTION", nargs="?", help="may be left out when saving")
     parser.add_argument(
         "--context",
         type=some_path,
@@ -62,6 +62,18 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--save-memory", type=some_path, metavar="FILE", help="save the context's memory (.safetensors)"
+    )
+    parser.add_argument(
+        "--index",
+        type=some_path,
+        metavar="FILE",
+        help="use this saved index instead of a context: the question chooses from it, and nothing is compressed",
+    )
+    parser.add_argument(
+        "--save-index",
+        type=some_path,
+        metavar="FILE",
+        help="save the context's index (.safetensors), from which every question chooses, in a query-aware model",
     )
     parser.add_argument(
         "--adapter",
@@ -109,25 +121,38 @@ def _top_p(text: str) -> float:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.context is None and args.memory is None:
-        raise UsageError("--context, --memory: expected exactly one of them, got none")
-    if args.memory is not None and args.save_memory is not None:
-        raise UsageError("--save-memory: expected --context with it, got --memory")
-    if args.question is None and args.save_memory is None:
-        raise UsageError("QUESTION: expected one (it may be left out with --save-memory)")
+    if args.context is None and args.memory is None and args.index is None:
+        raise UsageError("--context, --memory: expected exactly one of them, got none (--index may take their place)")
+    if args.index is not None and (args.context is not None or args.memory is not None):
+        other = "--memory" if args.context is None else "--context"
+        raise UsageError(f"--index: expected no other context with it, got {other}")
+    if args.save_memory is not None and args.save_index is not None:
+        raise UsageError("--save-memory, --save-index: expected at most one of them, got both")
+    option, target = _target(args)
+    if target is not None and (args.context is None or args.memory is not None):
+        raise UsageError(
+            f"{option}: expected --context with it, got {'--index' if args.memory is None else '--memory'}"
+        )
+    if args.question is None and target is None:
+        raise UsageError("QUESTION: expected one (it may be left out with --save-memory or --save-index)")
     if args.question is not None and not args.question.strip():
         raise UsageError("QUESTION: expected text, got an empty one")
     if args.question is not None:
         _check_characters(args.question)
     if args.context is not None and args.context.count("-") > 1:
         raise UsageError(f"--context: expected - once, got it {args.context.count('-')} times")
-    if args.save_memory is not None:
+    if target is not None:
         keep = [
             args.model,
             *([args.adapter] if args.adapter else []),
             *(path for path in args.context or () if os.path.isfile(path)),
         ]
-        writable_target("--save-memory", args.save_memory, keep=keep)
+        writable_target(option, target, keep=keep)
+
+
+def _target(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The option that names a file to write, and the file."""
+    return ("--save-memory", args.save_memory) if args.save_index is None else ("--save-index", args.save_index)
 
 
 def _check_characters(question: str) -> None:
@@ -273,13 +298,18 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from sharedllm_ext.model import ContextMemory
+    from sharedllm_ext.model import ContextIndex, ContextMemory
 
     device = pick_device(args.device)
     begin = time.perf_counter()
     model, tokenizer = _load(args, device, progress)
     load_seconds = time.perf_counter() - begin
     reads = _passages_to_read(args, model)
+    if args.save_index is not None and not model.config.query_aware:
+        raise CommandError(
+            f"--save-index: expected a query-aware model, got {args.model}, whose one memory serves every question "
+            "(--save-memory keeps it)"
+        )
 
     question: torch.Tensor | None = None
     if args.question is not None:
@@ -292,7 +322,7 @@ def run(args: argparse.Namespace) -> int:
 
     timings: dict[str, float] = {}
     tokenize_seconds = None
-    context = None
+    context = index = None
     if contexts is not None:
         begin = time.perf_counter()
         tokens, places = _tokenise(contexts, tokenizer, model.config.vocab_size, progress)
@@ -308,17 +338,30 @@ def run(args: argparse.Namespace) -> int:
                 f"--context, --memory: expected the text of the memory, {memory.num_tokens[0]} tokens, got one of "
                 f"{context.shape[1]}"
             )
+    elif args.index is not None:
+        index = ContextIndex.load(args.index, model).to(model.dtype)
+        if index.num_documents != 1:
+            raise CommandError(f"{args.index}: expected an index of one document, got {index.num_documents}")
     else:
         assert context is not None  # checked above
         with progress.compression(context.shape[1]) as tell, torch.inference_mode():
-            memory = model.compress(context, query_ids=question, progress=tell)
+            if args.save_index is None:
+                memory = model.compress(context, query_ids=question, progress=tell)
+            else:
+                index = model.index(context, progress=tell)
             timings = dict(model.last_timings)
+    if index is not None:
+        with torch.inference_mode():
+            memory = model.memory_for(index, question)
+            chosen = model.last_timings
+        timings["retrieve"] = chosen["retrieve"] + chosen["compress"]
     failure: str | None = None
-    if args.save_memory is not None:
+    option, target = _target(args)
+    if target is not None:
         try:
-            memory.save(args.save_memory)
+            (memory if args.save_index is None else index).save(target)
         except Exception as error:
-            failure = f"--save-memory: {one_line(error)}"
+            failure = f"{option}: {one_line(error)}"
             if question is None:
                 raise CommandError(failure) from error
             # the context has been read: answer all the same
@@ -332,10 +375,12 @@ def run(args: argparse.Namespace) -> int:
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": sources[0] if len(sources) == 1 else sources or None,
         "memory_file": args.memory or (args.save_memory if failure is None else None),
+        "index_file": args.index or (args.save_index if failure is None else None),
         "context_tokens": sum(memory.num_tokens),
         "chunks": sum(memory.num_chunks),
         "memory_slots": memory.num_slots,
         "memory_bytes": memory.nbytes,
+        "index_bytes": None if index is None else index.nbytes,
         "files_skipped": sum(texts.skipped for texts in contexts or ()),
         "files_unreadable": [name for texts in contexts or () for name in texts.unreadable],
         "question_tokens": 0 if question is None else question.shape[1],
@@ -421,5 +466,8 @@ def _say_times(report: dict[str, Any]) -> None:
     say("times: " + ", ".join(parts))
     if "answer" in report:
         say(f"running text: {report['question_tokens']:,} + {report['answer_tokens']:,} answered tokens")
-    if report["memory_file"] and report["seconds"]["compress"] is not None:
-        say(f"memory saved: {report['memory_file']}")
+    if report["seconds"]["compress"] is not None:
+        if report["memory_file"]:
+            say(f"memory saved: {report['memory_file']}")
+        if report["index_file"]:
+            say(f"index saved: {report['index_file']}, {mebibytes(report['index_bytes'])}")
