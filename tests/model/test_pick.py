@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from sharedllm_ext import ContextMemory, SharedLLMConfig, SharedLLMForCausalLM
 from sharedllm_ext.model.families import attention_norm, projection
 from sharedllm_ext.model.pick import slot_places, unrotated
-from sharedllm_ext.model.word_index import MARGIN, RUN_LENGTHS, WordIndex
+from sharedllm_ext.model.word_index import MARGIN, RUN_LENGTHS, WordIndex, run_codes
 
 from .builders import FAMILIES, base
 
@@ -153,6 +154,53 @@ def test_word_index_counts_as_a_search_by_hand() -> None:
             rarity = math.log(1 + (segments - count + 0.5) / (count + 0.5))
             expected = torch.tensor([rarity if h else 0.0 for h in held])
             torch.testing.assert_close(evidence[g, :, place], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens_", "classes", "asked"), [(0, 7, 5), (61, 7, 0), (61, 3, 40), (700, 40, 25), (5, 9, 9)]
+)
+def test_evidence_equals_a_loop_over_tokens(tokens_: int, classes: int, asked: int) -> None:
+    generator = torch.Generator().manual_seed(tokens_ + asked)
+    document = torch.randint(0, classes, (tokens_,), generator=generator)
+    # also classes that the document does not have, and a run of it
+    question = torch.randint(0, classes + 3, (asked,), generator=generator)
+    question[: min(asked, tokens_) // 2] = document[: min(asked, tokens_) // 2]
+    index = WordIndex.of(document, SEGMENT)
+    rows = []
+    for length, codes in zip(RUN_LENGTHS, index.codes, strict=True):
+        found = torch.zeros(len(codes), asked, dtype=torch.bool)
+        for place, code in enumerate(run_codes(question.unsqueeze(0), length)[0].tolist()):
+            if code:
+                found[:, place] = (codes == code).any(1)
+        holding = found.sum(0, dtype=torch.float32)
+        rows.append(found * torch.log(1 + (len(codes) - holding + 0.5) / (holding + 0.5)))
+    got = index.evidence(question)
+    assert got.dtype == torch.float32 and got.equal(torch.stack(rows))
+
+
+class Allocations(TorchDispatchMode):
+    """The calls of operators, and the most elements that one of their results has."""
+
+    calls = largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_evidence_of_a_long_document_takes_few_calls_and_little_memory() -> None:
+    """A million tokens: neither a call for each token nor segments times tokens times words at once."""
+    segments, counted = 8192, []
+    codes = torch.randint(0, 30_000, (segments, 128 + 2 * MARGIN))
+    for length in (5, 96):
+        with Allocations() as seen:
+            WordIndex([codes] * len(RUN_LENGTHS)).evidence(torch.randint(0, 30_000, (length,)))
+        counted.append(seen.calls)
+        assert seen.largest <= max(codes.numel(), len(RUN_LENGTHS) * segments * length)
+    assert counted[0] == counted[1]
 
 
 def scores_by_hand(model: Any, ids: Tensor, question: Tensor, memory: ContextMemory) -> Tensor:

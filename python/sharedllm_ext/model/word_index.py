@@ -49,17 +49,34 @@ class WordIndex(NamedTuple):
         Returns:
             ``[len(RUN_LENGTHS), n, L]`` float32.
         """
-        rows = []
-        for length, codes in zip(RUN_LENGTHS, self.codes, strict=True):
-            asked = run_codes(classes.unsqueeze(0), length)[0]
-            found = torch.zeros(codes.shape[0], asked.numel(), dtype=torch.bool, device=codes.device)
-            for place, code in enumerate(asked.tolist()):
-                if code:
-                    found[:, place] = (codes == code).any(1)
-            holding = found.sum(0, dtype=torch.float32)
-            rarity = torch.log(1 + (codes.shape[0] - holding + 0.5) / (holding + 0.5))
-            rows.append(found * rarity)
-        return torch.stack(rows)
+        return torch.stack(
+            [
+                _rarities(codes, run_codes(classes.unsqueeze(0), length)[0])
+                for length, codes in zip(RUN_LENGTHS, self.codes, strict=True)
+            ]
+        )
+
+
+def _rarities(codes: Tensor, asked: Tensor) -> Tensor:
+    """``[n, L]``: the rarity of each of the codes ``asked [L]`` where a segment ``codes [n, W]`` holds it.
+
+    One pass over the codes whatever ``L`` is: beside them it takes an index as large as they are and ``[n, L + 1]``
+    bytes, never ``n W L``.
+    """
+    segments, length = codes.shape[0], asked.numel()
+    if not length:
+        return torch.zeros(segments, 0, device=codes.device)
+    # the column of each code; equal codes share one, and what is not asked for (or no run) has the last
+    above = int(asked.max()) + 1
+    column = torch.full((above + 1,), length, dtype=torch.int64, device=codes.device)
+    column[asked] = torch.arange(length, device=codes.device)
+    column[0] = length
+    held = torch.zeros(segments, length + 1, dtype=torch.bool, device=codes.device)
+    held.scatter_(1, column[codes.clamp(max=above)], True)
+    held[:, length] = False
+    found = held[:, column[asked]]
+    holding = found.sum(0, dtype=torch.float32)
+    return found * torch.log(1 + (segments - holding + 0.5) / (holding + 0.5))
 
 
 def run_codes(classes: Tensor, length: int) -> Tensor:
