@@ -2,11 +2,17 @@
 
 import contextlib
 import functools
+import os
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
+import torch.distributed as dist
+
+import sharedllm_ext
 
 NO_CUDA = "torch sees no CUDA device"
 #: Mark of a test that needs a CUDA device.
@@ -19,6 +25,29 @@ DEVICES = ("cpu", pytest.param("cuda", marks=needs_cuda))
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that the operators run on."""
     return torch.device(request.param)
+
+
+def environment_of_package(**more: str) -> dict[str, str]:
+    """Environment of a program that imports the package that these tests import, from whatever folder it is started.
+
+    The checkout's own folder is another package than the installed one, and has no libraries unless it was built.
+    """
+    package = str(Path(sharedllm_ext.__file__).resolve().parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def end_of_rank() -> NoReturn:
+    """The end of a program of several processes: all results are out, and no thread outlives its interpreter.
+
+    Python's own ending has aborted such a program once after its last result ("terminate called without an active
+    exception"), while threads of the process groups still ran.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,15 @@
 """What tests rely on: fresh memory is poisoned, and the rule of twice the error tells right from wrong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from .support import poisoned_memory
+import sharedllm_ext
+
+from .support import environment_of_package, poisoned_memory
 from .tolerance import too_far
 
 LARGEST = {
@@ -87,3 +93,18 @@ def test_stricter_rules() -> None:
     assert too_far("x", got, same, result(0)) is None
     assert "worst error: expected at most 0.002" in (too_far("x", got, same, result(0), worst=2) or "")
     assert too_far("x", result(2e-7), result(0), result(0), roundings=1) is not None
+
+
+def test_programs_of_the_tests_import_the_package_under_test(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sharedllm_ext; print(sharedllm_ext.__file__)"]
+    done = subprocess.run(
+        command, env=environment_of_package(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert Path(done.stdout.strip()).resolve() == Path(sharedllm_ext.__file__).resolve()
+
+
+def test_no_test_names_the_folder_of_the_package() -> None:
+    # the checkout's package has no libraries where the tests run against an installed one
+    tests = Path(__file__).resolve().parent
+    setting = [path.name for path in tests.rglob("*.py") if '"PYTHON' + 'PATH"' in path.read_text()]
+    assert sorted(setting) == ["support.py", "test_info.py"]

@@ -1,6 +1,5 @@
 """Parameters sharded over two processes on the CPU: gradients and memories equal to one process's."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from sharedllm_ext.model.managed_layers import recomputes_whole_calls
 
+from ..support import environment_of_package
 from . import builders
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +24,7 @@ pytestmark = pytest.mark.skipif(
 def results() -> dict[str, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.model.sharded_step"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment_of_package(), capture_output=True, text=True, timeout=300)
     lines = [line.removeprefix("RUN ") for line in done.stdout.splitlines() if line.startswith("RUN ")]
     found = dict(line.split(" = ", 1) for line in lines)
     assert done.returncode == 0 and found, done.stdout + done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from sharedllm_ext.model.adapter import read_header
 from sharedllm_ext.training.loop import CHECKPOINT
 
 from ..cli.conftest import Result
+from ..support import environment_of_package
 from .conftest import text_file
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = [
     "--contexts",
     "1",
@@ -104,10 +103,9 @@ def test_updates_are_pairs_in_the_adapter(cli: Run, base: Path, tmp_path: Path) 
 
 def start(base: Path, out: Path, data: Path, *more: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "sharedllm_ext", "train", str(base), "--data", str(data), "--out", str(out)]
-    environment = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [*command, *map(str, more), *SMALL],
-        env={**os.environ, **environment},
+        env=environment_of_package(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,9 +141,7 @@ def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path, sharding: 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     command += ["sharedllm_ext", "train", str(base), "--data", str(data), "--out", str(out), "--steps", "2", *SMALL]
     command += ["--sharding", sharding]
-    paths = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment_of_package(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("adapter.safetensors: ") == 1
     model: Any = SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)

@@ -21,7 +21,8 @@ from sharedllm_ext.training import Options, Report, Trained, Trainer, TrainingEr
 from sharedllm_ext.training.checkpoint import read_checkpoint
 from sharedllm_ext.training.loop import CHECKPOINT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from ..support import environment_of_package
+
 OPTIONS = Options(steps=6, warmup=2, report_seconds=0.0)
 
 
@@ -195,8 +196,7 @@ def script(tmp_path: Path, base: Path, folder: str, *args: object, **environment
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "run.py"), str(base), str(tmp_path / folder), *map(str, args)]
-    path = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env={**os.environ, **path, **environment}, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment_of_package(**environment), stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_are_one_with_twice_the_batches(base: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from sharedllm_ext.training import Options, Trained, Trainer, parse_parts
 from sharedllm_ext.training.checkpoint import read_checkpoint
 from sharedllm_ext.training.loop import CHECKPOINT
 
+from ..support import environment_of_package
 from .sharded_run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,9 +49,9 @@ class Runs:
         ]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["-m", "tests.training.sharded_run", str(base), str(folder), json.dumps(wanted)]
-        paths = os.pathsep.join([str(ROOT / "python"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment_of_package(), capture_output=True, text=True, timeout=300
+        )
         lines = [json.loads(x.removeprefix("RUN ")) for x in done.stdout.splitlines() if x.startswith("RUN ")]
         assert done.returncode == 0 and len(lines) == len(wanted), done.stdout + done.stderr
         for run, found in zip(wanted, lines, strict=True):
