@@ -20,6 +20,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from sharedllm_ext import SharedLLMForCausalLM
 
+from ..support import end_of_rank
 from . import builders
 
 
@@ -119,7 +120,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             sys.stdout.write(f"RUN {name} = {result}\n")
             sys.stdout.flush()
-    dist.destroy_process_group()
+    end_of_rank()
 
 
 if __name__ == "__main__":

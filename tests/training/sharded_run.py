@@ -37,6 +37,8 @@ from sharedllm_ext.training import (
 )
 from sharedllm_ext.training.sharding import is_share
 
+from ..support import end_of_rank
+
 PASSAGES, VOCABULARY = 4, 320
 
 
@@ -118,7 +120,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             sys.stdout.write(f"RUN {json.dumps(found)}\n")
             sys.stdout.flush()
-    dist.destroy_process_group()
+    end_of_rank()
 
 
 if __name__ == "__main__":
