@@ -31,7 +31,7 @@ model.word_index
 model.pick
 model.signature, model.training_mark
 model.memory, model.inputs
-model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs
+model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs, model.pick_index
 model.context_index
 model.split_prompt, model.gguf_checkpoint, model.passages, model.adapter
 model.compression, model.base_checkpoint, model.decoding.*

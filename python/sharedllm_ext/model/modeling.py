@@ -49,6 +49,7 @@ from .memory import ContextMemory
 from .outputs import SharedLLMOutput
 from .passages import PassageRetrieval
 from .pick import Pick
+from .pick_index import PickIndexes
 from .reading import say_if_it_cannot_read
 from .rotary import RopeTables
 from .signature import Fingerprint
@@ -92,6 +93,7 @@ class SharedLLMForCausalLM(ContextIndexing, PassageRetrieval, ContextGeneration)
         self._watch: Any = None
         self._fp8_products = Fp8Products()
         self._tables = RopeTables()
+        self._pick_indexes = PickIndexes()
         self._fingerprint = Fingerprint()
         self._training_mark = TrainingMark()
         self._said_past_window = self._said_it_cannot_read = False

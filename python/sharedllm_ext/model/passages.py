@@ -1,7 +1,6 @@
 """Finding the passages of a context that answer a question, and the prompt in which they are read."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from .lower_model import LowerModel, embed_tokens, project
 from .managed_layers import is_managed
 from .memory import ContextMemory
 from .pick import SlotPlaces, slot_places, unrotated
+from .pick_index import PickIndex
 from .word_index import WordIndex
 
 # slots of a document that are compared with its text, and how far rounding may take their values
@@ -54,7 +54,8 @@ class PassageRetrieval:
     ) -> list[list[Passage]]:
         """The passages of a context that answer a question best, by its memory and by its words.
 
-        Nothing is compressed if the memory is given, and it is not changed: many questions may be asked of one.
+        Nothing is compressed if the memory is given, and it is not changed: many questions may be asked of one. What
+        does not depend on the question is kept as long as the memory lives, so the next one costs only itself.
 
         Args:
             question_ids: ``[B, L]`` the question's own tokens, without any prompt around them.
@@ -93,7 +94,7 @@ class PassageRetrieval:
         if memory.batch_size not in (1, rows):
             raise ValueError(f"memory: expected {rows} batch rows as in question_ids, or 1, got {memory.batch_size}")
         found = []
-        known: dict[int, Callable[[Tensor], tuple[Tensor, int]]] = {}
+        known: tuple[tuple[int, int], PickIndex] | None = None
         for row in range(rows):
             source = row if context_ids.shape[0] > 1 else 0
             document = memory.memory_index[row if memory.batch_size > 1 else 0]
@@ -104,9 +105,9 @@ class PassageRetrieval:
                     f"context_ids: expected the {memory.num_tokens[document]} tokens of the memory's document "
                     f"{document}, got {ids.numel()} in row {source}"
                 )
-            if source not in known:
-                known = {source: self._scorer(ids, memory, document)}
-            found.append(self._best(*known[source](question), ids.numel(), count))
+            if known is None or known[0] != (source, document):
+                known = (source, document), self._pick_index(ids, memory, document)
+            found.append(self._best(self._scores(known[1], question), ids.numel(), count))
         return found
 
     def passage_prompt(
@@ -151,34 +152,44 @@ class PassageRetrieval:
         states = source(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         return list(states[: self.config.injection_layers])
 
-    def _scorer(self: Any, ids: Tensor, memory: ContextMemory, document: int) -> Callable[[Tensor], tuple[Tensor, int]]:
-        """Gives the scores of a document's segments for a question."""
-        config, pick, device = self.config, self.pick, ids.device
-        size, lower = config.segment_size, self.lower_model
-        segments = -(-ids.numel() // size)
-        places = slot_places(ids.numel(), config)
+    def _pick_index(self: Any, ids: Tensor, memory: ContextMemory, document: int) -> PickIndex:
+        """What is asked of a document, kept from an earlier question if there was one."""
+        config, pick, lower = self.config, self.pick, self.lower_model
         slots = slice(memory.cu_slots[document], memory.cu_slots[document + 1])
+        index = self._pick_indexes.get(memory, slots, ids, pick, self.dtype)
+        if index is not None:
+            return index
+        places = slot_places(ids.numel(), config)
         _check_text(lower, ids, places, memory.values[0][slots])
-        position, segment = places.position.to(memory.device), (places.token // size).to(memory.device)
+        position = places.position.to(memory.device)
         tables = self._rope_tables(int(places.position.max()) + 1 if ids.numel() else 1, memory.device)
         keys = [
             unrotated(memory.keys[layer][slots], tables.of(lower.layers[layer]), position).to(self.dtype)
             for layer in pick.layers
         ]
-        words = WordIndex.of(pick.token_class[ids].long(), size)
+        index = PickIndex(
+            # a copy: the caller may change its own
+            ids=ids.to(torch.int32, copy=True),
+            keys=keys,
+            segment=(places.token // config.segment_size).to(memory.device),
+            count=-(-ids.numel() // config.segment_size),
+            words=WordIndex.of(pick.token_class[ids].long(), config.segment_size),
+        )
+        self._pick_indexes.put(memory, slots, index, pick, self.dtype)
+        return index
 
-        def scores(question: Tensor) -> tuple[Tensor, int]:
-            if not question.numel() or not segments:
-                return torch.zeros(segments, device=device, dtype=torch.float32), segments
-            inputs = [state[0] for state in self._layer_inputs(question.unsqueeze(0))]
-            evidence = words.evidence(pick.token_class[question].long())
-            return pick(inputs, lower.layers, keys, segment, segments, evidence), segments
-
+    def _scores(self: Any, index: PickIndex, question: Tensor) -> Tensor:
+        """The scores ``[n]`` of a document's segments for the tokens ``[L]`` of a question."""
+        if not question.numel() or not index.count:
+            return torch.zeros(index.count, device=question.device, dtype=torch.float32)
+        inputs = [state[0] for state in self._layer_inputs(question.unsqueeze(0))]
+        evidence = index.words.evidence(self.pick.token_class[question].long())
+        scores: Tensor = self.pick(inputs, self.lower_model.layers, index.keys, index.segment, index.count, evidence)
         return scores
 
-    def _best(self: Any, scores: Tensor, segments: int, length: int, count: int) -> list[Passage]:
+    def _best(self: Any, scores: Tensor, length: int, count: int) -> list[Passage]:
         size, margin = self.config.segment_size, self.config.segment_margin
-        values, order = scores.topk(min(count, segments))
+        values, order = scores.topk(min(count, scores.numel()))
         return [
             Passage(*passage_span(segment, length, size, margin), segment, rank, score)
             for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True))
