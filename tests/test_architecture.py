@@ -61,6 +61,7 @@ LATE = {
     "info": "it reports what cannot be imported",
     "evaluation.peak_memory": "the system's resource module is there on Unix alone",
     "model.gguf_checkpoint": "gguf and accelerate are optional packages",
+    "training.trained": "peft is an optional package",
     "training.sharding": "PyTorch's sharding modules take a second to import, and few runs need them",
     "cli._adapter": HELP,
     "cli._common": HELP,

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.model.adapter import base_digests, write_adapter
 from sharedllm_ext.model.families import attention_norm
 from sharedllm_ext.model.passages import Passage
 from sharedllm_ext.model.pick import slot_places
 from sharedllm_ext.training import Losses, Trained, Weights, merge_updates, parse_parts
 from sharedllm_ext.training.losses import Counts, count, pick_scores, placed_memory
-from sharedllm_ext.training.trained import SCALE, LowRankLinear
+from sharedllm_ext.training.trained import SCALE, LowRankLinear, remove_lora
 
 from .conftest import PASSAGES
 
@@ -166,6 +168,88 @@ def test_updates_merge(build: Any, mix: Any, losses: Any) -> None:
     assert not any(isinstance(module, LowRankLinear) for module in model.modules())
     torch.testing.assert_close([term.detach() for term in losses(model)(batch)], changed, rtol=1e-4, atol=1e-4)
     assert abs(changed[0] - plain[0].detach()) > 1e-3
+
+
+def gradients(model: Any, losses: Any, batches: list[Any], parts: str = "injected,upper,compressor") -> list[Any]:
+    """Sums of the losses over the batches, and the gradients of their means."""
+    trained = Trained(model, parse_parts(parts))
+    objective = losses(model)
+    counts = [count(batch, objective.prompt, model.pick is not None) for batch in batches]
+    total = sum(counts[1:], counts[0])
+    found = torch.zeros(4)
+    for batch in batches:
+        sums = objective(batch)
+        sums.total(total, Weights()).backward()
+        found += torch.stack([term.detach().float() for term in sums])
+    return [found, *(p.grad for p in trained.parameters.values() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("parts", ["injected,upper,compressor", "injected,upper:2,compressor:2"])
+def test_checkpointing_changes_nothing(build: Any, mix: Any, losses: Any, parts: str) -> None:
+    batch = mix().batch(0, 0)
+    plain = gradients(build(), losses, [batch], parts)
+    model = build()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls: list[bool] = []
+    # before: computing again ends with the last tensor that is needed
+    model.model.layers[2].mlp.register_forward_pre_hook(lambda module, args: calls.append(torch.is_grad_enabled()))
+    kept = gradients(model, losses, [batch], parts)
+    # each of the two texts once more in the backward pass
+    assert len(calls) == 4
+    assert len(plain) == len(kept) and all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_of_a_batch_are_the_batch(build: Any, mix: Any, losses: Any, tied: bool) -> None:
+    """Answers and text; a pick compares the segments of one batch, so that its loss is another for other batches."""
+    batch, parts = mix().batch(0, 0), "injected,upper" if tied else "injected,upper,compressor"
+    halves = [
+        batch._replace(examples=batch.examples[i : i + 1], gates=[True], chunk_index=batch.chunk_index[i : i + 1])
+        for i in range(2)
+    ]
+    models = [build(pick_layers=None, tie_compressor=tied) for _ in range(2)]
+    whole = gradients(models[0], losses, [batch._replace(gates=[True, True])], parts)
+    torch.testing.assert_close(gradients(models[1], losses, halves, parts), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_in_bfloat16_point_the_same_way(build: Any, mix: Any, losses: Any) -> None:
+    batch = closed(mix().batch(0, 0))
+    exact = gradients(build(), losses, [batch])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = gradients(build(), losses, [batch])
+    assert all(gradient.dtype == torch.float32 for gradient in rounded)
+    one, other = (torch.cat([g.flatten() for g in found[1:]]) for found in (exact, rounded))
+    assert not torch.equal(one, other) and F.cosine_similarity(one, other, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("parts", ["injected,upper:2", "injected:3,upper:2,compressor:4"])
+def test_lora_layers_of_peft_train_and_are_written(
+    build: Any, mix: Any, losses: Any, base: Any, tmp_path: Any, parts: str
+) -> None:
+    """The adapter of PEFT's layers gives the losses of the model in training; names and sizes are those of our own."""
+    pytest.importorskip("peft")
+    batch, model = closed(mix().batch(0, 0)), build(random=False)
+    own = Trained(build(random=False), parse_parts(parts)).adapter_tensors()
+    digests = base_digests(model)
+    trained = Trained(model, parse_parts(parts), seed=5, peft=True)
+    shapes = [{name: t.shape for name, t in one.items()} for one in (own, trained.adapter_tensors())]
+    assert shapes[0] == shapes[1]
+    objective = losses(model)
+    optimizer = torch.optim.AdamW(trained.parameters.values(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(batch).total(count(batch, objective.prompt, True), Weights()).backward()
+        assert all(p.grad is not None for p in trained.parameters.values())
+        assert all(p.grad is None for n, p in model.named_parameters() if n not in trained.parameters)
+        optimizer.step()
+    expected = [term.item() for term in objective(batch)]
+    tensors = {name: tensor.detach().clone() for name, tensor in trained.adapter_tensors().items()}
+    assert all(t.any() for name, t in tensors.items() if name.endswith((":up", ":down")))
+    remove_lora(model)
+    assert not any("lora" in name or "base_layer" in name for name in model.state_dict())
+    write_adapter(tmp_path / "a.safetensors", model, tensors, base="b", scale=SCALE, digests=digests)
+    loaded = SharedLLMForCausalLM.from_adapter(tmp_path / "a.safetensors", base)
+    assert [term.item() for term in losses(loaded)(batch)] == pytest.approx(expected, rel=1e-4)
 
 
 def test_models_without_a_pick_learn_from_the_memory_alone(build: Any, mix: Any, losses: Any) -> None:

@@ -87,6 +87,12 @@ def add_parser(commands: Any) -> None:
         help="of injected, upper (self-attention of the other layers), compressor; upper:16 is an update of rank 16",
     )
     what.add_argument("--rank", type=positive, metavar="R", help="of upper and compressor (default: whole weights)")
+    what.add_argument(
+        "--updates",
+        choices=["own", "peft"],
+        default="own",
+        help="low-rank updates by this package, or by PEFT's LoRA layers (default: own)",
+    )
     what.add_argument("--lr", type=_above_zero, default=1e-3, help="of new blocks, pick and updates (default: 1e-3)")
     what.add_argument("--base-lr", type=_above_zero, default=3e-4, help="of the base's own weights (default: 3e-4)")
     what.add_argument("--warmup", type=positive, default=20, metavar="N", help="steps of rising rates (default: 20)")
@@ -223,6 +229,7 @@ def _train(
         token_classes,
     )
     from sharedllm_ext.training.sharding import gathered
+    from sharedllm_ext.training.trained import remove_lora
 
     progress = Progress(first and not args.json)
     quiet_transformers(progress.terminal)
@@ -288,7 +295,9 @@ def _train(
         "batches": args.accumulate * world,
         "bfloat16": bfloat16,
     }
-    trained = Trained(model, parts, args.seed)
+    if args.updates == "peft":
+        settings["updates"] = args.updates
+    trained = Trained(model, parts, args.seed, peft=args.updates == "peft")
 
     def tell(line: str) -> None:
         if progress.enabled:
@@ -325,6 +334,7 @@ def _train(
             say(f"sharedllm: stopped at step {trainer.step}; the same command with --resume goes on")
         return 128 + stopped
     tensors = gathered(trained.adapter_tensors().items(), first)
+    remove_lora(model)
     if first:
         _write(args, out / ADAPTER, trainer, tensors, digests)
     return 0

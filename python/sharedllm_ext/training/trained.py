@@ -1,6 +1,7 @@
 """What is trained of a model: a choice of parts, each whole or by a low-rank update that merges."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -84,6 +85,52 @@ def merge_updates(model: nn.Module) -> None:
             plain.__class__ = nn.Linear
 
 
+def add_lora(model: nn.Module, ranks: Mapping[str, int], seed: int) -> None:
+    """Put PEFT's LoRA layers in the place of linear modules; what they add is scaled by ``SCALE``.
+
+    Args:
+        model: the model.
+        ranks: by the modules' names.
+        seed: of the layers' beginning.
+
+    Raises:
+        ValueError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError("updates: expected an installed peft for LoRA layers of PEFT, found none") from None
+    patterns = {re.escape(name): rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        target_modules=list(ranks),
+        rank_pattern=patterns,
+        alpha_pattern={pattern: SCALE * rank for pattern, rank in patterns.items()},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Put the linear modules back that :func:`add_lora` has wrapped, as they were before the training."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):
+            model.set_submodule(name, module.base_layer)  # type: ignore[arg-type]
+
+
+def is_update(name: str) -> bool:
+    """Whether a parameter of that name is of a low-rank update, this package's or PEFT's."""
+    return name.endswith((".up", ".down")) or ".lora_" in name
+
+
+def _place(name: str) -> str:
+    """Where an adapter has a parameter of a model in training: its own name, or a side of an update."""
+    for end, side in ((".up", UP), (".down", DOWN), (".lora_B.default.weight", UP), (".lora_A.default.weight", DOWN)):
+        if name.endswith(end):
+            return f"{name.removesuffix(end)}.weight{side}"
+    return name.replace(".base_layer.", ".")
+
+
 class Trained:
     """The trained parameters of a model by name, everything else frozen.
 
@@ -91,26 +138,33 @@ class Trained:
         model: a :class:`SharedLLMForCausalLM` with float32 or float64 parameters; its pick is always trained.
         parts: from :func:`parse_parts`.
         seed: of the updates' beginning.
+        peft: whether PEFT's LoRA layers make the updates, in place of this package's.
 
     Raises:
-        ValueError: a part that the model lacks, half-precision parameters, or sharded ones.
+        ValueError: a part that the model lacks, half-precision parameters, or sharded ones; no PEFT where it is needed.
     """
 
-    def __init__(self, model: Any, parts: Iterable[Part], seed: int = 0) -> None:
+    def __init__(self, model: Any, parts: Iterable[Part], seed: int = 0, *, peft: bool = False) -> None:
         if any(is_sharded(module) for module in model.modules()):
             raise ValueError("model: expected whole parameters in every process, got ones sharded by FSDP")
         self.model, self.parts = model, list(parts)
         generator = torch.Generator().manual_seed(seed)
+        chosen = [(part, module) for part in self.parts for module in _modules(model, part.name)]
+        if peft:
+            names = {module: name for name, module in model.named_modules()}
+            wide = [(p.rank, m) for p, m in chosen if p.rank is not None and isinstance(m, nn.Linear)]
+            add_lora(model, {names[module]: rank for rank, module in wide}, seed)
         model.requires_grad_(False)
-        for part in self.parts:
-            for module in _modules(model, part.name):
-                updated = part.rank is not None and isinstance(module, nn.Linear)
-                if part.rank is not None and updated:
-                    add_update(module, part.rank, generator)
-                for name, parameter in module.named_parameters(recurse=False):
-                    # of what has no updates (norms, biases, experts) the vectors are trained whole
-                    own = part.rank is None or parameter.dim() == 1 or (updated and name in ("up", "down"))
-                    parameter.requires_grad_(own)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        for part, module in chosen:
+            updated = part.rank is not None and isinstance(module, nn.Linear)
+            if part.rank is not None and updated and not peft:
+                add_update(module, part.rank, generator)
+            for own, parameter in module.named_parameters(recurse=False):
+                # of what has no updates (norms, biases, experts) the vectors are trained whole
+                whole = part.rank is None or parameter.dim() == 1
+                parameter.requires_grad_(whole or (updated and own in ("up", "down")))
         if model.pick is not None:
             model.pick.requires_grad_(True)
         self.parameters: dict[str, nn.Parameter] = {}
@@ -127,15 +181,11 @@ class Trained:
 
     def new(self, name: str) -> bool:
         """Whether a parameter is none of the base checkpoint's: of a block, of the pick, or of an update."""
-        return ".injection." in name or name.startswith("pick.") or name.endswith((".up", ".down"))
+        return ".injection." in name or name.startswith("pick.") or is_update(name)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """What :func:`write_adapter` takes, with ``SCALE``: whole tensors, updates as pairs by the weight's name."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            stem, _, own = name.rpartition(".")
-            side = {"up": UP, "down": DOWN}.get(own)
-            tensors[name if side is None else f"{stem}.weight{side}"] = parameter
+        tensors: dict[str, Tensor] = {_place(name): parameter for name, parameter in self.parameters.items()}
         if self.model.pick is not None:
             tensors["pick.token_class"] = self.model.pick.token_class
         return tensors
