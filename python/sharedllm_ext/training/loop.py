@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -292,7 +293,10 @@ class Trainer:
     def _update(self, batches: list[Batch], counts: Counts) -> Tensor:
         """One step of the optimiser; sums ``[4]`` of the losses and of what was found, over all processes."""
         reported = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            # what dropout draws follows from the batch, so that a resumed run draws the same
+            part = self.rank * self.options.accumulate + number
+            torch.manual_seed(int(np.random.SeedSequence([self.mix.seed, self.step, part]).generate_state(1)[0]))
             with self._precision():
                 sums = (self._sharded or self.losses)(batch)
             loss = sums.total(counts, self.weights)

@@ -13,6 +13,7 @@ from ..model.memory import ContextMemory
 from ..model.passages import passage_span
 from ..model.pick import SlotPlaces, rotated, slot_places, unrotated
 from ..model.rotary import Tables
+from ..model.upload import upload
 from ..model.word_index import WordIndex
 from .data import Batch, Example, needed_segments, segments_of
 from .prompt import PromptTokens
@@ -92,8 +93,9 @@ class Losses:
         """The sums of a batch, with gradients."""
         model, device = self.model, self.model.device
         lengths = [len(example.context) for example in batch.examples]
-        ids, used = _padded([example.context.tolist() for example in batch.examples], device)
-        memory = model.compress(ids, None if bool(used.all()) else used, training=True)
+        ids, used = _padded([example.context.tolist() for example in batch.examples])
+        ragged = len(set(lengths)) > 1
+        memory = model.compress(upload(ids, device), upload(used, device) if ragged else None, training=True)
         places = [slot_places(length, model.config) for length in lengths]
         scores = None
         pick = found = torch.zeros((), device=device)
@@ -113,11 +115,13 @@ class Losses:
         """
         size, margin = self.model.config.segment_size, self.model.config.segment_margin
         offsets = segment_offsets(examples, size)
+        # one transfer in place of several for each example
+        held = None if scores is None else scores.detach().float().cpu()
         rows, row = [], 0
         for number, example in enumerate(examples):
             ids = list(self.prompt.begin)
-            if scores is not None:
-                own = scores[row + example.turns[0], offsets[number] : offsets[number + 1]].detach().float()
+            if held is not None:
+                own = held[row + example.turns[0], offsets[number] : offsets[number + 1]]
                 needed = {
                     s
                     for i in example.turns
@@ -142,8 +146,8 @@ class Losses:
 
     def _answers(self, examples: list[Example], placed: ContextMemory, scores: Tensor | None) -> Tensor:
         rows = self.windows(examples, scores)
-        ids, _ = _padded([row for row, _ in rows], self.model.device)
-        labels, own = _padded([row for _, row in rows], self.model.device)
+        ids, _ = _padded([row for row, _ in rows])
+        labels, own = _padded([row for _, row in rows])
         labels = torch.where(own, labels, IGNORED)
         return _next_token_loss(self.model, _hidden(self.model, ids, placed), labels)
 
@@ -151,7 +155,7 @@ class Losses:
         running = [example.running.tolist() for example in examples]
         if not any(len(row) > 1 for row in running):
             return torch.zeros((), device=self.model.device)
-        ids, own = _padded(running, self.model.device)
+        ids, own = _padded(running)
         return _next_token_loss(self.model, _hidden(self.model, ids, placed), torch.where(own, ids, IGNORED))
 
 
@@ -171,9 +175,10 @@ def placed_memory(model: Any, memory: ContextMemory, places: list[SlotPlaces], b
             torch.from_numpy(index)[place.token // size] - place.token // size
             for place, index in zip(places, batch.chunk_index, strict=True)
         ]
-    ).to(device)
+    )
     layers = model.lower_model.layers
     tables = model._rope_tables(int(moved.max()) + 1, device)
+    moved = upload(moved, device)
     keys = [_rotated(key, tables.of(layer), moved) for key, layer in zip(memory.keys, layers, strict=True)]
     documents = memory.num_documents
     return dataclasses.replace(
@@ -192,12 +197,13 @@ def pick_scores(model: Any, memory: ContextMemory, places: list[SlotPlaces], bat
     config, pick, device = model.config, model.pick, memory.device
     size, lower = config.segment_size, model.lower_model
     offsets = segment_offsets(batch.examples, size)
-    segment = torch.cat([p.token // size + offset for p, offset in zip(places, offsets, strict=False)]).to(device)
-    position = torch.cat([p.position for p in places]).to(device)
+    segment = torch.cat([p.token // size + offset for p, offset in zip(places, offsets, strict=False)])
+    position = torch.cat([p.position for p in places])
     tables = model._rope_tables(int(position.max()) + 1, device)
+    segment, position = upload(segment, device), upload(position, device)
     keys = [unrotated(memory.keys[layer], tables.of(lower.layers[layer]), position) for layer in pick.layers]
     asked = [question.question for example in batch.examples for question in example.questions]
-    ids, used = _padded(asked, device)
+    ids, used = (upload(x, device) for x in _padded(asked))
     inputs = model._layer_inputs(ids)
     evidence = _evidence(model, batch, ids, used)
     rows = []
@@ -214,7 +220,7 @@ def _evidence(model: Any, batch: Batch, ids: Tensor, used: Tensor) -> Tensor:
     classes = model.pick.token_class
     size = model.config.segment_size
     indices = [
-        WordIndex.of(classes[torch.from_numpy(example.context).to(ids.device)].long(), size)
+        WordIndex.of(classes[upload(torch.from_numpy(example.context), ids.device)].long(), size)
         for example in batch.examples
     ]
     codes = [torch.cat(parts) for parts in zip(*(index.codes for index in indices), strict=True)]
@@ -238,7 +244,9 @@ def pick_loss(scores: Tensor, examples: list[Example], size: int, best: int) -> 
         The loss, and how many questions found one.
     """
     offsets, row = segment_offsets(examples, size), 0
-    rows, targets, compared = [], torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.bool)
+    # filled in on the host, then sent at once
+    rows, targets = [], torch.zeros(scores.shape, dtype=scores.dtype)
+    compared = torch.ones(scores.shape, dtype=torch.bool)
     for number, example in enumerate(examples):
         own = slice(offsets[number], offsets[number + 1])
         for question in example.questions:
@@ -253,10 +261,11 @@ def pick_loss(scores: Tensor, examples: list[Example], size: int, best: int) -> 
     if not rows:
         # a graph that reaches the parameters, so that every batch gives the same gradients
         return scores.sum() * 0, scores.new_zeros(())
-    kept = scores.masked_fill(~compared, _LEFT_OUT)[rows]
-    loss = -(targets[rows] * F.log_softmax(kept, -1)).sum()
+    compared, wanted_shares = upload(compared, scores.device), upload(targets[rows], scores.device)
+    kept = scores.masked_fill(~compared, _LEFT_OUT).index_select(0, upload(torch.tensor(rows), scores.device))
+    loss = -(wanted_shares * F.log_softmax(kept, -1)).sum()
     chosen = kept.topk(min(best, kept.shape[1]), 1).indices
-    return loss, targets[rows].gather(1, chosen).gt(0).any(1).sum()
+    return loss, wanted_shares.gather(1, chosen).gt(0).any(1).sum()
 
 
 def _rotated(keys: Tensor, tables: Tables, positions: Tensor) -> Tensor:
@@ -267,7 +276,8 @@ def _rotated(keys: Tensor, tables: Tables, positions: Tensor) -> Tensor:
 
 
 def _hidden(model: Any, ids: Tensor, memory: ContextMemory) -> Tensor:
-    """The decoder's last normed output ``[B, L, d]`` of texts that end with padding."""
+    """The decoder's last normed output ``[B, L, d]`` of texts ``[B, L]`` on the host that end with padding."""
+    ids = upload(ids, model.device)
     context = InjectedContext.of(
         memory,
         ids.shape[0],
@@ -282,9 +292,18 @@ def _hidden(model: Any, ids: Tensor, memory: ContextMemory) -> Tensor:
 
 
 def _next_token_loss(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropies of the labels ``[B, L]`` that are not ignored, each of the token before."""
-    wanted = labels[:, 1:] != IGNORED
-    rows, targets = hidden[:, :-1][wanted], labels[:, 1:][wanted]
+    """Sum of the cross-entropies of the labels that are not ignored, each of the token before.
+
+    Args:
+        model: whose logits.
+        hidden: ``[B, L, d]``.
+        labels: ``[B, L]``, on the host.
+    """
+    # which they are is known here, without waiting for the device
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    places = upload(row * labels.shape[1] + column, hidden.device)
+    targets = upload(labels[:, 1:][row, column], hidden.device)
+    rows = hidden.flatten(0, 1).index_select(0, places)
     step = max(1, _BLOCK // model.config.text_config.vocab_size)
     losses = [torch.zeros((), device=hidden.device)]
     for part, target in zip(rows.split(step), targets.split(step), strict=True):
@@ -300,9 +319,8 @@ def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
-def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of tokens with zeros at their ends ``[B, L]``, and which places are their own."""
+def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of tokens with zeros at their ends ``[B, L]``, and which places are their own; on the host."""
     longest = max(1, *map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    used = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
-    return ids.to(device), used.to(device)
+    return ids, torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
