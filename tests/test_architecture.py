@@ -29,11 +29,11 @@ model.compressor
 model.levels
 model.word_index
 model.pick
-model.signature, model.training_mark
+model.signature, model.training_mark, model.storage
 model.memory, model.inputs
 model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs, model.pick_index
 model.context_index
-model.split_prompt, model.gguf_checkpoint, model.passages, model.adapter
+model.split_prompt, model.gguf_checkpoint, model.passages, model.appending, model.adapter
 model.compression, model.base_checkpoint, model.decoding.*
 model.indexing
 model.generation, model.slow_paths

@@ -294,10 +294,12 @@ class ContextCompression:
 
         Raises:
             TypeError: not a :class:`ContextMemory`.
-            ValueError: names the first difference.
+            ValueError: names the first difference, or says that the memory was used up by ``append``.
         """
         if not isinstance(memory, ContextMemory):
             raise TypeError(f"memory: expected a ContextMemory, got {type(memory).__name__}")
+        if memory.version is not None:
+            memory.version.check()
         in_training = is_training_mark(memory.signature.get("weights"))
         signature = self.memory_signature(fingerprint=not in_training, details=has_details(memory.signature))
         difference = describe_difference(signature, memory.signature)

@@ -62,6 +62,8 @@ class InjectedContext:
         Raises:
             ValueError: the memory is of other rows or on another device.
         """
+        if memory.version is not None and not torch.compiler.is_compiling():
+            memory.version.check()
         if memory.batch_size == 1 and batch > 1:
             memory = memory.expand(batch)
         if memory.batch_size != batch:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -12,10 +12,23 @@ from torch import Tensor
 from .memory_file import DTYPES, MemoryFile, are_sizes, shorten, tensor_names, write_tensors
 from .protocols import Decoder
 from .signature import check_signature
+from .storage import Version
 
 _KINDS = ("keys", "values")
 # what a file's header holds beside its format
 _FIELDS = ("cu_slots", "num_chunks", "num_tokens", "memory_index", "signature")
+
+
+class Tail(NamedTuple):
+    """A document's partial last chunk, which is compressed again when the document goes on.
+
+    Attributes:
+        token_ids: its tokens, int32.
+        slots: slots of one layer that it has in the memory.
+    """
+
+    token_ids: Tensor
+    slots: int
 
 
 @dataclasses.dataclass
@@ -31,6 +44,9 @@ class ContextMemory:
         num_tokens: context tokens of each document.
         memory_index: the document that each batch row reads; rows may share one.
         signature: the memory's maker: model sizes, tree and a fingerprint of the compressor's weights.
+        tails: the partial last chunk of each document, ``None`` where its token ids are not known (as in files of
+            versions 1 and 2): such a document cannot go on. Without a partial chunk it can.
+        version: the storage that a memory made by ``append`` lies in.
     """
 
     keys: list[Tensor]
@@ -40,6 +56,23 @@ class ContextMemory:
     num_tokens: list[int]
     memory_index: list[int]
     signature: dict[str, Any]
+    tails: list[Tail | None] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
+    version: Version | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # a memory that compiled code makes is gone when its graph ends
+        if self.version is None or torch.compiler.is_compiling():
+            return
+        lists = (self.keys, self.values)
+        if self.version.overwritten or self.version.storage.holds(lists):
+            self.version.watch(lists)
+        else:
+            # tensors of their own
+            self.version = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own, or cannot tell."""
+        return {name: value for name, value in vars(self).items() if name != "version"}
 
     @property
     def num_documents(self) -> int:
@@ -73,9 +106,11 @@ class ContextMemory:
 
     def to(self, *args: Any, **kwargs: Any) -> "ContextMemory":
         """The memory on another device or in another dtype, arguments as for :meth:`torch.Tensor.to`."""
-        return dataclasses.replace(
-            self, keys=[k.to(*args, **kwargs) for k in self.keys], values=[v.to(*args, **kwargs) for v in self.values]
-        )
+        keys, values = ([tensor.to(*args, **kwargs) for tensor in part] for part in (self.keys, self.values))
+        device, tails = keys[0].device, self.tails
+        if tails is not None:
+            tails = [None if tail is None else tail._replace(token_ids=tail.token_ids.to(device)) for tail in tails]
+        return dataclasses.replace(self, keys=keys, values=values, tails=tails)
 
     def float(self) -> "ContextMemory":
         """The memory in float32; mixed-precision wrappers call this on all 16-bit outputs of a model."""
@@ -208,20 +243,38 @@ def _check_fields(name: str, fields: dict[str, Any]) -> None:
         expect(row < documents, f"memory_index from 0 to {documents - 1}", row)
 
 
+class _Signature(dict[str, Any]):
+    """A signature, which alone counts when trees are compared or written, and what else a memory has."""
+
+    more: dict[str, Any]
+
+
+def _context(memory: ContextMemory) -> dict[str, Any]:
+    if torch.compiler.is_compiling():
+        # a graph knows plain dictionaries
+        return memory.signature
+    signature = _Signature(memory.signature)
+    signature.more = {name: getattr(memory, name) for name in _MORE}
+    return signature
+
+
 def _flatten(memory: ContextMemory) -> tuple[list[Any], Any]:
-    return [getattr(memory, name) for name in _LEAVES], memory.signature
+    return [getattr(memory, name) for name in _LEAVES], _context(memory)
 
 
 def _flatten_with_keys(memory: ContextMemory) -> tuple[list[Any], Any]:
-    return [(pytree.GetAttrKey(name), getattr(memory, name)) for name in _LEAVES], memory.signature
+    return [(pytree.GetAttrKey(name), getattr(memory, name)) for name in _LEAVES], _context(memory)
 
 
 def _unflatten(values: Iterable[Any], signature: Any) -> ContextMemory:
-    return ContextMemory(**dict(zip(_LEAVES, values, strict=True)), signature=signature)
+    # of a program that was saved, only the signature
+    more = signature.more if isinstance(signature, _Signature) else {}
+    return ContextMemory(**dict(zip(_LEAVES, values, strict=True)), signature=dict(signature), **more)
 
 
-# an input of exported programs
-_LEAVES = tuple(field.name for field in dataclasses.fields(ContextMemory) if field.name != "signature")
+# an input of exported programs: leaves that come later would be another input
+_LEAVES = ("keys", "values", *_FIELDS[:-1])
+_MORE = tuple(field.name for field in dataclasses.fields(ContextMemory) if field.name not in (*_LEAVES, "signature"))
 pytree.register_pytree_node(
     ContextMemory,
     _flatten,
@@ -230,4 +283,4 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
 )
 # their sample inputs are read without trust
-torch.serialization.add_safe_globals([ContextMemory])
+torch.serialization.add_safe_globals([ContextMemory, Tail])

@@ -1,6 +1,7 @@
 """Compressing in micro-batches: how many tokens at a time, where the memory is stored, errors of lacking memory."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from .compressor import compress_chunks
 from .families import projection
 from .layer_math import Fp8Products, Products, refuse_fp8
 from .lower_model import LowerModel, activation_bytes
-from .memory import ContextMemory
+from .memory import ContextMemory, Tail
 from .rotary import LayerTables
 from .stopwatch import Stopwatch
 from .tree import TreeShape
@@ -115,10 +116,9 @@ def compress_in_micro_batches(
     by_document = [0] * len(lengths)
     for chunk, slots_of_chunk in zip(chunks, slots_by_chunk, strict=True):
         by_document[chunk.document] += slots_of_chunk
-    cu_slots = [0]
-    for count in by_document:
-        cu_slots.append(cu_slots[-1] + count)
+    cu_slots = [0, *itertools.accumulate(by_document)]
     half = len(lower.layers)
+    last_slots = {chunk.document: slots for chunk, slots in zip(chunks, slots_by_chunk, strict=True)}
     return ContextMemory(
         keys=tensors[:half],
         values=tensors[half:],
@@ -127,7 +127,17 @@ def compress_in_micro_batches(
         num_tokens=lengths,
         memory_index=list(range(len(lengths))),
         signature=signature(),
+        tails=_tails(ids, lengths, config.chunk_size, last_slots),
     )
+
+
+def _tails(ids: Tensor, lengths: list[int], chunk_size: int, slots: dict[int, int]) -> list[Tail | None]:
+    """The partial last chunk of each document; ``slots`` are those of each document's last chunk."""
+    ends, rests = itertools.accumulate(lengths), [length % chunk_size for length in lengths]
+    parts = [ids[end - rest : end] for end, rest in zip(ends, rests, strict=True)]
+    # one copy, which does not keep the whole context alive
+    kept = torch.cat([ids[:0], *parts]).to(torch.int32, copy=True).split(rests)
+    return [Tail(part, slots[i] if rest else 0) for i, (part, rest) in enumerate(zip(kept, rests, strict=True))]
 
 
 T = TypeVar("T")

@@ -19,6 +19,7 @@ from .adapter import (
     read_header,
     write_adapter,
 )
+from .appending import ContextAppending
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
@@ -58,7 +59,7 @@ from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .training_mark import TrainingMark
 
 
-class SharedLLMForCausalLM(ContextIndexing, PassageRetrieval, ContextGeneration):
+class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, ContextGeneration):
     """A causal language model that reads long contexts through a compressed memory (SharedLLM).
 
     The ``M`` lowest layers compress ``context_ids`` into a :class:`ContextMemory`; the whole model decodes the running

@@ -1,0 +1,194 @@
+"""A memory that grows: more tokens at the end of its documents, at the cost of one chunk."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import check_ids, check_mask
+from .memory import ContextMemory, Tail
+from .storage import Piece, grow
+
+_NOT_TRACED = "append outside of the graph and give forward the memory"
+
+
+class ContextAppending:
+    """Mixin of the model: appends to memories.
+
+    A method of the model, as :meth:`compress` is: a memory holds what was computed, and no weights to compute more.
+    """
+
+    @torch.compiler.disable(reason=_NOT_TRACED)
+    @torch.no_grad()
+    def append(
+        self: Any,
+        memory: ContextMemory,
+        context_ids: Tensor,
+        context_attention_mask: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        query_attention_mask: Tensor | None = None,
+        query_embeds: Tensor | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        keep: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> ContextMemory:
+        """The memory of longer documents: more tokens at the end of those that the batch rows read.
+
+        Equal to compressing the whole documents anew. Full chunks are not touched; a partial last chunk is compressed
+        again from its token ids, which the memory has kept. The cost is that of the new tokens and of one chunk,
+        whatever the memory's length: it has spare room, which is doubled when it is used up. (Where a document that is
+        not the last one of the memory goes on, the slots of the documents after it move.)
+
+        The result is written into the room of the memory given, where that has any. What the given memory reads is
+        never changed without a word: if its last chunk was partial, it is used up, and every use of it, or of a view
+        made of it, is an error. So write ``memory = model.append(memory, ids)``, or give ``keep=True``.
+
+        Args:
+            memory: one of this model.
+            context_ids: ``[B, C]`` the tokens to append, one row for each batch row of the memory, or for ``rows``.
+            context_attention_mask: ``[B, C]``, 0 for padding (on either side); rows without tokens are left as they
+                are.
+            query_ids, query_attention_mask, query_embeds: as for :meth:`compress`; equal to compressing anew where they
+                are what the memory was made with.
+            rows: batch rows of the memory, one for each row of ``context_ids``. A document that several batch rows read
+                may go on by one of them, and does for all.
+            keep: whether the given memory must stay readable, if need be by copying it.
+            progress: called with the tokens compressed so far, those of partial last chunks included.
+
+        Returns:
+            The longer memory; the same object if there is nothing to append.
+
+        Raises:
+            IndexError: a row is not in the memory.
+            ValueError: invalid inputs, or a memory of another model, of a model in training, without the token ids of
+                its last chunk, or used up.
+        """
+        self.check_memory(memory)
+        if any(tensor.requires_grad for tensor in (*memory.keys, *memory.values)):
+            raise ValueError(
+                "memory: expected one without gradients, got one of a model in training; compress the whole text again"
+            )
+        check_ids(self, "context_ids", context_ids, range_too=True)
+        used = check_mask("context_attention_mask", context_attention_mask, "context_ids", context_ids)
+        for name, query in (("query_ids", query_ids), ("query_embeds", query_embeds)):
+            if isinstance(query, Tensor) and query.shape[:1] != context_ids.shape[:1]:
+                raise ValueError(
+                    f"{name}: expected {context_ids.shape[0]} rows, one for each row of context_ids, got shape "
+                    f"{tuple(query.shape)}"
+                )
+        if memory.device != context_ids.device:
+            raise ValueError(
+                f"memory: expected device {context_ids.device} as context_ids, got {memory.device}; use memory.to(…)"
+            )
+        lengths = [context_ids.shape[1]] * context_ids.shape[0] if used is None else used.sum(1).tolist()
+        source_of = _documents(memory, lengths, rows)
+        if not source_of:
+            return memory
+        size, texts = self.config.chunk_size, []
+        for document, row in source_of.items():
+            new = context_ids[row] if used is None else context_ids[row][used[row]]
+            texts.append(torch.cat((_tail(memory, document, size).token_ids.to(new), new)))
+        ids, mask = _padded(texts)
+        own = list(source_of.values())
+        part = self._compress_part(
+            ids,
+            mask,
+            *(None if given is None else given[own] for given in (query_ids, query_attention_mask, query_embeds)),
+            first_chunks=[memory.num_tokens[document] // size for document in source_of],
+            name="append",
+            progress=progress,
+            training=False,
+        )
+        return _joined(memory, part, list(source_of), size, keep=keep)
+
+
+def _documents(memory: ContextMemory, lengths: list[int], rows: Sequence[int] | None) -> dict[int, int]:
+    """The documents that go on, in their order, and the row of ``context_ids`` that has the tokens of each."""
+    if rows is None and len(lengths) != memory.batch_size:
+        raise ValueError(
+            f"context_ids: expected {memory.batch_size} rows as in the memory, or rows=[…] that names theirs, got "
+            f"{len(lengths)}"
+        )
+    named = range(memory.batch_size) if rows is None else rows
+    if len(named) != len(lengths):
+        raise ValueError(f"rows: expected {len(lengths)} batch rows, one for each row of context_ids, got {len(named)}")
+    found: dict[int, int] = {}
+    for source, (row, length) in enumerate(zip(named, lengths, strict=True)):
+        if not 0 <= row < memory.batch_size:
+            raise IndexError(f"rows: expected batch rows 0 to {memory.batch_size - 1}, got {row}")
+        if not length:
+            continue
+        document = memory.memory_index[row]
+        if document in found:
+            raise ValueError(
+                f"rows: expected batch rows of different documents, got rows {named[found[document]]} and {row}, which "
+                f"both read document {document}"
+            )
+        found[document] = source
+    return dict(sorted(found.items()))
+
+
+def _tail(memory: ContextMemory, document: int, chunk_size: int) -> Tail:
+    """A document's partial last chunk."""
+    rest = memory.num_tokens[document] % chunk_size
+    if not rest:
+        return Tail(torch.empty(0, dtype=torch.int32), 0)
+    tail = None if memory.tails is None else memory.tails[document]
+    if tail is None:
+        raise ValueError(
+            f"memory: expected the token ids of the last {rest} tokens of document {document} (tails), got none; "
+            "compress the whole text again"
+        )
+    return tail
+
+
+def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Rows in one tensor, and the mask of what is no padding."""
+    longest = max(row.numel() for row in rows)
+    if all(row.numel() == longest for row in rows):
+        return torch.stack(rows), None
+    ids = rows[0].new_zeros((len(rows), longest))
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : row.numel()], mask[i, : row.numel()] = row, True
+    return ids, mask
+
+
+def _joined(
+    memory: ContextMemory, part: ContextMemory, documents: list[int], chunk_size: int, *, keep: bool
+) -> ContextMemory:
+    """A memory whose documents go on with those of ``part``, each from its last full chunk on."""
+    num_tokens, num_chunks = list(memory.num_tokens), list(memory.num_chunks)
+    tails: list[Tail | None] = [None] * memory.num_documents if memory.tails is None else list(memory.tails)
+    pieces: list[Piece] = []
+    cu_slots, begin = [0], 0
+    for document, (first, end) in enumerate(itertools.pairwise(memory.cu_slots)):
+        slots = end - first
+        if document in documents:
+            place = documents.index(document)
+            kept = end - _tail(memory, document, chunk_size).slots
+            pieces += [(0, begin, kept), (1, part.cu_slots[place], part.cu_slots[place + 1])]
+            begin = end
+            slots = kept - first + part.cu_slots[place + 1] - part.cu_slots[place]
+            full, rest = divmod(num_tokens[document], chunk_size)
+            num_tokens[document] += part.num_tokens[place] - rest
+            num_chunks[document] = full + part.num_chunks[place]
+            tails[document] = None if part.tails is None else part.tails[place]
+        cu_slots.append(cu_slots[-1] + slots)
+    pieces.append((0, begin, memory.num_slots))
+    version, total = grow((*memory.keys, *memory.values), (*part.keys, *part.values), pieces, memory.version, keep=keep)
+    keys, values = version.storage.views(total)
+    return ContextMemory(
+        keys=keys,
+        values=values,
+        cu_slots=cu_slots,
+        num_chunks=num_chunks,
+        num_tokens=num_tokens,
+        memory_index=list(memory.memory_index),
+        signature=memory.signature,
+        tails=tails,
+        version=version,
+    )
