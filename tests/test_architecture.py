@@ -19,7 +19,8 @@ _library, cpu
 reference.*
 ops._autocast, ops._checks
 ops.*
-model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file, model.hooks
+model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
+model.hooks, model.sources
 model.families
 model.configuration, model.layer_math, model.managed_layers, model.chunks, model.collator, model.reading
 model.rotary

@@ -1,5 +1,6 @@
 """A memory that grows: more tokens at the end of its documents, at the cost of one chunk."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .inputs import check_ids, check_mask
 from .memory import ContextMemory, Tail
+from .sources import Source, SourceText
 from .storage import Piece, grow
 
 _NOT_TRACED = "append outside of the graph and give forward the memory"
@@ -32,6 +34,7 @@ class ContextAppending:
         query_embeds: Tensor | None = None,
         *,
         rows: Sequence[int] | None = None,
+        sources: Sequence[Source | None] | None = None,
         keep: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> ContextMemory:
@@ -55,6 +58,8 @@ class ContextAppending:
                 are what the memory was made with.
             rows: batch rows of the memory, one for each row of ``context_ids``. A document that several batch rows read
                 may go on by one of them, and does for all.
+            sources: of each row of ``context_ids``, the source of what is appended. Without it, a memory that knows its
+                documents' token ids keeps knowing them; characters of later tokens are then not known.
             keep: whether the given memory must stay readable, if need be by copying it.
             progress: called with the tokens compressed so far, those of partial last chunks included.
 
@@ -88,8 +93,13 @@ class ContextAppending:
         if not source_of:
             return memory
         size, texts = self.config.chunk_size, []
+        known = _known_sources(memory, sources, lengths)
         for document, row in source_of.items():
             new = context_ids[row] if used is None else context_ids[row][used[row]]
+            if known is not None:
+                known[document] = _extended(
+                    known[document], None if sources is None else sources[row], new, memory.num_tokens[document]
+                )
             texts.append(torch.cat((_tail(memory, document, size).token_ids.to(new), new)))
         ids, mask = _padded(texts)
         own = list(source_of.values())
@@ -102,7 +112,8 @@ class ContextAppending:
             progress=progress,
             training=False,
         )
-        return _joined(memory, part, list(source_of), size, keep=keep)
+        joined = _joined(memory, part, list(source_of), size, keep=keep)
+        return joined if known is None else dataclasses.replace(joined, sources=known)
 
 
 def _documents(memory: ContextMemory, lengths: list[int], rows: Sequence[int] | None) -> dict[int, int]:
@@ -129,6 +140,27 @@ def _documents(memory: ContextMemory, lengths: list[int], rows: Sequence[int] | 
             )
         found[document] = source
     return dict(sorted(found.items()))
+
+
+def _known_sources(
+    memory: ContextMemory, sources: Sequence[Source | None] | None, lengths: list[int]
+) -> list[Source | None] | None:
+    """The sources of the memory's documents so far, after a check of those of what is appended."""
+    if sources is not None and len(sources) != len(lengths):
+        raise ValueError(f"sources: expected {len(lengths)}, one for each row of context_ids, got {len(sources)}")
+    for row, (source, length) in enumerate(zip(sources or (), lengths, strict=bool(sources))):
+        if source is not None:
+            source.check(f"sources[{row}]", length)
+    if memory.sources is None and sources is None:
+        return None
+    return [None] * memory.num_documents if memory.sources is None else list(memory.sources)
+
+
+def _extended(before: Source | None, more: Source | None, tokens: Tensor, so_far: int) -> Source | None:
+    """The source of a document of ``so_far`` tokens that goes on."""
+    if before is None and (more is None or so_far):
+        return None if more is None else Source((SourceText(so_far), *more.texts), more.name, more.tokenizer)
+    return more if before is None else before.extended(more, tokens)
 
 
 def _tail(memory: ContextMemory, document: int, chunk_size: int) -> Tail:

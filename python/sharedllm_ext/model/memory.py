@@ -12,6 +12,7 @@ from torch import Tensor
 from .memory_file import DTYPES, MemoryFile, are_sizes, shorten, tensor_names, write_tensors
 from .protocols import Decoder
 from .signature import check_signature
+from .sources import Source
 from .storage import Version
 
 _KINDS = ("keys", "values")
@@ -46,6 +47,7 @@ class ContextMemory:
         signature: the memory's maker: model sizes, tree and a fingerprint of the compressor's weights.
         tails: the partial last chunk of each document, ``None`` where its token ids are not known (as in files of
             versions 1 and 2): such a document cannot go on. Without a partial chunk it can.
+        sources: where each document comes from, ``None`` where that is not known; see :meth:`with_sources`.
         version: the storage that a memory made by ``append`` lies in.
     """
 
@@ -57,6 +59,7 @@ class ContextMemory:
     memory_index: list[int]
     signature: dict[str, Any]
     tails: list[Tail | None] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
+    sources: list[Source | None] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
     version: Version | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -131,6 +134,28 @@ class ContextMemory:
             if not 0 <= row < self.batch_size:
                 raise IndexError(f"rows: expected batch rows 0 to {self.batch_size - 1}, got {row}")
         return dataclasses.replace(self, memory_index=[self.memory_index[row] for row in rows])
+
+    def with_sources(self, sources: Sequence[Source | None]) -> "ContextMemory":
+        """The memory with the source of each document, ``None`` for one that is not known; nothing is copied.
+
+        With token ids, passages are found without the context; with characters, they say where they stand.
+
+        Raises:
+            ValueError: a source of another number of tokens, or of other tokens than the memory's last ones.
+        """
+        if len(sources) != self.num_documents:
+            raise ValueError(f"sources: expected {self.num_documents}, one for each document, got {len(sources)}")
+        for document, source in enumerate(sources):
+            if source is None:
+                continue
+            name = f"sources[{document}]"
+            source.check(name, self.num_tokens[document])
+            tail, ids = None if self.tails is None else self.tails[document], source.token_ids
+            if tail is None or ids is None or not len(tail.token_ids):
+                continue
+            if not torch.equal(ids[-len(tail.token_ids) :], tail.token_ids.cpu()):
+                raise ValueError(f"{name}: expected the tokens that the memory was made of, got others at their end")
+        return dataclasses.replace(self, sources=list(sources))
 
     def slot_ranges(self) -> list[tuple[int, int]]:
         """First slot and end of every batch row's memory."""

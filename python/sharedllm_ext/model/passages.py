@@ -13,6 +13,7 @@ from .managed_layers import is_managed
 from .memory import ContextMemory
 from .pick import SlotPlaces, slot_places, unrotated
 from .pick_index import PickIndex
+from .sources import Place, Source
 from .word_index import WordIndex
 
 # slots of a document that are compared with its text, and how far rounding may take their values
@@ -29,6 +30,7 @@ class Passage:
         segment: the number of the segment inside.
         rank: 0 for the best of its question.
         score: the pick's; comparable within one question.
+        place: its characters in the document, where the memory knows them: ``(name, first, end)``.
     """
 
     start: int
@@ -36,6 +38,7 @@ class Passage:
     segment: int
     rank: int
     score: float
+    place: Place | None = None
 
 
 class PassageRetrieval:
@@ -46,7 +49,7 @@ class PassageRetrieval:
     def find_passages(
         self: Any,
         question_ids: Tensor,
-        context_ids: Tensor,
+        context_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
         question_attention_mask: Tensor | None = None,
         memory: ContextMemory | None = None,
@@ -59,7 +62,8 @@ class PassageRetrieval:
 
         Args:
             question_ids: ``[B, L]`` the question's own tokens, without any prompt around them.
-            context_ids: ``[B, C]`` the context that the memory was made of, or one row for all questions.
+            context_ids: ``[B, C]`` the context that the memory was made of, or one row for all questions; not needed by
+                a memory that knows its token ids (:meth:`ContextMemory.with_sources`).
             context_attention_mask: ``[B, C]``, 0 for padding (on either side).
             question_attention_mask: ``[B, L]``, 0 for padding.
             memory: what :meth:`compress` has made of the context; compressed here by default. One of a single row
@@ -77,37 +81,41 @@ class PassageRetrieval:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count: expected an integer of at least 1, got {count!r}")
         check_ids(self, "question_ids", question_ids, range_too=True)
-        check_ids(self, "context_ids", context_ids, range_too=True)
         asked = check_mask("question_attention_mask", question_attention_mask, "question_ids", question_ids)
-        used = check_mask("context_attention_mask", context_attention_mask, "context_ids", context_ids)
-        rows = question_ids.shape[0]
-        if context_ids.shape[0] not in (1, rows):
-            raise ValueError(f"context_ids: expected {rows} rows as in question_ids, or 1, got {context_ids.shape[0]}")
-        if memory is None:
+        rows, device, texts = question_ids.shape[0], question_ids.device, None
+        if context_ids is not None:
+            texts = _rows_of(self, context_ids, context_attention_mask, rows)
+        elif context_attention_mask is not None:
+            raise ValueError("context_attention_mask: expected context_ids with it, got none")
+        if memory is not None:
+            self.check_memory(memory)
+        elif context_ids is not None:
             memory = self.compress(context_ids, context_attention_mask, training=False)
         else:
-            self.check_memory(memory)
-        if memory.device != context_ids.device:
+            raise ValueError("context_ids, memory: expected at least one of them, got none")
+        if memory.device != device:
             raise ValueError(
-                f"memory: expected device {context_ids.device} as context_ids, got {memory.device}; use memory.to(…)"
+                f"memory: expected device {device} as {'question_ids' if texts is None else 'context_ids'}, got "
+                f"{memory.device}; use memory.to(…)"
             )
         if memory.batch_size not in (1, rows):
             raise ValueError(f"memory: expected {rows} batch rows as in question_ids, or 1, got {memory.batch_size}")
         found = []
-        known: tuple[tuple[int, int], PickIndex] | None = None
+        known: tuple[tuple[int, int], Tensor, PickIndex] | None = None
         for row in range(rows):
-            source = row if context_ids.shape[0] > 1 else 0
             document = memory.memory_index[row if memory.batch_size > 1 else 0]
-            ids = context_ids[source] if used is None else context_ids[source][used[source]]
+            source = document if texts is None else row if len(texts) > 1 else 0
             question = question_ids[row] if asked is None else question_ids[row][asked[row]]
-            if ids.numel() != memory.num_tokens[document]:
-                raise ValueError(
-                    f"context_ids: expected the {memory.num_tokens[document]} tokens of the memory's document "
-                    f"{document}, got {ids.numel()} in row {source}"
-                )
             if known is None or known[0] != (source, document):
-                known = (source, document), self._pick_index(ids, memory, document)
-            found.append(self._best(self._scores(known[1], question), ids.numel(), count))
+                ids = _kept_ids(self, memory, document, device) if texts is None else texts[source]
+                if ids.numel() != memory.num_tokens[document]:
+                    raise ValueError(
+                        f"context_ids: expected the {memory.num_tokens[document]} tokens of the memory's document "
+                        f"{document}, got {ids.numel()} in row {source}"
+                    )
+                known = (source, document), ids, self._pick_index(ids, memory, document)
+            origin = None if memory.sources is None else memory.sources[document]
+            found.append(self._best(self._scores(known[2], question), known[1].numel(), count, origin))
         return found
 
     def passage_prompt(
@@ -187,13 +195,38 @@ class PassageRetrieval:
         scores: Tensor = self.pick(inputs, self.lower_model.layers, index.keys, index.segment, index.count, evidence)
         return scores
 
-    def _best(self: Any, scores: Tensor, length: int, count: int) -> list[Passage]:
+    def _best(self: Any, scores: Tensor, length: int, count: int, origin: Source | None) -> list[Passage]:
         size, margin = self.config.segment_size, self.config.segment_margin
         values, order = scores.topk(min(count, scores.numel()))
-        return [
-            Passage(*passage_span(segment, length, size, margin), segment, rank, score)
-            for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True))
-        ]
+        found = []
+        for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
+            start, end = passage_span(segment, length, size, margin)
+            place = None if origin is None else origin.place(start, end)
+            found.append(Passage(start, end, segment, rank, score, place))
+        return found
+
+
+def _rows_of(model: Any, context_ids: Tensor, mask: Tensor | None, rows: int) -> list[Tensor]:
+    """The texts of a context, one for each question or one for all."""
+    check_ids(model, "context_ids", context_ids, range_too=True)
+    used = check_mask("context_attention_mask", mask, "context_ids", context_ids)
+    if context_ids.shape[0] not in (1, rows):
+        raise ValueError(f"context_ids: expected {rows} rows as in question_ids, or 1, got {context_ids.shape[0]}")
+    return [ids if used is None else ids[used[row]] for row, ids in enumerate(context_ids)]
+
+
+def _kept_ids(model: Any, memory: ContextMemory, document: int, device: torch.device) -> Tensor:
+    """The token ids that a memory has kept of a document."""
+    source = None if memory.sources is None else memory.sources[document]
+    ids = None if source is None else source.token_ids
+    if ids is None:
+        raise ValueError(
+            f"context_ids: expected the tokens of the memory's document {document}, or a memory that knows them "
+            "(with_sources), got none"
+        )
+    ids = ids.to(device)
+    check_ids(model, f"sources[{document}].token_ids", ids.unsqueeze(0), range_too=True)
+    return ids
 
 
 def passage_span(segment: int, length: int, size: int, margin: int) -> tuple[int, int]:
