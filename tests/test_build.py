@@ -91,6 +91,22 @@ def test_every_native_file_is_built() -> None:
     assert [path.name for path in headers if path.resolve() not in included] == []
 
 
+ASSEMBLER = re.compile(r"\b(?:asm|__asm__)\b")
+FULL_WARP = re.compile(r"__(?:shfl\w*|ballot|any|all|reduce\w*|match\w*|sync)(?:_sync|warp)\(\s*(?:0x|~|-1)")
+
+
+def test_instructions_and_constants_have_one_home() -> None:
+    kernels = [path for path in NATIVE if path.suffix in (".cu", ".cuh")]
+    common = CSRC / "kernels" / "common"
+    texts = {path.relative_to(common.parent).as_posix(): without_comments(path) for path in kernels}
+    with_assembler = {name for name, text in texts.items() if ASSEMBLER.search(text)}
+    assert with_assembler and all(name.startswith("common/") for name in with_assembler)
+    assert [name for name, text in texts.items() if "griddepcontrol" in text] == ["common/overlap.cuh"]
+    assert [name for name, text in texts.items() if re.search(r"\b1\.4426|\b0\.6931", text)] == ["common/softmax.cuh"]
+    assert [name for name, text in texts.items() if FULL_WARP.search(text)] == []
+    assert FULL_WARP.search("__shfl_xor_sync(0xffffffffu, x, 1)") and FULL_WARP.search("__syncwarp(0xffffffffu)")
+
+
 def library_schemas() -> dict[str, str]:
     found = {}
     for definition in re.findall(r"m\.def\((.*?)\);", without_comments(CSRC / "library.cpp"), re.DOTALL):

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/common/global_memory.cuh"
 #include "kernels/common/l2_prefetch.cuh"
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/vector_load.cuh"
@@ -30,15 +31,6 @@ using Constant = std::integral_constant<int, kValue>;
 template <class T>
 constexpr int kElements = 16 / static_cast<int>(sizeof(T));
 
-// Weights are read once: not kept in L1, neighbouring sectors fetched with them.
-__device__ __forceinline__ uint4 load_weights(const uint4* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
-  return x;
-}
-
 // 16 bytes at an element index, zeros from `end` on.
 template <class T, bool kVector, bool kWeights>
 __device__ __forceinline__ uint4 load_chunk(const T* row, int first, int end) {
@@ -46,7 +38,7 @@ __device__ __forceinline__ uint4 load_chunk(const T* row, int first, int end) {
   if constexpr (kVector) {
     if (first < end) {
       const uint4* const from = reinterpret_cast<const uint4*>(row + first);
-      x = kWeights ? load_weights(from) : *from;
+      x = kWeights ? load_once(from) : *from;
     }
   } else {
     __align__(16) T part[kElements<T>];
@@ -388,4 +380,5 @@ cudaError_t launch_all(const DecodeLinearParams& p, cudaStream_t stream) {
 }
 
 }  // namespace decode_linear
+
 }  // namespace sharedllm

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "kernels/common/scalar.cuh"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/common/with_float_type.h"
@@ -80,7 +81,7 @@ struct Vector {
 template <class T>
 __device__ __forceinline__ float silu(float x) {
   if constexpr (std::is_same_v<T, float>) return x / (1.0f + expf(-x));
-  return __fdividef(x, 1.0f + exp2_fast(x * -1.44269504f));
+  return __fdividef(x, 1.0f + exp2_fast(x * -kLog2E));
 }
 
 // Largest magnitude as bits: they are ordered like the magnitudes, and NaN is above infinity.

@@ -8,17 +8,16 @@
 #include <algorithm>
 
 #include "kernels/common/attention_rows.cuh"
+#include "kernels/common/global_memory.cuh"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/query_rotation.cuh"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_backward_portable.h"
 #include "kernels/injected_attention_backward_portable_tiles.h"
 
 namespace sharedllm {
 namespace backward_portable {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kInfinity = __builtin_huge_valf();
 
 // ---- matmuls of tiles ----
 
@@ -498,20 +497,20 @@ __device__ __forceinline__ void advance(const InjectedAttentionParams& p, Walk* 
       RowTile row{};
       if (base + lane < p.num_rows) load_row(p, base + lane, &row);
       const unsigned overlaps =
-          __ballot_sync(0xffffffffu, row.q_count > 0 && row.slot_count > 0 && row.slot_begin < slot + slots &&
-                                         row.slot_begin + row.slot_count > slot);
+          __ballot_sync(kFullWarp, row.q_count > 0 && row.slot_count > 0 && row.slot_begin < slot + slots &&
+                                       row.slot_begin + row.slot_count > slot);
       if (overlaps) {
         found = true;
         const int owner = __ffs(overlaps) - 1;
         w.row = base + owner;
-        w.q_begin = __shfl_sync(0xffffffffu, row.q_begin, owner);
-        w.packed_count = __shfl_sync(0xffffffffu, row.q_count, owner) * group;
+        w.q_begin = __shfl_sync(kFullWarp, row.q_begin, owner);
+        w.packed_count = __shfl_sync(kFullWarp, row.q_count, owner) * group;
         w.tiles = (w.packed_count + kRows - 1) / kRows;
         const int64_t begin = row.slot_begin - slot, end = begin + row.slot_count;
         // Blocks of neighbouring slots begin at different rows, so that they do not add to the same grad_q at once.
         w.start = kStaggered ? slot_tile * w.tiles / slot_tiles : 0;
-        w.slot_begin = __shfl_sync(0xffffffffu, static_cast<int>(begin > 0 ? begin : 0), owner);
-        w.slot_end = __shfl_sync(0xffffffffu, static_cast<int>(end < slots ? end : slots), owner);
+        w.slot_begin = __shfl_sync(kFullWarp, static_cast<int>(begin > 0 ? begin : 0), owner);
+        w.slot_end = __shfl_sync(kFullWarp, static_cast<int>(end < slots ? end : slots), owner);
       }
     }
     if (!found) {
@@ -551,10 +550,8 @@ __device__ __forceinline__ void add_columns(float* to, bool valid, float left0, 
   const float other0 = __shfl_xor_sync(kFullWarp, odd ? left0 : right0, 1);
   const float other1 = __shfl_xor_sync(kFullWarp, odd ? left1 : right1, 1);
   if (valid) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + (odd ? 8 : 0) + t / 2 * 4),
-                 "f"(odd ? other0 : left0), "f"(odd ? other1 : left1), "f"(odd ? right0 : other0),
-                 "f"(odd ? right1 : other1)
-                 : "memory");
+    add_four(to + (odd ? 8 : 0) + t / 2 * 4, odd ? other0 : left0, odd ? other1 : left1, odd ? right0 : other0,
+             odd ? right1 : other1);
   }
 #else
   if (valid) {
@@ -782,9 +779,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
             const int at = (slot_warp * kM + m) * 16 + half * 8 + lane / 4;
 #pragma unroll
             for (int n = 0; n < 2 * kChunk; ++n) {
-              asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + WeightTile::at(at, row_block * 2 + n) + lane % 4 * 4),
-                           "r"(operand[m][n / 2][n % 2 * 2 + half])
-                           : "memory");
+              store_word(tile + WeightTile::at(at, row_block * 2 + n) + lane % 4 * 4,
+                         operand[m][n / 2][n % 2 * 2 + half]);
             }
           }
         }

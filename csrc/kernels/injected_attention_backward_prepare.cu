@@ -6,6 +6,7 @@
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/query_rotation.cuh"
 #include "kernels/common/query_sums.h"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_backward.h"
 
@@ -14,7 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kElements = 8;  // of one thread: 16 bytes
-constexpr float kLog2E = 1.4426950408889634f;
 
 // The tables' row for the position of the batch row that owns a query.
 __device__ __forceinline__ RotaryRow find_rotary_row(const InjectedAttentionParams& p, int64_t query) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const InjectedAttenti
   if (inside && chunk == 0) {
     const float lse = f.lse[vector];
     p.delta[vector] = p.grad_lse == nullptr ? sum : sum - p.grad_lse[vector];
-    p.lse_log2[vector] = lse == -__int_as_float(0x7f800000) ? __int_as_float(0x7f800000) : lse * kLog2E;
+    p.lse_log2[vector] = lse == -kInfinity ? kInfinity : lse * kLog2E;
   }
 }
 
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedA
   for (int i = 0; i < 2; ++i) {
     const uint32_t first = pack_pair(T{}, x[i][0] * f.scale, x[i][1] * f.scale);
     const uint32_t second = pack_pair(T{}, x[i][2] * f.scale, x[i][3] * f.scale);
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+    const uint32_t got = __shfl_xor_sync(kFullWarp, odd ? first : second, 1);
     // four columns in a row
     if (inside) {
       *reinterpret_cast<uint2*>(to + column(quads[i] & ~1, odd ? 2 : 0)) =

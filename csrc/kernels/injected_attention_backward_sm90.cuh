@@ -11,7 +11,9 @@
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/query_rotation.cuh"
 #include "kernels/common/query_sums.h"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/vector_load.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
 namespace sharedllm {
@@ -130,15 +132,15 @@ class QueryWalk {
         lane_high_ = static_cast<int>(clamp_index(end - slot_, 0, slots_));
         overlaps = lane_low_ < lane_high_ && lane_begin_ < lane_end_;
       }
-      pending_ = __ballot_sync(0xffffffffu, overlaps);
+      pending_ = __ballot_sync(kFullWarp, overlaps);
       base_ += 32;
     }
     const int owner = __ffs(pending_) - 1;
     pending_ &= pending_ - 1;
-    q_begin_ = __shfl_sync(0xffffffffu, lane_begin_, owner);
-    q_end_ = __shfl_sync(0xffffffffu, lane_end_, owner);
-    low_ = __shfl_sync(0xffffffffu, lane_low_, owner);
-    high_ = __shfl_sync(0xffffffffu, lane_high_, owner);
+    q_begin_ = __shfl_sync(kFullWarp, lane_begin_, owner);
+    q_end_ = __shfl_sync(kFullWarp, lane_end_, owner);
+    low_ = __shfl_sync(kFullWarp, lane_low_, owner);
+    high_ = __shfl_sync(kFullWarp, lane_high_, owner);
     tiles_ = (q_end_ - q_begin_ + tile_queries_ - 1) / tile_queries_;
     from_ = static_cast<int>(static_cast<int64_t>(tiles_) * begin_ / units_);
     count_ = static_cast<int>(static_cast<int64_t>(tiles_) * end_ / units_) - from_;
@@ -177,7 +179,7 @@ __device__ __forceinline__ void zero_non_finite_rows(uint8_t* tile, int thread) 
       bad |=
           has_non_finite(T{}, x.x) || has_non_finite(T{}, x.y) || has_non_finite(T{}, x.z) || has_non_finite(T{}, x.w);
     }
-    if (__ballot_sync(0xffffffffu, bad) >> (thread % 32 / 8 * 8) & 0xff) {
+    if (__ballot_sync(kFullWarp, bad) >> (thread % 32 / 8 * 8) & 0xff) {
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
         *reinterpret_cast<uint4*>(tile + panel * kSlots * 128 + r * 128 + thread % 8 * 16) = uint4{};
@@ -290,7 +292,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
   const int kv_head = work.kv_head;
   const int64_t slot = work.slot_tile * Tile::kSlots;
   // the same in all lanes, which the compiler cannot see
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kQueryStages; ++i) {
@@ -437,7 +439,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     uint32_t phase = 0;
     barrier_wait(query_full, 0);
     if (query_steps[0].high > 0) {
-      const float scale = p.forward.scale * 1.4426950408889634f;
+      const float scale = p.forward.scale * kLog2E;
       float scores[kTileRows / 2], products[kTileRows / 2];
       float query_sums[Tile::kColumns / 2];
       uint32_t weights[kTileRows / 4], packed[kTileRows / 4];

@@ -5,6 +5,7 @@
 // results. docs/kernels/injected_attention_prefill.md has the derivation.
 #pragma once
 
+#include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_sm90.cuh"
 
 namespace sharedllm {
@@ -395,8 +396,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     const ChainedTile& tile = tiles[stage];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 2);
       // scores of -inf alone: zeros
       const bool nothing = sum[i] == 0.0f;
       inverse[i] = nothing ? 0.0f : 1.0f / sum[i];

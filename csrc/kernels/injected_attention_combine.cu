@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/common/with_float_type.h"
 #include "kernels/injected_attention_combine.h"
@@ -9,7 +10,6 @@
 namespace sharedllm {
 namespace {
 
-constexpr float kInfinity = __builtin_inff();
 constexpr int kBlockWarps = 4;
 // loads of a lane in flight
 constexpr int kLoads = 4;

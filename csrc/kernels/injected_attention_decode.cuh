@@ -10,22 +10,20 @@
 #include <type_traits>
 
 #include "kernels/common/attention_rows.cuh"
+#include "kernels/common/global_memory.cuh"
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/instances.h"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/overlap.cuh"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/vector_load.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_decode.h"
 
 namespace sharedllm {
 namespace decode {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_inff();
-// Online softmax: the maximum is only raised when the weights grow by more than 2^8. Until then float32 sums lose
-// nothing, and lanes need neither exchange maxima nor rescale accumulators.
-constexpr float kGrowth = 8.0f;
 // What the workspace holds before a result is there. Arithmetic never produces this NaN.
 constexpr uint32_t kAbsent = 0xffffffffu;
 
@@ -98,8 +96,8 @@ __device__ __forceinline__ Place find_place_by_block(const InjectedAttentionPara
   uint32_t tiles_through = tiles;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    const uint64_t other_units = __shfl_up_sync(0xffffffffu, units_through, offset);
-    const uint32_t other_tiles = __shfl_up_sync(0xffffffffu, tiles_through, offset);
+    const uint64_t other_units = __shfl_up_sync(kFullWarp, units_through, offset);
+    const uint32_t other_tiles = __shfl_up_sync(kFullWarp, tiles_through, offset);
     if (lane >= offset) {
       units_through += other_units;
       tiles_through += other_tiles;
@@ -157,27 +155,27 @@ __device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParam
   uint32_t tiles_through = tiles;
 #pragma unroll 1
   for (int offset = 1; offset < p.num_rows; offset *= 2) {
-    const uint64_t other_units = __shfl_up_sync(0xffffffffu, units_through, offset);
-    const uint32_t other_tiles = __shfl_up_sync(0xffffffffu, tiles_through, offset);
+    const uint64_t other_units = __shfl_up_sync(kFullWarp, units_through, offset);
+    const uint32_t other_tiles = __shfl_up_sync(kFullWarp, tiles_through, offset);
     if (lane >= offset) {
       units_through += other_units;
       tiles_through += other_tiles;
     }
   }
   // lanes past the last row have incomplete sums if the loop ended early
-  const uint64_t wanted = target(__shfl_sync(0xffffffffu, units_through, static_cast<int>(p.num_rows) - 1));
+  const uint64_t wanted = target(__shfl_sync(kFullWarp, units_through, static_cast<int>(p.num_rows) - 1));
   const uint64_t through = kByTile ? tiles_through : units_through, inside = kByTile ? tiles : units;
-  const unsigned holds = __ballot_sync(0xffffffffu, through - inside <= wanted && wanted < through);
+  const unsigned holds = __ballot_sync(kFullWarp, through - inside <= wanted && wanted < through);
   const int owner = holds ? __ffs(holds) - 1 : 0;
   Place place;
   place.row = holds ? owner : -1;
-  place.span.q_begin = __shfl_sync(0xffffffffu, span.q_begin, owner);
-  place.span.q_count = __shfl_sync(0xffffffffu, span.q_count, owner);
-  place.span.slot_begin = __shfl_sync(0xffffffffu, span.slot_begin, owner);
-  place.span.slot_count = __shfl_sync(0xffffffffu, span.slot_count, owner);
-  place.span.position = __shfl_sync(0xffffffffu, span.position, owner);
-  place.units_before = __shfl_sync(0xffffffffu, units_through - units, owner);
-  place.tiles_before = __shfl_sync(0xffffffffu, tiles_through - tiles, owner);
+  place.span.q_begin = __shfl_sync(kFullWarp, span.q_begin, owner);
+  place.span.q_count = __shfl_sync(kFullWarp, span.q_count, owner);
+  place.span.slot_begin = __shfl_sync(kFullWarp, span.slot_begin, owner);
+  place.span.slot_count = __shfl_sync(kFullWarp, span.slot_count, owner);
+  place.span.position = __shfl_sync(kFullWarp, span.position, owner);
+  place.units_before = __shfl_sync(kFullWarp, units_through - units, owner);
+  place.tiles_before = __shfl_sync(kFullWarp, tiles_through - tiles, owner);
   return place;
 }
 
@@ -315,13 +313,6 @@ struct Scales {
 };
 struct Nothing {};
 
-// Transposes an 8 x 8 matrix of 16-bit numbers in accumulator layout (movmatrix): a row's pair becomes a column's.
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 // Two of four signed bytes (the selector names them in its first and third digit) as halves: 1024 + 128 + x has the
 // byte x + 128 as its low bits.
 template <uint32_t kSelector>
@@ -335,22 +326,7 @@ __device__ __forceinline__ uint32_t bytes_to_halves(uint32_t flipped) {
 template <int kThreads>
 __device__ __forceinline__ void sync_consumers() {
   __syncwarp();
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-
-// Loads a box of a four-dimensional tensor, innermost coordinate first.
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y,
-                                         int32_t z, int32_t w, uint64_t hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(hint)
-      : "memory");
-}
-
-// Arrives at the barrier when this thread's cp.async so far are complete.
-__device__ __forceinline__ void barrier_arrive_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+  named_barrier_sync<1, kThreads>();
 }
 
 // State of a warp's rows: accumulators transposed (columns x rows), running maximum and sum of weights. A thread holds
@@ -551,7 +527,7 @@ __device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float s
       grows |= (best[n][i] - state.maximum[n][i]) * scale_log2 > kGrowth;
     }
   }
-  if (__any_sync(0xffffffffu, grows)) {
+  if (__any_sync(kFullWarp, grows)) {
 #pragma unroll
     for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
@@ -559,7 +535,7 @@ __device__ __forceinline__ void weigh(Scores<C>& s, WarpState<C>& state, float s
         float highest = best[n][i];
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) {
-          highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
+          highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, offset));
         }
         highest = fmaxf(highest, state.maximum[n][i]);
         // 1 where nothing grows, also for a maximum that stays -inf
@@ -771,7 +747,7 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
     for (int i = 0; i < 2; ++i) {
       float sum = state.sum[n][i];
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
       if (lane < 4) {
         const int at = slot_warp * C::kRows + row_warp * C::kWarpRows + n * 8 + 2 * lane + i;
         maxima[at] = state.maximum[n][i];
@@ -878,12 +854,12 @@ __device__ __forceinline__ void mark_absent(const InjectedAttentionParams& p, ui
     if (lane - first_lane < rows) p.partial_lse[first_row + lane - first_lane] = absent;
   }
   __threadfence();
-  __syncwarp(0xffffffffu << first_lane);
+  __syncwarp(kFullWarp << first_lane);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (lane == first_lane) {
     // results are ordered after their marks
     barrier_arrive(marked);
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_next_kernel_start();
   }
 #endif
 }
@@ -945,7 +921,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr bool kCompiled = true;
   // the merging kernel may become resident beside this one and wait
-  if (!C::kMayAwait || !awaited) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (!C::kMayAwait || !awaited) let_next_kernel_start();
 #else
   constexpr bool kCompiled = !C::kBulk;
 #endif
@@ -988,7 +964,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll 1
           for (int i = 0; i < 2; ++i) {
             barrier_arrive_expect(full + i, C::kTileBytes);
-            load_box(shared + i * C::kTileBytes, i == 0 ? &maps.key : &maps.value, full + i, 0, 0, head, guess, hint);
+            tensor_load_4d(shared + i * C::kTileBytes, i == 0 ? &maps.key : &maps.value, full + i, 0, 0, head, guess,
+                           hint);
           }
         }
       }
@@ -1037,8 +1014,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
               if (!loaded) barrier_wait(empty + 2 * stage + i, phase);
               if ((!C::kEightBit || lane == 0) && !loaded) {
                 barrier_arrive_expect(barrier, C::kTileBytes);
-                load_box(shared + (2 * stage + i) * C::kTileBytes, i == 0 ? &maps.key : &maps.value, barrier, 0, 0,
-                         head, slot, hint);
+                tensor_load_4d(shared + (2 * stage + i) * C::kTileBytes, i == 0 ? &maps.key : &maps.value, barrier, 0,
+                               0, head, slot, hint);
               }
               if constexpr (C::kEightBit) {
                 const float* const from =
@@ -1050,7 +1027,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                   copy4_async(shared_address(tile_scales + (2 * stage + i) * C::kSlots + r),
                               from + (inside ? slot + r : 0) * stride, inside);
                 }
-                barrier_arrive_copies(barrier);
+                barrier_arrive_after_copies(barrier);
               }
             }
             if (++stage == C::kStages) {
@@ -1196,24 +1173,6 @@ constexpr int kFewParts = 4;
 constexpr int kPatience = 1 << 16;
 
 __device__ __forceinline__ bool is_absent(float x) { return __float_as_uint(x) == kAbsent; }
-// Loads what other blocks are writing at this time: never from the L1 cache.
-__device__ __forceinline__ float load_strong(const float* from) {
-  float x;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ float4 load_strong(const float4* from) {
-  float4 x;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "l"(from)
-               : "memory");
-  return x;
-}
-__device__ __forceinline__ void prefetch_line(const void* at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
-}
-
 // One block merges one packed row of one tile that several workers shared; its warps take the parts alternately.
 // kByTile: block -> tile; else block -> worker that has the first part of a shared tile. `rows`: those of a tile that a
 // batch of this size can fill.
@@ -1251,13 +1210,8 @@ __global__ void __launch_bounds__(kMergeThreads)
         static_cast<int64_t>(place.span.q_begin + query) * p.q_heads + (head * group + (packed - query * group));
   }
   // by all blocks, also those without work: a later kernel must not overtake the one before this
-  const auto wait_for_kernel = [] {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  };
   if (parts <= 1) {
-    wait_for_kernel();
+    wait_for_previous_kernel();
     return;
   }
   const auto workspace_row = [&](int part) {
@@ -1268,7 +1222,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 #pragma unroll 1
   for (int pass = awaits ? 0 : 1; pass < 2; ++pass) {
     const bool rehearsal = pass == 0;
-    if (!awaits) wait_for_kernel();
+    if (!awaits) wait_for_previous_kernel();
     float maximum = -kInfinity, total = 0;
     float4 sum[kColumns]{};
     // every warp sees the statistics of all parts, and reads the results of its own
@@ -1279,7 +1233,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       // only these while most are absent: polling all results would slow the previous kernel down
       if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
       if (awaits && !rehearsal) {
-        while (__popc(__ballot_sync(0xffffffffu, is_absent(lse))) > kFewParts && --patience > 0) {
+        while (__popc(__ballot_sync(kFullWarp, is_absent(lse))) > kFewParts && --patience > 0) {
           if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
         }
       }
@@ -1298,9 +1252,9 @@ __global__ void __launch_bounds__(kMergeThreads)
       }
       if (awaits && !rehearsal) {
         bool absent = true;
-        while (__any_sync(0xffffffffu, absent) && patience >= 0) {
+        while (__any_sync(kFullWarp, absent) && patience >= 0) {
           if (--patience <= 0) {
-            wait_for_kernel();
+            wait_for_previous_kernel();
             patience = -1;
           }
           absent = is_absent(lse);
@@ -1322,13 +1276,13 @@ __global__ void __launch_bounds__(kMergeThreads)
       float highest = fmaxf(lse, maximum);
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) {
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
+        highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, offset));
       }
       const float shift = highest == -kInfinity ? 0.0f : highest;
       const float shrink = exp2f(maximum - shift), weight = exp2f(lse - shift);
       float weights = weight;
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) weights += __shfl_xor_sync(0xffffffffu, weights, offset);
+      for (int offset = 16; offset > 0; offset /= 2) weights += __shfl_xor_sync(kFullWarp, weights, offset);
       total = total * shrink + weights;
       maximum = highest;
 #pragma unroll
@@ -1337,7 +1291,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       }
 #pragma unroll
       for (int j = 0; j < kMergeLoads; ++j) {
-        const float w = __shfl_sync(0xffffffffu, weight, j * kMergeWarps + warp);
+        const float w = __shfl_sync(kFullWarp, weight, j * kMergeWarps + warp);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           sum[c].x = fmaf(w, x[j][c].x, sum[c].x), sum[c].y = fmaf(w, x[j][c].y, sum[c].y);
@@ -1377,7 +1331,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
     __syncthreads();
   }
-  if (awaits) wait_for_kernel();
+  if (awaits) wait_for_previous_kernel();
 }
 
 // ---- launch ----

@@ -7,17 +7,12 @@
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/query_rotation.cuh"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_portable_tile.cuh"
 
 namespace sharedllm {
 namespace portable {
-
-// Online softmax: the maximum is only raised when the weights grow by more than 2^8. Until then float32 sums lose
-// nothing, and accumulators are not rescaled.
-constexpr float kGrowth = 8.0f;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_inff();
 
 // Packed rows of a warp.
 struct WarpRows {

@@ -8,7 +8,9 @@
 
 #include "kernels/common/hopper_backward.cuh"
 #include "kernels/common/instances.h"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/vector_load.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/injected_attention_backward_sm90.h"
 
 namespace sharedllm {
@@ -136,7 +138,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
   };
 
   // the same in all lanes, which the compiler cannot see
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tile::kWarpgroups * Tile::kQueryBuffers; ++i) {
@@ -253,7 +255,7 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
   } else {
     raise_registers<Tile::kConsumerRegisters>();
     const int w = warpgroup - 1, lane = threadIdx.x % 32;
-    const float scale = p.forward.scale * 1.4426950408889634f;
+    const float scale = p.forward.scale * kLog2E;
     float sums[kHeadSize / 2], scores[kSlots / 2], products[kSlots / 2];
     float lse[2], delta[2];
     uint32_t packed[kSlots / 4];

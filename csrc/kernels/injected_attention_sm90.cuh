@@ -8,8 +8,10 @@
 
 #include "kernels/common/attention_rows.cuh"
 #include "kernels/common/overlap.cuh"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/vector_load.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/common/warpgroup_product.cuh"
 #include "kernels/injected_attention_sm90.h"
 
@@ -21,11 +23,6 @@ constexpr int kPanel = 64;  // columns of a panel of 128-byte rows
 constexpr int kLoaders = 96;
 // named barriers; the ping-pong and the warpgroups take up to three each
 constexpr int kTurnBarrier = 1, kLoaderBarrier = 7;
-// Online softmax: the maximum is only raised when the weights grow by more than 2^8. Until then float32 sums lose
-// nothing, and accumulators are not rescaled.
-constexpr float kGrowth = 8.0f;
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_inff();
 
 template <int kHeadSize, int kStagesOfQueries = Sm90Tile<kHeadSize>::kQueryStages>
 struct Shape {
@@ -194,14 +191,14 @@ __device__ __forceinline__ bool weigh(float (&s)[kCount], float (&maximum)[2], f
   bool grows[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 1));
-    best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], 2));
+    best[i] = fmaxf(best[i], __shfl_xor_sync(kFullWarp, best[i], 1));
+    best[i] = fmaxf(best[i], __shfl_xor_sync(kFullWarp, best[i], 2));
     best[i] = fmaxf(best[i], maximum[i]);
     // false for two infinities of the same sign, whose difference is NaN
     grows[i] = (best[i] - maximum[i]) * scale_log2 > kGrowth;
     factor[i] = 1.0f;
   }
-  const bool rescale = __any_sync(0xffffffffu, grows[0] || grows[1]);
+  const bool rescale = __any_sync(kFullWarp, grows[0] || grows[1]);
   if (rescale) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -556,8 +553,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kFullWarp, sum[i], 2);
       // only -inf scores: zeros
       const bool nothing = sum[i] == 0.0f;
       inverse[i] = nothing ? 0.0f : 1.0f / sum[i];

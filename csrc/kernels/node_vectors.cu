@@ -265,8 +265,8 @@ __global__ void __launch_bounds__(32 * kAnyWarps, kAnyBlocks)
         rotate(query[r], last.position + last.length - 1 - node_position[r]);
 #pragma unroll
         for (int i = 0; i < kAnyPairs; ++i) {
-          query[r][i][0] *= p.scale * kLog2e;
-          query[r][i][1] *= p.scale * kLog2e;
+          query[r][i][0] *= p.scale * kLog2E;
+          query[r][i][1] *= p.scale * kLog2E;
         }
       }
     }

@@ -10,6 +10,7 @@
 #include "kernels/common/mma.cuh"
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/scalar.cuh"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/node_vectors.h"
@@ -20,7 +21,6 @@ namespace node_vectors {
 constexpr int kTile = 16;
 // Windows of keys after which the queries are rotated from the tables again: until then rounding accumulates.
 constexpr int kMaxWindows = 16;
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Leaf {
   int64_t start;
@@ -167,24 +167,10 @@ __device__ __forceinline__ void store(__half* to, float x) { *to = __float2half(
 
 // ---- tensor cores ----
 
-__device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // x = high + low, high with the 11 significant bits of tf32.
 __device__ __forceinline__ void split_tf32(float x, uint32_t* high, uint32_t* low) {
   *high = __float_as_uint(x) & 0xffffe000u;
   *low = __float_as_uint(x - __uint_as_float(*high));
-}
-
-// Transposes an 8x8 matrix of 16-bit elements, a row to four lanes.
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
 }
 
 template <int D>
@@ -342,7 +328,7 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
       const Leaf last = w.leaves[leaf];
       const T* const from = static_cast<const T*>(p.q) + leaf * p.q_stride[0] + head * p.q_stride[1];
       const int64_t position = clamp_index(int64_t{last.position} + last.length - 1 - base, 0, p.num_positions - 1);
-      const float factor = wanted ? p.scale * kLog2e : 0.0f;
+      const float factor = wanted ? p.scale * kLog2E : 0.0f;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const int pair = 4 * (quad + 4 * i);
@@ -584,8 +570,8 @@ __global__ void __launch_bounds__(32 * Tiling<D>::max_warps(kColumns), 1)
       for (int i = 0; i < 2; ++i) {
         const uint32_t big = pack_pair(T{}, x[2 * i], x[2 * i + 1]);
         const uint32_t small = pack_pair(T{}, x[2 * i] - Word<T>::get(big, 0), x[2 * i + 1] - Word<T>::get(big, 1));
-        weights[n][i] = transpose_8x8(big);
-        weights[n][2 + i] = transpose_8x8(small);
+        weights[n][i] = transpose_matrix(big);
+        weights[n][2 + i] = transpose_matrix(small);
       }
     }
 #pragma unroll

@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   pairs.rotate(p, length - 1, lane, 1.0f, query);
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
-    query[i][0] *= p.scale * kLog2e;
-    query[i][1] *= p.scale * kLog2e;
+    query[i][0] *= p.scale * kLog2E;
+    query[i][1] *= p.scale * kLog2E;
   }
   if (warp == 0) pairs.save(b.query + row * p.head_size, query);
   pairs.load(static_cast<const T*>(b.grad_out) + row * p.head_size, upstream);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(32 * kWarps)
           const float score = dot(turned[j], query), grad_weight = dot(values[j], upstream);
           const float weight = inside ? exp2f(score - stats.x) : 0.0f;
           // the query holds the factor log2(e) as well as scale
-          const float grad_score = inside ? weight * (grad_weight - stats.y) * (1.0f / kLog2e) : 0.0f;
+          const float grad_score = inside ? weight * (grad_weight - stats.y) * (1.0f / kLog2E) : 0.0f;
 #pragma unroll
           for (int e = 0; e < kPairs; ++e) {
 #pragma unroll

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/scalar.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/injected_attention.h"
 
 namespace sharedllm {
@@ -48,17 +49,17 @@ __device__ __forceinline__ RowTile find_row_tile(const InjectedAttentionParams& 
     int64_t through = tiles;  // tiles of the rows up to this lane's
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(0xffffffffu, through, offset);
+      const int64_t other = __shfl_up_sync(kFullWarp, through, offset);
       if (lane >= offset) through += other;
     }
-    const unsigned holds = __ballot_sync(0xffffffffu, before + through > index);
+    const unsigned holds = __ballot_sync(kFullWarp, before + through > index);
     if (holds) {
       const int owner = __ffs(holds) - 1;
       load_row(p, base + owner, &found);
-      found.tile = index - before - __shfl_sync(0xffffffffu, through - tiles, owner);
+      found.tile = index - before - __shfl_sync(kFullWarp, through - tiles, owner);
       return found;
     }
-    before += __shfl_sync(0xffffffffu, through, 31);
+    before += __shfl_sync(kFullWarp, through, 31);
   }
   return found;
 }

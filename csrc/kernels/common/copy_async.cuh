@@ -20,6 +20,9 @@ __device__ __forceinline__ void copy16_async(uint32_t to, const void* from, bool
 __device__ __forceinline__ void copy4_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
+__device__ __forceinline__ void copy_float_async(float* to, const float* from, bool valid) {
+  copy4_async(shared_address(to), from, valid);
+}
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's groups are in flight; other threads' copies need a barrier as well.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/common/attention_rows.cuh"
+#include "kernels/common/softmax.cuh"
 #include "kernels/common/vector_load.cuh"
 
 namespace sharedllm {
@@ -16,7 +17,6 @@ constexpr int kTile = 64;  // rows of a tile of the other side
 constexpr int kPart = 64;  // columns at a time
 // 16 bytes more than the columns: the same column of adjacent rows is in different banks
 constexpr int kTilePitch = kPart + 4;
-constexpr float kInfinity = __builtin_inff();
 
 template <int kParts>
 constexpr int kept_pitch() {

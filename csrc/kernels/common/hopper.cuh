@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/common/copy_async.cuh"
+#include "kernels/common/named_barrier.cuh"
 
 namespace sharedllm {
 
@@ -45,12 +46,9 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
       : "memory");
 }
 
-// Named barrier of some warps of a block; `threads` counts all that arrive or wait.
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Arrives when the calling thread's cp.async so far are complete.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Makes ordinary stores to shared memory visible to the tensor cores and to TMA.
@@ -82,6 +80,16 @@ __device__ __forceinline__ void tensor_load_3d(void* to, const CUtensorMap* map,
       : "memory");
 }
 
+// The same for four dimensions.
+__device__ __forceinline__ void tensor_load_4d(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x,
+                                               int32_t y, int32_t z, int32_t w, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(hint)
+      : "memory");
+}
+
 // Stores a box: shared memory has to be visible to TMA first (async_proxy_fence).
 __device__ __forceinline__ void tensor_store_3d(const void* from, const CUtensorMap* map, int32_t x, int32_t y,
                                                 int32_t z) {
@@ -91,6 +99,14 @@ __device__ __forceinline__ void tensor_store_3d(const void* from, const CUtensor
                : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Adds contiguous float32, a multiple of 16 bytes, to global memory. The order of additions by several blocks is not
+// defined.
+__device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
 // Waits until the calling thread's bulk copies have read shared memory.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 

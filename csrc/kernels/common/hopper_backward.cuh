@@ -6,6 +6,7 @@
 #include "kernels/common/hopper.cuh"
 #include "kernels/common/scalar.cuh"
 #include "kernels/common/tensor_map.h"
+#include "kernels/common/warp.cuh"
 #include "kernels/common/warpgroup_product.cuh"
 
 namespace sharedllm {
@@ -58,25 +59,6 @@ inline cudaError_t encode_backward_maps(BackwardTensorMaps* maps, const Injected
   return encode_tensor_map_3d(&maps->value, p.type, p.v, slot_sizes, value_strides, slot_box);
 }
 
-// Loads a box of a four-dimensional tensor, innermost coordinate first.
-__device__ __forceinline__ void tensor_load_4d(void* to, const CUtensorMap* map, uint64_t* barrier, int32_t x,
-                                               int32_t y, int32_t z, int32_t w, uint64_t hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(hint)
-      : "memory");
-}
-
-// Adds contiguous float32, a multiple of 16 bytes, to global memory by TMA. The order of additions by several blocks is
-// not defined.
-__device__ __forceinline__ void bulk_add(float* to, const float* from, uint32_t bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
-      "r"(shared_address(from)), "r"(bytes)
-      : "memory");
-}
-
 // Low word of the descriptor of an operand in 128-byte swizzle (swizzled_operand); the high word is the same for all.
 // Kernels short of registers keep these and hide them from the compiler, which would otherwise compute every
 // instruction's descriptor before the loop.
@@ -115,24 +97,13 @@ __device__ __forceinline__ void multiply_transposed(uint64_t a, uint64_t b, floa
                                                              std::make_index_sequence<kColumns / 2>{});
 }
 
-// One float from global to shared memory, 0 unless valid.
-__device__ __forceinline__ void copy_float_async(float* to, const float* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
-               : "memory");
-}
-
-// Arrives when the calling thread's copies have completed.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 // Converts accumulator pairs of columns to quads: of two neighbouring groups of 8 columns, the even lane of a pair of
 // lanes keeps the first, the odd lane the second. `x` holds two pairs of one row; the quad starts at column 8 * odd +
 // lane % 4 / 2 * 4.
 __device__ __forceinline__ float4 exchange_pairs(float x0, float x1, float y0, float y1) {
   const bool odd = threadIdx.x & 1;
-  const float a = __shfl_xor_sync(0xffffffffu, odd ? x0 : y0, 1);
-  const float b = __shfl_xor_sync(0xffffffffu, odd ? x1 : y1, 1);
+  const float a = __shfl_xor_sync(kFullWarp, odd ? x0 : y0, 1);
+  const float b = __shfl_xor_sync(kFullWarp, odd ? x1 : y1, 1);
   return odd ? make_float4(a, b, y0, y1) : make_float4(x0, x1, a, b);
 }
 
