@@ -4,6 +4,7 @@ if(NOT EXISTS "${SHAREDLLM_CUTLASS_INCLUDE}/cute/tensor.hpp")
   message(FATAL_ERROR "SHAREDLLM_CUTLASS_INCLUDE: expected CUTLASS headers (with cute/tensor.hpp), got "
                       "'${SHAREDLLM_CUTLASS_INCLUDE}'; pip install nvidia-cutlass")
 endif()
+include(SharedLLMInstances)
 set(CMAKE_CUDA_STANDARD 17)
 find_package(CUDAToolkit REQUIRED)
 set(_cuda_architectures "${SHAREDLLM_ARCHITECTURES}")

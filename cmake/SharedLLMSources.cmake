@@ -1,4 +1,4 @@
-# The source list, by hand: a file that is not named here is not built.
+# The source list, by hand: a file that is not named here is not built. Kernel instances: SharedLLMInstances.cmake.
 set(SHAREDLLM_CPU_SOURCES
     csrc/library.cpp
     csrc/cpu/chunk_compression.cpp
@@ -18,9 +18,6 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/kernels/context_tree.cu
     csrc/kernels/decode_append.cu
     csrc/kernels/decode_linear.cu
-    csrc/kernels/instances/decode_linear_bfloat16.cu
-    csrc/kernels/instances/decode_linear_float16.cu
-    csrc/kernels/instances/decode_linear_float32.cu
     csrc/kernels/fused_layer.cu
     csrc/kernels/injected_attention_backward_generic.cu
     csrc/kernels/injected_attention_backward_portable.cu
@@ -31,64 +28,10 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/kernels/memory_quantization.cu
     csrc/kernels/injected_attention_decode_8bit.cu
     csrc/kernels/injected_attention_portable.cu
-    csrc/kernels/instances/injected_attention_backward_portable_bf16_128.cu
-    csrc/kernels/instances/injected_attention_backward_portable_bf16_256.cu
-    csrc/kernels/instances/injected_attention_backward_portable_bf16_64.cu
-    csrc/kernels/instances/injected_attention_backward_portable_bf16_96.cu
-    csrc/kernels/instances/injected_attention_backward_portable_fp16_128.cu
-    csrc/kernels/instances/injected_attention_backward_portable_fp16_256.cu
-    csrc/kernels/instances/injected_attention_backward_portable_fp16_64.cu
-    csrc/kernels/instances/injected_attention_backward_portable_fp16_96.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_bf16_128.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_bf16_256.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_bf16_64.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_bf16_96.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_fp16_128.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_fp16_256.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_fp16_64.cu
-    csrc/kernels/instances/injected_attention_decode_8bit_fp16_96.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_bf16_128.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_bf16_256.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_bf16_64.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_bf16_96.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_fp16_128.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_fp16_256.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_fp16_64.cu
-    csrc/kernels/instances/injected_attention_decode_bulk_fp16_96.cu
-    csrc/kernels/instances/injected_attention_decode_portable_bf16_128.cu
-    csrc/kernels/instances/injected_attention_decode_portable_bf16_256.cu
-    csrc/kernels/instances/injected_attention_decode_portable_bf16_64.cu
-    csrc/kernels/instances/injected_attention_decode_portable_bf16_96.cu
-    csrc/kernels/instances/injected_attention_decode_portable_fp16_128.cu
-    csrc/kernels/instances/injected_attention_decode_portable_fp16_256.cu
-    csrc/kernels/instances/injected_attention_decode_portable_fp16_64.cu
-    csrc/kernels/instances/injected_attention_decode_portable_fp16_96.cu
-    csrc/kernels/instances/injected_attention_portable_bf16_128.cu
-    csrc/kernels/instances/injected_attention_portable_bf16_256.cu
-    csrc/kernels/instances/injected_attention_portable_bf16_64.cu
-    csrc/kernels/instances/injected_attention_portable_bf16_96.cu
-    csrc/kernels/instances/injected_attention_portable_fp16_128.cu
-    csrc/kernels/instances/injected_attention_portable_fp16_256.cu
-    csrc/kernels/instances/injected_attention_portable_fp16_64.cu
-    csrc/kernels/instances/injected_attention_portable_fp16_96.cu
     csrc/ops/node_vectors.cpp
     csrc/ops/topk_nodes.cpp
     csrc/kernels/node_vectors.cu
     csrc/kernels/node_vectors_backward.cu
-    csrc/kernels/instances/node_vectors_bfloat16_128_16.cu
-    csrc/kernels/instances/node_vectors_bfloat16_128_8.cu
-    csrc/kernels/instances/node_vectors_bfloat16_256_8.cu
-    csrc/kernels/instances/node_vectors_bfloat16_64_16.cu
-    csrc/kernels/instances/node_vectors_bfloat16_64_8.cu
-    csrc/kernels/instances/node_vectors_bfloat16_96_16.cu
-    csrc/kernels/instances/node_vectors_bfloat16_96_8.cu
-    csrc/kernels/instances/node_vectors_float16_128_16.cu
-    csrc/kernels/instances/node_vectors_float16_128_8.cu
-    csrc/kernels/instances/node_vectors_float16_256_8.cu
-    csrc/kernels/instances/node_vectors_float16_64_16.cu
-    csrc/kernels/instances/node_vectors_float16_64_8.cu
-    csrc/kernels/instances/node_vectors_float16_96_16.cu
-    csrc/kernels/instances/node_vectors_float16_96_8.cu
     csrc/kernels/topk_nodes.cu)
 
 # kernels with instructions that only compute capability 9.0 has (architecture 90a)
@@ -96,28 +39,4 @@ set(SHAREDLLM_SM90_SOURCES
     csrc/kernels/common/tensor_map.cu
     csrc/kernels/injected_attention_backward_sm90.cu
     csrc/kernels/injected_attention_sm90.cu
-    csrc/kernels/injected_attention_turn_keys.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_bf16_128.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_bf16_256.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_bf16_64.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_bf16_96.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_fp16_128.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_fp16_256.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_fp16_64.cu
-    csrc/kernels/instances/injected_attention_backward_sm90_fp16_96.cu
-    csrc/kernels/instances/injected_attention_bulk_sm90_bf16_128.cu
-    csrc/kernels/instances/injected_attention_bulk_sm90_bf16_64.cu
-    csrc/kernels/instances/injected_attention_bulk_sm90_bf16_96.cu
-    csrc/kernels/instances/injected_attention_bulk_sm90_fp16_128.cu
-    csrc/kernels/instances/injected_attention_bulk_sm90_fp16_64.cu
-    csrc/kernels/instances/injected_attention_bulk_sm90_fp16_96.cu
-    csrc/kernels/instances/injected_attention_chained_sm90_bf16_128.cu
-    csrc/kernels/instances/injected_attention_chained_sm90_fp16_128.cu
-    csrc/kernels/instances/injected_attention_sm90_bf16_128.cu
-    csrc/kernels/instances/injected_attention_sm90_bf16_256.cu
-    csrc/kernels/instances/injected_attention_sm90_bf16_64.cu
-    csrc/kernels/instances/injected_attention_sm90_bf16_96.cu
-    csrc/kernels/instances/injected_attention_sm90_fp16_128.cu
-    csrc/kernels/instances/injected_attention_sm90_fp16_256.cu
-    csrc/kernels/instances/injected_attention_sm90_fp16_64.cu
-    csrc/kernels/instances/injected_attention_sm90_fp16_96.cu)
+    csrc/kernels/injected_attention_turn_keys.cu)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import sharedllm_ext
 from sharedllm_ext import _library
 from sharedllm_ext.info import OPERATORS
+from tests import instances
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -87,8 +89,40 @@ def test_every_native_file_is_built() -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in NATIVE if path.suffix in (".cpp", ".cu")}
     assert set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", named)) == sources
     included = {inside(path, name) for path in NATIVE for name in includes(path)}
+    included |= {(CSRC / "kernels" / header).resolve() for row in instances.table() for header in row.headers}
     headers = [path for path in NATIVE if path.suffix not in (".cpp", ".cu")]
     assert [path.name for path in headers if path.resolve() not in included] == []
+
+
+def test_table_of_kernel_instances() -> None:
+    rows = instances.table()
+    files = [f"{row.name}_{kind}_{size}" for row in rows for kind in row.types for size in row.sizes or [""]]
+    assert len(files) == len(set(files))
+    for row in rows:
+        assert row.variable in ("SHAREDLLM_CUDA_SOURCES", "SHAREDLLM_SM90_SOURCES")
+        text = "".join(without_comments(CSRC / "kernels" / header) for header in row.headers)
+        for launcher in row.launchers:
+            name = launcher.split("::")[-1]
+            definition = rf"cudaError_t {name}\(const {row.params}& \w+,\s+cudaStream_t stream\) \{{"
+            assert re.search(definition, text), launcher
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_files_of_kernel_instances(tmp_path: Path) -> None:
+    def write() -> dict[str, tuple[int, str]]:
+        subprocess.run(["cmake", "-P", str(instances.TABLE)], cwd=tmp_path, check=True, timeout=60)
+        return {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in (tmp_path / "instances").iterdir()}
+
+    files = write()
+    assert len(files) == sum(len(row.types) * max(len(row.sizes), 1) for row in instances.table())
+    assert files["node_vectors_fp16_64_2.cu"][1] == (
+        '#include "kernels/node_vectors.cuh"\n\n'
+        "template cudaError_t sharedllm::node_vectors::launch_tensor<__half, 64, 2>(\n"
+        "    const sharedllm::NodeVectorsParams&, cudaStream_t);\n"
+    )
+    assert "sharedllm::launch_decode_linear_of<float>(" in files["decode_linear_fp32.cu"][1]
+    # configured again, nothing is compiled again
+    assert write() == files
 
 
 ASSEMBLER = re.compile(r"\b(?:asm|__asm__)\b")

@@ -15,6 +15,7 @@ from sharedllm_ext._library import CUDA_LIBRARY
 from sharedllm_ext.info import OPERATORS
 from sharedllm_ext.ops import _checks, _dispatch, decode_step
 from sharedllm_ext.reference import fused_layer, memory_quantization
+from tests import instances
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 # in sharedllm_ext.ops these names are the functions
@@ -76,11 +77,10 @@ def test_head_sizes_of_the_tensor_cores() -> None:
     assert tuple(map(int, re.findall(r"head_size == (\d+)", function[0]))) == attention_module.TENSOR_CORE_HEAD_SIZES
     # a kernel is there for each of them, in both element types
     for kernel in ("portable", "decode_portable", "decode_8bit", "backward_portable", "sm90", "backward_sm90"):
-        files = (CSRC / "kernels" / "instances").glob(f"injected_attention_{kernel}_[bf]*.cu")
-        names = {tuple(file.stem.rsplit("_", 2)[1:]) for file in files}
-        assert names == {
-            (kind, str(size)) for kind in ("bf16", "fp16") for size in attention_module.TENSOR_CORE_HEAD_SIZES
-        }, kernel
+        rows = [row for row in instances.table() if row.name == f"injected_attention_{kernel}"]
+        assert {row.types for row in rows} == {("bf16", "fp16")}, kernel
+        sizes = [int(size) for row in rows for size in row.sizes]
+        assert sizes == list(attention_module.TENSOR_CORE_HEAD_SIZES), kernel
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,17 @@ def test_head_sizes_of_the_tensor_cores() -> None:
     ],
 )
 def test_head_sizes_of_single_kernels(kernel: str, sizes: tuple[int, ...]) -> None:
-    files = (CSRC / "kernels" / "instances").glob(f"injected_attention_{kernel}_[bf]*.cu")
-    assert {file.stem.removeprefix(f"injected_attention_{kernel}_") for file in files} == {
-        f"{kind}_{size}" for kind in ("bf16", "fp16") for size in sizes
-    }
+    (row,) = (row for row in instances.table() if row.name == f"injected_attention_{kernel}")
+    assert row.types == ("bf16", "fp16") and row.sizes == tuple(map(str, sizes))
 
 
 def test_instances_of_node_vectors() -> None:
-    # rows of a tile: eight for each column of tiles
-    declared = {
-        (int(size), 8 * int(columns))
-        for size, columns in found("kernels/node_vectors.cu", r"launch_tensor<T, (\d+), (\d)>\(const")
-    }
-    assert {size for size, _ in declared} == set(attention_module.TENSOR_CORE_HEAD_SIZES)
-    files = (CSRC / "kernels" / "instances").glob("node_vectors_*.cu")
-    assert {file.stem.removeprefix("node_vectors_") for file in files} == {
-        f"{kind}_{size}_{rows}" for kind in ("bfloat16", "float16") for size, rows in declared
-    }
+    # head size and columns of tiles
+    declared = found("kernels/node_vectors.cu", r"launch_tensor<T, (\d+, \d)>\(const")
+    assert {int(pair.split(",")[0]) for pair in declared} == set(attention_module.TENSOR_CORE_HEAD_SIZES)
+    assert found("kernels/node_vectors.cu", r"return launch_tensor<T, (\d+, \d)>\(p") == declared
+    (row,) = (row for row in instances.table() if row.name == "node_vectors")
+    assert row.types == ("bf16", "fp16") and [size.replace("_", ", ") for size in row.sizes] == declared
 
 
 def test_element_types_of_the_cuda_kernels() -> None:

@@ -7,13 +7,6 @@
 
 namespace sharedllm {
 
-template <>
-cudaError_t launch_decode_linear_of<float>(const DecodeLinearParams& params, cudaStream_t stream);
-template <>
-cudaError_t launch_decode_linear_of<__nv_bfloat16>(const DecodeLinearParams& params, cudaStream_t stream);
-template <>
-cudaError_t launch_decode_linear_of<__half>(const DecodeLinearParams& params, cudaStream_t stream);
-
 cudaError_t launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream) {
   return with_float_type(params.type,
                          [&](auto number) { return launch_decode_linear_of<decltype(number)>(params, stream); });

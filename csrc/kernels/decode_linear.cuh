@@ -381,4 +381,9 @@ cudaError_t launch_all(const DecodeLinearParams& p, cudaStream_t stream) {
 
 }  // namespace decode_linear
 
+template <class T>
+cudaError_t launch_decode_linear_of(const DecodeLinearParams& params, cudaStream_t stream) {
+  return decode_linear::launch_all<T>(params, stream);
+}
+
 }  // namespace sharedllm

@@ -41,7 +41,7 @@ struct DecodeLinearParams {
 // shared memory. The same bits in every run. Can be captured into a CUDA graph.
 cudaError_t launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream);
 
-// One element type, defined in kernels/instances.
+// One element type, a kernel instance.
 template <class T>
 cudaError_t launch_decode_linear_of(const DecodeLinearParams& params, cudaStream_t stream);
 

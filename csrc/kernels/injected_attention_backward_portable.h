@@ -22,7 +22,7 @@ cudaError_t plan_injected_attention_backward_portable(InjectedAttentionBackwardP
 cudaError_t launch_injected_attention_backward_portable(const InjectedAttentionBackwardParams& params,
                                                         cudaStream_t stream);
 
-// One element type and head size; defined in kernels/instances.
+// One element type and head size, a kernel instance.
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_backward_portable_instance(const InjectedAttentionBackwardParams& params,
                                                                  cudaStream_t stream);

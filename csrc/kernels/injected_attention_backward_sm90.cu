@@ -5,7 +5,7 @@
 
 namespace sharedllm {
 
-// defined in instances/
+// kernel instances: cmake/SharedLLMInstances.cmake
 template <class T, int kHeadSize>
 cudaError_t launch_query_gradient(const InjectedAttentionBackwardParams& params, cudaStream_t stream);
 template <class T, int kHeadSize>

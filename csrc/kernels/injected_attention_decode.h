@@ -28,7 +28,7 @@ cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& para
 int32_t decode_tile_rows(const InjectedAttentionParams& params);
 
 // One element type and head size, with TMA (9.0 and later; cudaErrorNotSupported where the code was compiled for less)
-// or with cp.async (8.0 and later); defined in kernels/instances.
+// or with cp.async (8.0 and later); kernel instances.
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_decode_bulk(const InjectedAttentionParams& params, cudaStream_t stream);
 template <class T, int kHeadSize>

@@ -18,7 +18,7 @@ struct InjectedAttention8BitParams {
 // bytes, their strides multiples of 16 elements. Scales are 0 or positive.
 cudaError_t launch_injected_attention_decode_8bit(const InjectedAttention8BitParams& params, cudaStream_t stream);
 
-// One element type and head size; defined in kernels/instances.
+// One element type and head size, a kernel instance.
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_decode_8bit_bulk(const InjectedAttention8BitParams& params, cudaStream_t stream);
 template <class T, int kHeadSize>

@@ -13,7 +13,7 @@ cudaError_t plan_injected_attention_portable(InjectedAttentionParams* params);
 // to 8 elements; partial results where params.splits > 1. Otherwise cudaErrorNotSupported.
 cudaError_t launch_injected_attention_portable(const InjectedAttentionParams& params, cudaStream_t stream);
 
-// One element type and head size; defined in kernels/instances.
+// One element type and head size, a kernel instance.
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_portable_instance(const InjectedAttentionParams& params, cudaStream_t stream);
 

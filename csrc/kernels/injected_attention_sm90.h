@@ -62,7 +62,7 @@ cudaError_t launch_injected_attention_turn_keys(const InjectedAttentionParams& p
 // Queues a planned problem; with params.splits > 1 launch_injected_attention_combine has to follow.
 cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& params, cudaStream_t stream);
 
-// One element type and head size; defined in kernels/instances.
+// One element type and head size, a kernel instance.
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& params, cudaStream_t stream);
 

@@ -7,7 +7,7 @@
 namespace sharedllm {
 namespace node_vectors {
 
-// compiled in csrc/kernels/instances
+// kernel instances: cmake/SharedLLMInstances.cmake
 #define SHAREDLLM_INSTANCES(T)                                                                  \
   extern template cudaError_t launch_tensor<T, 64, 1>(const NodeVectorsParams&, cudaStream_t);  \
   extern template cudaError_t launch_tensor<T, 64, 2>(const NodeVectorsParams&, cudaStream_t);  \

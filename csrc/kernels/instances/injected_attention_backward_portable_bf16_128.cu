@@ -1,4 +1,0 @@
-#include "kernels/injected_attention_backward_portable.cuh"
-
-template cudaError_t sharedllm::launch_injected_attention_backward_portable_instance<__nv_bfloat16, 128>(
-    const InjectedAttentionBackwardParams&, cudaStream_t);

@@ -1,4 +1,0 @@
-#include "kernels/injected_attention_query_gradient_sm90.cuh"
-
-template cudaError_t sharedllm::launch_query_gradient<__nv_bfloat16, 256>(
-    const sharedllm::InjectedAttentionBackwardParams&, cudaStream_t);

@@ -1,4 +1,0 @@
-#include "kernels/injected_attention_decode.cuh"
-
-template cudaError_t sharedllm::launch_injected_attention_decode_bulk<__half, 96>(
-    const sharedllm::InjectedAttentionParams&, cudaStream_t);

@@ -1,4 +1,0 @@
-#include "kernels/injected_attention_portable.cuh"
-
-template cudaError_t sharedllm::launch_injected_attention_portable_instance<__nv_bfloat16, 64>(
-    const sharedllm::InjectedAttentionParams&, cudaStream_t);

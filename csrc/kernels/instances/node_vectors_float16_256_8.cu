@@ -1,2 +1,0 @@
-#include "kernels/node_vectors.cuh"
-template cudaError_t sharedllm::node_vectors::launch_tensor<__half, 256, 1>(const NodeVectorsParams&, cudaStream_t);
