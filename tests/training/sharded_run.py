@@ -87,7 +87,8 @@ def train(
     options = Options(
         clip=1e9, steps=4, warmup=1, accumulate=accumulate, report_seconds=0.0, sharding=sharding, bfloat16=bfloat16
     )
-    trained = Trained(model, parse_parts(parts), 1)
+    # shares of two dtypes beside each other
+    trained = Trained(model, parse_parts(parts), 1, frozen_dtype=torch.bfloat16 if bfloat16 else None)
     folder.mkdir(exist_ok=True)
     trainer = Trainer(trained, Losses(model, prompt, PASSAGES), mix, options, folder, report=report)
     if resume:

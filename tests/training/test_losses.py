@@ -222,6 +222,33 @@ def test_gradients_in_bfloat16_point_the_same_way(build: Any, mix: Any, losses: 
     assert not torch.equal(one, other) and F.cosine_similarity(one, other, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_weights_in_bfloat16_give_the_same_products(build: Any, mix: Any, losses: Any, tied: bool) -> None:
+    batch, parts = closed(mix().batch(0, 0)), "injected,upper:2" if tied else "injected,upper,compressor"
+    found, sizes = [], []
+    for dtype in (None, torch.bfloat16):
+        model = build(tie_compressor=tied)
+        trained = Trained(model, parse_parts(parts), frozen_dtype=dtype)
+        objective = losses(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sums = objective(batch)
+        sums.total(count(batch, objective.prompt, True), Weights()).backward()
+        assert all(p.dtype == torch.float32 for p in trained.parameters.values())
+        found.append([*(t.detach() for t in sums), *(p.grad for p in trained.parameters.values())])
+        sizes.append(sum(p.nbytes for p in model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
+    assert model.lm_head.weight.dtype == model.model.layers[2].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_embeddings_that_are_output_projections_stay(build: Any) -> None:
+    model = build()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    Trained(model, parse_parts("injected"), frozen_dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("parts", ["injected,upper:2", "injected:3,upper:2,compressor:4"])
 def test_lora_layers_of_peft_train_and_are_written(
     build: Any, mix: Any, losses: Any, base: Any, tmp_path: Any, parts: str

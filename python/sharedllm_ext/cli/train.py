@@ -297,7 +297,13 @@ def _train(
     }
     if args.updates == "peft":
         settings["updates"] = args.updates
-    trained = Trained(model, parts, args.seed, peft=args.updates == "peft")
+    trained = Trained(
+        model,
+        parts,
+        args.seed,
+        peft=args.updates == "peft",
+        frozen_dtype=torch.bfloat16 if bfloat16 else None,
+    )
 
     def tell(line: str) -> None:
         if progress.enabled:

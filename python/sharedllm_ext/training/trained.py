@@ -139,12 +139,22 @@ class Trained:
         parts: from :func:`parse_parts`.
         seed: of the updates' beginning.
         peft: whether PEFT's LoRA layers make the updates, in place of this package's.
+        frozen_dtype: of the frozen linear modules' weights, for training under autocast to that dtype: products are the
+            same and memory is less. Embeddings, also as tied output projections, and norms stay as they are.
 
     Raises:
         ValueError: a part that the model lacks, half-precision parameters, or sharded ones; no PEFT where it is needed.
     """
 
-    def __init__(self, model: Any, parts: Iterable[Part], seed: int = 0, *, peft: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        parts: Iterable[Part],
+        seed: int = 0,
+        *,
+        peft: bool = False,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> None:
         if any(is_sharded(module) for module in model.modules()):
             raise ValueError("model: expected whole parameters in every process, got ones sharded by FSDP")
         self.model, self.parts = model, list(parts)
@@ -174,6 +184,9 @@ class Trained:
             raise ValueError(
                 f"model: expected float32 parameters where they are trained, got {narrow[0]} in half precision"
             )
+
+        if frozen_dtype is not None:
+            _convert_frozen(model, frozen_dtype)
 
     def find_parameters(self) -> None:
         """Look the parameters up again: sharding puts others in their places."""
@@ -206,6 +219,16 @@ class Trained:
                     f"checkpoint: expected {name} of shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
                 )
             parameter.copy_(like(tensors[name], parameter))
+
+
+def _convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the frozen weights and biases of linear modules another dtype; not those that an embedding shares."""
+    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad and parameter not in looked_up:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def _modules(model: Any, part: str) -> list[Any]:
