@@ -35,6 +35,7 @@ model.memory, model.inputs
 model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs, model.pick_index
 model.context_index
 model.split_prompt, model.gguf_checkpoint, model.passages, model.appending, model.adapter
+model.passage_reading
 model.compression, model.base_checkpoint, model.decoding.*
 model.indexing
 model.generation, model.slow_paths

@@ -132,6 +132,23 @@ def test_one_text_for_documents_of_other_texts_is_refused(model: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_memory_that_has_grown_makes_its_own(model: Any, keep: bool) -> None:
+    """Also in place, in the storage of the one before."""
+    ids, question = tokens(1, 6 * CHUNK), tokens(1, 5, seed=2)
+    memory = model.compress(ids[:, : CHUNK + 9])
+    before = model.find_passages(question, ids[:, : CHUNK + 9], memory=memory)
+    first = memory
+    for end in (2 * CHUNK, 3 * CHUNK + 5, 5 * CHUNK):
+        memory = model.append(memory, ids[:, memory.num_tokens[0] : end], keep=keep)
+        found = model.find_passages(question, ids[:, :end], memory=memory)
+        assert found == anew(model, question, ids[:, :end], memory)
+        assert found == model.find_passages(question, ids[:, :end])
+    if keep:
+        assert model.find_passages(question, ids[:, : CHUNK + 9], memory=first) == before
+
+
+@torch.no_grad()
 def test_an_index_goes_with_its_memory(model: Any) -> None:
     ids, question = tokens(1, 3 * CHUNK), tokens(1, 5, seed=2)
     model.find_passages(question, ids)

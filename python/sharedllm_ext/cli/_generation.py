@@ -36,6 +36,11 @@ class TimedStreamer(TextStreamer):
             emit(text, end="\n" if stream_end else "")
 
 
+def question_ids(tokenizer: Any, question: str) -> list[int]:
+    """The question's own tokens; what looks like a special token is text."""
+    return list(tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
 @dataclass
 class Answer:
     """Generated text and its times in seconds."""
@@ -57,9 +62,11 @@ def generate(
     temperature: float | None = None,
     top_p: float | None = None,
     show: bool = True,
+    passages: Any = None,
+    context: Any = None,
 ) -> Answer:
     """Generate after ``input_ids`` ``[1, L]`` with a memory (or none); greedy without ``temperature`` and ``top_p``,
-    and at temperature 0."""
+    and at temperature 0. ``passages`` that were found in ``context`` ``[1, C]`` are read in front of it."""
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature != 0 and (temperature is not None or top_p is not None):
         sampling = {
@@ -74,6 +81,7 @@ def generate(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = end[0] if isinstance(end, list) else end
+    reading = {} if passages is None else {"passages": [passages], "context_ids": context, "tokenizer": tokenizer}
     streamer = TimedStreamer(tokenizer, show=show)
     output = model.generate(
         input_ids=input_ids,
@@ -83,6 +91,7 @@ def generate(
         pad_token_id=pad,
         streamer=streamer,
         **({} if memory is None else {"memory": memory}),
+        **reading,
         **sampling,
     )
     new = output[0, input_ids.shape[1] :]

@@ -170,7 +170,9 @@ def _check_characters(question: str) -> None:
 def _question_ids(tokenizer: Any, question: str, chat: bool | None, *, plain: bool) -> list[int]:
     """The question's tokens, in the chat template unless ``plain``: passages are found by the question itself."""
     if plain:
-        return list(tokenizer(question, add_special_tokens=False)["input_ids"])
+        from sharedllm_ext.cli._generation import question_ids
+
+        return question_ids(tokenizer, question)
     if chat and not tokenizer.chat_template:
         raise CommandError("--chat-template: expected a tokenizer with a chat template, got one without")
     if chat is None:
@@ -268,16 +270,17 @@ def _tokenise(contexts: list[Texts], tokenizer: Any, vocabulary: int, progress: 
     return tokens, places
 
 
-def _prompt(
+def _prompt_length(
     args: argparse.Namespace, model: Any, tokenizer: Any, context: torch.Tensor, passages: list[Passage]
-) -> torch.Tensor:
-    prompt: torch.Tensor = model.passage_prompt(tokenizer, context[0], passages, args.question)
-    if prompt.shape[1] > model.config.window:
+) -> int:
+    """Tokens of passages and question, which have to fit the window."""
+    length = int(model.passage_prompt(tokenizer, context[0], passages, args.question).shape[1])
+    if length > model.config.window:
         raise CommandError(
             f"--passages: expected passages and question of at most {model.config.window} tokens (the model's window), "
-            f"got {prompt.shape[1]} by {len(passages)} passages"
+            f"got {length} by {len(passages)} passages"
         )
-    return prompt
+    return length
 
 
 def _described(passage: Passage, places: Places) -> dict[str, Any]:
@@ -358,8 +361,9 @@ def run(args: argparse.Namespace) -> int:
     failure: str | None = None
     option, target = _target(args)
     if target is not None:
+        made: Any = memory if args.save_index is None else index
         try:
-            (memory if args.save_index is None else index).save(target)
+            made.save(target)
         except Exception as error:
             failure = f"{option}: {one_line(error)}"
             if question is None:
@@ -394,17 +398,16 @@ def run(args: argparse.Namespace) -> int:
         },
     }
     if question is not None:
-        prompt = question
+        passages = None
         if reads:
             assert context is not None  # checked above
             begin = time.perf_counter()
             with progress.bar("finding", None, ""):
                 passages = model.find_passages(question, context, memory=memory, count=reads)[0]
             report["seconds"]["find"] = time.perf_counter() - begin
-            prompt = _prompt(args, model, tokenizer, context, passages)
             report |= {
                 "passages": [_described(passage, places) for passage in passages],
-                "question_tokens": prompt.shape[1],
+                "question_tokens": _prompt_length(args, model, tokenizer, context, passages),
             }
         if not args.json:
             _say_context(report, model)
@@ -413,18 +416,20 @@ def run(args: argparse.Namespace) -> int:
         answer = generate(
             model,
             tokenizer,
-            prompt,
+            question,
             memory,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
             show=not args.json,
+            passages=passages,
+            context=context,
         )
         report |= {
             "question": args.question,
             "answer": answer.text,
             "answer_tokens": answer.tokens,
-            "running_tokens": prompt.shape[1] + answer.tokens,
+            "running_tokens": report["question_tokens"] + answer.tokens,
         }
         report["seconds"] |= {"first_token": answer.first_token, "per_token": answer.per_token}
     elif not args.json:

@@ -193,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from sharedllm_ext.cli._generation import generate, question_ids
+
     hidden = _hide(tokenizer, fact, texts, length, DEPTH if args.depth is None else args.depth, progress)
     tokenised = time.perf_counter()
     if not args.json:
@@ -200,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"model: {ADAPTER}, {parameters:,} parameters, window {model.config.window:,} tokens, {device}")
         say(f"text:  {hidden.source}, {length:,} tokens; the fact is hidden at token {hidden.start:,}")
     context = torch.from_numpy(hidden.ids.astype("int64")).unsqueeze(0).to(device)
-    asked = torch.tensor([list(tokenizer(question, add_special_tokens=False)["input_ids"])], device=device)
+    asked = torch.tensor([question_ids(tokenizer, question)], device=device)
     with progress.compression(length) as tell, torch.inference_mode():
         memory = model.compress(context, progress=tell)
     compressed = time.perf_counter()
@@ -208,20 +210,27 @@ def run(args: argparse.Namespace) -> int:
         count = PASSAGES if args.passages is None else args.passages
         passages = model.find_passages(asked, context, memory=memory, count=count)[0]
     found = time.perf_counter()
-    prompt = model.passage_prompt(tokenizer, context[0], passages, question)
+    prompt = int(model.passage_prompt(tokenizer, context[0], passages, question).shape[1])
     new, window = args.max_new_tokens or MAX_NEW_TOKENS, model.config.window
-    if prompt.shape[1] + new > window:
+    if prompt + new > window:
         raise CommandError(
             f"--passages, --max-new-tokens: expected passages, question and answer of at most {window} tokens (the "
-            f"model's window), got {prompt.shape[1]} + {new}"
+            f"model's window), got {prompt} + {new}"
         )
     if not args.json:
         emit(f"fact:     {fact}\nquestion: {question}\n")
         _show_passages(passages, hidden, tokenizer)
         emit("answer: ", end="")
-    from sharedllm_ext.cli._generation import generate
-
-    answer = generate(model, tokenizer, prompt, memory, max_new_tokens=new, show=not args.json)
+    answer = generate(
+        model,
+        tokenizer,
+        asked,
+        memory,
+        max_new_tokens=new,
+        show=not args.json,
+        passages=passages,
+        context=context,
+    )
     done = time.perf_counter()
     times = {
         "load_model": loaded - begin,
@@ -258,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
                 ],
                 "answer": answer.text,
                 "answer_tokens": answer.tokens,
-                "running_tokens": prompt.shape[1] + answer.tokens,
+                "running_tokens": prompt + answer.tokens,
                 "seconds": times,
             }
         )

@@ -28,6 +28,7 @@ from .decoding.support import is_single, obstacle_in_cache, obstacle_in_model, o
 from .inputs import check_ids, check_not_empty, check_running_text, query_of, say_past_window, trusted_ids
 from .memory import ContextMemory
 from .outputs import with_memory
+from .passage_reading import PassageRequest
 from .reading import say_if_it_cannot_read
 from .rotary import switch_of
 from .signature import describe_difference
@@ -76,16 +77,22 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
 
         An assistant model reads the running text, and the memory too if it has the same compressor.
 
+        With ``passages``, ``input_ids`` are questions: the model reads passages of ``context_ids`` in front of each, by
+        ``config.passage_prompt``. The loop and the result know the questions alone.
+
         Args:
             inputs: ``[B, L]`` token ids, also by the name ``input_ids``.
             generation_config: as for Transformers.
             args: as for Transformers.
             kwargs: as for Transformers, and of :meth:`forward` ``context_ids``, ``context_attention_mask``, ``memory``,
-                ``query_ids``, ``query_attention_mask`` and ``split_window``.
+                ``query_ids``, ``query_attention_mask`` and ``split_window``. Of its own ``passages``, how many to find
+                for ``query_ids`` (default: ``input_ids``), or what :meth:`find_passages` has found; with it
+                ``tokenizer``, and ``answer_begin``, the text with which the answer begins; ``memory`` and its
+                ``context_ids`` are then given together, or the memory is made here.
 
         Returns:
             ``[B, L + n]`` token ids; with ``return_dict_in_generate=True`` Transformers' output with an additional
-            ``memory``.
+            ``memory`` and ``passages``.
 
         Raises:
             ValueError: inputs that contradict each other; the message names what was expected and what came.
@@ -95,7 +102,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         memory = kwargs.pop("memory", None)
         query_ids, query_mask = kwargs.pop("query_ids", None), kwargs.pop("query_attention_mask", None)
         split_window = kwargs.pop("split_window", True)
-        if context_ids is not None and memory is not None:
+        request, found = PassageRequest.take(kwargs), None
+        if context_ids is not None and memory is not None and request is None:
             raise ValueError("context_ids, memory: expected at most one of them, got both")
         if context_ids is None and context_mask is not None:
             raise ValueError("context_attention_mask: expected context_ids with it, got none")
@@ -112,7 +120,12 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is not None:
             check_ids(self, "input_ids", input_ids, range_too=True)
             check_not_empty(input_ids)
-        if cached:
+        if request is not None:
+            mask = None if input_ids is None else self._mask_of(input_ids, generation_config, kwargs)
+            context, query = (context_ids, context_mask), (query_ids, query_mask)
+            memory, prompt, found = request.read(self, input_ids, mask, context, memory, query, cached)
+            context_ids = query_ids = None
+        elif cached:
             chosen = memory is not None or context_ids is not None
             prompt = self._follow(remembered_prompt(past), input_ids, cached, chosen, kwargs)
             if not chosen:
@@ -172,7 +185,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             end_generate(self, seen, generating)
         if split_window and not self._said_past_window and isinstance(getattr(result, "sequences", result), Tensor):
             self._say_past_window(getattr(result, "sequences", result), text, prompt, input_ids, mask, cached)
-        return with_memory(result, memory)
+        return with_memory(result, memory, found)
 
     def _split(self: Any, input_ids: Tensor, generation_config: Any, kwargs: dict[str, Any]) -> Split | None:
         """How a fresh prompt is split, ``None`` for one within the window."""
@@ -231,10 +244,12 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
     def _give(self: Any, prompt: SplitPrompt, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Replace the whole text's mask and positions by the running text's."""
         settings = generation_config or self.generation_config
+        if prompt.inserted and kwargs.get("position_ids") is not None:
+            raise ValueError("position_ids: expected none where passages stand in front of input_ids, got some")
         if kwargs.get("token_healing", getattr(settings, "token_healing", None)):
             raise ValueError(
-                f"token_healing: expected False where input_ids are longer than config.window ({self.config.window}), "
-                "got True"
+                f"token_healing: expected False where input_ids are longer than config.window ({self.config.window}) "
+                "or padded on the right, or passages are read, got True"
             )
         mask = prompt.mask
         if mask is None:
@@ -256,7 +271,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         total = sequences.shape[1] - (0 if prompt is None else prompt.removed)
         if input_ids is None and text is not None:
             total += text.shape[1]
-        elif mask is not None and input_ids is not None and mask.shape[1] > input_ids.shape[1]:
+        elif prompt is None and mask is not None and input_ids is not None and mask.shape[1] > input_ids.shape[1]:
             total += cached
         if total > self.config.window and mask is not None and mask.dim() == 2:
             total -= int((mask == 0).sum(1).min())
@@ -303,8 +318,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         if split_prompt is not None:
             new = input_ids.shape[1] - split_prompt.whole.shape[1]
             if attention_mask is not None:
-                # assisted generation fills the mask up to the whole text's length
-                attention_mask = attention_mask[:, : split_prompt.running.shape[1] + new]
+                attention_mask = split_prompt.fit_mask(attention_mask, new)
             if next_sequence_length is None or next_sequence_length > new:
                 input_ids = split_prompt.read(input_ids)
         parent: Any = super()

@@ -19,9 +19,13 @@ class SharedLLMOutput(CausalLMOutputWithPast):
 
 @dataclasses.dataclass
 class SharedLLMGenerateOutput(GenerateDecoderOnlyOutput):
-    """Output of ``generate`` with ``return_dict_in_generate=True``: Transformers' own and the memory it read."""
+    """Output of ``generate`` with ``return_dict_in_generate=True``: Transformers' own and the memory it read.
+
+    ``passages`` are those that were read, for each row of ``input_ids``, or ``None``.
+    """
 
     memory: ContextMemory | None = None
+    passages: Any = None
 
 
 @dataclasses.dataclass
@@ -29,6 +33,7 @@ class SharedLLMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     """The same with beams."""
 
     memory: ContextMemory | None = None
+    passages: Any = None
 
 
 _WITH_MEMORY: dict[type, Any] = {
@@ -37,14 +42,17 @@ _WITH_MEMORY: dict[type, Any] = {
 }
 
 
-def with_memory(result: Any, memory: ContextMemory | None) -> Any:
-    """What ``generate`` returns, with the memory that was read."""
+def with_memory(result: Any, memory: ContextMemory | None, passages: Any = None) -> Any:
+    """What ``generate`` returns, with the memory and passages that were read."""
     if memory is None or not isinstance(result, ModelOutput):
         return result
     output = _WITH_MEMORY.get(type(result))
     if output is None:
         # output of a custom loop
         result.memory = memory
+        if passages is not None:
+            result.passages = passages
         return result
+    own = {"memory": memory, "passages": passages}
     fields: Any = dataclasses.fields(output)
-    return output(**{f.name: getattr(result, f.name) for f in fields if f.name != "memory"}, memory=memory)
+    return output(**{f.name: getattr(result, f.name) for f in fields if f.name not in own}, **own)

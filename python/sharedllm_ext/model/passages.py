@@ -18,7 +18,8 @@ from .word_index import WordIndex
 
 # slots of a document that are compared with its text, and how far rounding may take their values
 _COMPARED, _ROUNDING = 64, 0.25
-_NO_PICK = "a model with a pick (config.pick_layers; from_adapter loads one), got one without"
+#: What a model without a pick is told.
+NO_PICK = "a model with a pick (config.pick_layers; from_adapter loads one), got one without"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,39 @@ class Passage:
     rank: int
     score: float
     place: Place | None = None
+
+
+class PassagePrompt:
+    """``config.passage_prompt`` in the tokens of a tokenizer.
+
+    Raises:
+        ValueError: the configuration has none.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        if config.passage_prompt is None:
+            raise ValueError("passage_prompt: expected config.passage_prompt, got None")
+        self._parts: dict[str, str] = config.passage_prompt
+        self._tokenizer = tokenizer
+
+    def text(self, text: str) -> list[int]:
+        """Tokens of a text, in which what looks like a special token is text: it must not end the turn."""
+        return self._tokens(text, split_special_tokens=True)
+
+    def ids(
+        self, context_ids: Tensor, passages: list[Passage], question: list[int], answer_begin: list[int]
+    ) -> list[int]:
+        """All tokens, passages in the order of the text ``context_ids [C]``."""
+        ids = self._tokens(self._parts["begin"])
+        for passage in sorted(passages, key=lambda p: (p.start, p.segment)):
+            ids += self._tokens(self._parts["passage"].format(rank=passage.rank + 1))
+            ids += context_ids[passage.start : passage.end].tolist()
+        return (
+            ids + self._tokens(self._parts["question"]) + question + self._tokens(self._parts["answer"]) + answer_begin
+        )
+
+    def _tokens(self, text: str, **how: bool) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, **how).input_ids) if text else []
 
 
 class PassageRetrieval:
@@ -77,7 +111,7 @@ class PassageRetrieval:
             ValueError: the model has no pick, inputs that contradict each other, or a memory of another context.
         """
         if self.pick is None:
-            raise ValueError(f"find_passages: expected {_NO_PICK}")
+            raise ValueError(f"find_passages: expected {NO_PICK}")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count: expected an integer of at least 1, got {count!r}")
         check_ids(self, "question_ids", question_ids, range_too=True)
@@ -138,20 +172,8 @@ class PassageRetrieval:
         Raises:
             ValueError: the configuration has no ``passage_prompt``.
         """
-        parts = self.config.passage_prompt
-        if parts is None:
-            raise ValueError("passage_prompt: expected config.passage_prompt, got None")
-
-        def tokens(text: str, **how: bool) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False, **how).input_ids) if text else []
-
-        ids = tokens(parts["begin"])
-        for passage in sorted(passages, key=lambda p: (p.start, p.segment)):
-            ids += tokens(parts["passage"].format(rank=passage.rank + 1))
-            ids += context_ids[passage.start : passage.end].tolist()
-        # what looks like a special token in a question is text: it must not end the turn
-        ids += tokens(parts["question"]) + tokens(question, split_special_tokens=True)
-        ids += tokens(parts["answer"]) + tokens(answer_begin, split_special_tokens=True)
+        layout = PassagePrompt(self.config, tokenizer)
+        ids = layout.ids(context_ids, passages, layout.text(question), layout.text(answer_begin))
         return torch.tensor([ids], dtype=torch.int64, device=context_ids.device)
 
     def _layer_inputs(self: Any, ids: Tensor) -> list[Tensor]:

@@ -32,12 +32,14 @@ class SplitPrompt:
         running: ``[B, W]``, its running text, padded on the left.
         mask: ``[B, W]``, 0 for padding, or ``None``.
         whole_mask: ``[B, L]``, 0 for padding of the prompt as it was given, or ``None``.
+        inserted: whether the running text is a question with passages in front of it, and longer than the whole text.
     """
 
     whole: Tensor
     running: Tensor
     mask: Tensor | None
     whole_mask: Tensor | None = None
+    inserted: bool = False
 
     @classmethod
     def of(cls, input_ids: Tensor, split: Split, whole_mask: Tensor | None = None) -> "SplitPrompt":
@@ -54,7 +56,7 @@ class SplitPrompt:
 
     @property
     def removed(self) -> int:
-        """How many columns the running text is shorter than the whole text."""
+        """How many columns the running text is shorter than the whole text; below 0 for one that is longer."""
         return self.whole.shape[1] - self.running.shape[1]
 
     def read(self, text: Tensor) -> Tensor:
@@ -76,6 +78,14 @@ class SplitPrompt:
         tail = like.new_ones(like.shape[0], new) if mask is None else mask[:, self.whole.shape[1] :]
         return torch.cat((old, tail), 1)
 
+    def fit_mask(self, mask: Tensor, new: int) -> Tensor:
+        """The running text's mask ``[B, W + n]``, of one that assisted generation made as wide as the whole text."""
+        width = self.running.shape[1] + new
+        if mask.shape[1] >= width:
+            return mask[:, :width]
+        fitted = self.read_mask(None, new)
+        return mask.new_ones(mask.shape[0], width) if fitted is None else fitted.to(mask.dtype)
+
     def followed(self, text: Tensor, mask: Tensor | None) -> "SplitPrompt":
         """The same with more text, ``[B, L + n]`` in total: what became context stays context."""
         check_mask("attention_mask", mask, "input_ids", text)
@@ -83,7 +93,7 @@ class SplitPrompt:
         whole_mask = mask
         if mask is None and self.whole_mask is not None:
             whole_mask = torch.nn.functional.pad(self.whole_mask, (0, new), value=1)
-        return SplitPrompt(text, self.read(text), self.read_mask(mask, new), whole_mask)
+        return SplitPrompt(text, self.read(text), self.read_mask(mask, new), whole_mask, self.inserted)
 
     def begins(self, text: Tensor) -> bool:
         """Whether a text ``[B, T]`` begins with this prompt."""
@@ -103,7 +113,7 @@ class SplitPrompt:
             return self
         mask, whole_mask = (None if m is None else m.repeat_interleave(count, 0) for m in (self.mask, self.whole_mask))
         whole, running = self.whole.repeat_interleave(count, 0), self.running.repeat_interleave(count, 0)
-        return SplitPrompt(whole, running, mask, whole_mask)
+        return SplitPrompt(whole, running, mask, whole_mask, self.inserted)
 
     def __copy__(self) -> "SplitPrompt":
         return self
@@ -179,7 +189,8 @@ class _OfOwnTokens(LogitsProcessor):
         mask, length = self.prompt.whole_mask, self.prompt.whole.shape[1]
         if mask is not None:
             # a token that the row has adds nothing to the set
-            own = torch.where(mask.bool(), input_ids[:, :length], self.prompt.running[:, -1:])
+            held = self.prompt.whole.gather(1, mask.bool().to(torch.uint8).argmax(1, keepdim=True))
+            own = torch.where(mask.bool(), input_ids[:, :length], held)
             input_ids = torch.cat((own, input_ids[:, length:]), 1)
         return self.inner(input_ids, scores)
 

@@ -1,0 +1,172 @@
+"""``generate(…, passages=…)``: passages are found for a question, and the model reads them in front of it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import check_ids, check_mask, check_not_empty
+from .memory import ContextMemory
+from .passages import NO_PICK, Passage, PassagePrompt
+from .split_prompt import SplitPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class PassageRequest:
+    """The keywords of a ``generate`` that ask for passages.
+
+    Attributes:
+        passages: how many to find for each question, or what :meth:`find_passages` has found.
+        answer_begin: the begin of the answer, which the model goes on with.
+        tokenizer: the base checkpoint's.
+    """
+
+    passages: int | Sequence[Sequence[Passage]]
+    answer_begin: str
+    tokenizer: Any
+
+    @classmethod
+    def take(cls, kwargs: dict[str, Any]) -> "PassageRequest | None":
+        """From the keywords of ``generate``, without those that are its own; ``None`` where no passages are asked for.
+
+        Raises:
+            ValueError: some of them without the others.
+        """
+        passages, begin = kwargs.pop("passages", None), kwargs.pop("answer_begin", None)
+        tokenizer = kwargs.get("tokenizer")
+        if passages is None:
+            if begin is not None:
+                raise ValueError(f"answer_begin: expected passages with it, got {begin!r} alone")
+            return None
+        if tokenizer is None:
+            raise ValueError("passages: expected tokenizer with it, for the texts of config.passage_prompt, got none")
+        if begin is not None and not isinstance(begin, str):
+            raise TypeError(f"answer_begin: expected a string, got {type(begin).__name__}")
+        for name in ("position_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: expected none with passages, which stand in front of input_ids, got some")
+        return cls(passages, begin or "", tokenizer)
+
+    def read(
+        self,
+        model: Any,
+        input_ids: Tensor | None,
+        mask: Tensor | None,
+        context: tuple[Tensor | None, Tensor | None],
+        memory: ContextMemory | None,
+        query: tuple[Tensor | None, Tensor | None],
+        cached: int,
+    ) -> tuple[ContextMemory, SplitPrompt, list[list[Passage]]]:
+        """The memory, the prompt whose whole text is the question and whose running text is what the model reads.
+
+        Args:
+            model: with a pick.
+            input_ids: ``[B, L]`` the questions' own tokens.
+            mask: ``[B, L]``, 0 for padding.
+            context: ids ``[B or 1, C]`` and mask of the text.
+            memory: of the text; compressed here by default.
+            query: ids ``[B, Q]`` and mask of what passages are found for, in place of ``input_ids``.
+            cached: tokens of the caller's cache.
+
+        Returns:
+            Memory, prompt, and the passages of each row.
+
+        Raises:
+            ValueError: inputs that contradict each other, special tokens in a question, or a prompt that the window has
+                no room for.
+        """
+        if model.pick is None:
+            raise ValueError(f"passages: expected {NO_PICK}")
+        if cached:
+            raise ValueError(
+                f"passages: expected an empty cache, got one of {cached} tokens; what goes on from it reads the "
+                "passages that it holds"
+            )
+        context_ids, context_mask = context
+        if input_ids is None or context_ids is None:
+            name = "input_ids" if input_ids is None else "context_ids"
+            what = "the questions" if input_ids is None else "the text of the passages, also beside its memory"
+            raise ValueError(f"passages: expected {name} with it, {what}, got none")
+        check_ids(model, "context_ids", context_ids, range_too=True)
+        asked = check_mask("attention_mask", mask, "input_ids", input_ids)
+        questions = [row if asked is None else row[asked[i]] for i, row in enumerate(input_ids)]
+        self._check_questions(questions)
+        layout = PassagePrompt(model.config, self.tokenizer)
+        if memory is None:
+            memory = model.compress(context_ids, context_mask, training=False)
+        found = self._found(model, input_ids, mask, context, memory, query)
+        used = check_mask("context_attention_mask", context_mask, "context_ids", context_ids)
+        begin, rows = layout.text(self.answer_begin), []
+        for i, (question, passages) in enumerate(zip(questions, found, strict=True)):
+            source = i if context_ids.shape[0] > 1 else 0
+            text = context_ids[source] if used is None else context_ids[source][used[source]]
+            _check_within(passages, text.numel(), i)
+            rows.append(layout.ids(text, passages, question.tolist(), begin))
+            if len(rows[-1]) > model.config.window:
+                raise ValueError(
+                    f"passages: expected passages and question of at most {model.config.window} tokens "
+                    f"(config.window), got {len(rows[-1])} by {len(passages)} passages in row {i}"
+                )
+        longest = max(map(len, rows))
+        # padding is masked; any token will do
+        running = torch.tensor([row[:1] * (longest - len(row)) + row for row in rows], device=input_ids.device)
+        padding = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=input_ids.device)
+        prompt = SplitPrompt(input_ids, running.to(input_ids.dtype), padding, mask, inserted=True)
+        return memory, prompt, found
+
+    def _found(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        context: tuple[Tensor | None, Tensor | None],
+        memory: ContextMemory,
+        query: tuple[Tensor | None, Tensor | None],
+    ) -> list[list[Passage]]:
+        count = self.passages
+        if isinstance(count, int) and not isinstance(count, bool) and count >= 1:
+            question, question_mask = (input_ids, mask) if query[0] is None else query
+            if query[0] is not None:
+                check_ids(model, "query_ids", query[0], range_too=True)
+                check_not_empty(query[0])
+                if query[0].shape[0] != input_ids.shape[0]:
+                    raise ValueError(
+                        f"query_ids: expected {input_ids.shape[0]} rows as in input_ids, got {query[0].shape[0]}"
+                    )
+            result: list[list[Passage]] = model.find_passages(
+                question, context[0], context[1], question_mask, memory, count
+            )
+            return result
+        rows = input_ids.shape[0]
+        given = isinstance(count, Sequence) and all(
+            isinstance(row, Sequence) and all(isinstance(passage, Passage) for passage in row) for row in count
+        )
+        if not given or isinstance(count, int):
+            raise ValueError(
+                f"passages: expected an integer of at least 1, or what find_passages returns, got {count!r}"
+            )
+        if len(count) != rows:
+            raise ValueError(f"passages: expected those of {rows} rows as in input_ids, got those of {len(count)}")
+        if query[0] is not None:
+            raise ValueError("query_ids: expected none with passages that have been found, got some")
+        return [list(row) for row in count]
+
+    def _check_questions(self, questions: Sequence[Tensor]) -> None:
+        """Refuse special tokens: padding without a mask, a start token, a chat template, or text that ends the turn."""
+        special = set(getattr(self.tokenizer, "all_special_ids", ())) - {getattr(self.tokenizer, "unk_token_id", None)}
+        for row, question in enumerate(questions):
+            wrong = next((token for token in question.tolist() if token in special), None)
+            if wrong is not None:
+                raise ValueError(
+                    "input_ids: expected a question's own tokens with passages (add_special_tokens=False, "
+                    f"split_special_tokens=True, a mask where rows are padded), got the special token "
+                    f"{self.tokenizer.decode([wrong])!r} in row {row}"
+                )
+
+
+def _check_within(passages: Sequence[Passage], length: int, row: int) -> None:
+    end = max((passage.end for passage in passages), default=0)
+    if end > length or any(passage.start < 0 for passage in passages):
+        raise ValueError(f"passages: expected ones within the {length} tokens of row {row}'s text, got one up to {end}")
