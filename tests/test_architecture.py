@@ -43,6 +43,10 @@ model.modeling
 model.published
 model.__init__
 __init__
+distributed.ranks, distributed.shares
+distributed.sharded_memory
+distributed.compression
+distributed.__init__
 reference.model
 info, evaluation.*
 training.wordings, training.sources, training.prompt, training.sharding

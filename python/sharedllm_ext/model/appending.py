@@ -72,6 +72,7 @@ class ContextAppending:
                 its last chunk, or used up.
         """
         self.check_memory(memory)
+        memory.expect_whole()
         if any(tensor.requires_grad for tensor in (*memory.keys, *memory.values)):
             raise ValueError(
                 "memory: expected one without gradients, got one of a model in training; compress the whole text again"

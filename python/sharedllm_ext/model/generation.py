@@ -1,5 +1,6 @@
 """Generate: the only module that overrides private parts of Transformers' generation, and follows its versions."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -178,7 +179,10 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             # other loops may check criteria for tokens that they do not keep
             may_run_ahead = kwargs.get("custom_generate") is None
             generating = begin_generate(may_run_ahead, 0 if prompt is None else prompt.removed)
-            with trusted_ids(self if input_ids is not None else None):
+            alike = contextlib.nullcontext()
+            if memory is not None:
+                alike = memory.generate_alike(text, generation_config or self.generation_config, args, kwargs)
+            with trusted_ids(self if input_ids is not None else None), alike:
                 result = parent.generate(input_ids, generation_config, *args, **kwargs)
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs
         finally:

@@ -19,7 +19,8 @@ from .upload import upload
 class InjectedContext:
     """Inputs of the injected blocks of one forward pass; see :func:`sharedllm_ext.ops.injected_attention`.
 
-    Keys, values and rotary tables are lists, one entry a block.
+    Keys, values and rotary tables are lists, one entry a block. ``merge`` joins attention and log-sum-exp with those of
+    other processes, which hold the memory's other slots.
 
     No dataclass: FSDP descends into those and would round the rotary tables to its parameters' dtype.
     """
@@ -33,8 +34,9 @@ class InjectedContext:
         q_position: Tensor,
         cos: list[Tensor],
         sin: list[Tensor],
+        merge: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.merge = keys, values, merge
         self.cu_q, self.slot_range, self.q_position = cu_q, slot_range, q_position
         self.cos, self.sin = cos, sin
 
@@ -76,7 +78,7 @@ class InjectedContext:
         found = tables(max((0, *positions)) + 1, device, layers)
         cos, sin = ([found.of(layer)[side] for layer in layers] for side in (0, 1))
         cu_q, slot_range, q_position = _rows_on(device, batch, length, tuple(memory.slot_ranges()), positions)
-        return cls(memory.keys, memory.values, cu_q, slot_range, q_position, cos, sin)
+        return cls(memory.keys, memory.values, cu_q, slot_range, q_position, cos, sin, memory.merge)
 
 
 def _rows_on(
@@ -171,7 +173,7 @@ class InjectedAttention(nn.Module):
         dtype = query.dtype
         if self.q_norm is not None:
             query = self.q_norm(query)
-        out, _ = injected_attention(
+        out, lse = injected_attention(
             query.to(keys.dtype),
             keys,
             values,
@@ -182,6 +184,8 @@ class InjectedAttention(nn.Module):
             context.sin[self.layer_index],
             scale=self.scaling,
         )
+        if context.merge is not None:
+            out = context.merge(out, lse)
         # a hook of this block may have kept its input
         hidden_states = hidden_states if is_untouched(self) else hidden_states.clone()
         read = add_linear(hidden_states, self.o_proj, out.view(batch, length, -1).to(dtype))

@@ -1,9 +1,10 @@
 """The context memory: what the compressor hands to the decoder."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -76,6 +77,10 @@ class ContextMemory:
     def __getstate__(self) -> dict[str, Any]:
         """A copy has tensors of its own, or cannot tell."""
         return {name: value for name, value in vars(self).items() if name != "version"}
+
+    #: Processes that hold the slots, and what joins the attention to each one's; see sharedllm_ext.distributed.
+    processes: ClassVar[int] = 1
+    merge: ClassVar[Callable[..., Tensor] | None] = None
 
     @property
     def num_documents(self) -> int:
@@ -160,6 +165,26 @@ class ContextMemory:
     def slot_ranges(self) -> list[tuple[int, int]]:
         """First slot and end of every batch row's memory."""
         return [(self.cu_slots[i], self.cu_slots[i + 1]) for i in self.memory_index]
+
+    def expect_whole(self) -> None:
+        """Refuse a memory that is a part of one.
+
+        Raises:
+            ValueError: other processes hold the other slots.
+        """
+        if self.processes > 1:
+            raise ValueError(
+                f"memory: expected all slots in this process, got those of one of {self.processes} processes; gather() "
+                "puts them together"
+            )
+
+    def expect_same(self, **inputs: Tensor | None) -> None:
+        """Called with the inputs of a ``forward``: processes that share a memory must have the same."""
+
+    @contextlib.contextmanager
+    def generate_alike(self, text: Any, config: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Around a ``generate`` and its arguments: processes that share a memory must choose the same tokens."""
+        yield
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the memory to a safetensors file with a header that names model, layers and tree.

@@ -431,6 +431,7 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
 
         injected = {}
         if memory is not None:
+            memory.expect_same(**{inputs_name: inputs}, attention_mask=attention_mask)
             injected["injected_context"] = InjectedContext.of(
                 memory,
                 inputs.shape[0],

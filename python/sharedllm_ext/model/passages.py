@@ -127,6 +127,7 @@ class PassageRetrieval:
             memory = self.compress(context_ids, context_attention_mask, training=False)
         else:
             raise ValueError("context_ids, memory: expected at least one of them, got none")
+        memory.expect_whole()
         if memory.device != device:
             raise ValueError(
                 f"memory: expected device {device} as {'question_ids' if texts is None else 'context_ids'}, got "

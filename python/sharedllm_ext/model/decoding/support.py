@@ -122,6 +122,8 @@ def obstacle_in_cache(cache: Any) -> str | None:
 
 def obstacle_in_call(model: Decoder, rows: int, memory: Any, mask: Tensor | None) -> str | None:
     """What speaks against steps in rows, memory and mask of a ``generate``."""
+    if memory is not None and memory.processes > 1:
+        return f"memory: expected all slots in this process, got those of one of {memory.processes} processes"
     if memory is not None and (memory.dtype != model.dtype or memory.device != model.device):
         return f"memory: expected {model.dtype} on {model.device} as the model, got {memory.dtype} on {memory.device}"
     if mask is not None and mask.dim() != 2:
