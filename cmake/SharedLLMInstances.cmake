@@ -54,28 +54,28 @@ sharedllm_instances(SHAREDLLM_CUDA_SOURCES decode_linear
   PARAMS DecodeLinearParams
   TYPES bf16 fp16 fp32)
 sharedllm_instances(SHAREDLLM_CUDA_SOURCES injected_attention_portable
-  HEADERS injected_attention_portable.cuh
+  HEADERS injected_attention/portable/forward.cuh
   LAUNCHERS launch_injected_attention_portable_instance
   PARAMS InjectedAttentionParams
   SIZES 64 96 128 256)
 sharedllm_instances(SHAREDLLM_CUDA_SOURCES injected_attention_backward_portable
-  HEADERS injected_attention_backward_portable.cuh
+  HEADERS injected_attention/portable/backward.cuh
   LAUNCHERS launch_injected_attention_backward_portable_instance
   PARAMS InjectedAttentionBackwardParams
   SIZES 64 96 128 256)
 # TMA's swizzle takes pieces of 128 bytes: D 96 has an instance that refuses, so that the choice needs no case
 sharedllm_instances(SHAREDLLM_CUDA_SOURCES injected_attention_decode_bulk
-  HEADERS injected_attention_decode.cuh
+  HEADERS injected_attention/decode/launch.cuh
   LAUNCHERS launch_injected_attention_decode_bulk
   PARAMS InjectedAttentionParams
   SIZES 64 96 128 256)
 sharedllm_instances(SHAREDLLM_CUDA_SOURCES injected_attention_decode_portable
-  HEADERS injected_attention_decode.cuh
+  HEADERS injected_attention/decode/launch.cuh
   LAUNCHERS launch_injected_attention_decode_portable
   PARAMS InjectedAttentionParams
   SIZES 64 96 128 256)
 sharedllm_instances(SHAREDLLM_CUDA_SOURCES injected_attention_decode_8bit
-  HEADERS injected_attention_decode_8bit.cuh
+  HEADERS injected_attention/decode/eight_bit.cuh
   LAUNCHERS launch_injected_attention_decode_8bit_bulk launch_injected_attention_decode_8bit_portable
   PARAMS InjectedAttention8BitParams
   SIZES 64 96 128 256)
@@ -88,28 +88,28 @@ sharedllm_instances(SHAREDLLM_CUDA_SOURCES node_vectors
 
 # ---- for compute capability 9.0 alone ----
 sharedllm_instances(SHAREDLLM_SM90_SOURCES injected_attention_sm90
-  HEADERS injected_attention_sm90.cuh
+  HEADERS injected_attention/hopper/forward.cuh
   LAUNCHERS launch_injected_attention_sm90_instance
   PARAMS InjectedAttentionSm90Params
   SIZES 64 96 128 256)
 sharedllm_instances(SHAREDLLM_SM90_SOURCES injected_attention_chained_sm90
-  HEADERS injected_attention_chained_sm90.cuh
+  HEADERS injected_attention/hopper/chained.cuh
   LAUNCHERS launch_injected_attention_chained_sm90_instance
   PARAMS InjectedAttentionSm90Params
   SIZES 128)
 sharedllm_instances(SHAREDLLM_SM90_SOURCES injected_attention_bulk_sm90
-  HEADERS injected_attention_chained_sm90.cuh
+  HEADERS injected_attention/hopper/chained.cuh
   LAUNCHERS launch_injected_attention_bulk_sm90_instance
   PARAMS InjectedAttentionSm90Params
   SIZES 64 96 128)
 sharedllm_instances(SHAREDLLM_SM90_SOURCES injected_attention_backward_sm90
-  HEADERS injected_attention_backward_sm90.cuh injected_attention_query_gradient_sm90.cuh
+  HEADERS injected_attention/hopper/backward.cuh injected_attention/hopper/query_gradient.cuh
   LAUNCHERS launch_query_gradient launch_backward
   PARAMS InjectedAttentionBackwardParams
   SIZES 64 96 128)
 # D 256 has no fused backward
 sharedllm_instances(SHAREDLLM_SM90_SOURCES injected_attention_backward_sm90
-  HEADERS injected_attention_query_gradient_sm90.cuh
+  HEADERS injected_attention/hopper/query_gradient.cuh
   LAUNCHERS launch_query_gradient
   PARAMS InjectedAttentionBackwardParams
   SIZES 256)

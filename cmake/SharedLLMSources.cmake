@@ -14,22 +14,22 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/ops/decode_step.cpp
     csrc/ops/fused_layer.cpp
     csrc/ops/injected_attention.cpp
+    csrc/ops/node_vectors.cpp
+    csrc/ops/topk_nodes.cpp
     csrc/kernels/chunk_compression.cu
     csrc/kernels/context_tree.cu
     csrc/kernels/decode_append.cu
     csrc/kernels/decode_linear.cu
     csrc/kernels/fused_layer.cu
-    csrc/kernels/injected_attention_backward_generic.cu
-    csrc/kernels/injected_attention_backward_portable.cu
-    csrc/kernels/injected_attention_backward_prepare.cu
-    csrc/kernels/injected_attention_combine.cu
-    csrc/kernels/injected_attention_decode.cu
-    csrc/kernels/injected_attention_generic.cu
+    csrc/kernels/injected_attention/backward_prepare.cu
+    csrc/kernels/injected_attention/combine.cu
+    csrc/kernels/injected_attention/decode/decode.cu
+    csrc/kernels/injected_attention/decode/eight_bit.cu
+    csrc/kernels/injected_attention/generic/backward.cu
+    csrc/kernels/injected_attention/generic/forward.cu
+    csrc/kernels/injected_attention/portable/backward.cu
+    csrc/kernels/injected_attention/portable/forward.cu
     csrc/kernels/memory_quantization.cu
-    csrc/kernels/injected_attention_decode_8bit.cu
-    csrc/kernels/injected_attention_portable.cu
-    csrc/ops/node_vectors.cpp
-    csrc/ops/topk_nodes.cpp
     csrc/kernels/node_vectors.cu
     csrc/kernels/node_vectors_backward.cu
     csrc/kernels/topk_nodes.cu)
@@ -37,6 +37,6 @@ set(SHAREDLLM_CUDA_SOURCES
 # kernels with instructions that only compute capability 9.0 has (architecture 90a)
 set(SHAREDLLM_SM90_SOURCES
     csrc/kernels/common/tensor_map.cu
-    csrc/kernels/injected_attention_backward_sm90.cu
-    csrc/kernels/injected_attention_sm90.cu
-    csrc/kernels/injected_attention_turn_keys.cu)
+    csrc/kernels/injected_attention/hopper/backward.cu
+    csrc/kernels/injected_attention/hopper/forward.cu
+    csrc/kernels/injected_attention/hopper/turn_keys.cu)

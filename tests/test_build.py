@@ -77,7 +77,7 @@ def test_nothing_ends_the_process() -> None:
 
 def test_checks_that_hold_format_nothing() -> None:
     # arguments are made whether a check holds or not: numbers, literals and shape_text, which formats when written
-    text = without_comments(CSRC / "cpu" / "common" / "checks.h")
+    text = without_comments(CSRC / "common" / "checks.h")
     assert "inline ShapeText<Sizes> shape_text(const Sizes& sizes)" in text
     for path in NATIVE:
         for call in re.findall(r"\bcheck\([^;]*;", without_comments(path)):

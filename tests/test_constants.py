@@ -41,7 +41,7 @@ def constant(file: str, name: str) -> float:
 
 
 CONSTANTS = [
-    (attention_module.MAX_CUDA_HEAD_SIZE, "kernels/injected_attention_generic.h", "kGenericMaxHeadSize"),
+    (attention_module.MAX_CUDA_HEAD_SIZE, "kernels/injected_attention/generic/forward.h", "kGenericMaxHeadSize"),
     (node_vectors_module.CUDA_KERNEL_MAX_SIZE, "kernels/node_vectors.h", "kNodeVectorsMaxSize"),
     (node_vectors_module.MAX_LEVELS, "kernels/node_vectors.h", "kNodeVectorsMaxLevel"),
     (node_vectors_module.MAX_LEVELS, "cpu/node_vectors.cpp", "kMaxLevels"),

@@ -9,19 +9,19 @@
 #include <optional>
 #include <tuple>
 
-#include "kernels/injected_attention_backward.h"
-#include "kernels/injected_attention_backward_generic.h"
-#include "kernels/injected_attention_backward_portable.h"
-#include "kernels/injected_attention_combine.h"
-#include "kernels/injected_attention_decode.h"
-#include "kernels/injected_attention_decode_8bit.h"
-#include "kernels/injected_attention_generic.h"
-#include "kernels/injected_attention_portable.h"
+#include "kernels/injected_attention/backward.h"
+#include "kernels/injected_attention/combine.h"
+#include "kernels/injected_attention/decode/decode.h"
+#include "kernels/injected_attention/decode/eight_bit.h"
+#include "kernels/injected_attention/generic/backward.h"
+#include "kernels/injected_attention/generic/forward.h"
+#include "kernels/injected_attention/portable/backward.h"
+#include "kernels/injected_attention/portable/forward.h"
 #include "kernels/memory_quantization.h"
 #include "ops/common/cuda_checks.h"
 #if defined(SHAREDLLM_SM90A)
-#include "kernels/injected_attention_backward_sm90.h"
-#include "kernels/injected_attention_sm90.h"
+#include "kernels/injected_attention/hopper/backward.h"
+#include "kernels/injected_attention/hopper/forward.h"
 #endif
 
 namespace sharedllm {

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "checks.h"
+#include "common/checks.h"
 
 namespace sharedllm {
 

@@ -11,7 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cpu/common/checks.h"
+#include "common/checks.h"
 #include "kernels/common/float_type.h"
 
 namespace sharedllm {
