@@ -1,6 +1,5 @@
 """Generate: the only module that overrides private parts of Transformers' generation, and follows its versions."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from .decoding.session import (
 )
 from .decoding.support import is_single, obstacle_in_cache, obstacle_in_model, obstacle_in_settings, say_slow
 from .inputs import check_ids, check_not_empty, check_running_text, query_of, say_past_window, trusted_ids
-from .memory import ContextMemory
+from .memory import ContextMemory, choosing_alike
 from .outputs import with_memory
 from .passage_reading import PassageRequest
 from .reading import say_if_it_cannot_read
@@ -179,9 +178,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             # other loops may check criteria for tokens that they do not keep
             may_run_ahead = kwargs.get("custom_generate") is None
             generating = begin_generate(may_run_ahead, 0 if prompt is None else prompt.removed)
-            alike = contextlib.nullcontext()
-            if memory is not None:
-                alike = memory.generate_alike(text, generation_config or self.generation_config, args, kwargs)
+            alike = choosing_alike(memory, text, generation_config or self.generation_config, args, kwargs)
             with trusted_ids(self if input_ids is not None else None), alike:
                 result = parent.generate(input_ids, generation_config, *args, **kwargs)
             seen = not isinstance(result, Tensor) or "custom_generate" in kwargs

@@ -250,6 +250,11 @@ class ContextMemory:
         return cls(keys=tensors[:layers], values=tensors[layers:], **fields)
 
 
+def choosing_alike(memory: ContextMemory | None, *call: Any) -> contextlib.AbstractContextManager[None]:
+    """:meth:`ContextMemory.generate_alike` of a memory, if there is one."""
+    return contextlib.nullcontext() if memory is None else memory.generate_alike(*call)
+
+
 def _shape(fields: dict[str, Any]) -> tuple[int, int, int]:
     """Shape of every tensor, by checked fields."""
     signature = fields["signature"]
