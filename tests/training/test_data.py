@@ -143,6 +143,54 @@ def test_records_know_their_evidence(tmp_path: Path, tokenizer: Any, mix: Callab
     assert seen > 10
 
 
+def test_a_folder_holds_all_kinds_of_files(tmp_path: Path, tokenizer: Any) -> None:
+    """Questions in a folder are questions, not text with braces."""
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("alpha delta")
+    np.save(folder / "deep" / "ids.npy", np.arange(9))
+    (folder / "picture.png").write_bytes(bytes(range(256)))
+    write(folder / "deep" / "q.jsonl", {"context": "alpha 42", "question": "which?", "answer": "42"}, {"text": "Beta"})
+    sources = read_sources([str(folder)], tokenizer, VOCABULARY)
+    plain = tokenizer("# a.txt\nalpha delta\n\n", add_special_tokens=False).input_ids
+    beta = tokenizer("Beta", add_special_tokens=False).input_ids
+    assert sorted(d.tolist() for d in sources.documents) == sorted([list(range(9)), plain, beta])
+    (record,) = sources.records
+    assert record.answer == tokenizer("42").input_ids and record.places
+    (folder / "a.txt").unlink()
+    assert len(read_sources([str(folder)], tokenizer, VOCABULARY).documents) == 2
+    write(folder / "deep" / "q.jsonl", {"context": "alpha", "question": "which?"})
+    with pytest.raises(TextError, match=r'q\.jsonl line 1: expected a string "answer"'):
+        read_sources([str(folder)], tokenizer, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("ids.npy", np.zeros(5), r"expected a 1-d array of integers, got shape \[5\] of float64"),
+        ("ids.npy", np.zeros((2, 5), dtype=np.int64), r"expected a 1-d array of integers, got shape \[2, 5\] of int64"),
+        ("ids.npy", np.array([1, 320]), "expected token ids from 0 to 319, got 320"),
+        ("ids.npy", b"abc", "expected a .npy array of token ids, got another file"),
+        ("q.jsonl", b'{"text": "a"', "q.jsonl line 1: expected a JSON object, got expecting"),
+        ("q.jsonl", b"\n", "q.jsonl: expected JSON lines, got none"),
+        ("a.txt", b"", "a.txt: expected text, got an empty file"),
+        ("a.txt", bytes(range(256)), "a.txt: expected text, got a binary file"),
+        ("a.txt", b"na\xefve", "a.txt: expected UTF-8 text, got byte 0xef at offset 2"),
+        ("nothing", None, "nothing: expected a folder with text files, found none"),
+    ],
+)
+def test_bad_files_are_refused(name: str, content: Any, message: str, tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(TextError, match=message):
+        read_sources([str(path)], tokenizer, VOCABULARY)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

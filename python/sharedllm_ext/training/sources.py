@@ -1,5 +1,6 @@
 """What training reads: plain texts, token arrays, and JSON lines of contexts with questions and answers."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..evaluation.json_rows import Row, read_rows, text_of
-from ..evaluation.texts import TextError, Texts, read_texts, shown
+from ..evaluation.texts import TextError, Texts, read_texts, shown, text_files
 from ..evaluation.tokenising import encode, read_tokens, text_only
 
 Tokens = np.ndarray[Any, np.dtype[np.integer[Any]]]
 #: An answer that occurs more often says nothing on where its evidence is.
 MOST_PLACES = 8
+# files of a folder that are no plain text
+_OWN = (".jsonl", ".npy")
 
 
 class Record(NamedTuple):
@@ -39,7 +42,7 @@ class Sources(NamedTuple):
 
 
 def read_sources(paths: Sequence[str], tokenizer: Any, vocabulary: int) -> Sources:
-    """Read text files, folders of them, ``.npy`` arrays of token ids and ``.jsonl`` files.
+    """Read text files, ``.npy`` arrays of token ids, ``.jsonl`` files, and folders of all of them.
 
     A line of a ``.jsonl`` file holds ``text``, or ``context``, ``question`` and ``answer``, and optionally ``place``,
     ``[first, end]`` of the evidence in the context or a list of such pairs: characters, or tokens where the context is
@@ -52,22 +55,36 @@ def read_sources(paths: Sequence[str], tokenizer: Any, vocabulary: int) -> Sourc
     """
     documents: list[Tokens] = []
     records: list[Record] = []
+    reader = _Reader(tokenizer, vocabulary)
     for path in paths:
-        if Path(path).suffix == ".jsonl" and Path(path).is_file():
-            texts: list[str] = []
-            reader = _Reader(tokenizer, vocabulary)
-            for name, row in read_rows(Path(path)):
-                if "question" in row:
-                    records.append(reader.record(row, name))
-                else:
-                    texts.append(text_of(row, "text", name))
-            texts = [text for text in texts if text.strip()]
-            if texts:
-                found = Texts(shown(path), texts, [f"text {i + 1}" for i in range(len(texts))], kind="lines")
-                documents += read_tokens(found, tokenizer, vocabulary, join=False)
-        else:
-            documents += read_tokens(read_texts(path), tokenizer, vocabulary, join=False)
+        folder = Path(path).is_dir()
+        own = [file for file in text_files(Path(path)) if file.suffix in _OWN] if folder else []
+        for file in own if folder else [Path(path)]:
+            if file.suffix == ".jsonl" and file.is_file():
+                found = reader.rows(file, records)
+            else:
+                # as it was given: - is standard input
+                found = read_texts(file if folder else path)
+            documents += read_tokens(found, tokenizer, vocabulary, join=False) if found is not None else []
+        if folder:
+            found = _texts_of_folder(path, among=bool(own))
+            documents += read_tokens(found, tokenizer, vocabulary, join=False) if found is not None else []
     return Sources(documents, records)
+
+
+def _texts_of_folder(path: str, among: bool) -> Texts | None:
+    """The text files of a folder that are no JSON lines; ``None`` if there are none ``among`` other files of ours."""
+    try:
+        texts = read_texts(path)
+    except TextError:
+        if among:
+            return None
+        raise
+    kept = [i for i, name in enumerate(texts.names) if not name.endswith(".jsonl")]
+    if not kept:
+        return None
+    documents: Any = [texts.documents[i] for i in kept]
+    return dataclasses.replace(texts, documents=documents, names=[texts.names[i] for i in kept])
 
 
 class _Reader:
@@ -76,6 +93,18 @@ class _Reader:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.twin = None if tokenizer is None else text_only(tokenizer)
+
+    def rows(self, path: Path, records: list[Record]) -> Texts | None:
+        """Add the questions of a file to ``records``; its plain texts, if there are any."""
+        texts: list[str] = []
+        for name, row in read_rows(path):
+            if "question" in row:
+                records.append(self.record(row, name))
+            else:
+                texts.append(text_of(row, "text", name))
+        texts = [text for text in texts if text.strip()]
+        names = [f"text {i + 1}" for i in range(len(texts))]
+        return Texts(shown(path), texts, names, kind="lines") if texts else None
 
     def record(self, row: Row, name: str) -> Record:
         context, spans = self._context(row, name)
