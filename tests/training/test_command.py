@@ -104,13 +104,15 @@ def test_updates_are_pairs_in_the_adapter(cli: Run, base: Path, tmp_path: Path) 
 def test_lora_layers_of_peft_from_the_command_line(cli: Run, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     out = tmp_path / "out"
-    options = ["--rank", 2, "--updates", "peft", "--pick-layers", "1", *SMALL]
+    # frozen weights are bfloat16 then
+    options = ["--rank", 2, "--updates", "peft", "--pick-layers", "1", "--dtype", "bfloat16", *SMALL]
     result = cli("train", base, "--data", text_file(tmp_path), "--out", out, "--steps", 2, *options)
     assert result.code == 0, result.err
     held, name = load_file(out / "adapter.safetensors"), "model.layers.2.self_attn.q_proj.weight"
     assert held[f"{name}:up"].any() and held[f"{name}:down"].shape == (2, 32)
+    assert all(t.dtype == torch.float32 for key, t in held.items() if key != "pick.token_class")
     SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
-    options = ["--rank", 2, "--pick-layers", "1", "--resume", *SMALL]
+    options = ["--rank", 2, "--pick-layers", "1", "--dtype", "bfloat16", "--resume", *SMALL]
     other = cli("train", base, "--data", text_file(tmp_path), "--out", out, "--steps", 2, *options)
     assert other.code == 1 and "of the same settings, got updates 'peft' instead of None" in other.err
 
