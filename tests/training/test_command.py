@@ -173,6 +173,7 @@ def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path, sharding: 
     [
         ([], 2, "expected --steps or --minutes, got neither"),
         (["--steps", "0"], 2, "expected a whole number of at least 1, got '0'"),
+        (["--steps", "1", "--seed", "-1"], 2, "expected a whole number of at least 0, got '-1'"),
         (["--minutes", "nan"], 2, "expected a number above 0, got 'nan'"),
         (
             ["--steps", "1", "--trained", "all"],

@@ -96,7 +96,7 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--lr", type=_above_zero, default=1e-3, help="of new blocks, pick and updates (default: 1e-3)")
     what.add_argument("--base-lr", type=_above_zero, default=3e-4, help="of the base's own weights (default: 3e-4)")
     what.add_argument("--warmup", type=positive, default=20, metavar="N", help="steps of rising rates (default: 20)")
-    what.add_argument("--seed", type=int, default=0, help="of data and updates (default: 0)")
+    what.add_argument("--seed", type=_seed, default=0, help="of data and updates (default: 0)")
     model = parser.add_argument_group("model (default: the configuration's)")
     model.add_argument("--injection-layers", type=positive, metavar="M", help="lowest layers that compress and inject")
     model.add_argument(
@@ -137,6 +137,13 @@ def _above_zero(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return value
+
+
+def _seed(text: str) -> int:
+    # as numpy's generators take it
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def _layers(text: str) -> list[int]:

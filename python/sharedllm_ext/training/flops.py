@@ -119,7 +119,7 @@ class StepFlops:
         passage = self.config.segment_size + 2 * self.config.segment_margin
         weights = attention = 0.0
         own_weights = self.layers * self.layer + self.lower * self.block + self.updates
-        # nothing is trained below the first block, unless the first layer's own projections are
+        # nothing is trained below the first block, which stands after its layer's attention
         below = self.attention
         for example, gate in zip(batch.examples, batch.gates, strict=True):
             slots = self._slots(len(example.context)) if gate else 0
