@@ -20,7 +20,7 @@ reference.*
 ops._autocast, ops._checks
 ops.*
 model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
-model.hooks, model.sources
+model.hooks, model.sources, model.memory_writer
 model.families
 model.configuration, model.layer_math, model.managed_layers, model.chunks, model.collator, model.reading
 model.rotary
@@ -31,6 +31,7 @@ model.levels
 model.word_index
 model.pick
 model.signature, model.training_mark, model.storage
+model.memory_fields
 model.memory, model.inputs
 model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs, model.pick_index
 model.context_index

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from ..model.memory import ContextMemory, Tail
+from ..model.memory import ContextMemory
+from ..model.memory_fields import Tail
 from .ranks import Ranks
 
 # settings of generate that would let processes choose or end differently, and what to do instead
@@ -160,14 +161,14 @@ class ShardedMemory(ContextMemory):
         }
         return ContextMemory(**fields)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
         """Write the whole memory, in the first process; every process calls it.
 
         Raises:
             OSError: the file cannot be written, in the first process; :class:`RankError` in the others.
         """
         whole = self.gather(to=0)
-        self.ranks.run("save", lambda: None if whole is None else whole.save(path))
+        self.ranks.run("save", lambda: None if whole is None else whole.save(path, max_shard_size=max_shard_size))
 
     def _tensors(self) -> list[Tensor]:
         return [*self.keys, *self.values]

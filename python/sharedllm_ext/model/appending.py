@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .inputs import check_ids, check_mask
-from .memory import ContextMemory, Tail
+from .memory import ContextMemory
+from .memory_fields import Tail
 from .sources import Source, SourceText
 from .storage import Piece, grow
 

@@ -11,7 +11,8 @@ from ..ops import context_tree_select, topk_nodes
 from .chunks import Chunk, cut_into_chunks
 from .levels import NodeTable
 from .memory import ContextMemory
-from .memory_file import DTYPES, FileFormat, MemoryFile, are_sizes, shorten, tensor_names, write_tensors
+from .memory_file import DTYPES, FileFormat, MemoryFile, are_sizes, shorten, tensor_names
+from .memory_writer import write_tensors
 from .protocols import Decoder
 from .signature import check_signature
 from .tree import ContextTree, TreeShape, kept_tokens

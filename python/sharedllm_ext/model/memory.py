@@ -4,33 +4,30 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .memory_file import DTYPES, MemoryFile, are_sizes, shorten, tensor_names, write_tensors
+from .memory_fields import (
+    FIELDS,
+    KINDS,
+    Tail,
+    check_fields,
+    check_origin,
+    describe_origin,
+    has_origin,
+    integer_shapes,
+    open_memory,
+    restore_origin,
+    shape_of,
+)
+from .memory_file import DTYPES, tensor_names
+from .memory_writer import shards_of, write_tensors
 from .protocols import Decoder
-from .signature import check_signature
 from .sources import Source
 from .storage import Version
-
-_KINDS = ("keys", "values")
-# what a file's header holds beside its format
-_FIELDS = ("cu_slots", "num_chunks", "num_tokens", "memory_index", "signature")
-
-
-class Tail(NamedTuple):
-    """A document's partial last chunk, which is compressed again when the document goes on.
-
-    Attributes:
-        token_ids: its tokens, int32.
-        slots: slots of one layer that it has in the memory.
-    """
-
-    token_ids: Tensor
-    slots: int
 
 
 @dataclasses.dataclass
@@ -186,18 +183,24 @@ class ContextMemory:
         """Around a ``generate`` and its arguments: processes that share a memory must choose the same tokens."""
         yield
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
         """Write the memory to a safetensors file with a header that names model, layers and tree.
 
         The file appears, or replaces an older one, when it is complete. Links are followed.
+
+        Args:
+            path: the file.
+            max_shard_size: bytes, or a text such as ``"5GB"``: keys and values are written to several files beside this
+                one, of at most so many bytes each (one tensor is not cut). The file names them; only all together are
+                the memory.
 
         Raises:
             ValueError: ``path`` is a folder or a device, or the memory's fields contradict each other.
             OSError: the file cannot be written.
         """
-        fields = {name: getattr(self, name) for name in _FIELDS}
-        _check_fields("memory", fields)
-        names, shape = tensor_names(_KINDS, fields["signature"]["injection_layers"]), _shape(fields)
+        fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
+        check_fields("memory", fields)
+        names, shape = tensor_names(KINDS, fields["signature"]["injection_layers"]), shape_of(fields)
         if len(self.keys) + len(self.values) != len(names):
             raise ValueError(f"memory: expected {len(names)} keys and values, got {len(self.keys) + len(self.values)}")
         tensors = dict(zip(names, (*self.keys, *self.values), strict=True))
@@ -207,7 +210,13 @@ class ContextMemory:
                     f"memory: expected {name} of shape {shape} and one floating-point dtype, got "
                     f"{tuple(tensor.shape)} and {tensor.dtype}"
                 )
-        write_tensors(path, fields, tensors)
+        shards = [] if max_shard_size is None else shards_of(tensors, max_shard_size)
+        if not shards and not has_origin(self.tails, self.sources):
+            # as older versions of this package read it
+            write_tensors(path, fields, tensors, version=2)
+            return
+        told, integers = describe_origin("memory", self.tails, self.sources, fields)
+        write_tensors(path, {**fields, **told}, {**({} if shards else tensors), **integers}, version=3, shards=shards)
 
     @classmethod
     def load(
@@ -217,28 +226,34 @@ class ContextMemory:
         device: torch.device | str | None = None,
         *,
         verify: bool = True,
+        mmap: bool = False,
     ) -> "ContextMemory":
         """Read a memory written by :meth:`save`.
 
-        The tensors are read, not mapped: the file may be changed or removed afterwards.
+        By default the tensors are read, not mapped: the files may be changed or removed afterwards.
 
         Args:
-            path: the file.
+            path: the file; its shards are found beside it.
             model: the model that will read it; the memory must be its own. Also the default device.
             device: where to put the tensors; default: the model's device, or the CPU.
             verify: whether to compare the checksums of the keys and values; files of version 1 have none.
+            mmap: whether tensors on the CPU are maps of the files, whose pages are read when they are used. Writing to
+                such a tensor does not change the file. :meth:`save` replaces files, which leaves the map as it is; but
+                a program that makes a mapped file shorter ends this process at the next use (SIGBUS).
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, damaged or no context memory, or another model made it.
+            ValueError: the file or a shard is missing, truncated, damaged or no context memory, or another model made
+                it.
         """
         target = torch.device(device) if device is not None else (model.device if model is not None else "cpu")
-        with MemoryFile(path) as file:
-            fields = {name: file.header[name] for name in _FIELDS}
-            _check_fields(file.name, fields)
+        with open_memory(path) as file:
+            fields = {name: file.header[name] for name in FIELDS}
+            check_fields(file.name, fields)
+            told = check_origin(file.name, file.header, fields)
             layers = fields["signature"]["injection_layers"]
-            shape = _shape(fields)
-            names, dtype = file.expect(_KINDS, layers, shape)
+            shape, integers = shape_of(fields), integer_shapes(file.header, fields)
+            names, dtype = file.expect(KINDS, layers, shape, integers)
             if model is not None:
                 # before another model's gigabytes are read
                 outline = [torch.empty(shape, dtype=dtype, device="meta")] * layers
@@ -246,56 +261,15 @@ class ContextMemory:
                     model.check_memory(cls(keys=outline, values=outline, **fields))
                 except ValueError as error:
                     raise ValueError(f"{file.name}: {error}") from None
-            tensors = file.read(names, lambda tensor: tensor.to(target), verify=verify)
-        return cls(keys=tensors[:layers], values=tensors[layers:], **fields)
+            found = file.read(list(integers), lambda tensor: tensor, verify=verify)
+            tensors = file.read(names, lambda tensor: tensor.to(target), verify=verify, mapped=mmap)
+            origin = restore_origin(told, dict(zip(integers, found, strict=True)), fields, torch.device(target))
+        return cls(keys=tensors[:layers], values=tensors[layers:], **fields, **origin)
 
 
 def choosing_alike(memory: ContextMemory | None, *call: Any) -> contextlib.AbstractContextManager[None]:
     """:meth:`ContextMemory.generate_alike` of a memory, if there is one."""
     return contextlib.nullcontext() if memory is None else memory.generate_alike(*call)
-
-
-def _shape(fields: dict[str, Any]) -> tuple[int, int, int]:
-    """Shape of every tensor, by checked fields."""
-    signature = fields["signature"]
-    return fields["cu_slots"][-1], signature["num_key_value_heads"], signature["head_dim"]
-
-
-def _check_fields(name: str, fields: dict[str, Any]) -> None:
-    """Check a memory's fields, also against each other.
-
-    Raises:
-        ValueError: 'name: expected …, got …'.
-    """
-
-    def expect(right: bool, expected: str, got: Any) -> None:
-        if not right:
-            raise ValueError(f"{name}: expected {expected}, got {shorten(got)}")
-
-    signature = fields["signature"]
-    check_signature(name, signature)
-    for field in _FIELDS[:-1]:
-        values = fields[field]
-        expect(are_sizes(values), f"{field} to be a list of integers of at least 0", values)
-    cu_slots, num_chunks, num_tokens = fields["cu_slots"], fields["num_chunks"], fields["num_tokens"]
-    documents = len(num_chunks)
-    expect(len(num_tokens) == documents, f"num_tokens of {documents} documents as in num_chunks", len(num_tokens))
-    expect(len(cu_slots) == documents + 1, f"{documents + 1} cu_slots for {documents} documents", len(cu_slots))
-    expect(cu_slots[0] == 0, "cu_slots to begin with 0", cu_slots[0])
-    size, node = signature["chunk_size"], signature["slots_per_node"]
-    chunk = (signature["tree_depth"] + 1) * node
-    for document, (chunks, tokens) in enumerate(zip(num_chunks, num_tokens, strict=True)):
-        where = f"of document {document}"
-        count = -(-tokens // size)
-        expect(chunks == count, f"num_chunks {where} to be {count} for {tokens} tokens in chunks of {size}", chunks)
-        slots = cu_slots[document + 1] - cu_slots[document]
-        expect(slots >= 0, f"cu_slots to rise at document {document}", cu_slots[document : document + 2])
-        # the nodes of a chunk hold each of its tokens once
-        full, rest = divmod(tokens, size)
-        least, most = (full * min(size, slots_of) + min(rest, slots_of) for slots_of in (node, chunk))
-        expect(least <= slots <= most, f"{least} to {most} slots {where} by its tokens and the tree", slots)
-    for row in fields["memory_index"]:
-        expect(row < documents, f"memory_index from 0 to {documents - 1}", row)
 
 
 class _Signature(dict[str, Any]):
@@ -328,7 +302,7 @@ def _unflatten(values: Iterable[Any], signature: Any) -> ContextMemory:
 
 
 # an input of exported programs: leaves that come later would be another input
-_LEAVES = ("keys", "values", *_FIELDS[:-1])
+_LEAVES = ("keys", "values", *FIELDS[:-1])
 _MORE = tuple(field.name for field in dataclasses.fields(ContextMemory) if field.name not in (*_LEAVES, "signature"))
 pytree.register_pytree_node(
     ContextMemory,

@@ -1,22 +1,22 @@
 """Files of context memories and indexes: safetensors, replaced as a whole or not at all, and checked before use.
 
 The file's metadata hold ``header``, a JSON object, and since version 2 ``sha256`` of that text; the header holds the
-CRC-32 of every tensor's bytes. Nothing is mapped: a file that shrinks later cannot harm a memory that was read.
+CRC-32 of every tensor's bytes. A memory may have shards: files of their own kind beside it, which it names with the
+digests of their headers. Unless the caller asks for maps, nothing is mapped: a file that shrinks later cannot harm a
+memory that was read.
 """
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
+import mmap
 import os
-import secrets
 import stat
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,27 +30,38 @@ class FileFormat:
         name: what its header's ``format`` says.
         noun: what errors call it.
         fields: the header's fields, by version.
+        integers: names of tensors of int32; all others are of floating point.
     """
 
     name: str
     noun: str
     fields: Mapping[int, Set[str]]
+    integers: Set[str] = frozenset()
 
     @property
     def version(self) -> int:
-        """The latest, which is written."""
+        """The latest."""
         return max(self.fields)
 
 
 _FIELDS = {"format", "version", "cu_slots", "num_chunks", "num_tokens", "memory_index", "signature"}
-MEMORY = FileFormat("sharedllm-context-memory", "context memory", {1: _FIELDS, 2: _FIELDS | {"checksums"}})
+_FIELDS_3 = _FIELDS | {"checksums", "tails", "sources", "shards"}
+MEMORY = FileFormat(
+    "sharedllm-context-memory",
+    "context memory",
+    {1: _FIELDS, 2: _FIELDS | {"checksums"}, 3: _FIELDS_3},
+    frozenset(("tail_ids", "token_ids", "offsets")),
+)
+#: One of the files beside a memory's own that hold its keys and values.
+SHARD = FileFormat("sharedllm-context-memory-shard", "context memory shard", {1: {"format", "version", "checksums"}})
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # what a memory's tensors may be
 DTYPES = {dtype: name for name, dtype in _DTYPES.items()}
+NAMES = {**DTYPES, torch.int32: "I32"}
 # as in the safetensors library
 _LONGEST_HEADER = 100_000_000
 # read or written and summed while it is in the cache
-_PIECE = 1 << 20
+PIECE = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFCHR: "a character device",
@@ -60,61 +71,7 @@ _KINDS = {
 }
 
 
-def write_tensors(
-    path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor], form: FileFormat = MEMORY
-) -> None:
-    """Write tensors and their header to a file, which is replaced when the new one is complete.
-
-    Symbolic links are followed, the permissions of an existing file kept; a new one gets those of any new file.
-    Leftovers of an interrupted call are removed; files that another process is writing are not.
-
-    Args:
-        path: the file; its folder must exist.
-        header: what ``json`` can write.
-        tensors: on any device.
-        form: the kind of file.
-
-    Raises:
-        ValueError: ``path`` is something else than a regular file.
-        OSError: the file cannot be written.
-    """
-    target = _target(path, form.noun)
-    folder, base = os.path.split(target)
-    mode = stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else None
-    # of a fixed length, however long the file's own name is
-    prefix = f".sharedllm-{hashlib.sha256(os.fsencode(base)).hexdigest()[:16]}-"
-    try:
-        _clear(folder, prefix, form)
-        with _temporary(folder, prefix) as (temporary, file):
-            _write(file, header, tensors, form)
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)
-    except OSError as error:
-        # by the name that the caller knows
-        raise OSError(error.errno, error.strerror, target) from None
-
-
-def _target(path: str | os.PathLike[str], noun: str) -> str:
-    name = os.fsdecode(path)
-    kind = _kind(name)
-    if kind is None and name.endswith(os.sep):
-        kind = "a folder's name"
-    if kind is not None:
-        raise ValueError(f"{noun} file: expected a regular file or a new name, got {name!r}, which is {kind}")
-    target = os.path.realpath(name)
-    if not os.path.isdir(os.path.dirname(target)):
-        raise FileNotFoundError(
-            f"{noun} file: expected an existing folder, got {os.path.dirname(target)!r}, which does not exist"
-        )
-    if os.path.exists(target) and not os.access(target, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
-    return target
-
-
-def _kind(name: str) -> str | None:
+def kind_of(name: str) -> str | None:
     """The kind of an existing path that is not a regular file; links are followed."""
     try:
         mode = os.stat(name).st_mode
@@ -123,87 +80,17 @@ def _kind(name: str) -> str | None:
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 
-@contextlib.contextmanager
-def _temporary(folder: str, prefix: str) -> Iterator[tuple[str, BinaryIO]]:
-    """A new file in the folder, locked as long as it is open and gone afterwards unless it was renamed."""
-    while True:
-        name = os.path.join(folder, f"{prefix}{secrets.token_hex(8)}.partial")
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with open(descriptor, "wb", buffering=_PIECE) as file:
-            try:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    # another process is removing it
-                    continue
-                except OSError:
-                    # a file system without locks: no process can remove leftovers there either
-                    pass
-                if os.fstat(descriptor).st_nlink == 0:
-                    # another process has removed it already
-                    continue
-                yield name, file
-                return
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
-
-
-def _clear(folder: str, prefix: str, form: FileFormat) -> None:
-    """Remove leftovers of interrupted calls: files with their name and content, and without a lock."""
-    for entry in os.listdir(folder):
-        random = entry.removeprefix(prefix).removesuffix(".partial")
-        if entry != f"{prefix}{random}.partial" or len(random) != 16:
-            continue
-        name = os.path.join(folder, entry)
-        # whatever cannot be opened, locked or removed is not ours to remove
-        with contextlib.suppress(OSError):
-            descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                begin = os.pread(descriptor, 128, 0)
-                if stat.S_ISREG(os.fstat(descriptor).st_mode) and (not begin or form.name.encode() in begin):
-                    os.unlink(name)
-            finally:
-                os.close(descriptor)
-
-
-def _write(file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tensor], form: FileFormat) -> None:
-    entries, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        dtype = DTYPES[tensor.dtype]
-        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    checksums = dict.fromkeys(tensors, 0)
-
-    def head() -> bytes:
-        fields = {"format": form.name, "version": form.version, **header}
-        text = json.dumps({**fields, "checksums": {name: f"{crc:08x}" for name, crc in checksums.items()}})
-        metadata = {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        whole = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-        return (len(whole) + -len(whole) % 8).to_bytes(8, "little") + whole.ljust(len(whole) + -len(whole) % 8)
-
-    # of the final length; the checksums are filled in later
-    file.write(head())
-    for name, tensor in tensors.items():
-        data = _bytes_of(tensor.detach().cpu().contiguous())
-        for first in range(0, len(data), _PIECE):
-            piece = data[first : first + _PIECE]
-            checksums[name] = zlib.crc32(piece, checksums[name])
-            file.write(piece)
-    file.seek(0)
-    file.write(head())
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One tensor of a file: dtype, shape, first byte in the file and bytes."""
+    """One tensor of a file: the file, dtype, shape, first byte in the file and bytes."""
 
+    descriptor: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
@@ -216,6 +103,7 @@ class MemoryFile:
     Attributes:
         name: as the caller wrote it.
         header: the header's fields; their values are not checked.
+        digest: SHA-256 of the header, where the file has one.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
@@ -224,13 +112,17 @@ class MemoryFile:
 
     def __init__(self, path: str | os.PathLike[str], form: FileFormat = MEMORY) -> None:
         self.name, self._form = (name := os.fsdecode(path)), form
+        self.digest: str | None = None
+        self._shards: list[MemoryFile] = []
+        self._maps: dict[int, mmap.mmap] = {}
+        self._lock = threading.Lock()
         try:
             # opening a FIFO would wait for its writer
             self._descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             raise FileNotFoundError(f"{form.noun} file: expected a file, got {name!r}, which does not exist") from None
         except OSError as error:
-            kind = _kind(name)
+            kind = kind_of(name)
             if kind is None:
                 raise
             raise ValueError(f"{form.noun} file: expected a regular file, got {name!r}, which is {kind}") from error
@@ -244,6 +136,7 @@ class MemoryFile:
                     f"{_KINDS.get(stat.S_IFMT(status.st_mode), 'none')}"
                 )
             self.header, self._entries = self._read_head(status.st_size)
+            self._owners: dict[str, MemoryFile] = dict.fromkeys(self._entries, self)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -252,7 +145,33 @@ class MemoryFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._descriptor)
+        # mapped tensors keep their map
+        for file in (self, *self._shards):
+            os.close(file._descriptor)
+
+    def attach(self, name: str, digest: str) -> None:
+        """Take the tensors of a shard for this file's own.
+
+        Args:
+            name: of the shard, beside this file.
+            digest: of its header.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, of another memory, or has a tensor that is there already.
+        """
+        folder = os.path.dirname(os.path.realpath(self.name))
+        shard = MemoryFile(os.path.join(folder, name), SHARD)
+        self._shards.append(shard)
+        if shard.digest != digest:
+            raise self._error(
+                f"a shard {name!r} whose header has the SHA-256 {shorten(digest)}", f"{shard.digest}: another memory's"
+            )
+        for tensor, entry in shard._entries.items():
+            if tensor in self._entries:
+                raise self._error(f"one tensor {tensor!r} in all shards", "two")
+            self._entries[tensor] = entry
+            self._owners[tensor] = shard
 
     def expect(
         self,
@@ -290,40 +209,68 @@ class MemoryFile:
             raise self._error("one dtype for all tensors", ", ".join(sorted(map(str, dtypes))))
         return names, dtypes.pop()
 
-    def read(self, names: list[str], finish: Callable[[Tensor], Tensor], *, verify: bool) -> list[Tensor]:
+    def read(
+        self, names: list[str], finish: Callable[[Tensor], Tensor], *, verify: bool, mapped: bool = False
+    ) -> list[Tensor]:
         """Read tensors.
 
         Args:
             names: which.
             finish: called with each of them, for example to move it to a device.
             verify: whether to compare checksums, where the file has them.
+            mapped: whether they may be maps of the file, copied where they are written to.
 
         Raises:
             ValueError: the file ends early, or the data are not what was written.
         """
-        checksums = self.header.get("checksums") if verify else None
-        if checksums is not None and (not isinstance(checksums, dict) or set(checksums) != set(self._entries)):
-            raise self._error("a checksum for every tensor", shorten(checksums))
+        sums: dict[str, Any] = {}
+        for file in (self, *self._shards) if verify else ():
+            own = {name for name, owner in self._owners.items() if owner is file}
+            found = file.header.get("checksums")
+            if found is not None and (not isinstance(found, dict) or set(found) != own):
+                raise file._error("a checksum for every tensor", shorten(found))
+            sums |= found or {}
 
         def read(name: str) -> Tensor:
-            tensor, crc = self._read_tensor(name, checksums is not None)
-            if checksums is not None and f"{crc:08x}" != checksums[name]:
-                raise self._error(f"{name} with CRC-32 {shorten(checksums[name])}", f"{crc:08x}: the data were changed")
+            get = self._map_tensor if mapped else self._read_tensor
+            tensor, crc = get(name, name in sums)
+            if name in sums and f"{crc:08x}" != sums[name]:
+                owner = self._owners[name]
+                raise owner._error(f"{name} with CRC-32 {shorten(sums[name])}", f"{crc:08x}: the data were changed")
             return finish(tensor)
 
         # reading and summing run outside of Python's lock
         with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
             return list(pool.map(read, names))
 
+    def _map_tensor(self, name: str, summed: bool) -> tuple[Tensor, int]:
+        entry = self._entries[name]
+        if not entry.nbytes or entry.begin % entry.dtype.itemsize:
+            return self._read_tensor(name, summed)
+        if entry.begin + entry.nbytes > os.fstat(entry.descriptor).st_size:
+            raise self._owners[name]._truncated(f"{name} of {entry.nbytes} bytes", "a shorter file")
+        with self._lock:
+            if entry.descriptor not in self._maps:
+                # private: what is written to a tensor is not written to the file
+                self._maps[entry.descriptor] = mmap.mmap(entry.descriptor, 0, access=mmap.ACCESS_COPY)
+            whole = self._maps[entry.descriptor]
+        crc = 0
+        if summed:
+            with memoryview(whole) as view:
+                for first in range(entry.begin, entry.begin + entry.nbytes, PIECE):
+                    crc = zlib.crc32(view[first : min(first + PIECE, entry.begin + entry.nbytes)], crc)
+        flat = torch.frombuffer(whole, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
+        return flat.view(entry.dtype).view(entry.shape), crc
+
     def _read_tensor(self, name: str, summed: bool) -> tuple[Tensor, int]:
         entry = self._entries[name]
         tensor, crc, done = torch.empty(entry.shape, dtype=entry.dtype, device="cpu"), 0, 0
-        data = _bytes_of(tensor)
+        data = bytes_of(tensor)
         while done < entry.nbytes:
-            piece = data[done : done + _PIECE]
-            count = os.preadv(self._descriptor, [piece], entry.begin + done)
+            piece = data[done : done + PIECE]
+            count = os.preadv(entry.descriptor, [piece], entry.begin + done)
             if count == 0:
-                raise self._truncated(f"{entry.nbytes} bytes of {name}", str(done))
+                raise self._owners[name]._truncated(f"{entry.nbytes} bytes of {name}", str(done))
             crc = zlib.crc32(piece[:count], crc) if summed else 0
             done += count
         return tensor, crc
@@ -356,6 +303,7 @@ class MemoryFile:
         digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()
         if "checksums" in header and metadata.get("sha256") != digest:
             raise self._error("a header with its SHA-256", "another one: the header was changed")
+        self.digest = digest if "checksums" in header else None
         return header, self._check_entries(head, 8 + length, size)
 
     def _check_entries(self, head: dict[str, Any], first: int, size: int) -> dict[str, _Entry]:
@@ -374,15 +322,17 @@ class MemoryFile:
         dtype_name, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not (are_sizes(shape) and are_sizes(offsets) and len(offsets) == 2 and isinstance(dtype_name, str)):
             raise self._error(f"dtype, shape and data_offsets of {name!r}", shorten(value))
-        if dtype_name not in _DTYPES:
-            raise self._error(f"one of the dtypes {', '.join(_DTYPES)} for {name!r}", shorten(dtype_name))
-        dtype, (begin, end) = _DTYPES[dtype_name], offsets
+        dtypes = {"I32": torch.int32} if name in self._form.integers else _DTYPES
+        if dtype_name not in dtypes:
+            which = f"one of the dtypes {', '.join(dtypes)}" if len(dtypes) > 1 else "dtype I32"
+            raise self._error(f"{which} for {name!r}", shorten(dtype_name))
+        dtype, (begin, end) = dtypes[dtype_name], offsets
         nbytes = dtype.itemsize
         for length in shape:
             nbytes *= length
         if nbytes != end - begin:
             raise self._error(f"{nbytes} bytes of {name!r} by its shape and dtype", f"{end - begin} by its offsets")
-        return _Entry(dtype, tuple(shape), first + begin, nbytes)
+        return _Entry(self._descriptor, dtype, tuple(shape), first + begin, nbytes)
 
     def _json(self, text: str | bytes, what: str) -> dict[str, Any]:
         try:

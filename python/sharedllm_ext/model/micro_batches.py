@@ -13,7 +13,8 @@ from .compressor import compress_chunks
 from .families import projection
 from .layer_math import Fp8Products, Products, refuse_fp8
 from .lower_model import LowerModel, activation_bytes
-from .memory import ContextMemory, Tail
+from .memory import ContextMemory
+from .memory_fields import Tail
 from .rotary import LayerTables
 from .stopwatch import Stopwatch
 from .tree import TreeShape
