@@ -2,11 +2,13 @@
 
 python benchmarks/bench_end_to_end.py                                   # both shapes, 8K to 1M tokens, M = 4 and 16
 python benchmarks/bench_end_to_end.py --shapes llama-3.1-8b --layers 4 --contexts 131072 10485760
+python benchmarks/bench_end_to_end.py --index --no-peers                # a second question, from an index, as well
 python benchmarks/bench_end_to_end.py --write                           # tables into RESULTS.md, plots into plots/
 python benchmarks/bench_end_to_end.py --merge a.json b.json --write     # the same from stored runs of one machine
 
 Random weights (times and memory do not depend on their values) in bfloat16, batch 1, a running text of 4096 tokens.
 Every figure is the median of wall-clock times with the device synchronised; see docs/benchmarks.md.
+--cpu runs the package alone on the CPU, in float32: to try the script, or for small shapes.
 """
 
 import argparse
@@ -42,7 +44,19 @@ SHAPES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
     "llama-2-7b": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32},
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
 }
+DEFAULT_SHAPES = ["llama-3.1-8b", "llama-2-7b"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 CONTEXTS = [8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
 FULL, FULL_CUDNN, EAGER = "full attention", "full attention, cuDNN", "eager reference"
 GB = 1e9
@@ -76,6 +90,11 @@ class Row:
     state: int = 0
     peak: int = 0
     note: str = ""
+    # with an index: seconds to make it, to choose a second question's memory, and from there to its first token
+    index: float = math.nan
+    choose: float = math.nan
+    second: float = math.nan
+    index_bytes: int = 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         if set(different) - {"date"}:
             print(f"bench_end_to_end: expected runs of one machine and commit, got other {different}", file=sys.stderr)
             return 2
-    elif not torch.cuda.is_available():
+    elif DEVICE != "cuda" and (not arguments.cpu or arguments.write):
         print("bench_end_to_end: expected a CUDA device, got none that torch sees", file=sys.stderr)
         return 2
     else:
@@ -114,14 +133,14 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         for layers in arguments.layers:
             with built(shape, layers, arguments) as model:
                 rows += measure_shared(model, shape, layers, arguments, deadline)
-                if layers == arguments.layers[-1] and not arguments.no_peers:
+                if layers == arguments.layers[-1] and not arguments.no_peers and DEVICE == "cuda":
                     rows += measure_peers(model, shape, arguments, deadline)
     return rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=DEFAULT_SHAPES)
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 16], metavar="M", help="injection layers")
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, metavar="TOKENS")
     parser.add_argument("--running", type=int, default=4096, help="tokens of the running text (default %(default)s)")
@@ -133,6 +152,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--full-most", type=int, default=131072, help="longest context of full attention")
     parser.add_argument("--no-peers", action="store_true", help="this package alone")
+    parser.add_argument("--index", action="store_true", help="also make an index, and ask a second question from it")
+    parser.add_argument("--question", type=int, default=64, help="tokens of the second question (default %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU where torch sees no CUDA device")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="kernel tables of one 131072-token run go there")
     parser.add_argument("--write", action="store_true", help="put tables and plots into benchmarks/")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing, take stored numbers")
@@ -142,10 +164,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def built(shape: str, layers: int, arguments: argparse.Namespace) -> Iterator[SharedLLMForCausalLM]:
-    """A model with random weights on the GPU, whose memory is given back at the end."""
-    text_config = LlamaConfig(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=131072, **SHAPES[shape]
-    )
+    """A model with random weights on the device, whose memory is given back at the end."""
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 131072}
+    text_config = LlamaConfig(**{**sizes, **SHAPES[shape]})
     config = SharedLLMConfig(
         text_config=text_config,
         injection_layers=layers,
@@ -153,16 +174,17 @@ def built(shape: str, layers: int, arguments: argparse.Namespace) -> Iterator[Sh
         micro_batch_tokens=arguments.micro_batch,
     )
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPE)
     try:
         # parameters first without storage: the families' own initialisation would take longer than the benchmark
         with torch.device("meta"):
             model = SharedLLMForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    model = model.to_empty(device="cuda").eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(text_config).to("cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
+    model = model.to_empty(device=DEVICE).eval()
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(text_config).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.fill_(1.0)
@@ -178,18 +200,24 @@ def built(shape: str, layers: int, arguments: argparse.Namespace) -> Iterator[Sh
         torch.cuda.empty_cache()
 
 
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def seconds(function: Callable[[], object]) -> float:
     """Wall-clock time of a call and of all device work it started."""
-    torch.cuda.synchronize()
+    synchronize()
     begin = time.perf_counter()
     function()
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - begin
 
 
 def random_ids(count: int, vocabulary: int, seed: int) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randint(3, vocabulary, (1, count), generator=generator, device="cuda")
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randint(3, vocabulary, (1, count), generator=generator, device=DEVICE)
 
 
 def weight_bytes(model: Any) -> int:
@@ -232,7 +260,8 @@ def measure_shared(
 def measure_row(model: SharedLLMForCausalLM, row: Row, text: Tensor, arguments: argparse.Namespace) -> None:
     """Fill in the times and bytes of one context length."""
     context = random_ids(row.context, model.config.vocab_size, row.context)
-    torch.cuda.reset_peak_memory_stats()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     repeats = 3 if row.context <= 131072 else 1
     whole, retrieve, compress, prefill = [], [], [], []
     memory = None
@@ -264,7 +293,40 @@ def measure_row(model: SharedLLMForCausalLM, row: Row, text: Tensor, arguments: 
     # the first call over a memory makes the graph of a step, which the others use again
     row.per_token = (min(times[1 + arguments.tokens]) - min(times[1])) / arguments.tokens
     row.graph = max(times[1 + arguments.tokens][0] - min(times[1 + arguments.tokens]), 0.0)
-    row.peak = torch.cuda.max_memory_allocated()
+    row.peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+    if arguments.index:
+        memory = None
+        measure_index(model, row, context, arguments)
+
+
+def measure_index(model: SharedLLMForCausalLM, row: Row, context: Tensor, arguments: argparse.Namespace) -> None:
+    """Fill in the times of an index and of questions asked from it; they stay open where memory runs out."""
+    index = memory = None
+
+    def make() -> None:
+        nonlocal index
+        index = model.index(context)
+
+    def choose(question: Tensor) -> None:
+        nonlocal memory
+        memory = None
+        memory = model.memory_for(index, question)
+
+    def answer(question: Tensor) -> None:
+        output = model(input_ids=question, memory=memory, use_cache=True, logits_to_keep=1)
+        output.logits[:, -1].argmax(-1).item()
+
+    questions = [random_ids(arguments.question, model.config.vocab_size, 10 + seed) for seed in range(6)]
+    try:
+        row.index = seconds(make)
+        row.index_bytes = index.nbytes
+        # the first question warms up what compressing did not
+        times = [(seconds(partial(choose, one)), seconds(partial(answer, one))) for one in questions][1:]
+    except torch.OutOfMemoryError as error:
+        print(f"index at {row.context} tokens: out of memory: {str(error)[:300]}", file=sys.stderr)
+        return
+    row.choose = statistics.median(chosen for chosen, _ in times)
+    row.second = statistics.median(chosen + answered for chosen, answered in times)
 
 
 def measure_peers(model: SharedLLMForCausalLM, shape: str, arguments: argparse.Namespace, deadline: float) -> list[Row]:
@@ -394,10 +456,11 @@ def kind(kernel: str) -> str:
 
 
 def tables(rows: list[Row], about: dict[str, str], running: int) -> str:
-    """Markdown tables, one for each shape."""
+    """Markdown tables, one for each shape, and one of second questions."""
+    dtype = "float32" if about["gpu"] == "CPU" else "bfloat16"
     text = [
         f"{about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}, torch {about['torch']}, commit "
-        f"{about['commit']}, {about['date']}. Context + {running} running tokens, bfloat16, batch 1, random "
+        f"{about['commit']}, {about['date']}. Context + {running} running tokens, {dtype}, batch 1, random "
         "weights. Compress includes everything of the compressor but the choice of nodes (retrieve). Graph: what "
         "the first decoding over a memory costs once. State: context memory, or key/value cache. Rest: peak without "
         "weights and state."
@@ -421,7 +484,33 @@ def tables(rows: list[Row], about: dict[str, str], running: int) -> str:
                 digits((row.peak - row.weights - row.state) / GB, 2),
             )
             text.append(f"| {row.context} | {row.system} | {' | '.join(cells)} |")
-    return "\n".join(text)
+    return "\n".join([*text, *second_questions([row for row in rows if not math.isnan(row.second)])])
+
+
+def second_questions(rows: list[Row]) -> list[str]:
+    """A Markdown table of the rows with an index."""
+    if not rows:
+        return []
+    heads = ("first token, s", "index, s", "choose, ms", "of the first token, %", "second question, s", "index, GB")
+    text = [
+        "",
+        "### A second question, from an index",
+        "",
+        f"| shape | context | system | {' | '.join(heads)} | memories |",
+    ]
+    text.append(f"| --- | ---: | --- |{' ---: |' * (len(heads) + 1)}")
+    for row in rows:
+        cells = (
+            digits(row.first_token, 3),
+            digits(row.index, 3),
+            digits(row.choose * 1e3, 2),
+            digits(100 * row.choose / row.first_token, 2),
+            digits(row.second, 4),
+            digits(row.index_bytes / GB, 3),
+            digits(row.index_bytes / row.state, 2),
+        )
+        text.append(f"| {row.shape} | {row.context} | {row.system} | {' | '.join(cells)} |")
+    return text
 
 
 def digits(value: float, places: int) -> str:

@@ -286,7 +286,7 @@ def commit() -> str:
 def header() -> dict[str, str]:
     """Where and when."""
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or "unknown",
         "cuda": torch.version.cuda or "none",
         "torch": torch.__version__,

@@ -322,6 +322,22 @@ def test_end_to_end_tables_and_plots_from_stored_runs(tmp_path: Path, monkeypatc
     assert "expected runs of one machine and commit, got other ['gpu'" in capsys.readouterr().err
 
 
+def test_end_to_end_asks_a_second_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setitem(bench_end_to_end.SHAPES, "tiny", {**tiny, **heads})
+    options = ["--cpu", "--index", "--no-peers", "--shapes", "tiny", "--layers", "2", "--contexts", "2048"]
+    options += ["--running", "16", "--question", "8", "--tokens", "1", "--json", str(tmp_path / "run.json")]
+    assert bench_end_to_end.main(options) == 0
+    (row,) = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert 0 < row["choose"] < row["second"] and row["index"] > 0
+    # 14 nodes instead of 4, and 6 vectors of 64 beside 4 * 32 slots of 2 keys and values of 64
+    assert row["index_bytes"] / row["state"] == 3.5 + 6 * 64 / (128 * 2 * 2 * 64)
+    table = capsys.readouterr().out.split("### A second question, from an index\n\n")[1]
+    assert len({line.count("|") for line in table.splitlines()}) == 1, "header, rule and rows of one width"
+    assert table.splitlines()[2].startswith("| tiny | 2048 | M = 2 |") and table.splitlines()[2].endswith("| 3.51 |")
+
+
 def test_kernels_are_sorted_by_what_they_are_for() -> None:
     kind = bench_end_to_end.kind
     assert kind("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>") == kind(
