@@ -44,6 +44,10 @@ def _check_same(got: ContextMemory, expected: ContextMemory, *, bitwise: bool = 
     """Two memories are equal: fields, and tensors up to rounding."""
     for name in ("cu_slots", "num_chunks", "num_tokens", "memory_index", "signature"):
         assert getattr(got, name) == getattr(expected, name), name
+    assert got.tails is not None and expected.tails is not None and len(got.tails) == len(expected.tails)
+    for tail, other in zip(got.tails, expected.tails, strict=True):
+        assert tail is not None and other is not None and tail.slots == other.slots
+        assert tail.token_ids.dtype == other.token_ids.dtype and torch.equal(tail.token_ids, other.token_ids)
     tolerance: dict[str, Any] = {"rtol": 0, "atol": 0} if bitwise else {}
     for one, other in zip((*got.keys, *got.values), (*expected.keys, *expected.values), strict=True):
         torch.testing.assert_close(one, other, **tolerance)
@@ -188,15 +192,24 @@ def test_empty_contexts(model: SharedLLMForCausalLM) -> None:
         _check_same(model.memory_for(index), model.compress(context))
 
 
-def test_weights_kept_on_the_cpu(model: SharedLLMForCausalLM) -> None:
+@pytest.mark.parametrize("whole_layers", [False, True])
+def test_weights_kept_on_the_cpu(model: SharedLLMForCausalLM, whole_layers: bool) -> None:
     context, question = builders.ids(2, 130), builders.ids(2, 6)
     index, want = model.index(context), model.compress(context, query_ids=question)
-    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    classes = ["InjectedLlamaDecoderLayer"] if whole_layers else None
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=classes)
     assert any(parameter.is_meta for parameter in offloaded.parameters())
     for one in (index, offloaded.index(context)):
         got = offloaded.memory_for(one, question)
         got.signature = want.signature
         _check_same(got, want)
+
+
+def test_a_memory_of_an_index_goes_on(model: SharedLLMForCausalLM) -> None:
+    context, more, question = builders.ids(1, 75), builders.ids(1, 60), builders.ids(1, 6)
+    memory = model.memory_for(model.index(context), question)
+    longer = model.append(memory, more, query_ids=question)
+    _check_same(longer, model.compress(torch.cat((context, more), 1), query_ids=question))
 
 
 def test_training_mode_does_not_matter_for_questions(model: SharedLLMForCausalLM, index: ContextIndex) -> None:
@@ -362,9 +375,8 @@ def file(tmp_path: Path, index: ContextIndex) -> Path:
 def _same(one: ContextIndex, other: ContextIndex) -> bool:
     """Whether two indexes are equal in every field and every bit."""
     tensors = zip((*one.keys, *one.values, one.vectors), (*other.keys, *other.values, other.vectors), strict=True)
-    return (one.num_tokens, one.signature) == (other.num_tokens, other.signature) and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in tensors
-    )
+    fields = [(index.num_tokens, index.tail_ids, index.signature) for index in (one, other)]
+    return fields[0] == fields[1] and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -424,12 +436,16 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no list": (lambda h: h.update(num_tokens=5), "expected num_tokens to be a list of integers of at least 0, got 5"),
     "a fraction": (lambda h: h.update(num_tokens=[75.0, 50]), r"num_tokens to be a list .*, got \[75.0, 50\]"),
     "a negative number": (lambda h: h.update(num_tokens=[-1, 50]), "num_tokens to be a list"),
-    "other tokens": (lambda h: h.update(num_tokens=[75, 51]), r"expected keys.0 of shape \(\d+, 2, 16\), got"),
-    "a document less": (lambda h: h.update(num_tokens=[75]), r"expected keys.0 of shape"),
+    "other tokens": (lambda h: h.update(num_tokens=[107, 50]), r"expected keys.0 of shape \(\d+, 2, 16\), got"),
+    "a document less": (lambda h: h.update(num_tokens=[75]), r"expected tail_ids of \[11\] token ids, got"),
     "more tokens than there is memory for": (
-        lambda h: h.update(num_tokens=[2**61, 50]),
+        lambda h: h.update(num_tokens=[2**61 + 11, 50]),
         r"expected keys.0 of shape \(\d{18,}, 2, 16\)",
     ),
+    "a tail too long": (lambda h: h["tail_ids"][0].append(5), r"expected tail_ids of \[11, 18\] token ids, got"),
+    "a tail of words": (lambda h: h["tail_ids"].__setitem__(1, ["a"] * 18), "expected tail_ids of"),
+    "a tail of numbers that are no ids": (lambda h: h["tail_ids"][1].__setitem__(0, 2**31), "expected tail_ids of"),
+    "no tails": (lambda h: h.update(tail_ids=None), r"expected tail_ids of \[11, 18\] token ids, got None"),
     "another tree": (lambda h: h["signature"].update(tree_depth=2), r"expected keys.0 of shape"),
     "other slots": (lambda h: h["signature"].update(slots_per_node=2), r"expected keys.0 of shape"),
     "another width": (lambda h: h["signature"].update(hidden_size=65), r"vectors of shape \(30, 65\), got \(30, 64\)"),
@@ -438,7 +454,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "expected a tree_depth of 1 to 5 by the chunk_size of 32, got 2147483647",
     ),
     "a deep tree of large chunks": (
-        lambda h: h["signature"].update(tree_depth=30, chunk_size=2**31 - 1),
+        lambda h: (
+            h["signature"].update(tree_depth=30, chunk_size=2**31 - 1),
+            h.update(tail_ids=[[5] * count for count in h["num_tokens"]]),
+        ),
         r"expected keys.0 of shape",
     ),
     "many layers": (
@@ -486,7 +505,8 @@ def test_no_damaged_file_reads_as_something_else(index: ContextIndex, file: Path
 
 def test_what_contradicts_itself_is_not_written(index: ContextIndex, tmp_path: Path) -> None:
     for change, message in (
-        ({"num_tokens": [75, 51]}, "index: expected keys.0 of shape"),
+        ({"num_tokens": [107, 50]}, "index: expected keys.0 of shape"),
+        ({"num_tokens": [75, 51]}, "index: expected tail_ids of"),
         ({"keys": index.keys[:1]}, "index: expected 4 keys and values, got 3"),
         ({"vectors": index.vectors[1:]}, r"index: expected vectors of shape \(30, 64\) .* got \(29, 64\)"),
         ({"vectors": index.vectors.long()}, "index: expected vectors of shape .* got .* torch.int64"),
@@ -501,5 +521,5 @@ def test_the_file_format_does_not_change(file: Path) -> None:
     head, _ = _parts(file.read_bytes())
     header = json.loads(head["__metadata__"]["header"])
     assert (header["format"], header["version"]) == (INDEX.name, 1) == ("sharedllm-context-index", 1)
-    assert set(header) == {"format", "version", "num_tokens", "signature", "checksums"}
+    assert set(header) == {"format", "version", "num_tokens", "tail_ids", "signature", "checksums"}
     assert set(head) == {"__metadata__", "keys.0", "keys.1", "values.0", "values.1", "vectors"}

@@ -11,6 +11,7 @@ from ..ops import context_tree_select, topk_nodes
 from .chunks import Chunk, cut_into_chunks
 from .levels import NodeTable
 from .memory import ContextMemory
+from .memory_fields import Tail
 from .memory_file import DTYPES, FileFormat, MemoryFile, are_sizes, shorten, tensor_names
 from .memory_writer import write_tensors
 from .protocols import Decoder
@@ -20,10 +21,8 @@ from .upload import upload
 
 _KINDS = ("keys", "values")
 # what a file's header holds beside its format
-_FIELDS = ("num_tokens", "signature")
-INDEX = FileFormat(
-    "sharedllm-context-index", "context index", {1: {"format", "version", "checksums", "num_tokens", "signature"}}
-)
+_FIELDS = ("num_tokens", "tail_ids", "signature")
+INDEX = FileFormat("sharedllm-context-index", "context index", {1: {"format", "version", "checksums", *_FIELDS}})
 
 
 @dataclasses.dataclass
@@ -37,6 +36,7 @@ class ContextIndex:
         values: ``M`` tensors ``[R, Hkv, D]``.
         vectors: ``[N, d]`` vectors of the nodes of all levels but the last, in the same order.
         num_tokens: context tokens of each document.
+        tail_ids: token ids of each document's partial last chunk, which a memory needs to go on.
         signature: the index's maker: model sizes, tree and a fingerprint of the compressor's weights.
     """
 
@@ -44,6 +44,7 @@ class ContextIndex:
     values: list[Tensor]
     vectors: Tensor
     num_tokens: list[int]
+    tail_ids: list[list[int]]
     signature: dict[str, Any]
 
     @property
@@ -112,14 +113,13 @@ class ContextIndex:
             has_query: for each document, whether its query counts.
 
         Returns:
-            ``[S]`` int64 rows of ``keys`` and ``values`` on their device, in a memory's order; slots of each document.
+            ``[S]`` int64 rows of ``keys`` and ``values`` on their device, in a memory's order; slots of each chunk.
         """
         signature = self.signature
         shape = TreeShape(signature["tree_depth"], signature["slots_per_node"])
         chunks = cut_into_chunks(self.num_tokens, signature["chunk_size"])
-        by_document = [0] * self.num_documents
         if not chunks:
-            return torch.empty(0, dtype=torch.int64, device=self.device), by_document
+            return torch.empty(0, dtype=torch.int64, device=self.device), []
         table = NodeTable.of(chunks, shape)
         lengths = torch.cat([level[..., 1].flatten() for level in table.spans])
         # one copy to the device
@@ -132,30 +132,29 @@ class ContextIndex:
         before = count.cumsum(0) - count
         rows = torch.repeat_interleave(begin - before, count, output_size=total)
         rows += torch.arange(total, device=self.device)
-        for place, slots in enumerate(kept):
-            by_document[chunks[place // (shape.depth + 1)].document] += slots
-        return rows, by_document
+        per_chunk = shape.depth + 1
+        return rows, [sum(kept[place : place + per_chunk]) for place in range(0, len(kept), per_chunk)]
 
-    def take(self, rows: list[Tensor], slots: list[int], device: torch.device) -> ContextMemory:
-        """The memory of chosen slots, on a device.
-
-        Args:
-            rows: from :meth:`choose`, each over all documents; the memory holds the documents once for each of them.
-            slots: slots of each of the memory's documents.
-            device: of the memory.
-        """
-        index = rows[0] if len(rows) == 1 else torch.cat(rows)
+    def take(self, chosen: list[tuple[Tensor, list[int]]], device: torch.device) -> ContextMemory:
+        """The memory of chosen slots, on a device; it holds the documents once for each result of :meth:`choose`."""
+        index = torch.cat([rows for rows, _ in chosen])
         cu_slots = [0]
-        for count in slots:
-            cu_slots.append(cu_slots[-1] + count)
+        tails: list[Tail | None] = []
+        for _, slots in chosen:
+            first = 0
+            for count, ids in zip(self.num_chunks, self.tail_ids, strict=True):
+                own, first = slots[first : first + count], first + count
+                cu_slots.append(cu_slots[-1] + sum(own))
+                tails.append(Tail(torch.tensor(ids, dtype=torch.int32, device=device), own[-1] if ids else 0))
         return ContextMemory(
             keys=[key.index_select(0, index).to(device) for key in self.keys],
             values=[value.index_select(0, index).to(device) for value in self.values],
             cu_slots=cu_slots,
-            num_chunks=self.num_chunks * len(rows),
-            num_tokens=self.num_tokens * len(rows),
-            memory_index=list(range(len(slots))),
+            num_chunks=self.num_chunks * len(chosen),
+            num_tokens=self.num_tokens * len(chosen),
+            memory_index=list(range(self.num_documents * len(chosen))),
             signature=self.signature,
+            tails=tails,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -299,6 +298,10 @@ def _check_fields(name: str, fields: dict[str, Any]) -> None:
     check_depth(name, signature["tree_depth"], signature["chunk_size"])
     if not are_sizes(tokens):
         raise ValueError(f"{name}: expected num_tokens to be a list of integers of at least 0, got {shorten(tokens)}")
+    tails, rests = fields["tail_ids"], [count % signature["chunk_size"] for count in tokens]
+    right = isinstance(tails, list) and all(are_sizes(ids) and max(ids, default=0) < 2**31 for ids in tails)
+    if not right or [len(ids) for ids in tails] != rests:
+        raise ValueError(f"{name}: expected tail_ids of {shorten(rests)} token ids, got {shorten(tails)}")
 
 
 # sample inputs of exported programs and the like are read without trust

@@ -1,6 +1,7 @@
 """A model's work with an index: a context compressed for all questions, and the memory that one question chooses."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ class ContextIndexing(ContextCompression):
             for row in range(repeats)
         ]
         watch.lap("retrieve")
-        memory = index.take([one for one, _ in found], [slots for _, counts in found for slots in counts], self.device)
+        memory = index.take(found, self.device)
         watch.lap("compress")
         chunks = sum(memory.num_chunks)
         watch.facts = {"context_tokens": sum(memory.num_tokens), "chunks": chunks, "slots": memory.num_slots}
@@ -199,5 +200,12 @@ def _index_in_micro_batches(
         values=store[layers:],
         vectors=torch.cat(found) if found else torch.empty((0, width), dtype=store[0].dtype, device=work.ids.device),
         num_tokens=work.lengths,
+        tail_ids=[ids.tolist() for ids in _tails(work.ids, work.lengths, config.chunk_size)],
         signature=signature(),
     )
+
+
+def _tails(ids: Tensor, lengths: list[int], chunk_size: int) -> list[Tensor]:
+    """The tokens of each document's partial last chunk, of packed documents."""
+    ends = itertools.accumulate(lengths)
+    return [ids[end - length % chunk_size : end] for end, length in zip(ends, lengths, strict=True)]

@@ -4,6 +4,7 @@ A node is compressed by itself, so its slots do not depend on which other nodes 
 hold each token once, as the retained nodes do: every level is compressed like a chunk whose nodes are its own.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from .chunks import Chunk
 from .compressor import Packing, Place, compress_layer, pack_nodes
 from .layer_math import Products
 from .lower_model import Embedded, Layer, LowerModel, activation_bytes, embed_tokens, project_embeddings
-from .managed_layers import call_layer
+from .managed_layers import call_layer, is_managed
 from .rotary import LayerTables
 from .tree import ContextTree, TreeShape, nodes_of_levels, vectors_of_levels
 from .upload import upload
@@ -101,11 +102,14 @@ def compress_levels(
             layer, place = model.layers[index], Place(index, len(model.layers) - 1 - index)
             hidden = [output[0] for output in outputs]
             del outputs
-
-            def step(layer: Layer, *hidden: Tensor, place: Place = place) -> list[_Output]:
-                return _compress_layer(layer, list(hidden), packings, place)
-
-            outputs = call_layer(layer, step, *hidden)
+            if is_managed(layer):
+                step = functools.partial(
+                    _compress_rows, sizes=[rows.shape[0] for rows in hidden], packings=packings, place=place
+                )
+                # the call of a layer hands on one tensor
+                outputs = call_layer(layer, step, torch.cat(hidden))
+            else:
+                outputs = _compress_layer(layer, hidden, packings, place)
             del hidden
         for level, (_, key, value) in enumerate(outputs):
             write(index, level, key, value)
@@ -114,6 +118,13 @@ def compress_levels(
 
 # the layer's output for each token, and its slots' keys and values
 _Output = tuple[Tensor | None, Tensor, Tensor]
+
+
+def _compress_rows(
+    layer: Layer, hidden: Tensor, sizes: list[int], packings: Sequence[Packing], place: Place
+) -> list[_Output]:
+    """:func:`_compress_layer` of all levels' rows, one level after the other."""
+    return _compress_layer(layer, list(hidden.split(sizes)), packings, place)
 
 
 def _compress_layer(
