@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from .memory_fields import (
     Tail,
     check_fields,
     check_origin,
+    describe_memory,
     describe_origin,
     has_origin,
     integer_shapes,
@@ -26,8 +28,9 @@ from .memory_fields import (
 from .memory_file import DTYPES, tensor_names
 from .memory_writer import shards_of, write_tensors
 from .protocols import Decoder
+from .signature import describe_difference
 from .sources import Source
-from .storage import Version
+from .storage import Version, join, runs_of
 
 
 @dataclasses.dataclass
@@ -136,6 +139,100 @@ class ContextMemory:
             if not 0 <= row < self.batch_size:
                 raise IndexError(f"rows: expected batch rows 0 to {self.batch_size - 1}, got {row}")
         return dataclasses.replace(self, memory_index=[self.memory_index[row] for row in rows])
+
+    def select_documents(self, documents: Sequence[int]) -> "ContextMemory":
+        """Some documents, in that order, each read by a row of its own.
+
+        Consecutive documents are a view of this memory: nothing is copied. Others are copied.
+
+        Raises:
+            IndexError: a document is not in ``0 .. num_documents-1``.
+        """
+        self.expect_whole()
+        for document in documents:
+            if not 0 <= document < self.num_documents:
+                raise IndexError(f"documents: expected 0 to {self.num_documents - 1}, got {document}")
+        runs = runs_of([(self.cu_slots[document], self.cu_slots[document + 1]) for document in documents])
+
+        def take(tensor: Tensor) -> Tensor:
+            parts = [tensor[first:end] for first, end in runs]
+            return parts[0] if len(parts) == 1 else torch.cat([tensor[:0], *parts])
+
+        slots = (self.cu_slots[document + 1] - self.cu_slots[document] for document in documents)
+        return dataclasses.replace(
+            self,
+            keys=[take(key) for key in self.keys],
+            values=[take(value) for value in self.values],
+            cu_slots=[0, *itertools.accumulate(slots)],
+            num_chunks=[self.num_chunks[document] for document in documents],
+            num_tokens=[self.num_tokens[document] for document in documents],
+            memory_index=list(range(len(documents))),
+            tails=None if self.tails is None else [self.tails[document] for document in documents],
+            sources=None if self.sources is None else [self.sources[document] for document in documents],
+        )
+
+    @classmethod
+    def concat(cls, memories: Sequence["ContextMemory"]) -> "ContextMemory":
+        """The documents of several memories of one model beside each other, and their rows one after the other.
+
+        Memories that lie one after the other, as views of :meth:`select_documents` may, are not copied. Others are,
+        once.
+
+        Raises:
+            ValueError: there is none, or they differ in model, tree, device or dtype.
+        """
+        if not memories:
+            raise ValueError("memories: expected at least one, got none")
+        first = memories[0]
+        for index, other in enumerate(memories):
+            other.expect_whole()
+            difference = describe_difference(first.signature, other.signature)
+            if difference is not None:
+                raise ValueError(f"memories[{index}]: expected one of the same model as the first; {difference}")
+            if (other.device, other.dtype) != (first.device, first.dtype):
+                raise ValueError(
+                    f"memories[{index}]: expected {first.device} and {first.dtype} as the first, got "
+                    f"{other.device} and {other.dtype}"
+                )
+        if len(memories) == 1:
+            return first
+        documents = [0, *itertools.accumulate(memory.num_documents for memory in memories)]
+        known: dict[str, Any] = {}
+        for name in ("tails", "sources"):
+            if any(getattr(memory, name) is not None for memory in memories):
+                lists = (getattr(memory, name) or [None] * memory.num_documents for memory in memories)
+                known[name] = list(itertools.chain.from_iterable(lists))
+        # two versions are used up at different times
+        copy = len({id(memory.version) for memory in memories}) > 1
+        return cls(
+            keys=[join(parts, copy=copy) for parts in zip(*(memory.keys for memory in memories), strict=True)],
+            values=[join(parts, copy=copy) for parts in zip(*(memory.values for memory in memories), strict=True)],
+            cu_slots=[0, *itertools.accumulate(b - a for m in memories for a, b in itertools.pairwise(m.cu_slots))],
+            num_chunks=[chunks for memory in memories for chunks in memory.num_chunks],
+            num_tokens=[tokens for memory in memories for tokens in memory.num_tokens],
+            memory_index=[
+                begin + document
+                for memory, begin in zip(memories, documents, strict=False)
+                for document in memory.memory_index
+            ],
+            signature=first.signature,
+            # dropped where the tensors are copies
+            version=None if copy else first.version,
+            **known,
+        )
+
+    def cpu(self) -> "ContextMemory":
+        """The memory on the CPU."""
+        return self.to("cpu")
+
+    def pin(self) -> "ContextMemory":
+        """A copy in page-locked memory of the CPU, from which CUDA copies without waiting for it."""
+        keys, values = ([tensor.pin_memory() for tensor in part] for part in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def describe(self) -> dict[str, Any]:
+        """What it holds: documents, tokens, chunks, slots, bytes by kind, device, model, tokenizers, sources."""
+        return describe_memory(self)
 
     def with_sources(self, sources: Sequence[Source | None]) -> "ContextMemory":
         """The memory with the source of each document, ``None`` for one that is not known; nothing is copied.

@@ -73,6 +73,43 @@ def check_fields(name: str, fields: dict[str, Any]) -> None:
         expect(row < documents, f"memory_index from 0 to {documents - 1}", row)
 
 
+def describe_memory(memory: Any) -> dict[str, Any]:
+    """What a memory holds, in words and numbers that JSON can hold."""
+    signature, storage = memory.signature, None if memory.version is None else memory.version.storage
+    sources = memory.sources or [None] * memory.num_documents
+    documents = [
+        {
+            "name": None if source is None else source.name,
+            "tokens": tokens,
+            "chunks": chunks,
+            "sha256": None if source is None else source.sha256,
+            "tokenizer": None if source is None else source.tokenizer,
+        }
+        for source, tokens, chunks in zip(sources, memory.num_tokens, memory.num_chunks, strict=True)
+    ]
+    held = [text for source in sources if source is not None for text in source.texts]
+    return {
+        "documents": documents,
+        "rows": memory.batch_size,
+        "tokens": sum(memory.num_tokens),
+        "chunks": sum(memory.num_chunks),
+        "slots": memory.num_slots,
+        "layers": len(memory.keys),
+        "key_bytes": sum(key.nbytes for key in memory.keys),
+        "value_bytes": sum(value.nbytes for value in memory.values),
+        # with the room in which it grows
+        "reserved_bytes": memory.nbytes if storage is None else sum(tensor.nbytes for tensor in storage.tensors),
+        "source_bytes": sum(
+            part.nbytes for text in held for part in (text.token_ids, text.offsets) if part is not None
+        ),
+        "dtype": str(memory.dtype).removeprefix("torch."),
+        "device": str(memory.device),
+        "model": {
+            name: signature[name] for name in ("model_type", "hidden_size", "chunk_size", "tree_depth", "weights")
+        },
+    }
+
+
 # -- tails and sources ------------------------------------------------------------------------------------------------
 
 

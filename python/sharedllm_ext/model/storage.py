@@ -52,10 +52,10 @@ class Storage:
         return self.tensors[0].shape[0]
 
     def holds(self, lists: Sequence[list[Tensor]]) -> bool:
-        """Whether these keys and values begin where the storage does."""
+        """Whether these keys and values lie in it, wherever they begin."""
         tensors = [tensor for part in lists for tensor in part]
         return len(tensors) == len(self.tensors) and all(
-            isinstance(one, Tensor) and one.data_ptr() == own.data_ptr() and one.device == own.device
+            isinstance(one, Tensor) and one.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
             for one, own in zip(tensors, self.tensors, strict=True)
         )
 
@@ -71,11 +71,12 @@ class Version:
 
     Attributes:
         storage: where it lies, from slot 0 on.
+        slots: how many slots of one layer it has; views of it may have fewer.
         overwritten: whether another version has written slots of it.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage, self.overwritten = storage, False
+    def __init__(self, storage: Storage, slots: int) -> None:
+        self.storage, self.slots, self.overwritten = storage, slots, False
         self._lists: list[list[Tensor]] = []
 
     def watch(self, lists: Sequence[list[Tensor]]) -> None:
@@ -134,9 +135,11 @@ def grow(
         with storage.lock:
             version.check()
             spoils = old[0].shape[0] > fixed
-            if storage.newest is version and total <= storage.capacity and not (keep and spoils):
+            # a view of some documents is not all that would be written over
+            goes_on = storage.newest is version and old[0].shape[0] == version.slots
+            if goes_on and total <= storage.capacity and not (keep and spoils):
                 old = list(old)
-                storage.newest = next_version = Version(storage)
+                storage.newest = next_version = Version(storage, total)
                 if spoils:
                     # before the first write: an interrupted call leaves no version that reads something else
                     version.use_up()
@@ -148,7 +151,7 @@ def grow(
                     _write(target, fixed, moved)
                 return next_version, total
     storage = Storage(_with_room(old, total, lambda target, i: _fill(target, old[i], new[i], pieces)))
-    storage.newest = Version(storage)
+    storage.newest = Version(storage, total)
     return storage.newest, total
 
 
@@ -180,3 +183,30 @@ def _write(target: Tensor, first: int, parts: Sequence[Tensor]) -> None:
     for part in parts:
         target[first : first + part.shape[0]] = part
         first += part.shape[0]
+
+
+def runs_of(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of slots, put together where one begins at the end of the one before."""
+    runs: list[tuple[int, int]] = []
+    for first, end in spans:
+        if runs and runs[-1][1] == first:
+            runs[-1] = runs[-1][0], end
+        else:
+            runs.append((first, end))
+    return runs
+
+
+def join(parts: Sequence[Tensor], *, copy: bool) -> Tensor:
+    """Tensors ``[S_i, …]`` one after the other: a copy, or a view where that is how they lie in one storage."""
+    held = [part for part in parts if part.shape[0]]
+    if not held:
+        return parts[0]
+    first, place = held[0], held[0].data_ptr()
+    for part in held:
+        alike = part.stride() == first.stride() and part.is_contiguous() and not part.requires_grad
+        own = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if copy or not (alike and own and part.data_ptr() == place):
+            return torch.cat(held)
+        place += part.nbytes
+    slots = sum(part.shape[0] for part in held)
+    return first.as_strided((slots, *first.shape[1:]), first.stride(), first.storage_offset())
