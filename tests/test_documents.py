@@ -1,6 +1,7 @@
 """The documentation: one sentence a line, a narrow README, anchors and names that exist, the changelog's headings."""
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -87,7 +88,13 @@ def test_names_of_the_package_exist(document: Path) -> None:
         for part in name.split(".")[1:]:
             path += f".{part}"
             # a module that nothing has imported yet is no attribute of its package
-            found = getattr(found, part, None) or importlib.import_module(path)
+            try:
+                found = getattr(found, part, None) or importlib.import_module(path)
+            except ModuleNotFoundError as error:
+                if error.name != "lm_eval":
+                    raise
+                # a module over a package that need not be there
+                found = importlib.util.find_spec(path)
         assert found is not None
 
 

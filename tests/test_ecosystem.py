@@ -25,9 +25,31 @@ SHELL = re.findall(r"```shell\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.D
 NEEDS = ("accelerate", "bitsandbytes", "datasets", "gguf", "lm_eval", "peft", "torchao", "trl")
 
 
+def picking_model(base: LlamaForCausalLM) -> SharedLLMForCausalLM:
+    """A model with a pick that finds words."""
+    model = SharedLLMForCausalLM.from_base(
+        base,
+        injection_layers=2,
+        chunk_size=32,
+        slots_per_node=4,
+        window=128,
+        query_aware=False,
+        slot_position="end",
+        pick_layers=[0, 1],
+        segment_size=8,
+        segment_margin=4,
+        passage_prompt={"begin": "", "passage": "[{rank}]", "question": " ", "answer": " "},
+    )
+    assert model.pick is not None
+    model.pick.token_class.copy_(torch.arange(model.pick.token_class.numel()))
+    for block in model.injected_blocks:
+        torch.nn.init.normal_(block.o_proj.weight, std=0.1)
+    return model
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base, base.gguf and my_model."""
+    """A folder with base, base.gguf, my_model and my_pick."""
     folder = tmp_path_factory.mktemp("ecosystem")
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,8 +81,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for block in model.injected_blocks:
         torch.nn.init.normal_(block.o_proj.weight, std=0.1)
     model.save_pretrained(folder / "my_model")
+    picking_model(base).save_pretrained(folder / "my_pick")
     base.save_pretrained(folder / "base")
-    for name in ("my_model", "base"):
+    for name in ("my_model", "my_pick", "base"):
         tokenizer.save_pretrained(folder / name)
     if find_spec("gguf") is not None:
         write_gguf(base, folder / "base.gguf", quantised=True, tokenizer=tokenizer)
@@ -163,3 +186,71 @@ def test_training_in_two_parts_is_training_at_once(place: Path) -> None:
     pytest.importorskip("accelerate")
     (place / "resumed.py").write_text(RESUMED, encoding="utf-8")
     run(place, sys.executable, "resumed.py")
+
+
+def test_lm_eval_asks_a_pick_as_the_three_steps(place: Path) -> None:
+    """Answers and log-likelihoods are those of passages, prompt and model; memories are shared; the rest is refused."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+
+    from sharedllm_ext.evaluation.lm_eval_pick import PickLM
+
+    assert get_model("sharedllm-pick") is PickLM
+    lm = PickLM(str(place / "my_pick"), device="cpu", passages=3, batch_size=4)
+    model, tokenizer = lm.model, lm.tokenizer
+    texts = ["hello alpha " * 30 + "beta world hello. " + "alpha " * 20, "world " * 50 + "beta beta. " + "hello " * 9]
+    questions, made = ["which beta?", "hello world?"], []
+    compress = model.compress
+    model.compress = lambda *args, **how: made.append(args[0].shape[1]) or compress(*args, **how)
+    stops = ["zzz"]
+    options = {"until": stops, "max_gen_toks": 6, "do_sample": False}
+    pairs = [(text, question) for text in texts for question in questions]
+    answers = lm.generate_until(
+        [Instance("generate_until", {}, (f"{t}\n{q} \n", options), i) for i, (t, q) in enumerate(pairs)]
+    )
+    choices = (" world", "alpha beta")
+    scores = lm.loglikelihood([Instance("loglikelihood", {}, (f"{t}\n{q}", c), 0) for t, q in pairs for c in choices])
+    assert len(made) == 4 and stops == ["zzz"]
+
+    def ids(text: str) -> torch.Tensor:
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+    for row, (text, question) in enumerate(pairs):
+        context = ids(text)
+        memory = compress(context)
+        passages = model.find_passages(ids(question), context, memory=memory, count=3)[0]
+        prompt = model.passage_prompt(tokenizer, context[0], passages, question)
+        output = model.generate(prompt, memory=memory, max_new_tokens=6, do_sample=False)
+        assert answers[row] == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        for number, choice in enumerate(choices):
+            whole, length = torch.cat((prompt, ids(choice.strip())), 1), prompt.shape[1]
+            with torch.no_grad():
+                logits = model(whole, memory=memory).logits[0, length - 1 : -1].double()
+            expected = sum(logits.log_softmax(-1)[i, token] for i, token in enumerate(whole[0, length:]))
+            score, greedy = scores[2 * row + number]
+            assert score == pytest.approx(float(expected), rel=1e-5)
+            assert greedy == torch.equal(logits.argmax(-1), whole[0, length:])
+    assert len(set(answers)) > 1 and len({score for score, _ in scores}) == len(scores)
+    stopped = lm.generate_until(
+        [Instance("generate_until", {}, (f"{texts[0]}\n{questions[0]}", {**options, "until": answers[0][2]}), 0)]
+    )
+    assert stopped == [answers[0].split(answers[0][2])[0]]
+    (other,) = PickLM(str(place / "my_pick"), device="cpu", passages=2, separator="?").loglikelihood(
+        [Instance("loglikelihood", {}, (f"{texts[0]}\n{questions[0]} {questions[1]} alpha", "beta"), 0)]
+    )
+    assert other[0] < 0
+    with pytest.raises(ValueError, match="loglikelihood_rolling: expected requests with a question"):
+        lm.loglikelihood_rolling([])
+    with pytest.raises(ValueError, match=r"config\.passage_prompt stands in the place of a chat template"):
+        lm.apply_chat_template([{"role": "user", "content": "hello"}])
+    with pytest.raises(ValueError, match="prompt: expected a question at its end, got ' '"):
+        lm.generate_until([Instance("generate_until", {}, (" ", options), 0)])
+    with pytest.raises(ValueError, match="continuation: expected text, got ' '"):
+        lm.loglikelihood([Instance("loglikelihood", {}, (f"{texts[0]}\n{questions[0]}", " "), 0)])
+    with pytest.raises(ValueError, match="expected passages, question and continuation of at most 128 tokens"):
+        lm.loglikelihood([Instance("loglikelihood", {}, (f"{texts[0]}\n{questions[0]}", "alpha " * 120), 0)])
+    with pytest.raises(ValueError, match="pretrained: expected a model with a pick and a passage_prompt"):
+        PickLM(str(place / "my_model"), device="cpu")
+    with pytest.raises(ValueError, match="separator: expected text, got an empty one"):
+        PickLM(str(place / "my_pick"), device="cpu", separator="")

@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from sharedllm_ext import decoding_obstacle
 from sharedllm_ext.model.decoding import support
 from sharedllm_ext.model.decoding.step import DecodeRunner
+from sharedllm_ext.model.split_prompt import SplitPrompt, without_padding
 
 from . import builders
 from .test_pick import CHUNK, build, tokens
@@ -112,9 +118,11 @@ def test_every_way_of_decoding(model: Any, context: Tensor, how: dict[str, Any])
     assert torch.equal(result[:, 6:], expected)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("drafts", ["assistant", "itself"])
-def test_an_assistant_drafts_from_passages_too(model: Any, context: Tensor, drafts: str) -> None:
-    question = tokens(1, 6, seed=30)
+def test_an_assistant_drafts_from_passages_too(context: Tensor, drafts: str, attention: str) -> None:
+    question, model = tokens(1, 6, seed=30), ready(build(**FIELDS))
+    model.set_attn_implementation(attention)
     other = model if drafts == "itself" else ready(build(**FIELDS))
     expected = in_steps(model, question, context)
     seen: list[Any] = []
@@ -125,6 +133,26 @@ def test_an_assistant_drafts_from_passages_too(model: Any, context: Tensor, draf
     handle.remove()
     assert torch.equal(result[:, 6:], expected)
     assert seen and any(ids.shape[1] > 60 for ids in seen)
+
+
+def test_a_mask_of_the_loops_text_is_made_that_of_the_running_text() -> None:
+    """Where Transformers' assisted generation keeps a mask of ones, it cuts it to the text that its loop has."""
+    whole, running = tokens(1, 3), tokens(1, 7)
+    padded = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+    for own, expected in ((None, [1] * 9), (padded, [0, *[1] * 8])):
+        prompt = SplitPrompt(whole, running, own, inserted=True)
+        for given in (5, 9, 12):
+            mask = torch.tensor([expected + [1] * 3])[:, :given]
+            assert prompt.fit_mask(mask, 2).tolist() == [expected]
+
+
+def test_padding_adds_nothing_to_what_is_penalised() -> None:
+    """Of a padded row its own tokens alone: neither padding nor the last token of the prompt that is read."""
+    whole, mask = torch.tensor([[0, 0, 7, 8], [9, 8, 0, 0]]), torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
+    prompt = SplitPrompt(whole, torch.tensor([[5, 6, 65]] * 2), None, mask, inserted=True)
+    (processor,) = without_padding(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]), prompt)
+    scores = processor(torch.cat((whole, torch.tensor([[3], [4]])), 1), torch.ones(2, 70))
+    assert [row.nonzero()[:, 0].tolist() for row in scores != 1] == [[3, 7, 8], [4, 8, 9]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
