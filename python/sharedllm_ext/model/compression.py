@@ -215,8 +215,9 @@ class ContextCompression:
 
     @property
     def last_timings(self: Any) -> dict[str, float]:
-        """Of the latest :meth:`compress` (or ``index``, ``memory_for``): seconds in ``retrieve`` (query vector and choice of nodes) and ``compress``
-        (everything else), and the counts ``context_tokens``, ``chunks`` and ``slots``. Empty before the first."""
+        """Of the latest :meth:`compress`, ``index`` or ``memory_for``: seconds in ``retrieve`` (query vector and choice
+        of nodes) and ``compress`` (everything else), and the counts ``context_tokens``, ``chunks`` and ``slots``.
+        Empty before the first."""
         return {} if self._watch is None else self._watch.read()
 
     def _query_vectors(
