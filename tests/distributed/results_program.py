@@ -231,6 +231,27 @@ def refusals(ranks: Ranks) -> dict[str, str]:
     return found
 
 
+def tensor_parallel(ranks: Ranks, folder: str) -> Any:
+    """Transformers' plan: the base's own work is right, and a context is refused."""
+    if ranks.size > 2:
+        # of the model's two key and value heads
+        return None
+    model, text, context = _model(), builders.ids(1, 6), builders.ids(1, 100)
+    path = Path(folder) / "model"
+    ranks.run("saving", lambda: model.save_pretrained(path) if ranks.rank == 0 else None)
+    shared: Any = SharedLLMForCausalLM.from_pretrained(path, tp_plan="auto")
+    texts = []
+    with torch.no_grad():
+        error = (shared(text).logits - model(text).logits).abs().max().item()
+        for call in (lambda: shared(text, context_ids=context), lambda: shared(text, memory=model.compress(context))):
+            try:
+                call()
+                texts.append("nothing")
+            except (ValueError, RuntimeError) as refusal:
+                texts.append(f"{type(refusal).__name__}: {refusal}")
+    return [error, *texts]
+
+
 def cases_of(folder: str) -> dict[str, Callable[[Ranks], Any]]:
     cases: dict[str, Callable[[Ranks], Any]] = {
         "exact": exact,
@@ -240,6 +261,7 @@ def cases_of(folder: str) -> dict[str, Callable[[Ranks], Any]]:
         "other scores": other_scores,
         "saved": lambda ranks: saved(ranks, folder),
         "refusals": refusals,
+        "tensor parallel": lambda ranks: tensor_parallel(ranks, folder),
         "gathered first": lambda ranks: gathered(ranks, "llama", "float32", "first"),
         "gathered bfloat16": lambda ranks: gathered(ranks, "llama", "bfloat16", "all"),
         "greedy": lambda ranks: tokens(ranks, "llama", do_sample=False),

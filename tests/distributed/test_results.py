@@ -115,6 +115,16 @@ REFUSED = {
 }
 
 
+def test_a_tensor_parallel_plan_is_refused_by_name(results: Results) -> None:
+    for found in results["tensor parallel"]:
+        if found is not None:
+            error, context, memory = found
+            assert error < 1e-4
+            refused = "expected whole parameters, got ones shared out by a tensor parallel plan (tp_plan)"
+            assert context.startswith(f"ValueError: compress: {refused}")
+            assert memory.startswith(f"ValueError: memory: {refused}")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_is_refused_by_all(results: Results, name: str) -> None:
     texts = [found[name] for found in results["refusals"]]

@@ -28,12 +28,13 @@ class RankError(RuntimeError):
     """Another process has failed, or does not answer.
 
     Attributes:
-        ranks: which ones, as far as it is known.
+        ranks: which ones have failed or do not answer, as far as it is known.
+        silent: which of them do not answer; the others have said why they end.
     """
 
-    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> None:
         super().__init__(message)
-        self.ranks = ranks
+        self.ranks, self.silent = ranks, silent
 
 
 def is_started_by_torchrun() -> bool:
@@ -177,7 +178,9 @@ class Ranks:
         lost = "no message" if "timed out" in str(error).lower() else "a connection that has ended"
         who = f"none of process {', '.join(map(str, silent))}" if silent else lost
         return RankError(
-            f"{step}: expected an answer of all {self.size} processes within {self.timeout:g} s, got {who}", silent
+            f"{step}: expected an answer of all {self.size} processes within {self.timeout:g} s, got {who}",
+            silent,
+            silent,
         )
 
     def _ask_around(self) -> tuple[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .chunks import cut_into_chunks
 from .inputs import check_embeds, check_ids, check_mask
 from .lower_model import LowerModel, embed_tokens, query_vectors
-from .managed_layers import check_whole
+from .managed_layers import check_whole, refuse_plan
 from .memory import ContextMemory
 from .micro_batches import Work, compress_in_micro_batches, tree_shape
 from .rotary import LayerTables, Rotation, rotations_of
@@ -299,6 +299,7 @@ class ContextCompression:
         """
         if not isinstance(memory, ContextMemory):
             raise TypeError(f"memory: expected a ContextMemory, got {type(memory).__name__}")
+        refuse_plan("memory", self.model.embed_tokens)
         if memory.version is not None:
             memory.version.check()
         in_training = is_training_mark(memory.signature.get("weights"))

@@ -119,6 +119,21 @@ def _offloading_hooks(module: Any) -> list[Any]:
     return [one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)]
 
 
+def refuse_plan(name: str, embedding: nn.Module) -> None:
+    """Refuse parameters that a tensor parallel plan of Transformers shares out.
+
+    Raises:
+        ValueError: names the way that works.
+    """
+    mesh = getattr(getattr(embedding, "weight", None), "device_mesh", None)
+    if "tp" in (getattr(mesh, "mesh_dim_names", None) or ()):
+        raise ValueError(
+            f"{name}: expected whole parameters, got ones shared out by a tensor parallel plan (tp_plan), whose parts "
+            "the compressor's fused operators cannot read; load the whole model in every process and share out the "
+            "context (sharedllm_ext.distributed)"
+        )
+
+
 def check_whole(name: str, embedding: nn.Module) -> None:
     """Refuse parameters that are sharded at this moment.
 
@@ -128,6 +143,7 @@ def check_whole(name: str, embedding: nn.Module) -> None:
     weight: Any = embedding.weight
     if weight.dim() == 2 and type(weight).__name__ != "DTensor" and type(weight.data).__name__ != "DTensor":
         return
+    refuse_plan(name, embedding)
     raise ValueError(
         f"{name}: expected whole parameters, got ones that FSDP has sharded; give context_ids to the model's forward, "
         f"or call torch.distributed.fsdp.register_fsdp_forward_method(model, {name!r}) once before (FSDP2)"
