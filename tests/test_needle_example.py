@@ -24,14 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "ne
 import adapter
 import batches
 import export
+import more_wordings
 import prepare
 import questions
 import retriever as needle
+import shared_words
 import test_wordings
 import train
 import train_wordings
 import word_search
 from layout import Layout
+from mix import Mix
 
 # the demo model's scripts have an evaluate.py, too
 spec = importlib.util.spec_from_file_location("needle_evaluate", Path(train.__file__).with_name("evaluate.py"))
@@ -124,8 +127,10 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def source_of(data: Path, part: str, seed: int, layout: Layout = HALF) -> questions.QuestionSource:
-    return questions.QuestionSource(data, Bytes(), part, seed, layout)
+def source_of(
+    data: Path, part: str, seed: int, layout: Layout = HALF, mix: Mix | None = None
+) -> questions.QuestionSource:
+    return questions.QuestionSource(data, Bytes(), part, seed, layout, mix)
 
 
 def frame_of(source: questions.QuestionSource) -> train.Frame:
@@ -226,8 +231,8 @@ def shared_runs(documents: Tensor, question: Tensor, used: Tensor, layout: Layou
     runs = []
     for document in documents.tolist():
         for start in range(0, len(document), layout.segment):
-            end = min(len(document), start + layout.segment + needle.WORD_MARGIN)
-            text = document[max(0, start - needle.WORD_MARGIN) : end]
+            end = min(len(document), start + layout.segment + shared_words.WORD_MARGIN)
+            text = document[max(0, start - shared_words.WORD_MARGIN) : end]
             runs.append({tuple(text[i : i + length]) for i in range(len(text) - length + 1)})
     expected = torch.zeros(len(runs), len(question))
     for place in range(length - 1, len(question)):
@@ -245,9 +250,9 @@ def test_shared_words_are_counted_and_weighed_by_rarity() -> None:
     documents = torch.randint(0, 40, (2, 256))
     asked = torch.stack((documents[0, 70:82], documents[1, 250:].repeat(2)))
     used = torch.arange(12) < torch.tensor([[12], [9]])
-    found = needle.WordIndex.of(documents, layout, 40).evidence(asked, used)
-    assert found.shape == (len(needle.GRAMS), 16, 2, 12)
-    for i, length in enumerate(needle.GRAMS):
+    found = shared_words.WordIndex.of(documents, layout, 40).evidence(asked, used)
+    assert found.shape == (len(shared_words.GRAMS), 16, 2, 12)
+    for i, length in enumerate(shared_words.GRAMS):
         for j in range(2):
             expected = shared_runs(documents, asked[j], used[j], layout, length)
             torch.testing.assert_close(found[i, :, j], expected)
@@ -338,7 +343,7 @@ def test_a_key_by_its_meaning_is_not_named(data: Path) -> None:
 
 
 def test_a_batch_asks_what_its_window_can_answer(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = source_of(data, "train", 6)
+    source = source_of(data, "train", 6, mix=dataclasses.replace(Mix(), absent=0.0))
     texts: list[questions.TrainingText] = []
     drawn = source.training_text
 
@@ -423,7 +428,7 @@ def test_passages_stand_after_their_rank() -> None:
 
 
 def test_windows_hold_what_the_pick_missed(data: Path) -> None:
-    source = source_of(data, "train", 2)
+    source = source_of(data, "train", 2, mix=Mix.run_c())
     batch = batches.Batch(*map(torch.from_numpy, batches.make_batch(source, SIZES)))
     torch.manual_seed(0)
     scores = torch.randn(6, 32)
@@ -436,8 +441,8 @@ def test_windows_hold_what_the_pick_missed(data: Path) -> None:
     separator = frame.separators.shape[1]
     for b in range(2):
         assert ids[b, : len(source.user)].tolist() == source.user
-        assert ids[b, tail:].equal(batch.tail[b])
-        passages = ids[b, len(source.user) : tail].view(8, separator + 256)
+        assert ids[b, tail[b] :].equal(batch.tail[b])
+        passages = ids[b, len(source.user) : tail[b]].view(8, separator + 256)
         # six of the pick's best, the two needed ones in the last places by rank, all in the text's order
         best = worst[b].flip(0)
         chosen = [*best[:6].tolist(), *worst[b][:2].flip(0).tolist()]
@@ -449,10 +454,15 @@ def test_windows_hold_what_the_pick_missed(data: Path) -> None:
 
 
 def test_test_wordings_are_not_trained_on() -> None:
-    trained = {w[0] for w in train_wordings.NEEDLES + train_wordings.SEVERAL + train_wordings.LIST_ALL}
-    trained |= {w[0] for w in train_wordings.SYNONYM_QA} | {s for f in train_wordings.FACTS for s in f["statements"]}
-    asked = {w[1] for w in train_wordings.NEEDLES + train_wordings.SEVERAL + train_wordings.SYNONYM_QA}
-    asked |= {q for f in train_wordings.FACTS for q, _ in f["questions"]}
+    trained: set[str] = set()
+    asked: set[str] = set()
+    for part in (train_wordings, more_wordings):
+        trained |= {w[0] for w in part.NEEDLES + part.SEVERAL + part.LIST_ALL}
+        trained |= {w[0] for w in part.SYNONYM_QA} | {s for f in part.FACTS for s in f["statements"]}
+        asked |= {w[1] for w in part.NEEDLES + part.SEVERAL + part.SYNONYM_QA}
+        asked |= {q for f in part.FACTS for q, _ in f["questions"]}
+    statements = [w[0] for part in (train_wordings, more_wordings) for w in part.NEEDLES + part.SYNONYM_QA]
+    assert len(set(statements)) == len(statements) == 90 + 109 + 156 + 60
     tested = test_wordings.NEEDLES + test_wordings.DIFFERENT_WORDS + test_wordings.NAME_ONLY
     assert len({w[0] for w in tested}) == len(tested) == 210
     assert not trained & {w[0] for w in tested} and not asked & {w[1] for w in tested}
@@ -461,17 +471,21 @@ def test_test_wordings_are_not_trained_on() -> None:
 def test_wordings_can_be_filled() -> None:
     for statement, question, answer in test_wordings.DIFFERENT_WORDS + test_wordings.NAME_ONLY:
         assert answer in statement and "{" not in statement + question
-    for statement, _, answer in train_wordings.SYNONYM_QA:
-        assert answer in statement
-    for statement, question, lead in train_wordings.NEEDLES + test_wordings.NEEDLES:
+    for part in (train_wordings, more_wordings):
+        for statement, question, answer in part.SYNONYM_QA:
+            assert answer in statement and "{" not in statement + question
+        for statement, question, *leads in part.SEVERAL:
+            assert set(re.findall(r"{(.*?)}", statement)) == {"k", "v"} and "{k}" in question
+            assert "{ks}" in leads[1] and "{v}" not in question + "".join(leads)
+        for statement, question, _ in part.LIST_ALL:
+            assert set(re.findall(r"{(.*?)}", statement + question)) == {"v"}
+        for fact in part.FACTS:
+            fields = set(re.findall(r"{(.*?)}", " ".join(fact["statements"])))
+            assert fields <= {*train_wordings.LISTS, *"pqymnh"}
+            assert all(field in fields and f"{{{field}}}" not in question for question, field in fact["questions"])
+    for statement, question, lead in train_wordings.NEEDLES + more_wordings.NEEDLES + test_wordings.NEEDLES:
         assert re.findall(r"{(.*?)}", statement.format(k="", v="")) == [] and "{k}" in question
         assert "{v}" not in question + lead
-    for statement, question, _ in train_wordings.LIST_ALL:
-        assert set(re.findall(r"{(.*?)}", statement + question)) == {"v"}
-    for fact in train_wordings.FACTS:
-        fields = set(re.findall(r"{(.*?)}", " ".join(fact["statements"])))
-        assert fields <= {*train_wordings.LISTS, *"pqymnh"}
-        assert all(field in fields and f"{{{field}}}" not in question for question, field in fact["questions"])
 
 
 def test_training_lowers_the_pick_loss_and_goes_on_exactly(data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from layout import Layout
-from retriever import Ranks, Retriever, Shape, Weights
+from retriever import READING, Ranks, Retriever, Shape, Weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -63,6 +63,7 @@ def save_adapter(path: Path, retriever: Retriever, base: Base, training: dict[st
     }
     settings = {
         "memory_layers": retriever.shape.memory_layers,
+        "reading": retriever.shape.reading,
         "layout": dataclasses.asdict(retriever.layout),
         "ranks": list(retriever.ranks),
     }
@@ -92,7 +93,7 @@ def load_adapter(path: Path, base: Base) -> Retriever:
         )
     settings = json.loads(metadata["settings"])
     retriever = Retriever(
-        Shape.of(base.config, settings["memory_layers"]),
+        Shape.of(base.config, settings["memory_layers"], settings.get("reading", READING[0])),
         Layout(**settings["layout"]),
         base.weights,
         base.classes,

@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from hiding import IntArray, Tokens
 from layout import Layout
-from questions import IntArray, QuestionSource, Row
+from mix import Mix
+from questions import QuestionSource, Row
+from word_search import bm25
 
 IGNORED = -100
+# passages in a window, at most
+PICKED = 8
+# a reader's answer where no passage holds it, with and without the begin of an answer before it
+ABSENT_AFTER_LEAD, ABSENT = " not in the passages.", "That is not in the passages."
 # chunk indices seen in training, so that positions of a million tokens are not new
 LARGEST_OFFSET, MOST_CHUNKS = 900, 1100
 # segments that the answers of one window may need
@@ -48,6 +55,11 @@ class Batch(NamedTuple):
         compared: ``[B Q, S]`` bool, the segments that the question is compared with.
         reader: ``[B]`` the question whose pick is read.
         needed: ``[B, s]`` bool, segments that must be among what is read.
+        left_out: ``[B, s]`` bool, segments that must not.
+        by_words: ``[B]`` bool, whether what is read goes by ``word_scores`` instead of the reader's pick.
+        word_scores: ``[B, s]`` float32, BM25's scores of the reader's question.
+        passages: ``[B]`` how many are read, 1 to PICKED.
+        order: ``[B, PICKED]`` float32, numbers by which the passages are sorted; below 0 for the text's order.
         tail: ``[B, T]`` what follows the passages: questions and answers in turn.
         answer_places: ``[B, A]`` places of ``tail`` that predict an answer.
         answers: ``[B, A]`` the answers, ``IGNORED`` where there is none.
@@ -64,6 +76,11 @@ class Batch(NamedTuple):
     compared: Any
     reader: Any
     needed: Any
+    left_out: Any
+    by_words: Any
+    word_scores: Any
+    passages: Any
+    order: Any
     tail: Any
     answer_places: Any
     answers: Any
@@ -75,6 +92,7 @@ class Batch(NamedTuple):
 
 def empty_batch(sizes: BatchSizes, layout: Layout) -> Batch:
     rows, chunks = sizes.contexts * sizes.questions, sizes.contexts * sizes.chunks
+    own = sizes.chunks * layout.segments_per_chunk
     return Batch(
         chunks=np.zeros((chunks, layout.chunk_size), np.int64),
         questions=np.zeros((rows, sizes.question_tokens), np.int64),
@@ -82,7 +100,12 @@ def empty_batch(sizes: BatchSizes, layout: Layout) -> Batch:
         targets=np.zeros((rows, chunks * layout.segments_per_chunk), np.float32),
         compared=np.ones((rows, chunks * layout.segments_per_chunk), bool),
         reader=np.zeros(sizes.contexts, np.int64),
-        needed=np.zeros((sizes.contexts, sizes.chunks * layout.segments_per_chunk), bool),
+        needed=np.zeros((sizes.contexts, own), bool),
+        left_out=np.zeros((sizes.contexts, own), bool),
+        by_words=np.zeros(sizes.contexts, bool),
+        word_scores=np.zeros((sizes.contexts, own), np.float32),
+        passages=np.full(sizes.contexts, PICKED, np.int64),
+        order=np.full((sizes.contexts, PICKED), -1, np.float32),
         tail=np.zeros((sizes.contexts, sizes.tail_tokens), np.int64),
         answer_places=np.zeros((sizes.contexts, sizes.answer_tokens), np.int64),
         answers=np.full((sizes.contexts, sizes.answer_tokens), IGNORED, np.int64),
@@ -136,7 +159,65 @@ def _fill_context(batch: Batch, b: int, source: QuestionSource, sizes: BatchSize
             batch.targets[r, own.start + s] = 1 / len(segments)
         batch.compared[r] = row.everywhere
         batch.compared[r, own] = True
-    return _fill_tail(batch, b, source, sizes, text.rows)
+    mix, rng = source.mix, source.rng
+    absent = bool(mix.absent) and rng.random() < mix.absent and _fill_absent(batch, b, source, sizes, text.rows)
+    if not absent and not _fill_tail(batch, b, source, sizes, text.rows):
+        return False
+    _fill_passages(batch, b, source, text.context)
+    return True
+
+
+def _fill_passages(batch: Batch, b: int, source: QuestionSource, context: IntArray) -> None:
+    """Which passages are read, how many, and in which order."""
+    mix, rng = source.mix, source.rng
+    batch.by_words[b] = bool(mix.by_words) and rng.random() < mix.by_words
+    batch.word_scores[b] = 0
+    if batch.by_words[b]:
+        reader = batch.reader[b]
+        scores = bm25(context, batch.questions[reader][batch.question_used[reader]].tolist(), source.layout)
+        # of two that are equal the earlier one
+        batch.word_scores[b] = scores - 1e-4 * np.arange(len(scores))
+    fewer = bool(mix.fewer) and rng.random() < mix.fewer
+    least = max(1, int(batch.needed[b].sum()))
+    batch.passages[b] = rng.integers(least, PICKED + 1) if fewer else PICKED
+    shuffled = bool(mix.shuffled) and rng.random() < mix.shuffled
+    batch.order[b] = rng.random(PICKED) if shuffled else -1
+
+
+def _fill_absent(batch: Batch, b: int, source: QuestionSource, sizes: BatchSizes, rows: list[Row]) -> bool:
+    """Ask the first question that only its places can answer, without the passages that hold them."""
+    for j, row in enumerate(rows):
+        if not (row.everywhere and row.answer and row.hidden):
+            continue
+        said = ABSENT_AFTER_LEAD if row.lead else ABSENT
+        answer = [*source.encode([said])[0], source.tokenizer.eos_token_id]
+        asked = source.turn(row.question, row.lead)
+        if len(asked) + len(answer) > sizes.tail_tokens or len(answer) > sizes.answer_tokens:
+            continue
+        batch.reader[b] = b * sizes.questions + j
+        places = range(len(asked) - 1, len(asked) - 1 + len(answer))
+        _write_tail(batch, b, [*asked, *answer], list(places), answer)
+        batch.left_out[b] = reading(row, source.layout, batch.needed.shape[1])
+        return True
+    return False
+
+
+def reading(row: Row, layout: Layout, segments: int) -> np.ndarray:
+    """``[segments]`` bool: those that are read together with a token of the row's places."""
+    length = layout.segment + 2 * layout.margin
+    first = np.clip(np.arange(segments) * layout.segment - layout.margin, 0, segments * layout.segment - length)
+    read = np.zeros(segments, bool)
+    for start, n in row.places:
+        read |= (first < start + n) & (first + length > start)
+    return read
+
+
+def _write_tail(batch: Batch, b: int, tail: Tokens, places: list[int], answers: Tokens) -> None:
+    batch.tail[b], batch.answer_places[b], batch.answers[b] = 0, 0, IGNORED
+    batch.needed[b], batch.left_out[b] = False, False
+    batch.tail[b, : len(tail)] = tail
+    batch.answer_places[b, : len(places)] = places
+    batch.answers[b, : len(answers)] = answers
 
 
 def _fill_tail(batch: Batch, b: int, source: QuestionSource, sizes: BatchSizes, rows: list[Row]) -> bool:
@@ -161,10 +242,7 @@ def _fill_tail(batch: Batch, b: int, source: QuestionSource, sizes: BatchSizes, 
         answers += row.answer
         tail += row.answer
         needed, turns = segments, turns + 1
-    batch.tail[b], batch.answer_places[b], batch.answers[b], batch.needed[b] = 0, 0, IGNORED, False
-    batch.tail[b, : len(tail)] = tail
-    batch.answer_places[b, : len(places)] = places
-    batch.answers[b, : len(answers)] = answers
+    _write_tail(batch, b, tail, places, answers)
     batch.needed[b, list(needed)] = True
     return turns > 0
 
@@ -184,12 +262,21 @@ def _needed(row: Row, layout: Layout) -> set[int]:
 class BatchQueue:
     """Batches made by worker processes, each with a seed of its own."""
 
-    def __init__(self, data: Path, base: Path, layout: Layout, sizes: BatchSizes, workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        data: Path,
+        base: Path,
+        layout: Layout,
+        sizes: BatchSizes,
+        workers: int,
+        seed: int,
+        mix: Mix | None = None,
+    ) -> None:
         context = mp.get_context("spawn")
         self.queue: Any = context.Queue(64)
         self.processes = [
             context.Process(
-                target=_work, args=(self.queue, data, base, layout, sizes, 1000 * seed + 17 + i), daemon=True
+                target=_work, args=(self.queue, data, base, layout, sizes, 1000 * seed + 17 + i, mix), daemon=True
             )
             for i in range(workers)
         ]
@@ -218,13 +305,13 @@ class BatchQueue:
             process.terminate()
 
 
-def _work(out: Any, data: Path, base: Path, layout: Layout, sizes: BatchSizes, seed: int) -> None:
+def _work(out: Any, data: Path, base: Path, layout: Layout, sizes: BatchSizes, seed: int, mix: Mix | None) -> None:
     # one core for each worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers import AutoTokenizer
 
     try:
-        source = QuestionSource(data, AutoTokenizer.from_pretrained(base), "train", seed, layout)
+        source = QuestionSource(data, AutoTokenizer.from_pretrained(base), "train", seed, layout, mix)
         while True:
             out.put(tuple(make_batch(source, sizes)))
     except Exception:

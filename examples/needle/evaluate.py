@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from adapter import load_adapter, load_base
+from hiding import IntArray, Tokens, insert
 from layout import Layout
 from questions import (
     ADJECTIVE_NOUN,
@@ -30,16 +31,14 @@ from questions import (
     SEVEN_DIGITS,
     UUID,
     Asked,
-    IntArray,
     Item,
     Needles,
     QuestionSource,
     Row,
-    Tokens,
-    insert,
     read_json_gz,
 )
-from retriever import Memory, RawKeys, Retriever, Weights, WordIndex, picked_passages
+from retriever import Memory, RawKeys, Retriever, Weights, picked_passages
+from shared_words import WordIndex
 from test_wordings import DIFFERENT_WORDS, NAME_ONLY, NEEDLES
 from torch import Tensor
 from transformers import AutoTokenizer

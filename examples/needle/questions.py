@@ -5,19 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import more_wordings
 import numpy as np
 import test_wordings
 import train_wordings
+from hiding import IntArray, Tokens, in_order, insert
 from layout import Layout
+from mix import Mix
 
 T = TypeVar("T")
-Tokens = list[int]
-IntArray = np.ndarray
 Wording = tuple[str, str, str]
 # kinds of keys and values that can be asked for by name; a kind that is not named is drawn from the first ones
 ADJECTIVE_NOUN, SEVEN_DIGITS, UUID, GLOSS = 0, 0, 9, 10
@@ -63,7 +64,8 @@ class Needles(NamedTuple):
 class Row:
     """A question in tokens; ``places`` are (first token, tokens) of what answers it.
 
-    Without an answer only the places count. ``everywhere`` is that of :class:`Asked`.
+    Without an answer only the places count. ``everywhere`` is that of :class:`Asked`; ``hidden`` says that the places
+    are statements that were hidden in the text.
     """
 
     question: Tokens
@@ -71,6 +73,7 @@ class Row:
     answer: Tokens
     places: list[tuple[int, int]]
     everywhere: bool = True
+    hidden: bool = False
 
 
 class TrainingText(NamedTuple):
@@ -81,30 +84,14 @@ class TrainingText(NamedTuple):
     running: IntArray
 
 
-def in_order(value: str | list[str], places: Sequence[int]) -> str:
-    """Several values in the order in which the text has them."""
-    if isinstance(value, str):
-        return value
-    return ", ".join(v for _, v in sorted(zip(places, value, strict=True)))
-
-
-def insert(hay: IntArray, pieces: Sequence[Tokens], cuts: IntArray) -> tuple[IntArray, list[int]]:
-    """``hay`` with piece ``i`` put in before its token ``cuts[i]``, and the first token of each piece in the result."""
-    parts, places, last, length = [], [0] * len(pieces), 0, 0
-    for i in np.argsort(cuts, kind="stable"):
-        length += int(cuts[i]) - last
-        places[i] = length
-        parts += [hay[last : cuts[i]], np.array(pieces[i], dtype=np.int64)]
-        length += len(pieces[i])
-        last = int(cuts[i])
-    return np.concatenate([*parts, hay[last:]]), places
-
-
 class QuestionSource:
     """Texts, words and passages of one part (``train`` or ``test``), and a random generator that draws from them."""
 
-    def __init__(self, data: Path, tokenizer: Any, part: str, seed: int, layout: Layout | None = None) -> None:
+    def __init__(
+        self, data: Path, tokenizer: Any, part: str, seed: int, layout: Layout | None = None, mix: Mix | None = None
+    ) -> None:
         self.tokenizer, self.rng, self.layout = tokenizer, np.random.default_rng(seed), layout or Layout()
+        self.mix = mix or Mix()
         self.text: IntArray = np.load(data / f"{part}.npy", mmap_mode="r")
         words = (data / "words.txt").read_text().split()
         self.train = part == "train"
@@ -122,6 +109,12 @@ class QuestionSource:
             self.first_names, self.last_names = lists["first_names"], lists["last_names"]
             self.adjectives, self.nouns = lists["adjectives"], lists["nouns"]
         self.passages = read_json_gz(data / f"passages_{part}.json.gz")
+        more = more_wordings if self.mix.more else None
+        self.wordings: list[Wording] = train_wordings.NEEDLES + (more.NEEDLES if more else [])
+        self.several_wordings = train_wordings.SEVERAL + (more.SEVERAL if more else [])
+        self.list_wordings = train_wordings.LIST_ALL + (more.LIST_ALL if more else [])
+        self.facts = train_wordings.FACTS + (more.FACTS if more else [])
+        self.events = train_wordings.SYNONYM_QA + (more.SYNONYM_QA if more else [])
         self.people: list[str] = []
         self.told: set[int] = set()
         self.user, self.between, self.assistant, self.next_turn = self.encode(
@@ -146,14 +139,28 @@ class QuestionSource:
         h = self.hexadecimal(32)
         return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
-    def person(self) -> str:
-        return f"{self.choose(self.first_names)} {self.choose(self.last_names)}"
+    def person(self, among: Mapping[str, Sequence[str]] | None = None) -> str:
+        lists = among or {"first": self.first_names, "last": self.last_names}
+        return f"{self.choose(lists['first'])} {self.choose(lists['last'])}"
 
-    def key(self, kind: int) -> tuple[str, str]:
+    def few_words(self, count: int) -> dict[str, list[str]]:
+        """Parts of keys, so few that many of ``count`` keys share one: ``first``, ``last``, ``adjective``, ``noun``."""
+        size = 2 + int(np.ceil(1.5 * np.sqrt(count)))
+        lists = {
+            "first": self.first_names,
+            "last": self.last_names,
+            "adjective": self.adjectives,
+            "noun": self.nouns,
+            "word": self.words,
+        }
+        return {name: [words[int(i)] for i in self.rng.permutation(len(words))[:size]] for name, words in lists.items()}
+
+    def key(self, kind: int, among: Mapping[str, Sequence[str]] | None = None) -> tuple[str, str]:
         """A name in a statement and in the question; ``kind`` is ADJECTIVE_NOUN, UUID, GLOSS or below KEY_KINDS.
 
-        The two differ for GLOSS only: there the question gives the meaning.
+        The two differ for GLOSS only: there the question gives the meaning. ``among`` is from :meth:`few_words`.
         """
+        words = among["word"] if among else self.words
         if kind == GLOSS:
             gloss = self.choose(self.glosses)
             u = self.rng.random()
@@ -172,15 +179,16 @@ class QuestionSource:
         if kind == UUID:
             key = self.uuid()
         elif kind == ADJECTIVE_NOUN:
-            key = f"{self.choose(self.adjectives)} {self.choose(self.nouns)}"
+            adjectives, nouns = (among["adjective"], among["noun"]) if among else (self.adjectives, self.nouns)
+            key = f"{self.choose(adjectives)} {self.choose(nouns)}"
         elif kind == 1:
-            key = self.person()
+            key = self.person(among)
         elif kind == 2:
-            key = f"{self.choose(self.words)} {self.choose(self.words)}"
+            key = f"{self.choose(words)} {self.choose(words)}"
         elif kind == 3:
-            key = f"{self.choose(self.words)}-{self.choose(self.words)}"
+            key = f"{self.choose(words)}-{self.choose(words)}"
         elif kind == 4:
-            key = f"{self.choose(self.words)}{self.digits(2)}"
+            key = f"{self.choose(words)}{self.digits(2)}"
         else:
             key = self.choose(self.words)
         return key, key
@@ -203,17 +211,26 @@ class QuestionSource:
         return self.hexadecimal(10)
 
     def needles(
-        self, wordings: Sequence[Wording], count: int, key: int | None = None, value: int | None = None
+        self,
+        wordings: Sequence[Wording],
+        count: int,
+        key: int | None = None,
+        value: int | None = None,
+        alike: float = 0.0,
     ) -> Needles:
-        """``count`` statements in one of the wordings, with different keys of one kind, and a question about each."""
+        """``count`` statements in one of the wordings, with different keys of one kind, and a question about each.
+
+        ``alike`` is the chance that the keys are put together from few words.
+        """
         wording = wordings[0] if len(wordings) == 1 else self.choose(wordings)
         statement, question, lead = wording
         key = int(self.rng.integers(KEY_KINDS)) if key is None else key
         if value is None:  # one kind for all, or a kind for each
             value = None if self.rng.random() < 0.3 else int(self.rng.integers(VALUE_KINDS))
+        among = self.few_words(count) if alike and self.rng.random() < alike else None
         keys: dict[str, str] = {}
         while len(keys) < count:
-            keys.update([self.key(key)])
+            keys.update([self.key(key, among)])
         values = [self.value(value) for _ in keys]
         statements = [statement.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
         if key == GLOSS:
@@ -225,26 +242,31 @@ class QuestionSource:
         return Needles(Item(statements, asked), list(keys), values, wording)
 
     def several(self) -> Item:
-        """One question about several statements: of no key, of one key, or of several; two of other keys distract."""
+        """One question about several statements: of no key, of one key, or of several; those of other keys distract."""
         n = int(self.rng.integers(2, 5))
         key = int(self.rng.integers(KEY_KINDS))
+        others = (
+            self.mix.distractors if self.mix.distractors == 2 else int(self.rng.integers(2, self.mix.distractors + 1))
+        )
+        alike = self.mix.alike and self.rng.random() < self.mix.alike
+        among = self.few_words(n + others) if alike else None
         names: list[str] = []
-        while len(names) < 3 + n:
-            name = self.key(key)[0]
+        while len(names) < 1 + n + others:
+            name = self.key(key, among)[0]
             if name not in names:
                 names.append(name)
         kind = int(self.rng.integers(VALUE_KINDS))
-        values = [self.value(kind) for _ in range(n + 2)]
+        values = [self.value(kind) for _ in range(n + others)]
         u = self.rng.random()
         if u < 0.15:
-            statement, question, lead = self.choose(train_wordings.LIST_ALL)
+            statement, question, lead = self.choose(self.list_wordings)
             return Item(
                 [statement.format(v=v) for v in values[:n]],
                 [Asked(question, lead, values[:n], list(range(n)), everywhere=False)],
             )
-        statement, one, one_lead, many, many_lead = self.choose(train_wordings.SEVERAL)
+        statement, one, one_lead, many, many_lead = self.choose(self.several_wordings)
         if u < 0.6:
-            named = [names[0]] * n + names[1:3]
+            named = [names[0]] * n + names[1 : 1 + others]
             statements = [statement.format(k=k, v=v) for k, v in zip(named, values, strict=True)]
             asked = Asked(one.format(k=names[0]), one_lead.format(k=names[0]), values[:n], list(range(n)))
             return Item(statements, [asked])
@@ -255,11 +277,11 @@ class QuestionSource:
 
     def fact(self) -> Item:
         """A fact about people, and questions that share few words with it, some not even a name."""
-        number = int(self.rng.integers(len(train_wordings.FACTS)))
+        number = int(self.rng.integers(len(self.facts)))
         while number in self.told:  # a question without a name must have one answer
-            number = int(self.rng.integers(len(train_wordings.FACTS)))
+            number = int(self.rng.integers(len(self.facts)))
         self.told.add(number)
-        chosen, lists = train_wordings.FACTS[number], train_wordings.LISTS
+        chosen, lists = self.facts[number], train_wordings.LISTS
         fill = {name: self.choose(lists[name]) for name in lists if name not in ("first", "last")}
         if len(self.people) < 3 or self.rng.random() < 0.4:
             self.people = [*self.people[-3:], self.person()]
@@ -282,22 +304,41 @@ class QuestionSource:
 
     def sentence(self) -> Item:
         """An event in everyday words, and a question in other words."""
-        statement, question, answer = self.choose(train_wordings.SYNONYM_QA)
+        statement, question, answer = self.choose(self.events)
         return Item([statement], [Asked(question, "", answer, [0], everywhere=False)])
 
     def training_item(self) -> Item:
+        mix = self.mix
+        needles, meanings, several, facts = np.cumsum(mix.items).tolist()
         u = self.rng.random()
-        if u < 0.34:
+        if u < needles:
             key = UUID if self.rng.random() < 0.12 else None
             value = UUID if self.rng.random() < 0.12 else None
-            return self.needles(train_wordings.NEEDLES, int(self.rng.integers(1, 7)), key, value).item
-        if u < 0.46:
-            return self.needles(train_wordings.NEEDLES, int(self.rng.integers(1, 4)), GLOSS).item
-        if u < 0.62:
+            return self._asked_less(self.needles(self.wordings, self._count(), key, value, mix.alike).item)
+        if u < meanings:
+            return self.needles(self.wordings, int(self.rng.integers(1, 4)), GLOSS).item
+        if u < several:
             return self.several()
-        if u < 0.92:
+        if u < facts:
             return self.fact()
         return self.sentence()
+
+    def _count(self) -> int:
+        """How many statements of one form there are; keys that are single words have to be enough for them."""
+        mix = self.mix
+        u = self.rng.random() if mix.many or mix.crowd else 1.0
+        if u < mix.crowd:
+            count = int(self.rng.integers(17, 65))
+        else:
+            count = int(self.rng.integers(7, 17) if u < mix.crowd + mix.many else self.rng.integers(1, 7))
+        return min(count, max(6, len(self.words) // 2))
+
+    def _asked_less(self, item: Item) -> Item:
+        """The item with at most ``mix.asked`` of its questions."""
+        if len(item.asked) <= self.mix.asked:
+            return item
+        chosen = self.rng.permutation(len(item.asked))[: self.mix.asked]
+        return Item(item.statements, [item.asked[int(i)] for i in chosen])
 
     def training_text(self, chunks: int, questions: int, running: int, question_limit: int) -> TrainingText:
         """A context of ``chunks`` chunks with exactly ``questions`` questions of at most ``question_limit`` tokens."""
@@ -320,7 +361,8 @@ class QuestionSource:
             statements += item.statements
         pieces = self.encode([f" {s}" for s in statements])
         room = length - sum(map(len, pieces))
-        if room < self.layout.chunk_size // 4:
+        # a quarter of a chunk, and enough for a span that is cut out
+        if room < max(256, self.layout.chunk_size // 4):
             return None
         # a span that is asked for is cut out of the text
         span, cut = int(self.rng.integers(16, 48)), int(self.rng.integers(64, room - 64))
@@ -362,8 +404,10 @@ class QuestionSource:
         context, rows = tokens[:length], []
         for passage in passages:
             places = [(first[g], int(self.starts[g + 1] - self.starts[g])) for g in passage["gold"]]
+            least = [n if self.mix.whole else 24 for _, n in places]
             places = [(start, min(n, length - start)) for start, n in places]
-            if self.rng.random() < 0.35 or any(n < 24 for _, n in places):
+            cut = any(n < enough for (_, n), enough in zip(places, least, strict=True))
+            if self.rng.random() < 0.35 or cut:
                 row = self._cloze(order, first, length)
                 if row is None:
                     return None
@@ -418,7 +462,7 @@ class QuestionSource:
         lead_ids = self.encode([lead])[0] if lead else []
         answer = self.answer(value, after_lead=bool(lead))
         where = [(places[i], len(pieces[i])) for i in asked.statements]
-        return Row(self.encode([asked.question])[0], lead_ids, answer, where, asked.everywhere)
+        return Row(self.encode([asked.question])[0], lead_ids, answer, where, asked.everywhere, hidden=True)
 
     def _copy_row(self, context: IntArray) -> Row:
         """Go on with a passage of the text whose first words are given."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from layout import Layout
+from shared_words import GRAMS, WordIndex
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
@@ -27,11 +28,8 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 PROJECTIONS = (*ATTENTION, *MLP)
 LORA_SCALE = 2.0
-# lengths of the runs of tokens that the search by words looks for
-GRAMS = (1, 2, 4)
-RUN_CODES = 32768
-# tokens on both sides of a segment that its words are taken from, too
-WORD_MARGIN = 16
+# which of the decoder's layers read the memory
+READING = ("lowest", "top", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,11 @@ class Shape:
     norm_epsilon: float
     rope_theta: float
     memory_layers: int = 8
+    reading: str = READING[0]
 
     @classmethod
-    def of(cls, config: dict[str, Any], memory_layers: int) -> Shape:
-        """Sizes by a checkpoint's ``config.json``.
+    def of(cls, config: dict[str, Any], memory_layers: int, reading: str = READING[0]) -> Shape:
+        """Sizes by a checkpoint's ``config.json``; ``reading`` says which layers read the memory.
 
         Raises:
             ValueError: it is no Llama with tied embeddings, no biases and plain rotary positions.
@@ -61,6 +60,8 @@ class Shape:
         if not 2 <= memory_layers < config["num_hidden_layers"]:
             layers = config["num_hidden_layers"]
             raise ValueError(f"memory_layers: expected at least 2 and less than {layers}, got {memory_layers}")
+        if reading not in READING:
+            raise ValueError(f"reading: expected one of {', '.join(READING)}, got {reading!r}")
         return cls(
             hidden=config["hidden_size"],
             layers=config["num_hidden_layers"],
@@ -70,7 +71,18 @@ class Shape:
             norm_epsilon=config["rms_norm_eps"],
             rope_theta=rope["rope_theta"],
             memory_layers=memory_layers,
+            reading=reading,
         )
+
+    @property
+    def read_layers(self) -> list[int]:
+        """The decoder's layer that reads the memory of each of the compressor's layers."""
+        count = self.memory_layers
+        if self.reading == "top":
+            return list(range(self.layers - count, self.layers))
+        if self.reading == "interleaved":
+            return [i * self.layers // count for i in range(count)]
+        return list(range(count))
 
     @property
     def pick_layers(self) -> list[int]:
@@ -123,7 +135,7 @@ class InjectedBlocks(nn.Module):
 
     def __init__(self, shape: Shape, base: Weights, rank: int) -> None:
         super().__init__()
-        layers = range(shape.memory_layers)
+        layers = shape.read_layers
         self.norm = _copies(base, [f"layers.{i}.input_layernorm.weight" for i in layers])
         self.base = [base[f"layers.{i}.self_attn.q_proj.weight"] for i in layers]
         width, device = shape.heads * shape.head_dim, base["norm.weight"].device
@@ -159,55 +171,6 @@ class Pick(nn.Module):
         self.word_weight = nn.ParameterList([nn.Parameter(torch.zeros(shape.hidden, device=device)) for _ in layers])
         self.word_bias = nn.Parameter(torch.zeros(len(layers), device=device))
         self.word_beta = nn.Parameter(torch.full((len(layers), len(GRAMS)), 0.15, device=device))
-
-
-class WordIndex(NamedTuple):
-    """Which runs of tokens each segment holds, read with a margin: for each length in GRAMS ``[segments, codes]`` int8.
-
-    Single tokens are told apart by their class (case and leading space do not count), runs of several by a hash.
-    """
-
-    tables: list[Tensor]
-
-    @staticmethod
-    def codes(classes: Tensor, length: int) -> Tensor:
-        """Code ``[..., L]`` of the run of ``length`` classes that ends at each place; 0 where there is none."""
-        code = classes
-        for back in range(1, length):
-            earlier = F.pad(classes[..., :-back], (back, 0))
-            code = torch.where(
-                (code > 0) & (earlier > 0), code * 31 + earlier * (7919 + 2 * back), torch.zeros_like(code)
-            )
-        return code if length == 1 else torch.where(code > 0, code % (RUN_CODES - 1) + 1, code)
-
-    @classmethod
-    def of(cls, classes: Tensor, layout: Layout, count: int) -> WordIndex:
-        """The index of documents ``classes [documents, tokens]``, whose segments follow each other.
-
-        ``count`` is the number of classes.
-        """
-        size, margin = layout.segment, WORD_MARGIN
-        windows = F.pad(classes, (margin, margin)).unfold(-1, size + 2 * margin, size).flatten(0, 1)
-        tables = []
-        for length in GRAMS:
-            codes = cls.codes(windows, length)
-            table = torch.zeros(
-                len(windows), count if length == 1 else RUN_CODES, dtype=torch.int8, device=classes.device
-            )
-            tables.append(table.scatter_(1, codes, 1))
-        return cls(tables)
-
-    def evidence(self, classes: Tensor, used: Tensor) -> Tensor:
-        """How rare what a segment shares with a question is: ``[lengths, segments, R, L]`` for questions ``[R, L]``."""
-        parts = []
-        for length, table in zip(GRAMS, self.tables, strict=True):
-            codes = self.codes(classes, length)
-            found = table.index_select(1, codes.flatten()).view(len(table), *codes.shape)
-            found = found.to(torch.bfloat16 if table.is_cuda else torch.float32)
-            holding = found.sum(0, dtype=torch.float32)
-            rarity = torch.log(1 + (len(table) - holding + 0.5) / (holding + 0.5)) * (used & (codes > 0))
-            parts.append(found * rarity.to(found.dtype))
-        return torch.stack(parts)
 
 
 def _copies(base: Weights, names: list[str]) -> nn.ParameterList:
@@ -382,12 +345,22 @@ class Retriever(nn.Module):
     def scores(
         self, weights: Weights, questions: Tensor, used: Tensor, raw_keys: RawKeys, words: WordIndex | None
     ) -> Tensor:
-        """How well each segment answers each question; no position of a chunk takes part.
+        """How well each segment answers each question, ``[R, chunks * segments_per_chunk]`` float32.
+
+        The sum of :meth:`score_parts`, whose arguments these are.
+        """
+        hidden, shared = self.score_parts(weights, questions, used, raw_keys, words)
+        return hidden if shared is None else hidden + shared
+
+    def score_parts(
+        self, weights: Weights, questions: Tensor, used: Tensor, raw_keys: RawKeys, words: WordIndex | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """How well each segment answers each question, by the layers and by words; no position of a chunk takes part.
 
         A question's tokens run through the compressor's layers. In the pick's layers each token asks the raw keys of
         all slots; the softmax over them, averaged over heads and summed over a segment's slots, is the segment's share.
-        The score is the sum over layers and tokens of beta x weight(token) x log(share x segments + 1), and of what
-        the segment and the question share word by word, each by its rarity, with weights of their own.
+        The layers' score is the sum over layers and tokens of beta x weight(token) x log(share x segments + 1); the
+        words' what the segment and the question share word by word, each by its rarity, with weights of their own.
 
         Args:
             weights: :meth:`compressor_weights`.
@@ -397,7 +370,7 @@ class Retriever(nn.Module):
             words: from :meth:`word_index`, of the same tokens; ``None`` leaves the search by words out.
 
         Returns:
-            ``[R, chunks * segments_per_chunk]`` float32.
+            ``[R, chunks * segments_per_chunk]`` float32 each.
         """
         rotation = self.rotation(torch.arange(questions.shape[1], device=self.device)[None])
         x, layers = self.embed(questions), self.shape.pick_layers
@@ -415,10 +388,10 @@ class Retriever(nn.Module):
                 word_weight = word_weight + weight * self.pick.word_beta[i][:, None, None]
             if layer < self.shape.memory_layers - 1:
                 x = self._mlp(weights, layer, self._self_attention(weights, layer, x, h, rotation))
-        if words is not None:
-            found = words.evidence(self.classes[questions], used)
-            total = total + torch.einsum("gsrl,grl->rs", found, word_weight.to(found.dtype)).float()
-        return total
+        if words is None:
+            return total, None
+        found = words.evidence(self.classes[questions], used)
+        return total, torch.einsum("gsrl,grl->rs", found, word_weight.to(found.dtype)).float()
 
     def _segment_shares(self, queries: Tensor, raw_keys: Tensor) -> Tensor:
         """Shares ``[R, L, segments]`` of the attention of ``queries [R, L, heads * head_dim]``, mean over heads."""
@@ -465,12 +438,13 @@ class Retriever(nn.Module):
             gate: ``[R]`` factors of what is read from the memory; zero is no memory.
         """
         rotation = self.rotation(torch.arange(ids.shape[1], device=self.device)[None])
-        x = self.embed(ids)
+        x, reading = self.embed(ids), self.shape.read_layers
         for layer in range(self.shape.layers):
             h = self._norm(x, weights[f"layers.{layer}.input_layernorm.weight"])
             x = self._self_attention(weights, layer, x, h, rotation)
-            if memory is not None and layer < self.shape.memory_layers:
-                read = self._read(layer, x, memory[layer], query_position)
+            if memory is not None and layer in reading:
+                source = reading.index(layer)
+                read = self._read(source, x, memory[source], query_position)
                 x = x + (read if gate is None else read * gate[:, None, None].to(read.dtype))
             x = self._mlp(weights, layer, x)
         return self._norm(x, self.base["norm.weight"])

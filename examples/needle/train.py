@@ -3,12 +3,14 @@
     python train.py --data data --out adapter.safetensors
 
 A step sees 8 contexts of 7 chunks with 6 questions each and learns three things at once: which of all segments answer a
-question (contrastive, over the whole batch), to answer from passages in the window, and to go on with the text.
+question (contrastive, over the whole batch and a queue of earlier ones), to answer from passages in the window, and to
+go on with the text.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -17,18 +19,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from adapter import load_base, save_adapter
-from batches import IGNORED, Batch, BatchQueue, BatchSizes
+from batches import IGNORED, PICKED, Batch, BatchQueue, BatchSizes
+from earlier import Earlier
 from layout import Layout
+from mix import Mix
 from questions import QuestionSource
-from retriever import Retriever, Shape, picked_passages
+from retriever import READING, Retriever, Shape, picked_passages
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 TEXT_WEIGHT = 0.5
-PICKED = 8
 WARMUP_STEPS = 60
 FLOOR = 0.02
-# steps on a side stream before the step is captured
+# steps on a side stream with a full queue before the step is captured
 EAGER_STEPS = 4
 REPORTED = ("answer loss", "pick loss", "text loss", "found in the top 8")
 
@@ -38,6 +41,13 @@ class LearningRates(NamedTuple):
 
     blocks: float = 1e-3
     updates: float = 1e-3
+
+
+class LossWeights(NamedTuple):
+    """Of the pick without words within the loss of the pick, and of the running text."""
+
+    hidden: float = 0.5
+    text: float = TEXT_WEIGHT
 
 
 class Frame(NamedTuple):
@@ -59,40 +69,63 @@ def found_share(scores: Tensor, targets: Tensor, count: int = PICKED) -> Tensor:
     return targets.gather(1, best).gt(0).any(1).float().mean()
 
 
-def windows(retriever: Retriever, batch: Batch, scores: Tensor, frame: Frame, contexts: int) -> tuple[Tensor, int]:
-    """``[B, tokens]`` what is read, and where the tail begins.
+def windows(retriever: Retriever, batch: Batch, scores: Tensor, frame: Frame, contexts: int) -> tuple[Tensor, Tensor]:
+    """``[B, tokens]`` what is read, and ``[B]`` where the tail begins; what follows the tail is not used.
 
-    The passages are the reader's own best segments of its context; those that answers need take the last places if the
-    pick has missed them. Ranks are the pick's, so that they say as much as they will say later.
+    The passages are the reader's own best segments of its context, or the best of a search by words; those that answers
+    need take the last places if they are not among them. Ranks are the scores', so that they say as much as they will
+    say later. All sizes are those of PICKED passages, whatever their number is.
     """
-    documents = batch.chunks.view(contexts, -1)
-    own = scores.view(len(scores), contexts, -1)[batch.reader, torch.arange(contexts, device=scores.device)].detach()
-    segments = (own + 1e4 * batch.needed).topk(PICKED, 1).indices.sort(1).values
-    ranks = own.gather(1, segments).argsort(1, descending=True).argsort(1)
-    text = picked_passages(documents, segments, ranks, frame.separators, retriever.layout)
+    documents, device = batch.chunks.view(contexts, -1), scores.device
+    own = scores.view(len(scores), contexts, -1)[batch.reader, torch.arange(contexts, device=device)].detach()
+    own = torch.where(batch.by_words[:, None], batch.word_scores, own)
+    segments = (own + 1e4 * batch.needed - 1e4 * batch.left_out).topk(PICKED, 1).indices
+    dropped = torch.arange(PICKED, device=device) >= batch.passages[:, None]
+    ranks = own.gather(1, segments).masked_fill(dropped, -1e5).argsort(1, descending=True).argsort(1)
+    place = torch.where(batch.order < 0, segments.float(), batch.order).masked_fill(dropped, 1e9).argsort(1)
+    text = picked_passages(
+        documents, segments.gather(1, place), ranks.gather(1, place), frame.separators, retriever.layout
+    )
     ids = torch.cat((frame.user.expand(contexts, -1), text, batch.tail), 1)
-    return ids, ids.shape[1] - batch.tail.shape[1]
+    # the tail follows the last passage that is read
+    passage = text.shape[1] // PICKED
+    tail = len(frame.user) + batch.passages * passage
+    token = torch.arange(ids.shape[1], device=device).expand(contexts, -1)
+    moved = token + ((PICKED - batch.passages) * passage)[:, None]
+    return ids.gather(1, torch.where(token < tail[:, None], token, moved).clamp(max=ids.shape[1] - 1)), tail
 
 
-def losses(retriever: Retriever, batch: Batch, frame: Frame, contexts: int) -> tuple[Tensor, Tensor]:
+def losses(
+    retriever: Retriever, batch: Batch, frame: Frame, contexts: int, weights: LossWeights, earlier: Earlier
+) -> tuple[Tensor, Tensor]:
     """The loss to minimise, and ``[4]`` what is reported (REPORTED)."""
     compressor, decoder = retriever.compressor_weights(), retriever.decoder_weights()
     memory, raw_keys = retriever.compress(compressor, batch.chunks)
     words = retriever.word_index(batch.chunks.view(contexts, -1))
-    scores = retriever.scores(compressor, batch.questions, batch.question_used, raw_keys, words)
-    pick = pick_loss(scores, batch.targets, batch.compared)
+    keys, index = earlier.joined(raw_keys, words)
+    hidden, shared = retriever.score_parts(compressor, batch.questions, batch.question_used, keys, index)
+    assert shared is not None
+    scores = hidden + shared
+    count, more = batch.targets.shape[1], scores.shape[1] - batch.targets.shape[1]
+    # what another context of the batch could answer, one of the queue could, too
+    compared = torch.cat((batch.compared, batch.compared.all(1, keepdim=True).expand(-1, more)), 1)
+    targets = F.pad(batch.targets, (0, more))
+    pick = (1 - weights.hidden) * pick_loss(scores, targets, compared)
+    if weights.hidden:
+        pick = pick + weights.hidden * pick_loss(hidden, targets, compared)
     placed = retriever.place(memory, batch.chunk_index, contexts)
-    ids, tail = windows(retriever, batch, scores, frame, contexts)
-    hidden = retriever.decode(decoder, ids, placed, batch.query_position, batch.gate)
-    places = (tail + batch.answer_places)[..., None].expand(-1, -1, hidden.shape[-1])
-    answer_logits = retriever.logits(hidden.gather(1, places))
+    ids, tail = windows(retriever, batch, scores[:, :count], frame, contexts)
+    states = retriever.decode(decoder, ids, placed, batch.query_position, batch.gate)
+    places = (tail[:, None] + batch.answer_places)[..., None].expand(-1, -1, states.shape[-1])
+    answer_logits = retriever.logits(states.gather(1, places))
     answer = F.cross_entropy(answer_logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORED)
-    hidden = retriever.decode(decoder, batch.running, placed, batch.query_position, batch.gate)[:, :-1]
-    text = F.cross_entropy(retriever.logits(hidden).flatten(0, 1), batch.running[:, 1:].flatten())
+    states = retriever.decode(decoder, batch.running, placed, batch.query_position, batch.gate)[:, :-1]
+    text = F.cross_entropy(retriever.logits(states).flatten(0, 1), batch.running[:, 1:].flatten())
     with torch.no_grad():
-        found = found_share(scores.masked_fill(~batch.compared, -1e4), batch.targets)
+        found = found_share(scores.masked_fill(~compared, -1e4), targets)
         reported = torch.stack((answer, pick, text, found))
-    return answer + pick + TEXT_WEIGHT * text, reported
+        earlier.remember(raw_keys, words)
+    return answer + pick + weights.text * text, reported
 
 
 def rate_factor(step: int, progress: float) -> float:
@@ -103,8 +136,18 @@ def rate_factor(step: int, progress: float) -> float:
 class Trainer:
     """One optimiser step after the other; on CUDA the whole step is one graph over buffers that stay in place."""
 
-    def __init__(self, retriever: Retriever, first: Batch, frame: Frame, contexts: int, peaks: LearningRates) -> None:
+    def __init__(
+        self,
+        retriever: Retriever,
+        first: Batch,
+        frame: Frame,
+        contexts: int,
+        peaks: LearningRates,
+        weights: LossWeights | None = None,
+        queue: int = 0,
+    ) -> None:
         self.retriever, self.frame, self.contexts, self.peaks = retriever, frame, contexts, peaks
+        self.weights, self.earlier = weights or LossWeights(), Earlier(queue)
         self.cuda = retriever.device.type == "cuda"
         self.buffers = Batch(*(torch.from_numpy(array).to(retriever.device) for array in first))
         # tensors, because a graph reads them anew at every replay
@@ -134,7 +177,7 @@ class Trainer:
         if self.side_stream is None:
             reports = self._update()
         elif self.eager < EAGER_STEPS:
-            self.eager += 1
+            self.eager += self.earlier.full
             self.side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side_stream):
                 reports = self._update()
@@ -149,6 +192,7 @@ class Trainer:
         state = {
             "parameters": self.retriever.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "earlier": self.earlier.state(),
             "steps": self.steps,
             "seconds": self.seconds,
         }
@@ -159,13 +203,14 @@ class Trainer:
         state = torch.load(path, map_location=self.retriever.device)
         self.retriever.load_state_dict(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.earlier.load(state["earlier"])
         # what was loaded has rates of its own
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         self.steps, self.seconds = state["steps"], state["seconds"]
 
     def _update(self) -> Tensor:
-        loss, reports = losses(self.retriever, self.buffers, self.frame, self.contexts)
+        loss, reports = losses(self.retriever, self.buffers, self.frame, self.contexts, self.weights, self.earlier)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
@@ -218,26 +263,68 @@ def main() -> None:
     parser.add_argument("--stop", type=float, help="stop after so many seconds of training; go on later with --state")
     parser.add_argument("--state", type=Path, help="continue from this file if it is there; written at the end")
     parser.add_argument("--max-steps", type=int, help="stop earlier (for a quick trial)")
-    parser.add_argument("--contexts", type=int, default=8, help="contexts in a batch")
-    parser.add_argument("--memory-layers", type=int, default=8)
     parser.add_argument("--workers", type=int, default=13, help="processes that make batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    batch = parser.add_argument_group("a batch")
+    batch.add_argument("--contexts", type=int, default=8)
+    batch.add_argument("--chunks", type=int, default=7, help="of each context")
+    batch.add_argument("--questions", type=int, default=6, help="of each context")
+    batch.add_argument("--question-tokens", type=int, default=64, help="longer questions are not asked")
+    batch.add_argument("--running-tokens", type=int, default=1024, help="of running text after each context")
+    changed = parser.add_argument_group("what run D changes, and ablations")
+    changed.add_argument(
+        "--mix", choices=("d", "c"), default="d", help="texts and windows: run C's or run D's (mix.py)"
+    )
+    changed.add_argument(
+        "--queue", type=int, default=3, help="earlier batches whose segments the pick has to tell apart"
+    )
+    changed.add_argument("--hidden-weight", type=float, default=0.5, help="of the pick without words, 0 to 1")
+    changed.add_argument("--text-weight", type=float, default=TEXT_WEIGHT, help="of the running text")
+    changed.add_argument("--rate", type=float, default=1e-3, help="peak of the learning rate")
+    changed.add_argument("--memory-layers", type=int, default=8)
+    changed.add_argument("--reading", choices=READING, default=READING[0], help="layers that read the memory")
+    changed.add_argument("--slot-position", choices=("end", "start"), default="end", help="of its stride")
+    changed.add_argument("--depth", type=int, default=3, help="splits of a chunk; a segment is what a leaf holds")
+    changed.add_argument("--slots", type=int, default=32, help="of a node")
     arguments = parser.parse_args()
+    if not 0 <= arguments.hidden_weight <= 1:
+        parser.error(f"--hidden-weight: expected 0 to 1, got {arguments.hidden_weight}")
 
-    layout, sizes = Layout(), BatchSizes(contexts=arguments.contexts)
+    layout = Layout(
+        tree_depth=arguments.depth,
+        slots_per_node=arguments.slots,
+        keep_stride_ends=arguments.slot_position == "end",
+    )
+    sizes = BatchSizes(
+        contexts=arguments.contexts,
+        chunks=arguments.chunks,
+        questions=arguments.questions,
+        question_tokens=arguments.question_tokens,
+        running_tokens=arguments.running_tokens,
+    )
     device = torch.device(arguments.device)
     base = load_base(arguments.data / "base", device)
-    batches = BatchQueue(arguments.data, base.folder, layout, sizes, arguments.workers, arguments.seed)
+    mix = Mix.run_c() if arguments.mix == "c" else Mix()
+    batches = BatchQueue(arguments.data, base.folder, layout, sizes, arguments.workers, arguments.seed, mix)
     source = QuestionSource(arguments.data, AutoTokenizer.from_pretrained(base.folder), "train", 0, layout)
     frame = Frame(torch.tensor(source.user, device=device), torch.from_numpy(source.separators(PICKED)).to(device))
     try:
         torch.manual_seed(arguments.seed)
-        retriever = Retriever(Shape.of(base.config, arguments.memory_layers), layout, base.weights, base.classes)
+        shape = Shape.of(base.config, arguments.memory_layers, arguments.reading)
+        retriever = Retriever(shape, layout, base.weights, base.classes)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             retriever.compile_elementwise()
-        trainer = Trainer(retriever, batches.get(), frame, sizes.contexts, LearningRates())
+        trainer = Trainer(
+            retriever,
+            batches.get(),
+            frame,
+            sizes.contexts,
+            LearningRates(arguments.rate, arguments.rate),
+            LossWeights(arguments.hidden_weight, arguments.text_weight),
+            arguments.queue,
+        )
         if arguments.state and arguments.state.is_file():
             trainer.load_state(arguments.state)
         print(f"{sum(p.numel() for p in trainer.parameters) / 1e6:.2f} M parameters are trained", flush=True)
@@ -249,13 +336,17 @@ def main() -> None:
     training = {
         "steps": trainer.steps,
         "seconds": round(trainer.seconds, 1),
-        "seed": arguments.seed,
-        "contexts": sizes.contexts,
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "most memory, GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 1) if device.type == "cuda" else None,
+        "flags": {
+            name: value
+            for name, value in vars(arguments).items()
+            if name not in ("data", "out", "state", "stop", "max_steps", "workers", "device")
+        },
     }
     save_adapter(arguments.out, retriever, base, training)
-    print(f"wrote {arguments.out}, {arguments.out.stat().st_size / 1e6:.2f} MB", flush=True)
+    print(f"wrote {arguments.out}, {arguments.out.stat().st_size / 1e6:.2f} MB; {json.dumps(training)}", flush=True)
 
 
 if __name__ == "__main__":
