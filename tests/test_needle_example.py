@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "ne
 import adapter
 import batches
 import export
+import models as needle_models
 import more_wordings
 import prepare
 import questions
@@ -613,6 +614,7 @@ def test_answers_are_what_greedy_decoding_writes(data: Path) -> None:
 def test_a_task_and_squad_are_scored(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "SHARED", 2)
     monkeypatch.setattr(evaluate, "PICKED", 4)
+    monkeypatch.setattr(needle_models, "PICKED", 4)
     monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 1)
     monkeypatch.setattr(evaluate, "SQUAD_ANSWER_TOKENS", 1)
     models = models_of(data, tiny_retriever(tiny_base(), HALF))

@@ -15,16 +15,19 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from adapter import load_adapter, load_base
+from adapter import file_digest, load_base
+from counting import RECORDS, counting
 from hiding import IntArray, Tokens, insert
 from layout import Layout
+from models import PICKED, Models, Prompt, models_of
+from package_form import any_adapter
 from questions import (
     ADJECTIVE_NOUN,
     GLOSS,
@@ -37,133 +40,20 @@ from questions import (
     Row,
     read_json_gz,
 )
-from retriever import Memory, RawKeys, Retriever, Weights, picked_passages
-from shared_words import WordIndex
+from retriever import Memory, Weights
 from test_wordings import DIFFERENT_WORDS, NAME_ONLY, NEEDLES
 from torch import Tensor
-from transformers import AutoTokenizer
 from word_search import best, bm25
 
-PICKED = 8
-# chunks compressed at a time
-MICRO_BATCH = 128
 # questions that share one context
 SHARED = 10
 LONG = 128
 ANSWER_TOKENS, SQUAD_ANSWER_TOKENS = 72, 20
 SQUAD_LENGTHS = (32, 128)
+# exit status of a command that has more to do
+GO_ON = 75
 # what the base reads with full attention: its window less question and answer
 WINDOW_CHUNKS = 7
-
-
-class Context(NamedTuple):
-    """A context with its memory, as the decoder and as the pick read it."""
-
-    tokens: IntArray
-    memory: Memory
-    raw_keys: RawKeys
-    words: WordIndex
-    query_position: Tensor
-
-
-class Prompt(NamedTuple):
-    """A prompt with its answer, whose first ``scored`` tokens count: neither full stop nor end of turn."""
-
-    prompt: Tokens
-    answer: Tokens
-    scored: int
-
-
-@dataclass(frozen=True)
-class Models:
-    """The trained retriever with its weights, and what makes prompts for it."""
-
-    retriever: Retriever
-    compressor: Weights
-    decoder: Weights
-    tokenizer: Any
-    data: Path
-    user: Tokens
-    separators: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.retriever.device
-
-    def source(self, seed: int) -> QuestionSource:
-        return QuestionSource(self.data, self.tokenizer, "test", seed, self.retriever.layout)
-
-    def context(self, tokens: IntArray) -> Context:
-        """Compress whole chunks."""
-        ids = torch.from_numpy(tokens).to(self.device).view(-1, self.retriever.layout.chunk_size)
-        parts = [self.retriever.compress(self.compressor, part) for part in ids.split(MICRO_BATCH)]
-        memory = [
-            (torch.cat([keys for keys, _ in layers]), torch.cat([values for _, values in layers]))
-            for layers in zip(*(memory for memory, _ in parts), strict=True)
-        ]
-        raw_keys = {layer: torch.cat([raw[layer] for _, raw in parts]) for layer in parts[0][1]}
-        placed = self.retriever.place(memory, torch.arange(len(ids), device=self.device), 1)
-        words = self.retriever.word_index(ids.view(1, -1))
-        return Context(tokens, placed, raw_keys, words, torch.tensor([len(ids) + 1], device=self.device))
-
-    def picked(self, context: Context, question: Tokens, by_words: bool = True) -> list[int]:
-        """The best segments, best first."""
-        ids = torch.tensor([question], device=self.device)
-        used = torch.ones_like(ids, dtype=torch.bool)
-        words = context.words if by_words else None
-        scores = self.retriever.scores(self.compressor, ids, used, context.raw_keys, words)[0]
-        order: list[int] = scores.topk(min(PICKED, len(scores))).indices.tolist()
-        return order
-
-    def window(self, context: IntArray, segments: Sequence[int], turn: Tokens) -> Tokens:
-        """The prompt: ``segments``, best first, in the text's order with their ranks, and what follows them."""
-        order = sorted(range(len(segments)), key=lambda i: segments[i])
-        text = picked_passages(
-            torch.from_numpy(context[None]),
-            torch.tensor([[segments[i] for i in order]]),
-            torch.tensor([order]),
-            self.separators,
-            self.retriever.layout,
-        )
-        return [*self.user, *text[0].tolist(), *turn]
-
-    def padded(self, rows: Sequence[Tokens]) -> Tensor:
-        """``[rows, longest]`` token ids, zeros after the end."""
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        return ids.to(self.device)
-
-    def exact(
-        self, weights: Weights, prompts: Sequence[Prompt], memory: Memory | None, query_position: Tensor
-    ) -> list[bool]:
-        """Which answers greedy decoding writes in full."""
-        ids = self.padded([p.prompt + p.answer for p in prompts])
-        hidden = self.retriever.decode(weights, ids, memory, query_position)
-        right = []
-        for row, tokens, p in zip(hidden, ids, prompts, strict=True):
-            start, end = len(p.prompt), len(p.prompt) + p.scored
-            written = self.retriever.logits(row[start - 1 : end - 1]).argmax(-1)
-            right.append(bool((written == tokens[start:end]).all()))
-        return right
-
-    def written(
-        self, weights: Weights, prompts: Sequence[Tokens], memory: Memory | None, query_position: Tensor, count: int
-    ) -> list[str]:
-        """Greedy continuations of ``count`` tokens, cut at the end of the turn."""
-        rows = [list(prompt) for prompt in prompts]
-        for _ in range(count):
-            hidden = self.retriever.decode(weights, self.padded(rows), memory, query_position)
-            last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-            chosen = self.retriever.logits(hidden[torch.arange(len(rows), device=self.device), last]).argmax(-1)
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                row.append(token)
-        texts = []
-        for row, prompt in zip(rows, prompts, strict=True):
-            new = row[len(prompt) :]
-            end = new.index(self.tokenizer.eos_token_id) if self.tokenizer.eos_token_id in new else len(new)
-            texts.append(self.tokenizer.decode(new[:end]))
-        return texts
 
 
 def several_values(source: QuestionSource) -> Item:
@@ -303,16 +193,16 @@ def needle_task(models: Models, task: str, chunks: int, count: int, source: Ques
     return {"task": task, "chunks": chunks, "questions": total, **shares, "seconds": seconds}
 
 
-def needles(models: Models, lengths: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """All tasks at every length; above 128 chunks half the questions and four tasks."""
+def needles(models: Models, chunks: int, count: int, seed: int = 0, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All tasks (or ``only`` some) at one length; above 128 chunks half the questions and four tasks."""
     rows = []
-    for chunks in lengths:
-        source = models.source(99 + chunks)
-        tasks = list(TASKS) if chunks <= LONG else LONG_TASKS
-        for task in tasks:
-            asked = count if chunks <= LONG and task not in SEVERAL else max(SHARED, count // 2)
-            rows.append(needle_task(models, task, chunks, asked, source))
-            print(json.dumps(rows[-1]), flush=True)
+    source = models.source(99 + chunks + 10_000 * seed)
+    for task in TASKS if chunks <= LONG else LONG_TASKS:
+        if only and task not in only:
+            continue
+        asked = count if chunks <= LONG and task not in SEVERAL else max(SHARED, count // 2)
+        rows.append({**needle_task(models, task, chunks, asked, source), "seed": seed})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -352,9 +242,9 @@ def answered(texts: Sequence[str], passages: Sequence[dict[str, Any]]) -> int:
     )
 
 
-def squad(models: Models, chunks: int, count: int) -> dict[str, Any]:
+def squad(models: Models, chunks: int, count: int, seed: int = 0) -> dict[str, Any]:
     """SQuAD's questions among its paragraphs: found, answered, and answered with the gold paragraph alone."""
-    source, layout = models.source(7), models.retriever.layout
+    source, layout = models.source(7 + 10_000 * seed), models.retriever.layout
     paragraphs = Paragraphs(models.data, source)
     hits: Counter[str] = Counter()
     total = 0
@@ -387,7 +277,7 @@ def squad(models: Models, chunks: int, count: int) -> dict[str, Any]:
             hits[name] += answered(texts, asked)
         total += SHARED
     shares = {name: round(100 * hit / total, 1) for name, hit in hits.items()}
-    return {"chunks": chunks, "questions": total, **shares}
+    return {"chunks": chunks, "questions": total, **shares, "seed": seed}
 
 
 def perplexity(
@@ -434,44 +324,61 @@ def perplexity(
     return {name: round(math.exp(sum(values) / len(values)), 3) for name, values in losses.items()}
 
 
+def units(models: Models, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is evaluated one after the other, by its name in the results."""
+    made: dict[str, Callable[[], Any]] = {}
+    for seed in arguments.seeds:
+        for chunks in arguments.lengths:
+            made[f"needles, {chunks} chunks, seed {seed}"] = partial(
+                needles, models, chunks, arguments.questions, seed, arguments.tasks
+            )
+        for chunks in arguments.squad_lengths if arguments.squad else ():
+            made[f"SQuAD, {chunks} chunks, seed {seed}"] = partial(squad, models, chunks, arguments.squad, seed)
+    if arguments.counting and (arguments.data / RECORDS).is_file():
+        made["counting"] = partial(counting, models, arguments.data / RECORDS, arguments.counting)
+    if arguments.points:
+        made["perplexity"] = partial(perplexity, models, arguments.points)
+    return made
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
-    parser.add_argument("--adapter", type=Path, required=True, help="file written by train.py")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[7, 32, 128, 1024], help="chunks of 1024 tokens")
+    parser.add_argument("--adapter", type=Path, required=True, help="file written by train.py, or the package's")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results; what it has is not repeated")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[7, 32, 128, 512, 1024], help="chunks of 1024 tokens")
+    parser.add_argument("--tasks", nargs="*", default=[], choices=list(TASKS), help="needle tasks, all by default")
     parser.add_argument("--questions", type=int, default=100, help="questions of each needle task")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="all questions are drawn anew for each")
     parser.add_argument("--squad", type=int, default=100, help="questions of SQuAD at each length, 0 for none")
+    parser.add_argument("--squad-lengths", type=int, nargs="*", default=list(SQUAD_LENGTHS))
+    parser.add_argument("--counting", type=int, default=20, help="questions of each task of counting.py, 0 for none")
+    parser.add_argument("--points", type=int, default=24, help="windows of which perplexity is taken, 0 for none")
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no part after so many seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
-    device = torch.device(arguments.device)
-    base = load_base(arguments.data / "base", device)
-    retriever = load_adapter(arguments.adapter, base)
-    tokenizer = AutoTokenizer.from_pretrained(base.folder)
-    source = QuestionSource(arguments.data, tokenizer, "test", 0, retriever.layout)
-    models = Models(
-        retriever,
-        retriever.compressor_weights(),
-        retriever.decoder_weights(),
-        tokenizer,
-        arguments.data,
-        source.user,
-        torch.from_numpy(source.separators(PICKED)),
-    )
-    results: dict[str, Any] = {"base": base.source, "torch": str(torch.__version__), "device": str(device)}
-
-    def keep(name: str, value: Any) -> None:
-        results[name] = value
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-
-    keep("perplexity", perplexity(models))
-    print(json.dumps(results["perplexity"]), flush=True)
-    keep("needles", needles(models, arguments.lengths, arguments.questions))
-    if arguments.squad:
-        keep("squad", [squad(models, chunks, arguments.squad) for chunks in SQUAD_LENGTHS])
-        print(json.dumps(results["squad"]), flush=True)
+    start = time.monotonic()
+    base = load_base(arguments.data / "base", torch.device(arguments.device))
+    models = models_of(arguments.data, any_adapter(arguments.adapter, base), base.folder)
+    header = {"base": base.source, "adapter": file_digest(arguments.adapter), "device": arguments.device}
+    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else dict(header)
+    if any(results.get(name) != value for name, value in header.items()):
+        got = {name: results.get(name) for name in header}
+        raise SystemExit(f"{arguments.out}: expected results of {header}, got those of {got}; give another --out")
+    results["torch"] = str(torch.__version__)
+    for name, unit in units(models, arguments).items():
+        if name in results:
+            continue
+        if time.monotonic() - start > arguments.limit:
+            print(f"stopped before {name}: the same command goes on", flush=True)
+            raise SystemExit(GO_ON)
+        results[name] = unit()
+        part = arguments.out.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=2) + "\n")
+        part.replace(arguments.out)
+        print(json.dumps({name: results[name]}), flush=True)
 
 
 if __name__ == "__main__":

