@@ -362,7 +362,12 @@ def main() -> None:
     start = time.monotonic()
     base = load_base(arguments.data / "base", torch.device(arguments.device))
     models = models_of(arguments.data, any_adapter(arguments.adapter, base), base.folder)
-    header = {"base": base.source, "adapter": file_digest(arguments.adapter), "device": arguments.device}
+    header: dict[str, Any] = {
+        "base": base.source,
+        "adapter": file_digest(arguments.adapter),
+        "device": arguments.device,
+    }
+    header |= {name: getattr(arguments, name) for name in ("tasks", "questions", "squad")}
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else dict(header)
     if any(results.get(name) != value for name, value in header.items()):
         got = {name: results.get(name) for name in header}

@@ -24,12 +24,12 @@ class Mix:
         absent: of the windows: those without a passage that holds the answer, in which the model has to say so.
     """
 
-    items: tuple[float, float, float, float] = (0.26, 0.15, 0.19, 0.28)
+    items: tuple[float, float, float, float] = (0.22, 0.16, 0.22, 0.28)
     many: float = 0.35
     crowd: float = 0.1
     alike: float = 0.5
     distractors: int = 12
-    asked: int = 4
+    asked: int = 3
     whole: bool = True
     more: bool = True
     by_words: float = 0.3

@@ -220,6 +220,8 @@ class Trainer:
     def _replay(self) -> Tensor:
         if self.graph is None:
             torch.cuda.synchronize()
+            # the graph has memory of its own; what the first steps took is given back to the device
+            torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.graph_reports = self._update()
