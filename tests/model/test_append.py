@@ -27,7 +27,7 @@ USED_UP = "expected the memory that append has returned, got the one given to it
 
 def _model(family: str = "llama", **fields: Any) -> SharedLLMForCausalLM:
     """A micro-batch is one chunk, so that all matmuls have the same rows whatever they are computed with."""
-    return builders.model(family, **{"micro_batch_tokens": CHUNK, "query_aware": False, **fields})
+    return builders.model(family, **{"micro_batch_tokens": 1, "query_aware": False, **fields})
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_document_grows_as_if_compressed_anew(family: str, asks: bool) -> None
 @pytest.mark.parametrize("size", [1, 5, 29, 37])
 @torch.no_grad()
 def test_chunks_whose_slots_depend_on_the_choice(size: int) -> None:
-    model = _model(query_aware=True, chunk_size=size, micro_batch_tokens=size, slots_per_node=3)
+    model = _model(query_aware=True, chunk_size=size, slots_per_node=3)
     context, query = builders.ids(1, 4 * size + 3), builders.ids(1, 5)
     memory = model.compress(context[:, :1], query_ids=query)
     for end in range(2, context.shape[1] + 1):
