@@ -170,9 +170,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::kBulk) {
       // the consumers see the producer's barriers
       if (warp == C::kWarps) {
-        named_barrier_arrive(2, C::kThreads);
+        named_barrier_arrive(kStartBarrier, C::kThreads);
       } else {
-        named_barrier_sync(2, C::kThreads);
+        named_barrier_sync(kStartBarrier, C::kThreads);
       }
     }
 

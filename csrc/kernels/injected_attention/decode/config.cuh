@@ -14,18 +14,25 @@ namespace decode {
 // What the workspace holds before a result is there. Arithmetic never produces this NaN.
 constexpr uint32_t kAbsent = 0xffffffffu;
 
-// Warps of a block: kSlotWarps x kRowWarps; a warp takes kSlots / kSlotWarps slots of a block and 8 * kRowTiles rows.
-// kBulk: a producer warp and TMA, else cp.async. Element: type of queries and results; Code: of keys and values, the
-// same or int8 with a scale for each slot and head.
-template <class Element, class Code, int kHeadSize_, int kSlots_, int kSlotWarps_, int kRowWarps_, int kRowTiles_,
-          int kStages_, bool kBulk_>
+// The slots and rows that a block takes at a time, and how its warps share them.
+struct Tile {
+  int slots;
+  int slot_warps;  // each takes slots / slot_warps slots ...
+  int row_warps;   // ... and 8 * row_tiles packed rows
+  int row_tiles;
+  int stages;  // of keys and of values
+  bool bulk;   // a producer warp and TMA, else cp.async
+};
+
+// Element: type of queries and results; Code: of keys and values, the same or int8 with a scale for each slot and head.
+template <class Element, class Code, int kHeadSize_, Tile kTile>
 struct Config {
   using T = Element;
   static constexpr bool kEightBit = sizeof(Code) == 1;
   using Operand = std::conditional_t<kEightBit, __half, T>;  // of the matmuls
-  static constexpr int kHeadSize = kHeadSize_, kSlots = kSlots_, kStages = kStages_;
-  static constexpr int kSlotWarps = kSlotWarps_, kRowWarps = kRowWarps_, kRowTiles = kRowTiles_;
-  static constexpr bool kBulk = kBulk_;
+  static constexpr int kHeadSize = kHeadSize_, kSlots = kTile.slots, kStages = kTile.stages;
+  static constexpr int kSlotWarps = kTile.slot_warps, kRowWarps = kTile.row_warps, kRowTiles = kTile.row_tiles;
+  static constexpr bool kBulk = kTile.bulk;
   static constexpr int kWarpRows = 8 * kRowTiles, kRows = kWarpRows * kRowWarps;
   static constexpr int kSlotTiles = kSlots / (16 * kSlotWarps);  // of a warp
   static constexpr int kWarps = kSlotWarps * kRowWarps, kConsumers = 32 * kWarps;
@@ -70,10 +77,16 @@ struct Scales {
 };
 struct Nothing {};
 
+// Named barriers.
+enum Barrier : int {
+  kConsumerBarrier = 1,  // of the warps that compute
+  kStartBarrier,         // of all warps: the producer has made its mbarriers
+};
+
 template <int kThreads>
 __device__ __forceinline__ void sync_consumers() {
   __syncwarp();
-  named_barrier_sync<1, kThreads>();
+  named_barrier_sync<kConsumerBarrier, kThreads>();
 }
 
 }  // namespace decode

@@ -124,7 +124,8 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
   return launch_merge<C>(p, awaits, stream);
 }
 
-// Chooses the tile. The slots of a block make 16 KB of keys (32 KB for 256 columns of 16 bits).
+// Chooses the tile. The slots of a block make 16 KB of keys (32 KB for 256 columns of 16 bits). A warp of 256
+// columns takes 8 rows, others up to 16.
 template <class T, class Code, int kHeadSize>
 cudaError_t launch_bulk(const InjectedAttentionParams& p, const Scales* scales, cudaStream_t stream) {
   constexpr int kBytes = kHeadSize * sizeof(Code);
@@ -136,18 +137,36 @@ cudaError_t launch_bulk(const InjectedAttentionParams& p, const Scales* scales, 
     constexpr bool kWide = kHeadSize == 256;
     // as many stages as fit beside the rest
     constexpr int kStages = kBytes == 512 ? 3 : 6, kFewerStages = kBytes == 512 ? 3 : kWide ? 5 : 6;
+    constexpr int kRowTiles = kWide ? 1 : 2;
+    constexpr Tile kRows8{
+        .slots = kSlots, .slot_warps = 4, .row_warps = 1, .row_tiles = 1, .stages = kStages, .bulk = true};
+    constexpr Tile kRows16{.slots = kSlots,
+                           .slot_warps = 4,
+                           .row_warps = kWide ? 2 : 1,
+                           .row_tiles = kRowTiles,
+                           .stages = kStages,
+                           .bulk = true};
+    constexpr Tile kRows32{.slots = kSlots,
+                           .slot_warps = kWide ? 2 : 4,
+                           .row_warps = kWide ? 4 : 2,
+                           .row_tiles = kRowTiles,
+                           .stages = kStages,
+                           .bulk = true};
+    constexpr Tile kRows64{.slots = kSlots,
+                           .slot_warps = 2,
+                           .row_warps = kWide ? 8 : 4,
+                           .row_tiles = kRowTiles,
+                           .stages = kFewerStages,
+                           .bulk = true};
     switch (decode_tile_rows(p)) {
       case 8:
-        return launch<Config<T, Code, kHeadSize, kSlots, 4, 1, 1, kStages, true>>(p, scales, stream);
+        return launch<Config<T, Code, kHeadSize, kRows8>>(p, scales, stream);
       case 16:
-        return launch<Config<T, Code, kHeadSize, kSlots, 4, kWide ? 2 : 1, kWide ? 1 : 2, kStages, true>>(p, scales,
-                                                                                                          stream);
+        return launch<Config<T, Code, kHeadSize, kRows16>>(p, scales, stream);
       case 32:
-        return launch<Config<T, Code, kHeadSize, kSlots, kWide ? 2 : 4, kWide ? 4 : 2, kWide ? 1 : 2, kStages, true>>(
-            p, scales, stream);
+        return launch<Config<T, Code, kHeadSize, kRows32>>(p, scales, stream);
       default:
-        return launch<Config<T, Code, kHeadSize, kSlots, 2, kWide ? 8 : 4, kWide ? 1 : 2, kFewerStages, true>>(
-            p, scales, stream);
+        return launch<Config<T, Code, kHeadSize, kRows64>>(p, scales, stream);
     }
   }
 }
@@ -160,23 +179,37 @@ cudaError_t launch_portable(const InjectedAttentionParams& p, const Scales* scal
   constexpr int kBytes = kHeadSize * sizeof(Code);
   constexpr bool kWide = kHeadSize == 256;
   constexpr int kSlots = kBytes == 512 ? 32 : kBytes <= 128 ? 128 : 64, kSlotWarps = kSlots == 32 ? 2 : 4;
+  constexpr int kRowTiles = kWide ? 1 : 2;
+  constexpr Tile kRows8{
+      .slots = kSlots, .slot_warps = kSlotWarps, .row_warps = 1, .row_tiles = 1, .stages = 2, .bulk = false};
+  constexpr Tile kRows8Deep{
+      .slots = kSlots, .slot_warps = kSlotWarps, .row_warps = 1, .row_tiles = 1, .stages = 3, .bulk = false};
+  constexpr Tile kRows16{.slots = kSlots,
+                         .slot_warps = kSlotWarps,
+                         .row_warps = kWide ? 2 : 1,
+                         .row_tiles = kRowTiles,
+                         .stages = 2,
+                         .bulk = false};
+  constexpr Tile kRows32{
+      .slots = kSlots, .slot_warps = 2, .row_warps = kWide ? 4 : 2, .row_tiles = kRowTiles, .stages = 2, .bulk = false};
+  constexpr Tile kRows64{
+      .slots = kSlots, .slot_warps = 2, .row_warps = kWide ? 8 : 4, .row_tiles = kRowTiles, .stages = 2, .bulk = false};
   switch (decode_tile_rows(p)) {
     case 8: {
-      using Deep = Config<T, Code, kHeadSize, kSlots, kSlotWarps, 1, 1, 3, false>;
+      using Deep = Config<T, Code, kHeadSize, kRows8Deep>;
       int shared_bytes = 0;
       const cudaError_t status = current_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
       if (status != cudaSuccess) return status;
       // each block takes up to 2 KB besides
       if (shared_bytes >= 2 * (Deep::kSharedBytes + 2048)) return launch<Deep>(p, scales, stream);
-      return launch<Config<T, Code, kHeadSize, kSlots, kSlotWarps, 1, 1, 2, false>>(p, scales, stream);
+      return launch<Config<T, Code, kHeadSize, kRows8>>(p, scales, stream);
     }
     case 16:
-      return launch<Config<T, Code, kHeadSize, kSlots, kSlotWarps, kWide ? 2 : 1, kWide ? 1 : 2, 2, false>>(p, scales,
-                                                                                                            stream);
+      return launch<Config<T, Code, kHeadSize, kRows16>>(p, scales, stream);
     case 32:
-      return launch<Config<T, Code, kHeadSize, kSlots, 2, kWide ? 4 : 2, kWide ? 1 : 2, 2, false>>(p, scales, stream);
+      return launch<Config<T, Code, kHeadSize, kRows32>>(p, scales, stream);
     default:
-      return launch<Config<T, Code, kHeadSize, kSlots, 2, kWide ? 8 : 4, kWide ? 1 : 2, 2, false>>(p, scales, stream);
+      return launch<Config<T, Code, kHeadSize, kRows64>>(p, scales, stream);
   }
 }
 

@@ -291,6 +291,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
   const BlockWork work(p, pieces, blockIdx.x);
   const int kv_head = work.kv_head;
   const int64_t slot = work.slot_tile * Tile::kSlots;
+  // named barriers; the ping-pong takes one for each warpgroup
+  enum Barrier : int { kKeysBarrier = 1, kTurnBarrier };
   // the same in all lanes, which the compiler cannot see
   const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
 
@@ -432,7 +434,7 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
     // after the rotation, which may make a number infinite but never finite
     zero_non_finite_rows<T, Tile::kPanels, Tile::kSlots, 128 * Tile::kWarpgroups>(keys, threadIdx.x - 128);
     async_proxy_fence();
-    named_barrier_sync(1, 128 * Tile::kWarpgroups);
+    named_barrier_sync(kKeysBarrier, 128 * Tile::kWarpgroups);
     barrier_wait(slots_full + 1, 0);
 
     int stage = 0;
@@ -570,8 +572,8 @@ __global__ __launch_bounds__(KeyValueGradientTile<kHeadSize>::kThreads, 1) void 
       };
 
       // Ping-pong: the matmuls of one warpgroup run while the other computes its exponentials.
-      const auto take_turn = [&]() { named_barrier_sync(2 + w, 256); };
-      const auto give_turn = [&]() { named_barrier_arrive(3 - w, 256); };
+      const auto take_turn = [&]() { named_barrier_sync(kTurnBarrier + w, 256); };
+      const auto give_turn = [&]() { named_barrier_arrive(kTurnBarrier + 1 - w, 256); };
       if (w == 1) give_turn();
 
       take_turn();

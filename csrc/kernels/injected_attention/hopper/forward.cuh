@@ -21,8 +21,9 @@ namespace sm90 {
 
 constexpr int kPanel = 64;  // columns of a panel of 128-byte rows
 constexpr int kLoaders = 96;
-// named barriers; the ping-pong and the warpgroups take up to three each
-constexpr int kTurnBarrier = 1, kLoaderBarrier = 7;
+// Named barriers. The ping-pong takes one for each warpgroup, as do the warpgroups alone, which follow: up to three
+// each.
+enum Barrier : int { kTurnBarrier = 1, kLoaderBarrier = 7 };
 
 template <int kHeadSize, int kStagesOfQueries = Sm90Tile<kHeadSize>::kQueryStages>
 struct Shape {

@@ -137,6 +137,8 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
     return shared + 2 * (buffer * Tile::kWarpgroups + w) * Tile::kQueryBytes;
   };
 
+  // named barriers of the ping-pong, one for each warpgroup
+  enum Barrier : int { kTurnBarrier = 1 };
   // the same in all lanes, which the compiler cannot see
   const int warpgroup = __shfl_sync(kFullWarp, threadIdx.x / 128, 0);
 
@@ -350,8 +352,8 @@ __global__ __launch_bounds__(QueryGradientTile<kHeadSize>::kThreads, 1) void que
                                          tiling.heads * tiling.queries, sums);
     };
     // Ping-pong: the matmuls of one warpgroup run while the other computes its exponentials.
-    const auto take_turn = [&]() { named_barrier_sync(1 + w, 128 * Tile::kWarpgroups); };
-    const auto give_turn = [&]() { named_barrier_arrive(2 - w, 128 * Tile::kWarpgroups); };
+    const auto take_turn = [&]() { named_barrier_sync(kTurnBarrier + w, 128 * Tile::kWarpgroups); };
+    const auto give_turn = [&]() { named_barrier_arrive(kTurnBarrier + 1 - w, 128 * Tile::kWarpgroups); };
 
     if (w == 1) give_turn();
     barrier_wait(query_full + w, 0);
