@@ -11,9 +11,11 @@ set(SHAREDLLM_CPU_SOURCES
 set(SHAREDLLM_CUDA_SOURCES
     csrc/ops/chunk_compression.cpp
     csrc/ops/context_tree.cpp
-    csrc/ops/decode_step.cpp
+    csrc/ops/decode_append.cpp
+    csrc/ops/decode_linear.cpp
     csrc/ops/fused_layer.cpp
     csrc/ops/injected_attention.cpp
+    csrc/ops/memory_quantization.cpp
     csrc/ops/node_vectors.cpp
     csrc/ops/topk_nodes.cpp
     csrc/kernels/chunk_compression.cu

@@ -108,12 +108,6 @@ struct Arguments {
     head_strides(v, p.v_stride);
     return p;
   }
-
-  // The stride of a dimension of one element says nothing: that of a dense tensor is always valid.
-  static void head_strides(const Tensor& x, int64_t (&strides)[2]) {
-    strides[1] = x.size(1) > 1 ? x.stride(1) : x.size(2);
-    strides[0] = x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
-  }
 };
 
 // Partial results, freed with this: torch hands the memory only to work queued later on the same stream.
@@ -257,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
       turned_keys = allocate(like, {f.num_slots, f.kv_heads, f.head_size});
       check_launch(name, launch_injected_attention_turn_keys(f, 1.0f, turned_keys.mutable_data_ptr(), stream));
       f.k = turned_keys.const_data_ptr();
-      Arguments::head_strides(turned_keys, f.k_stride);
+      head_strides(turned_keys, f.k_stride);
       f.rotary_half = 0;
     }
   }
@@ -328,8 +322,8 @@ std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v,
   arguments.v = with_aligned_rows(arguments.v);
   a.k = arguments.k.const_data_ptr();
   a.v = arguments.v.const_data_ptr();
-  Arguments::head_strides(arguments.k, a.k_stride);
-  Arguments::head_strides(arguments.v, a.v_stride);
+  head_strides(arguments.k, a.k_stride);
+  head_strides(arguments.v, a.v_stride);
   k_scale = dense(k_scale);
   v_scale = dense(v_scale);
   const cudaStream_t stream = current_stream(device);
@@ -372,41 +366,12 @@ std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v,
                             cu_q, slot_range, q_position, cos, sin, scale);
 }
 
-std::tuple<Tensor, Tensor> quantize_memory(Tensor x) {
-  check(x.is_cuda(), "x: expected a tensor on cuda, got one on another kind of device");
-  MemoryQuantizationParams p{};
-  p.type = float_type("x", x);
-  check_shape("x", x, {-1, -1, -1});
-  check(x.size(2) % 8 == 0 && x.size(2) <= kGenericMaxHeadSize,
-        "x: expected a head size that is a multiple of 8 and at most ", kGenericMaxHeadSize, " (on CUDA), got ",
-        x.size(2));
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  x = with_aligned_rows(x);
-  Tensor codes = allocate(x, {x.size(0), x.size(1), x.size(2)}, ScalarType::Char);
-  Tensor scale = allocate(x, {x.size(0), x.size(1)}, ScalarType::Float);
-  p.input = x.const_data_ptr();
-  p.codes = codes.mutable_data_ptr<int8_t>();
-  p.scale = scale.mutable_data_ptr<float>();
-  Arguments::head_strides(x, p.stride);
-  p.scale_stride[0] = x.size(1);
-  p.scale_stride[1] = 1;
-  p.num_slots = x.size(0);
-  p.heads = narrow_size("x", x.size(1));
-  p.head_size = static_cast<int32_t>(x.size(2));
-  if (p.num_slots > 0 && p.heads > 0) {
-    check_launch("quantize_memory", launch_quantize_memory(p, current_stream(device)));
-  }
-  return {codes, scale};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sharedllm, CUDA, m) {
   m.impl("injected_attention", TORCH_BOX(&injected_attention));
   m.impl("injected_attention_backward", TORCH_BOX(&injected_attention_backward));
   m.impl("injected_attention_8bit", TORCH_BOX(&injected_attention_8bit));
-  m.impl("quantize_memory", TORCH_BOX(&quantize_memory));
 }
 
 }  // namespace sharedllm

@@ -86,4 +86,11 @@ inline void check_launch(const char* name, cudaError_t status) {
   throw std::runtime_error(text.str());
 }
 
+// Strides of [slots, heads, columns] between slots and between heads. The stride of a dimension of one element says
+// nothing: that of a dense tensor is always valid.
+inline void head_strides(const torch::stable::Tensor& x, int64_t (&strides)[2]) {
+  strides[1] = x.size(1) > 1 ? x.stride(1) : x.size(2);
+  strides[0] = x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
+}
+
 }  // namespace sharedllm
