@@ -210,9 +210,11 @@ def compression_backward(rng: random.Random) -> Arguments:
 def attention(rng: random.Random, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> Arguments:
     """injected_attention."""
     q_heads, heads, size = heads_of(rng)
-    rows, dtype = rng.choice([0, 1, 2, 5]), rng.choice(dtypes)
+    rows, dtype = rng.choice([0, 1, 2, 5, 40]), rng.choice(dtypes)
     queries, slots = rng.choice([0, 1, 9, 130]) if rows else 0, rng.choice([0, 1, 40, 300])
-    ends = [sorted((rng.randint(0, slots), rng.randint(0, slots))) for _ in range(rows)]
+    # rows often share a memory with others, wherever those are in the batch
+    memories = [sorted((rng.randint(0, slots), rng.randint(0, slots))) for _ in range(rng.choice([1, 2, max(rows, 1)]))]
+    ends = [rng.choice(memories) for _ in range(rows)]
     positions = rng.choice([1, 9])
     return {
         "q": floats(rng, queries, q_heads, size, dtype=dtype),

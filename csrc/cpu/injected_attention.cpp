@@ -17,6 +17,7 @@
 #include "common/simd.h"
 #include "common/tasks.h"
 #include "injected_attention_kernel.h"
+#include "injected_attention_rows.h"
 
 namespace sharedllm::injected {
 
@@ -94,6 +95,7 @@ View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1
 // The arguments that both passes share, made dense and kept alive.
 struct Arguments {
   Tensor q, k, v, cu_q, slot_range, q_position, cos, sin;
+  MergedRows merged = {};
 
   Problem check_and_describe(double scale) {
     check(q.is_cpu(), "q: expected a tensor on cpu, got one on another kind of device");
@@ -119,13 +121,9 @@ struct Arguments {
     p.q = view(q);
     p.k = view(k);
     p.v = view(v);
-    p.cu_q = cu_q.const_data_ptr<int64_t>();
-    p.slot_range = slot_range.const_data_ptr<int64_t>();
-    p.q_position = q_position.const_data_ptr<int64_t>();
     p.cos = cos.const_data_ptr<float>();
     p.sin = sin.const_data_ptr<float>();
     p.half = cos.size(1);
-    p.rows = rows;
     p.queries = q.size(0);
     p.slots = k.size(0);
     p.q_heads = q.size(1);
@@ -133,13 +131,22 @@ struct Arguments {
     p.groups = p.q_heads / p.kv_heads;
     p.size = q.size(2);
     p.scale = static_cast<float>(scale);
-    check_cumulative("cu_q", p.cu_q, rows + 1, p.queries);
+    const auto* const bounds = cu_q.const_data_ptr<int64_t>();
+    const auto* const ranges = slot_range.const_data_ptr<int64_t>();
+    const auto* const positions = q_position.const_data_ptr<int64_t>();
+    check_cumulative("cu_q", bounds, rows + 1, p.queries);
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t begin = p.slot_range[2 * row], end = p.slot_range[2 * row + 1];
+      const int64_t begin = ranges[2 * row], end = ranges[2 * row + 1];
       check(0 <= begin && begin <= end && end <= p.slots, "slot_range[", row,
             "]: expected 0 <= begin <= end <= ", p.slots, ", got (", begin, ", ", end, ")");
     }
-    check_range("q_position", p.q_position, rows, 0, cos.size(0));
+    check_range("q_position", positions, rows, 0, cos.size(0));
+    merged = MergedRows(bounds, ranges, positions, rows);
+    p.cu_q = merged.cu_q();
+    p.slot_range = merged.slot_range();
+    p.run = merged.run();
+    p.runs = merged.runs();
+    p.rows = merged.rows();
     return p;
   }
 };

@@ -1,6 +1,7 @@
 // What the host operator hands to the kernels of injected attention, and how the work is cut.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -14,11 +15,19 @@ struct View {
   int64_t row = 0, head = 0;
 };
 
+// Queries that a row of the batch puts into a merged row, see MergedRows.
+struct QueryRun {
+  int64_t place;     // of the first among the queries of all merged rows
+  int64_t token;     // the first query
+  int64_t position;  // rotary, of all of them
+};
+
 struct Problem {
-  View q, k, v;                             // [T, Hq, D], [S, Hkv, D], [S, Hkv, D]
-  const int64_t* cu_q;                      // [B + 1]
-  const int64_t* slot_range;                // [B, 2]
-  const int64_t* q_position;                // [B]
+  View q, k, v;               // [T, Hq, D], [S, Hkv, D], [S, Hkv, D]
+  const int64_t* cu_q;        // [B + 1]
+  const int64_t* slot_range;  // [B, 2], no two of them equal
+  const QueryRun* run;        // [runs], places ascending
+  int64_t runs;
   const float *cos, *sin;                   // [P, R/2]
   int64_t half;                             // R/2
   int64_t rows, queries, slots;             // B, T, S
@@ -39,8 +48,20 @@ struct Backward : Problem {
   void *grad_k, *grad_v;  // [S, Hkv, D] or null
 };
 
-// The queries of one row and one key/value head, the group's heads stacked: stacked query i is token first + i /
-// groups.
+// Stacked query i of a row and key/value head: the heads of a group that read it, query after query.
+struct StackedQuery {
+  int64_t token, head, position;
+};
+
+inline StackedQuery stacked_query(const Problem& p, int64_t row, int64_t kv_head, int64_t i) {
+  const int64_t place = p.cu_q[row] + i / p.groups;
+  const QueryRun* const run = std::upper_bound(p.run + 1, p.run + p.runs, place,
+                                               [](int64_t value, const QueryRun& x) { return value < x.place; }) -
+                              1;
+  return {run->token + place - run->place, kv_head * p.groups + i % p.groups, run->position};
+}
+
+// Stacked queries of one row and one key/value head.
 struct QueryBlock {
   int64_t row, head;
   int64_t begin, count;  // stacked queries

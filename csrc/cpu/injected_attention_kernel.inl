@@ -32,11 +32,11 @@ inline void put(float* units, int64_t unit, int64_t part, float x) {
 // Scores are scaled in the exponent, to base 2; a negative scale negates the queries, so that the maximum stays one.
 inline float exponent_scale(const Problem& p) { return std::abs(p.scale) * kLog2E; }
 
-// One query, rotated to the row's position (direction -1 rotates back), times a factor.
+// One query, rotated to its position (direction -1 rotates back), times a factor.
 template <class T>
-inline void rotate(const Problem& p, int64_t row, const T* from, float factor, float* to, float direction = 1) {
-  const float* cos = p.cos + p.q_position[row] * p.half;
-  const float* sin = p.sin + p.q_position[row] * p.half;
+inline void rotate(const Problem& p, int64_t position, const T* from, float factor, float* to, float direction = 1) {
+  const float* cos = p.cos + position * p.half;
+  const float* sin = p.sin + position * p.half;
   for (int64_t i = 0; i < p.half; ++i) {
     const float low = to_float(from[i]), high = to_float(from[i + p.half]), turn = direction * sin[i];
     to[i] = (low * cos[i] - high * turn) * factor;
@@ -175,10 +175,8 @@ class ForwardBlock {
     float* query = query_.get();
     std::memset(query, 0, sizeof(float) * ceil_div(block.count, kPanel) * units_ * kPanel);
     for (int64_t i = 0; i < block.count; ++i) {
-      const int64_t stacked = block.begin + i;
-      const int64_t token = p_.cu_q[block.row] + stacked / p_.groups;
-      const int64_t head = block.head * p_.groups + stacked % p_.groups;
-      rotate(p_, block.row, at<T>(p_.q, token, head), p_.scale < 0 ? -1.0f : 1.0f, vector_.get());
+      const auto [token, head, position] = stacked_query(p_, block.row, block.head, block.begin + i);
+      rotate(p_, position, at<T>(p_.q, token, head), p_.scale < 0 ? -1.0f : 1.0f, vector_.get());
       put_column<T>(vector_.get(), p_.size, query + i / kPanel * units_ * kPanel, i % kPanel);
     }
   }
@@ -254,9 +252,8 @@ inline void finish(const Forward& p, const QueryBlock& block, bool panels, int64
                    int64_t out_part, const float* top, const float* sum, int64_t top_part) {
   const int64_t step = panels ? kPanel : 1;
   for (int64_t i = 0; i < block.count; ++i) {
-    const int64_t stacked = block.begin + i;
-    const int64_t place =
-        (p.cu_q[block.row] + stacked / p.groups) * p.q_heads + block.head * p.groups + stacked % p.groups;
+    const StackedQuery query = stacked_query(p, block.row, block.head, block.begin + i);
+    const int64_t place = query.token * p.q_heads + query.head;
     float high = -FLT_MAX;
     for (int64_t part = 0; part < parts; ++part) high = std::max(high, top[part * top_part + i]);
     double total = 0;
@@ -303,7 +300,8 @@ inline void forward_worker(const Forward& p, const std::vector<QueryBlock>& bloc
 template <class T>
 inline void finish_empty(const Forward& p, const QueryBlock& block) {
   for (int64_t i = block.begin; i < block.begin + block.count; ++i) {
-    const int64_t place = (p.cu_q[block.row] + i / p.groups) * p.q_heads + block.head * p.groups + i % p.groups;
+    const StackedQuery query = stacked_query(p, block.row, block.head, i);
+    const int64_t place = query.token * p.q_heads + query.head;
     p.lse[place] = -INFINITY;
     std::memset(static_cast<T*>(p.out) + place * p.size, 0, p.size * sizeof(T));
   }
@@ -436,9 +434,8 @@ inline void few_worker(const Forward& p, const std::vector<FewTask>& tasks, std:
   for (int64_t i; (i = next++) < static_cast<int64_t>(tasks.size());) {
     const FewTask& task = tasks[i];
     for (int64_t j = 0; j < p.kv_heads * task.count; ++j) {
-      const int64_t token = p.cu_q[task.row] + j % task.count / p.groups;
-      const int64_t head = j / task.count * p.groups + j % task.count % p.groups;
-      rotate(p, task.row, at<T>(p.q, token, head), p.scale < 0 ? -1.0f : 1.0f, queries.get() + j * p.size);
+      const auto [token, head, position] = stacked_query(p, task.row, j / task.count, j % task.count);
+      rotate(p, position, at<T>(p.q, token, head), p.scale < 0 ? -1.0f : 1.0f, queries.get() + j * p.size);
       task.top[j] = -INFINITY;
       task.sum[j] = 0.0f;
     }
@@ -606,10 +603,9 @@ class Packed {
   void fill(const Backward& p, int64_t panel, const QueryBlock& block, float* vector) const {
     std::memset(query(panel), 0, sizeof(float) * stride_);
     for (int64_t i = 0; i < block.count; ++i) {
-      const int64_t token = p.cu_q[block.row] + (block.begin + i) / p.groups;
-      const int64_t head = block.head * p.groups + (block.begin + i) % p.groups;
+      const auto [token, head, position] = stacked_query(p, block.row, block.head, block.begin + i);
       const int64_t place = token * p.q_heads + head;
-      rotate(p, block.row, at<T>(p.q, token, head), p.scale < 0 ? -1.0f : 1.0f, vector);
+      rotate(p, position, at<T>(p.q, token, head), p.scale < 0 ? -1.0f : 1.0f, vector);
       put_column<T>(vector, p.size, query(panel), i);
       if (rows_) put_row(vector, p.size, query_rows(panel), i);
       const T *grad_out = at<T>(p.grad_out, token, head), *out = at<T>(p.out, token, head);
@@ -817,15 +813,14 @@ template <class T>
 inline void finish_backward(const Backward& p, const Panel& panel, const float* partial, float* vector) {
   partial += panel.partial * p.size * kPanel;
   for (int64_t i = 0; i < panel.block.count; ++i) {
-    const int64_t token = p.cu_q[panel.block.row] + (panel.block.begin + i) / p.groups;
-    const int64_t head = panel.block.head * p.groups + (panel.block.begin + i) % p.groups;
+    const auto [token, head, position] = stacked_query(p, panel.block.row, panel.block.head, panel.block.begin + i);
     for (int64_t d = 0; d < p.size; ++d) {
       float x = 0;
       for (int64_t chunk = 0; chunk < panel.chunks; ++chunk) x += partial[(chunk * p.size + d) * kPanel + i];
       vector[d] = x;
     }
     float* rotated = vector + p.size;
-    rotate(p, panel.block.row, vector, p.scale, rotated, -1.0f);
+    rotate(p, position, vector, p.scale, rotated, -1.0f);
     T* to = static_cast<T*>(p.grad_q) + (token * p.q_heads + head) * p.size;
     for (int64_t d = 0; d < p.size; ++d) store(to + d, rotated[d]);
   }

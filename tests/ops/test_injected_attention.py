@@ -39,6 +39,31 @@ CASES: dict[str, Spec] = {
     "many panels": ([700], [(5, 611)], 612, 4, 2, 64, 64),
     "group of 300": ([2], [(0, 50)], 50, 300, 1, 16, 16),
     "head size 256": ([70], [(0, 200)], 200, 2, 1, 256, 128),
+    # rows of equal range are computed together, each with its own position
+    "rows of one memory": ([1] * 8, [(3, 1500)] * 8, 1500, 9, 3, 64, 64),
+    "two rows of one memory": ([1, 1], [(5, 80)] * 2, 80, 8, 2, 64, 32),
+    "ragged rows of three memories": (
+        [1, 3, 2, 0, 1, 1, 5, 1, 2, 1, 1, 40],
+        [
+            (0, 99),
+            (99, 320),
+            (0, 99),
+            (99, 320),
+            (7, 7),
+            (0, 300),
+            (0, 99),
+            (320, 320),
+            (0, 300),
+            (9, 9),
+            (0, 99),
+            (0, 99),
+        ],
+        320,
+        4,
+        2,
+        40,
+        24,
+    ),
 }
 
 
@@ -201,6 +226,70 @@ def test_rows_do_not_see_each_other(device: torch.device, generator: torch.Gener
     k[300:] = torch.nan  # the third row's memory
     again, _ = attend(q, k, v, cu_q, slot_range, position, cos, sin, scale)
     assert torch.equal(again[:8], out[:8]) and again[8:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 2, 64), (8, 9, 3, 64), (21, 4, 2, 33), (90, 6, 2, 32)], ids=str)
+def test_rows_of_one_memory_are_one_row(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    # keys and values are then read once for all of them: the same bits as if the caller had given one row
+    rows, q_heads, kv_heads, size = shape
+    spec: Spec = ([1] * rows, [(2, 333)] * rows, 340, q_heads, kv_heads, size, 16)
+    q, k, v, *rest = build(spec, dtype, "cpu", generator)
+    rest[2] = torch.full((rows,), 5)
+    one = [torch.tensor([0, rows]), torch.tensor([[2, 333]]), torch.tensor([5]), *rest[3:]]
+    grad_out = torch.randn(q.shape, generator=generator).to(dtype)
+    results = []
+    for described in (rest, one):
+        out, lse = forward_op(q, k, v, *described)
+        results.append((out, lse, *backward_op(grad_out, lse, q, k, v, out, lse, *described, True)))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_order_of_rows_does_not_matter(dtype: torch.dtype, length: int, generator: torch.Generator) -> None:
+    ranges = [(0, 150), (150, 301), (7, 7), (0, 150), (20, 150)] * 4
+    rows = len(ranges)
+    q, k, v, cu_q, slot_range, position, *rest = build(
+        ([length] * rows, ranges, 301, 6, 2, 32, 16), dtype, "cpu", generator
+    )
+    q, grad_out = q.unflatten(0, (rows, length)), torch.randn(q.shape, generator=generator).to(dtype)
+    grad_out = grad_out.unflatten(0, (rows, length))
+
+    def run(order: Tensor) -> list[Tensor]:
+        described = (cu_q, slot_range[order], position[order], *rest)
+        queries = q[order].flatten(0, 1)
+        out, lse = forward_op(queries, k, v, *described)
+        grads = backward_op(grad_out[order].flatten(0, 1), None, queries, k, v, out, lse, *described, True)
+        by_row = [x.unflatten(0, (rows, length))[order.argsort()] for x in (out, lse, grads[0])]
+        return [*by_row, *grads[1:]]
+
+    straight, shuffled = run(torch.arange(rows)), run(torch.randperm(rows, generator=generator))
+    same = oracle([q.flatten(0, 1), k, v, cu_q, slot_range, position, *rest])
+    exact_out, exact_lse = reference.injected_attention(*same)
+    plain_out, plain_lse = _plain(q.flatten(0, 1), k, v, cu_q, slot_range, position, *rest)
+    check_error("out", shuffled[0].flatten(0, 1), plain_out, exact_out)
+    check_error("lse", shuffled[1].flatten(0, 1), plain_lse, exact_lse)
+    for name, *values in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), shuffled, straight, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [2, 5, 40])
+def test_a_row_of_nan_leaves_the_rows_of_its_memory_alone(
+    dtype: torch.dtype, rows: int, generator: torch.Generator
+) -> None:
+    q, k, v, *rest = build(([1] * rows, [(3, 200)] * rows, 204, 6, 2, 48, 16), dtype, "cpu", generator)
+    k[:3] = v[:3] = k[200:] = v[200:] = torch.nan
+    clean = forward_op(q, k, v, *rest)
+    q[1] = torch.nan
+    poisoned = forward_op(q, k, v, *rest)
+    others = [row for row in range(rows) if row != 1]
+    for got, want in zip(poisoned, clean, strict=True):
+        assert want.isfinite().all() and torch.equal(got[others], want[others]) and got[1].isnan().all()
 
 
 def test_infinite_scores(device: torch.device, generator: torch.Generator) -> None:
