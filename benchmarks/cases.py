@@ -293,6 +293,26 @@ def build_attention(problem: Attention, forced: str | None) -> Built:
     return Built(prepare, lambda: check_attention(problem, arguments, call))
 
 
+def build_shared(rows: int, slots: int, bits: int) -> Built:
+    """Rows of one query that share a memory, as the model gives them: one row. Peer: a row each."""
+    built = (build_attention(one_row(rows, slots), None), build_attention_8bit(one_row(rows, slots)))[bits == 8]
+    q, k, v, *_, cos, sin, scale = one_row(rows, slots).arguments()
+    described = (
+        torch.arange(rows + 1, device=DEVICE),
+        torch.tensor([[0, slots]] * rows, device=DEVICE),
+        torch.full((rows,), 128, device=DEVICE),
+        cos,
+        sin,
+    )
+    if bits == 8:
+        (keys, key_scale), (values, value_scale) = ops.quantize_memory(k), ops.quantize_memory(v)
+        stored = (keys, values, key_scale, value_scale)
+        built.prepare["rows"] = lambda: lambda: ops.injected_attention_8bit(q, *stored, *described, scale=scale)
+    else:
+        built.prepare["rows"] = lambda: lambda: injected_attention(q, k, v, *described, scale=scale)
+    return built
+
+
 def build_attention_8bit(problem: Attention) -> Built:
     q, k, v, *rest = problem.arguments()
     (keys, key_scale), (values, value_scale) = ops.quantize_memory(k), ops.quantize_memory(v)
@@ -386,6 +406,19 @@ def attention_cases() -> Iterator[Case]:
             4 * q_elements + 2 * k_elements * (1 + 4 / problem.size),
             ("bfloat16",),
             partial(build_attention_8bit, problem),
+            True,
+        )
+    for bits, rows in itertools.product((16, 8), (8, 64, 256)):
+        problem = one_row(rows, 16384)
+        q_elements, k_elements = problem.elements()
+        yield Case(
+            "injected_attention" if bits == 16 else "injected_attention_8bit",
+            "Injected attention, rows of one memory as one row (peer: a row each)",
+            f"32/8, {rows} rows of 1 x 16384, 128" + (", 8-bit memory" if bits == 8 else ""),
+            problem.flops(2),
+            problem.forward_bytes() if bits == 16 else 4 * q_elements + 2 * k_elements * (1 + 4 / problem.size),
+            ("rows", "cudnn", "flash") if bits == 16 else ("rows", "bfloat16"),
+            partial(build_shared, rows, 16384, bits),
             True,
         )
     for queries, slots in ((4096, 16384), (4096, 512)):

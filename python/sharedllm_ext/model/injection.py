@@ -1,5 +1,6 @@
 """The injected attention block, and the decoder layers of the supported families that carry one."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ class InjectedContext:
     Keys, values and rotary tables are lists, one entry a block. ``merge`` joins attention and log-sum-exp with those of
     other processes, which hold the memory's other slots.
 
+    Batch rows that read the same slots from the same position are one row of the operator, which then reads those slots
+    once for all of them: ``order`` are the batch rows in the operator's order, ``place`` says where each went; both are
+    ``None`` if that is the batch's own order.
+
     No dataclass: FSDP descends into those and would round the rotary tables to its parameters' dtype.
     """
 
@@ -35,9 +40,12 @@ class InjectedContext:
         cos: list[Tensor],
         sin: list[Tensor],
         merge: Callable[[Tensor, Tensor], Tensor] | None = None,
+        order: Tensor | None = None,
+        place: Tensor | None = None,
     ) -> None:
         self.keys, self.values, self.merge = keys, values, merge
         self.cu_q, self.slot_range, self.q_position = cu_q, slot_range, q_position
+        self.order, self.place = order, place
         self.cos, self.sin = cos, sin
 
     @classmethod
@@ -77,14 +85,42 @@ class InjectedContext:
         positions = tuple(memory.num_chunks[i] + offset for i in memory.memory_index)
         found = tables(max((0, *positions)) + 1, device, layers)
         cos, sin = ([found.of(layer)[side] for layer in layers] for side in (0, 1))
-        cu_q, slot_range, q_position = _rows_on(device, batch, length, tuple(memory.slot_ranges()), positions)
-        return cls(memory.keys, memory.values, cu_q, slot_range, q_position, cos, sin, memory.merge)
+        rows = _rows_on(device, batch, length, tuple(memory.slot_ranges()), positions)
+        return cls(memory.keys, memory.values, *rows[:3], cos, sin, memory.merge, *rows[3:])
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, *, layer: int, scale: float) -> Tensor:
+        """What the queries ``[B * L, Hq, D]`` of all batch rows read of a layer's keys and values; same shape."""
+        out, lse = injected_attention(
+            _rows_taken(query, self.order),
+            keys,
+            values,
+            self.cu_q,
+            self.slot_range,
+            self.q_position,
+            self.cos[layer],
+            self.sin[layer],
+            scale=scale,
+        )
+        out = _rows_taken(out, self.place)
+        # other processes may have joined other rows
+        return out if self.merge is None else self.merge(out, _rows_taken(lse, self.place))
+
+
+def _rows_taken(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The given batch rows of ``x [B * L, ...]``; ``None``: all, as they are."""
+    if rows is None:
+        return x
+    return x.unflatten(0, (rows.shape[0], -1)).index_select(0, rows).flatten(0, 1)
+
+
+_OperatorRows = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _rows_on(
     device: torch.device, batch: int, length: int, ranges: tuple[tuple[int, int], ...], positions: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``cu_q [B + 1]``, ``slot_range [B, 2]`` and ``q_position [B]``; on the CPU the same tensors for the same rows."""
+) -> _OperatorRows:
+    """``cu_q``, ``slot_range`` and ``q_position`` of the operator's rows, their order and its inverse, see
+    :class:`InjectedContext`; on the CPU the same tensors for the same rows."""
     global _last_rows
     # on CUDA another stream may ask next, and a graph may be captured
     if torch.compiler.is_compiling() or device.type != "cpu":
@@ -95,23 +131,40 @@ def _rows_on(
         return known[1]
     rows = _new_rows(device, batch, length, ranges, positions)
     # no stand-ins, by which others plan where a model's parts go
-    if all(type(tensor) is Tensor for tensor in rows):
+    if all(tensor is None or type(tensor) is Tensor for tensor in rows):
         _last_rows = key, rows
     return rows
 
 
 def _new_rows(
     device: torch.device, batch: int, length: int, ranges: tuple[tuple[int, int], ...], positions: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _OperatorRows:
+    sharing: dict[Any, list[int]] = {}
+    for row in range(batch):
+        # an exported program must not be tied to who shares with whom
+        own: Any = row if torch.compiler.is_compiling() else (ranges[row], positions[row])
+        sharing.setdefault(own, []).append(row)
+    groups = list(sharing.values())
+    order = [row for rows in groups for row in rows]
+    firsts = [rows[0] for rows in groups]
+    cu_q = torch.arange(batch + 1, device=device) * length
+    if len(groups) < batch:
+        ends = itertools.accumulate((len(rows) for rows in groups), initial=0)
+        cu_q = cu_q.index_select(0, upload(torch.tensor(list(ends)), device))
+    moved: list[Tensor | None] = [None, None]
+    if order != list(range(batch)):
+        moved = [upload(torch.tensor(rows), device) for rows in (order, sorted(range(batch), key=order.__getitem__))]
     return (
-        torch.arange(batch + 1, device=device) * length,
-        upload(torch.tensor(ranges, dtype=torch.int64).view(batch, 2), device),
-        upload(torch.tensor(positions, dtype=torch.int64), device),
+        cu_q,
+        upload(torch.tensor([ranges[row] for row in firsts], dtype=torch.int64).view(len(groups), 2), device),
+        upload(torch.tensor([positions[row] for row in firsts], dtype=torch.int64), device),
+        moved[0],
+        moved[1],
     )
 
 
 # replaced as a whole: threads may ask at any time
-_last_rows: tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] | None = None
+_last_rows: tuple[tuple[Any, ...], _OperatorRows] | None = None
 
 
 class InjectedAttention(nn.Module):
@@ -173,19 +226,7 @@ class InjectedAttention(nn.Module):
         dtype = query.dtype
         if self.q_norm is not None:
             query = self.q_norm(query)
-        out, lse = injected_attention(
-            query.to(keys.dtype),
-            keys,
-            values,
-            context.cu_q,
-            context.slot_range,
-            context.q_position,
-            context.cos[self.layer_index],
-            context.sin[self.layer_index],
-            scale=self.scaling,
-        )
-        if context.merge is not None:
-            out = context.merge(out, lse)
+        out = context.attend(query.to(keys.dtype), keys, values, layer=self.layer_index, scale=self.scaling)
         # a hook of this block may have kept its input
         hidden_states = hidden_states if is_untouched(self) else hidden_states.clone()
         read = add_linear(hidden_states, self.o_proj, out.view(batch, length, -1).to(dtype))

@@ -296,17 +296,8 @@ class DecodeRunner:
         query = query.view(self.batch, -1, injection.head_dim)
         if injection.q_norm is not None:
             query = injection.q_norm(query)
-        out, _ = injected_attention(
-            query,
-            context.keys[injection.layer_index],
-            context.values[injection.layer_index],
-            context.cu_q,
-            context.slot_range,
-            context.q_position,
-            context.cos[injection.layer_index],
-            context.sin[injection.layer_index],
-            scale=injection.scaling,
-        )
+        index = injection.layer_index
+        out = context.attend(query, context.keys[index], context.values[index], layer=index, scale=injection.scaling)
         return _product(out.flatten(1), (injection.o_proj,), residual=x)
 
 
