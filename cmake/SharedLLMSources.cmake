@@ -3,6 +3,7 @@ set(SHAREDLLM_CPU_SOURCES
     csrc/library.cpp
     csrc/cpu/chunk_compression.cpp
     csrc/cpu/context_tree.cpp
+    csrc/cpu/decode_linear.cpp
     csrc/cpu/injected_attention.cpp
     csrc/cpu/node_vectors.cpp
     csrc/cpu/topk_nodes.cpp)

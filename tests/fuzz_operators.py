@@ -261,9 +261,9 @@ def memory_rows(rng: random.Random) -> Arguments:
 
 def linear(rng: random.Random) -> Arguments:
     """decode_linear."""
-    rows, inner, dtype = rng.choice([0, 1, 3]), rng.choice([0, 1, 8, 33]), rng.choice(PLAIN_DTYPES)
+    rows, inner, dtype = rng.choice([0, 1, 3, 13]), rng.choice([0, 1, 8, 33]), rng.choice(KERNEL_DTYPES)
     gated = rng.random() < 0.3
-    outputs = [5, 5] if gated else [rng.choice([0, 1, 6]) for _ in range(rng.choice([1, 2, 3]))]
+    outputs = [5, 5] if gated else [rng.choice([0, 1, 6, 101]) for _ in range(rng.choice([1, 2, 3]))]
     weights = [floats(rng, n, inner, dtype=dtype) for n in outputs]
     biases = [floats(rng, n, dtype=dtype) if rng.random() < 0.5 else None for n in outputs]
     missing = [None] * (3 - len(outputs))

@@ -109,7 +109,7 @@ def _gelu(model: Any) -> None:
         (_watched, "config.output_hidden_states: expected False, got True"),
         (_rope, "rope_type: expected default, linear, llama3, yarn, got dynamic"),
         (_gelu, "hidden_act: expected silu, got gelu"),
-        (lambda m: m.double(), "dtype: expected torch.bfloat16 or torch.float16, got torch.float64"),
+        (lambda m: m.double(), "dtype: expected torch.float32 or torch.bfloat16, got torch.float64"),
     ],
 )
 def test_of_the_model(change: Any, reason: str) -> None:
@@ -169,7 +169,12 @@ def test_of_the_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = "memory: expected torch.float32 on cpu as the model, got torch.bfloat16 on cpu"
     assert decoding_obstacle(model, memory=memory) == expected
     monkeypatch.setattr(support, "RUN_ON_CPU", False)
-    assert decoding_obstacle(model) == "device: expected a CUDA device, got cpu"
+    assert decoding_obstacle(model) is None and decoding_obstacle(model.bfloat16()) is None
+    got = decoding_obstacle(model.half())
+    assert got == "dtype: expected torch.float32 or torch.bfloat16 on the CPU, got torch.float16"
+    monkeypatch.setattr(support, "cpu_kernels", lambda: frozenset({"injected_attention"}))
+    got = decoding_obstacle(model.float())
+    assert got == "CPU library: expected kernels of decode_linear, injected_attention, got none of decode_linear"
 
     class Other(SharedLLMForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

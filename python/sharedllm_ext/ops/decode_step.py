@@ -5,15 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._library import cuda_kernels
+from .._library import cpu_kernels, cuda_kernels
 from ..reference import decode_step as _reference
 from ._autocast import outside_autocast
-from ._checks import FLOATS, check_eps, check_rotary, check_tensor, check_that
+from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_eps, check_rotary, check_tensor, check_that
 
 __all__ = ["decode_append", "decode_linear"]
 
 #: Most matrices of one fused linear.
 MATRICES = 3
+#: Most rows for which the CPU kernel beats matmuls of a library, which repack the weights for every call.
+MAX_CPU_ROWS = 16
 
 
 @outside_autocast
@@ -35,7 +37,8 @@ def decode_linear(
     ``norm(x) [W_0; W_1; W_2]^T + [b_0; b_1; b_2] + residual``, or with ``gated``
     ``silu(norm(x) W_0^T + b_0) * (norm(x) W_1^T + b_1)``; ``norm`` is the root mean square norm, if it has a weight. On
     CUDA one kernel accumulates in float32 and reads the weights once for every 8 rows; it gives the same bits in every
-    run. Elsewhere, and for float64, plain PyTorch. Not differentiable.
+    run. On the CPU a kernel does the same for up to 16 rows in float32 and bfloat16. Elsewhere plain PyTorch. Not
+    differentiable.
 
     Args:
         x: ``[rows, K]`` float32, bfloat16, float16 or float64; on CUDA a row must fit into shared memory.
@@ -66,7 +69,7 @@ def decode_linear(
     matrices: list[Tensor | None] = [*weights]
     offsets: list[Tensor | None] = [None] * len(weights) if biases is None else [*biases]
     _check_linear(x, weights, offsets, norm_weight, eps, residual, gated)
-    if x.is_cuda and x.dtype == torch.float64:
+    if (x.is_cuda and x.dtype == torch.float64) or (x.device.type == "cpu" and not _has_cpu_kernel(x)):
         return _reference.decode_linear(
             x, weights, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
         )
@@ -75,6 +78,10 @@ def decode_linear(
     return torch.ops.sharedllm.decode_linear(
         x, *matrices, *offsets, norm_weight, eps, residual, gated, overlap, prefetch, prefetch_bytes
     )
+
+
+def _has_cpu_kernel(x: Tensor) -> bool:
+    return x.dtype in CPU_KERNEL_DTYPES and x.shape[0] <= MAX_CPU_ROWS and "decode_linear" in cpu_kernels()
 
 
 def _check_linear(
@@ -295,8 +302,7 @@ def _no_derivative(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:
 
 torch.library.register_autograd("sharedllm::decode_linear", _no_derivative)
 
-# the CPU has no kernels of its own for these
 for _name, _plain in (("decode_linear", _plain_linear), ("decode_append", _plain_append)):
-    for _device in ("CPU", "CUDA"):
-        if _device == "CPU" or _name not in cuda_kernels():
+    for _device, _kernels in (("CPU", cpu_kernels()), ("CUDA", cuda_kernels())):
+        if _name not in _kernels:
             torch.library.impl(f"sharedllm::{_name}", _device, _plain)

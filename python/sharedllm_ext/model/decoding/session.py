@@ -15,6 +15,7 @@ from ..memory import ContextMemory
 from ..outputs import SharedLLMOutput
 from ..protocols import Decoder
 from ..rotary import TablesOf
+from . import support
 from .cache import PreallocatedCache
 from .step import RUNNERS, DecodeRunner, state_of_step
 from .support import (
@@ -77,7 +78,8 @@ class DecodeCall:
     def run_ahead(self, tokens: Tensor) -> None:
         """Start the next step with these tokens ``[B]``, if a step over :attr:`cache` is what comes next."""
         cache, batch = self.cache, tokens.shape[0]
-        if cache is None or not self._is_held(cache, batch):
+        # the CPU is not idle meanwhile
+        if cache is None or not self._is_held(cache, batch) or not (tokens.is_cuda or support.RUN_ON_CPU):
             return
         cache.reserve(cache.get_seq_length() + 1)
         runner = self._runner(cache, batch)

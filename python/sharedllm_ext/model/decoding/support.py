@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._library import cuda_kernels
+from ..._library import cpu_kernels, cuda_kernels
 from ...ops.injected_attention import TENSOR_CORE_HEAD_SIZES
 from ..cache_name import CACHE_NAME, one_cache
 from ..families import attention_norm, family_of, mlp_norm
@@ -18,11 +18,13 @@ from .cache import PreallocatedCache
 MAX_BATCH = 8
 #: Rope types whose frequencies do not follow the sequence length.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-#: For tests: run the step, without a graph, on the CPU too.
+#: For tests: on the CPU run steps of every dtype, and start them ahead too, which gains nothing there.
 RUN_ON_CPU = False
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _KERNELS = ("decode_linear", "decode_append", "injected_attention")
+_CPU_KERNELS = ("decode_linear", "injected_attention")
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
 # generation modes that choose tokens one by one
 _SINGLE = ("greedy_search", "sample")
 _WATCHING = ("output_attentions", "output_hidden_states")
@@ -48,7 +50,7 @@ def decoding_obstacle(
     generation_config: Any = None,
     **settings: Any,
 ) -> str | None:
-    """Why ``generate`` would decode by the model's own forward, several times as slow as a CUDA graph of each token.
+    """Why ``generate`` would decode by the model's own forward, several times as slow as a decoding step.
 
     The model is examined in its present state. ``generate`` itself logs the reason to ``sharedllm_ext`` at level INFO,
     once.
@@ -147,8 +149,9 @@ def padding_of(mask: Tensor) -> Tensor:
 def obstacle_in_model(model: Decoder) -> str | None:
     """What speaks against steps in the model as it is now.
 
-    There is nothing for the supported families with plain modules without hooks, all on one CUDA device in bfloat16 or
-    float16, in evaluation mode, and head sizes that the attention has fast kernels for.
+    There is nothing for the supported families with plain modules without hooks, in evaluation mode, all on one CUDA
+    device in bfloat16 or float16 with head sizes that the attention has fast kernels for, or on the CPU in float32 or
+    bfloat16.
     """
     if model.training:
         return "model: expected evaluation mode (model.eval()), got training mode"
@@ -165,13 +168,14 @@ def _obstacle_in_place(model: Decoder) -> str | None:
     device, dtype = weight.device, weight.dtype
     size = model.model.layers[0].self_attn.head_dim
     if device.type not in ("cuda", "cpu"):
-        return f"device: expected a CUDA device, got {device}"
+        return f"device: expected a CUDA device or the CPU, got {device}"
     if torch.is_autocast_enabled(device.type):
         return f"autocast: expected none, got one on {device.type}"
     if dtype not in _DTYPES:
-        return f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}"
+        expected = "torch.bfloat16 or torch.float16" if device.type == "cuda" else "torch.float32 or torch.bfloat16"
+        return f"dtype: expected {expected}, got {dtype}"
     if device.type == "cpu":
-        return None if RUN_ON_CPU else "device: expected a CUDA device, got cpu"
+        return None if RUN_ON_CPU else _obstacle_on_cpu(dtype)
     if dtype == torch.float32:
         return f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}"
     if size not in TENSOR_CORE_HEAD_SIZES:
@@ -182,6 +186,17 @@ def _obstacle_in_place(model: Decoder) -> str | None:
     if missing:
         return f"CUDA library: expected kernels of {', '.join(_KERNELS)}, got none of {', '.join(missing)}"
     return None
+
+
+def _obstacle_on_cpu(dtype: torch.dtype) -> str | None:
+    if dtype not in _CPU_DTYPES:
+        return f"dtype: expected torch.float32 or torch.bfloat16 on the CPU, got {dtype}"
+    missing = [name for name in _CPU_KERNELS if name not in cpu_kernels()]
+    return (
+        f"CPU library: expected kernels of {', '.join(_CPU_KERNELS)}, got none of {', '.join(missing)}"
+        if missing
+        else None
+    )
 
 
 def _obstacle_in_settings_of(model: Decoder) -> str | None:
