@@ -41,7 +41,7 @@ model.compression, model.base_checkpoint, model.decoding.*
 model.indexing
 model.generation, model.slow_paths
 model.modeling
-model.published
+model.conversation, model.published
 model.__init__
 __init__
 distributed.ranks, distributed.shares

@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 _MODEL_NAMES = (
     "ContextIndex",
     "ContextMemory",
+    "Conversation",
     "SharedLLMConfig",
     "SharedLLMDataCollator",
     "SharedLLMForCausalLM",
@@ -23,6 +24,7 @@ _MODEL_NAMES = (
 __all__ = [
     "ContextIndex",
     "ContextMemory",
+    "Conversation",
     "SharedLLMConfig",
     "SharedLLMDataCollator",
     "SharedLLMForCausalLM",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from .model import (
         ContextIndex,
         ContextMemory,
+        Conversation,
         SharedLLMConfig,
         SharedLLMDataCollator,
         SharedLLMForCausalLM,

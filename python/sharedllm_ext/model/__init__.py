@@ -6,6 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .collator import SharedLLMDataCollator
 from .configuration import SharedLLMConfig
 from .context_index import ContextIndex
+from .conversation import Conversation
 from .decoding import decoding_obstacle
 from .memory import ContextMemory
 from .modeling import SharedLLMForCausalLM
@@ -19,6 +20,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sharedllm"] = SharedLLMForCausalLM.__name__
 __all__ = [
     "ContextIndex",
     "ContextMemory",
+    "Conversation",
     "SharedLLMConfig",
     "SharedLLMDataCollator",
     "SharedLLMForCausalLM",

@@ -116,7 +116,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         past = take_cache(kwargs)
         cached = 0 if past is None else past.get_seq_length()
-        prompt = None
+        # of a conversation, whose earlier text is in the memory
+        prompt = kwargs.pop("split_prompt", None)
         if input_ids is not None:
             check_ids(self, "input_ids", input_ids, range_too=True)
             check_not_empty(input_ids)
