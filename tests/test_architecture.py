@@ -73,6 +73,7 @@ LATE = {
     "cli._adapter": HELP,
     "cli._common": HELP,
     "cli._eval_report": "matplotlib is an optional package",
+    "cli._processes": HELP,
     "cli._standard_library": HELP,
     "cli.ask": HELP,
     "cli.demo": HELP,

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from sharedllm_ext.cli import _processes
 from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES, load_adapted
 from sharedllm_ext.cli._common import (
     EXIT_ERROR,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from sharedllm_ext.cli._places import Places
+    from sharedllm_ext.distributed import Ranks
     from sharedllm_ext.evaluation.texts import Texts, Tokens
     from sharedllm_ext.model.passages import Passage
 
@@ -98,6 +100,7 @@ def add_parser(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="wrap the question in the tokenizer's chat template (default: where there is one)",
     )
+    _processes.add_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -294,6 +297,15 @@ def _described(passage: Passage, places: Places) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if _processes.are_several():
+        quiet = Progress(False)
+        return _processes.run_together(args, lambda ranks: _run(args, ranks), lambda device: _load(args, device, quiet))
+    _processes.check(args)
+    return _run(args)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks | None = None) -> int:
+    """Run the command, in the first of several processes if there are ``ranks``."""
     _check(args)
     # read the text before the model: a wrong path must not cost the loading of gigabytes
     progress = Progress(not args.json)
@@ -303,11 +315,13 @@ def run(args: argparse.Namespace) -> int:
 
     from sharedllm_ext.model import ContextIndex, ContextMemory
 
-    device = pick_device(args.device)
+    device = pick_device(args.device) if ranks is None else ranks.device
     begin = time.perf_counter()
     model, tokenizer = _load(args, device, progress)
     load_seconds = time.perf_counter() - begin
     reads = _passages_to_read(args, model)
+    if reads and args.sharded_memory:
+        raise UsageError("--sharded-memory: expected --passages 0 with it, since passages are found in a whole memory")
     if args.save_index is not None and not model.config.query_aware:
         raise CommandError(
             f"--save-index: expected a query-aware model, got {args.model}, whose one memory serves every question "
@@ -348,7 +362,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         assert context is not None  # checked above
         with progress.compression(context.shape[1]) as tell, torch.inference_mode():
-            if args.save_index is None:
+            if ranks is not None:
+                memory = _processes.compress_first(
+                    model, context, question, ranks, sharded=args.sharded_memory, progress=tell
+                )
+            elif args.save_index is None:
                 memory = model.compress(context, query_ids=question, progress=tell)
             else:
                 index = model.index(context, progress=tell)
@@ -371,6 +389,7 @@ def run(args: argparse.Namespace) -> int:
             # the context has been read: answer all the same
             print_error(failure)
 
+    slots, size = _processes.sizes(memory, ranks if args.sharded_memory else None)
     sources = [texts.source for texts in contexts or ()]
     report: dict[str, Any] = {
         "model": args.model,
@@ -382,8 +401,8 @@ def run(args: argparse.Namespace) -> int:
         "index_file": args.index or (args.save_index if failure is None else None),
         "context_tokens": sum(memory.num_tokens),
         "chunks": sum(memory.num_chunks),
-        "memory_slots": memory.num_slots,
-        "memory_bytes": memory.nbytes,
+        "memory_slots": slots,
+        "memory_bytes": size,
         "index_bytes": None if index is None else index.nbytes,
         "files_skipped": sum(texts.skipped for texts in contexts or ()),
         "files_unreadable": [name for texts in contexts or () for name in texts.unreadable],
