@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.training.checkpoint import read_checkpoint
 
 from ..cli.conftest import sentences
+from ..support import environment_of_package
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "recipes" / "llama-3.1-8b.md"
@@ -44,13 +44,8 @@ def place(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, base: Path, script: str) -> None:
-    paths = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {
-        **os.environ,
-        **{"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        **{"BASE": str(base), "TEXT": "text", "QUESTIONS": "questions.jsonl", "GPUS": "2"},
-        **{"SIZE": SIZE, "LENGTHS": "700"},
-    }
+    settings = {"BASE": str(base), "TEXT": "text", "QUESTIONS": "questions.jsonl", "GPUS": "2"}
+    environment = environment_of_package(**settings, SIZE=SIZE, LENGTHS="700", CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(
         ["bash", "-c", TOOLS + script], cwd=place, env=environment, capture_output=True, text=True, timeout=580
     )

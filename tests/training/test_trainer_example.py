@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from sharedllm_ext import SharedLLMForCausalLM
 
+from ..support import environment_of_package
 from .conftest import text_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,11 +27,9 @@ LAUNCHERS = {
 def test_the_example_trains(launcher: str, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     command = [*LAUNCHERS[launcher], str(SCRIPT), str(base), str(text_file(tmp_path)), str(tmp_path / "run")]
-    paths = os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # layers, chunk, running text, steps
     command += ["2", "32", "64", "3"]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment_of_package(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     model: Any = SharedLLMForCausalLM.from_adapter(tmp_path / "run" / "adapter.safetensors", base)
     plain: Any = SharedLLMForCausalLM.from_base(base, injection_layers=2, chunk_size=32, window=64)
