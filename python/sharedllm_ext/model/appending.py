@@ -102,7 +102,7 @@ class ContextAppending:
                 known[document] = _extended(
                     known[document], None if sources is None else sources[row], new, memory.num_tokens[document]
                 )
-            texts.append(torch.cat((_tail(memory, document, size).token_ids.to(new), new)))
+            texts.append(torch.cat((tail_of(memory, document, size).token_ids.to(new), new)))
         ids, mask = _padded(texts)
         own = list(source_of.values())
         part = self._compress_part(
@@ -165,8 +165,12 @@ def _extended(before: Source | None, more: Source | None, tokens: Tensor, so_far
     return more if before is None else before.extended(more, tokens)
 
 
-def _tail(memory: ContextMemory, document: int, chunk_size: int) -> Tail:
-    """A document's partial last chunk."""
+def tail_of(memory: ContextMemory, document: int, chunk_size: int) -> Tail:
+    """A document's partial last chunk.
+
+    Raises:
+        ValueError: its token ids are not known, so the document cannot go on.
+    """
     rest = memory.num_tokens[document] % chunk_size
     if not rest:
         return Tail(torch.empty(0, dtype=torch.int32), 0)
@@ -203,7 +207,7 @@ def _joined(
         slots = end - first
         if document in documents:
             place = documents.index(document)
-            kept = end - _tail(memory, document, chunk_size).slots
+            kept = end - tail_of(memory, document, chunk_size).slots
             pieces += [(0, begin, kept), (1, part.cu_slots[place], part.cu_slots[place + 1])]
             begin = end
             slots = kept - first + part.cu_slots[place + 1] - part.cu_slots[place]

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from .appending import tail_of
 from .inputs import check_ids
 from .memory import ContextMemory
 from .modeling import SharedLLMForCausalLM
@@ -199,13 +200,7 @@ def _check_can_go_on(memory: ContextMemory, chunk_size: int) -> None:
     """Refuse now what append would refuse in the middle of an answer."""
     if memory.batch_size != 1:
         raise ValueError(f"memory: expected one batch row (a conversation is one text), got {memory.batch_size}")
-    document = memory.memory_index[0]
-    rest = memory.num_tokens[document] % chunk_size
-    if rest and (memory.tails is None or memory.tails[document] is None):
-        raise ValueError(
-            f"memory: expected the token ids of the last {rest} tokens of document {document} (tails), got none; "
-            "compress the whole text again"
-        )
+    tail_of(memory, memory.memory_index[0], chunk_size)
 
 
 class _Settings:
