@@ -142,10 +142,10 @@ def node_vectors(
     """Nodes of many lengths, overlapping, one of them empty; tokens in no node."""
     spans = [(0, 512), (512, 129), (100, 64), (3, 1), (640, 0), (1, 257), (600, 41), *((i, 512) for i in range(more))]
     q, k, v = (noise(len(spans), heads[0], size, dtype=dtype), *(noise(700, heads[1], size, dtype=dtype) for _ in "kv"))
-    arguments = (q, k, v, integers(spans), *tables(512, size // 2), size**-0.5)
+    arguments = (q, k, v, integers(spans), *tables(512, size // 2))
     if backward:
-        return partial(torch.ops.sharedllm.node_vectors_backward, q.flip(0), *arguments)
-    return partial(ops.node_vectors, *arguments)
+        return partial(torch.ops.sharedllm.node_vectors_backward, q.flip(0), *arguments, size**-0.5)
+    return partial(ops.node_vectors, *arguments, scale=size**-0.5)
 
 
 def tree_node_vectors(heads: tuple[int, int], size: int, levels: int, dtype: torch.dtype) -> Callable[[], object]:
