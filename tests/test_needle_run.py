@@ -174,7 +174,7 @@ def test_a_run_goes_on_from_stage_to_stage(data: Path, tmp_path: Path, monkeypat
     out = tmp_path / "run"
     flags = ["--data", data, "--out", out, *SMALL_RUN, "--lengths", 2, 3, "--squad-lengths", 2, "--questions", 1]
     flags += ["--counting", 0, "--points", 0]
-    end = ["--", *SMALL_TRAINING, "--queue", 1, "--memory-layers", 2]
+    end = ["--", *SMALL_TRAINING, "--rate", 1e-3, "--memory-layers", 2]
     # a call without time for training stops before it, one without time to evaluate after it
     assert called(run, monkeypatch, [*flags, "--limit", 1, "--margin", 5, *end]) == run.GO_ON
     assert not (out / "adapter.safetensors").exists()
@@ -192,15 +192,15 @@ def test_a_run_goes_on_from_stage_to_stage(data: Path, tmp_path: Path, monkeypat
     assert names <= set(results) and results["needles, 2 chunks, seed 0"][0]["questions"] == 1
     with safe_open(out / "adapter.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
-    assert training["steps"] == 2 and training["flags"]["queue"] == 1
+    assert training["steps"] == 2 and training["flags"]["rate"] == 1e-3
     shared = SharedLLMForCausalLM.from_adapter(out / "package.safetensors", data / "base")
     assert shared.config.injection_layers == 2
     # results of another adapter are not mixed with these, nor are other flags of training
     (out / "results.json").write_text(json.dumps({**results, "adapter": "other"}))
     with pytest.raises(SystemExit, match=r"expected results of .*give another --out"):
         called(run, monkeypatch, [*flags, "--seconds", 300, *end])
-    with pytest.raises(SystemExit, match=r"--: expected .* as this run was begun with, got \['--queue', '2'\]"):
-        called(run, monkeypatch, [*flags, "--", "--queue", 2])
+    with pytest.raises(SystemExit, match=r"--: expected .* as this run was begun with, got \['--rate', '2'\]"):
+        called(run, monkeypatch, [*flags, "--", "--rate", 2])
 
 
 def test_ablations_are_one_file(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_ablations_are_one_file(data: Path, tmp_path: Path, monkeypatch: pytest.
     assert results[name]["training"]["flags"]["reading"] == "top" and results[name]["training"]["steps"] == 2
     assert results[name]["needles, 2 chunks, seed 0"][0]["task"] == "single"
     # what is there is not repeated, and no run begins after the limit
-    flags += ["--runs", name, "no queue", "--limit", -1]
+    flags += ["--runs", name, "4 memory layers", "--limit", -1]
     assert called(ablate, monkeypatch, [*flags, *end]) == ablate.GO_ON
     assert json.loads(out.read_text()) == results
 

@@ -1,4 +1,4 @@
-"""What the next run of the needle experiment changes, at tiny size on the CPU: texts, windows, queue, losses."""
+"""What the next run of the needle experiment changes, at tiny size on the CPU: texts, windows, losses."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,6 @@ from .test_needle_example import (
     frame_of,
     needle,
     questions,
-    shared_words,
     source_of,
     tiny_base,
     tiny_retriever,
@@ -28,45 +27,8 @@ from .test_needle_example import (
 # the example's folder is on the path by now
 from layout import Layout  # isort: skip
 from mix import Mix  # isort: skip
-import earlier  # isort: skip
 
 __all__ = ["data"]
-
-
-def test_a_queue_holds_the_segments_of_earlier_batches() -> None:
-    torch.manual_seed(0)
-    batches_ = [
-        (
-            {1: torch.randn(4, 3, 2, 8, requires_grad=True)},
-            shared_words.WordIndex([torch.randint(0, 9, (8, 5)) for _ in shared_words.GRAMS], 9),
-        )
-        for _ in range(4)
-    ]
-    queue = earlier.Earlier(2)
-    keys, words = batches_[0]
-    assert queue.joined(keys, words) == (keys, words) and not queue.full
-    for keys, words in batches_[:2]:
-        queue.remember(keys, words)
-    assert queue.full
-    # full, it stays in place: the newest first, the oldest gone
-    held = queue.keys[1]
-    queue.remember(*batches_[2])
-    assert queue.keys[1] is held and not held.requires_grad
-    keys, words = queue.joined(*batches_[3])
-    newest = [batches_[i] for i in (3, 2, 1)]
-    assert keys[1].equal(torch.cat([k[1] for k, _ in newest])) and keys[1].requires_grad
-    for i, codes in enumerate(words.held):
-        assert codes.equal(torch.cat([w.held[i] for _, w in newest]))
-    again = earlier.Earlier(2)
-    again.load(queue.state())
-    assert again.joined(*batches_[3])[0][1].equal(keys[1]) and again.full
-    with pytest.raises(ValueError, match="queue: expected 3 batches as in this run, got 2"):
-        earlier.Earlier(3).load(queue.state())
-    with pytest.raises(ValueError, match="queue: expected at least 0 batches, got -1"):
-        earlier.Earlier(-1)
-    none = earlier.Earlier(0)
-    none.remember(*batches_[0])
-    assert none.full and none.joined(*batches_[1]) == batches_[1]
 
 
 def test_windows_of_fewer_passages_in_any_order(data: Path) -> None:
@@ -159,11 +121,10 @@ def test_the_pick_without_words_is_trained_too(data: Path) -> None:
     batch = batches.Batch(
         *map(torch.from_numpy, batches.make_batch(source, dataclasses.replace(SIZES, chunks=8, questions=2)))
     )
-    none = earlier.Earlier(0)
 
     def pick(hidden: float) -> float:
         weights = train.LossWeights(hidden)
-        return train.losses(ours, batch, frame_of(source), 2, weights, none)[1][1].item()
+        return train.losses(ours, batch, frame_of(source), 2, weights)[1][1].item()
 
     with torch.no_grad():
         both, layers, half = pick(0.0), pick(1.0), pick(0.5)
@@ -198,14 +159,27 @@ def test_a_step_waits_for_no_value(data: Path) -> None:
     layout = Layout(chunk_size=128, tree_depth=2, slots_per_node=8)
     ours, source = tiny_retriever(tiny_base(), layout), source_of(data, "train", 7, layout)
     batch = batches.Batch(*map(torch.from_numpy, batches.make_batch(source, dataclasses.replace(SIZES, chunks=8))))
-    queue = earlier.Earlier(1)
     frame = frame_of(source)
-    train.losses(ours, batch, frame, 2, train.LossWeights(), queue)
-    assert queue.full
     with FakeTensorMode(allow_non_fake_inputs=True):
-        loss, reports = train.losses(ours, batch, frame, 2, train.LossWeights(), queue)
+        loss, reports = train.losses(ours, batch, frame, 2, train.LossWeights())
         assert loss.shape == () and reports.shape == (4,)
         with pytest.raises(DataDependentOutputException):
             loss.item()
         with pytest.raises(DynamicOutputShapeException):
             batch.needed.nonzero()
+
+
+def test_training_begins_with_an_adapter() -> None:
+    base = tiny_base()
+    layout = Layout(chunk_size=128, tree_depth=2, slots_per_node=8)
+    ours, other = tiny_retriever(base, layout), tiny_retriever(base, layout)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    train.begin_with(ours, other)
+    assert all(a.equal(b) for a, b in zip(ours.parameters(), other.parameters(), strict=True))
+    ours.pick.beta.data.zero_()
+    assert other.pick.beta.all()
+    smaller = tiny_retriever(base, dataclasses.replace(layout, tree_depth=1))
+    with pytest.raises(SystemExit, match=r"--init: expected an adapter with Layout\(.*tree_depth=2.*tree_depth=1"):
+        train.begin_with(ours, smaller)

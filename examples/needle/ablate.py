@@ -21,11 +21,9 @@ HERE = Path(__file__).resolve().parent
 GO_ON = 75
 # name: flags of train.py
 RUNS: dict[str, list[str]] = {
-    "run D": [],
-    "run C": ["--mix", "c", "--queue", "0", "--hidden-weight", "0", "--question-tokens", "96"],
+    "run E": [],
+    "run C": ["--mix", "c", "--hidden-weight", "0", "--question-tokens", "96"],
     "texts and windows of run C": ["--mix", "c"],
-    "no queue": ["--queue", "0"],
-    "queue of 7 batches": ["--queue", "7"],
     "pick with its words only": ["--hidden-weight", "0"],
     "pick without words only": ["--hidden-weight", "1"],
     "memory read by the top layers": ["--reading", "top"],

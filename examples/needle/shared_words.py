@@ -47,10 +47,6 @@ class WordIndex(NamedTuple):
         windows = F.pad(classes, (margin, margin)).unfold(-1, size + 2 * margin, size).flatten(0, 1)
         return cls([cls.codes(windows, length) for length in GRAMS], count)
 
-    def joined(self, held: list[Tensor]) -> WordIndex:
-        """An index of these segments and of others, whose codes are ``held``."""
-        return WordIndex([torch.cat(pair) for pair in zip(self.held, held, strict=True)], self.class_count)
-
     def evidence(self, classes: Tensor, used: Tensor) -> Tensor:
         """How rare what a segment shares with a question is: ``[lengths, segments, R, L]`` for questions ``[R, L]``.
 

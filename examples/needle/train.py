@@ -3,8 +3,7 @@
     python train.py --data data --out adapter.safetensors
 
 A step sees 8 contexts of 7 chunks with 6 questions each and learns three things at once: which of all segments answer a
-question (contrastive, over the whole batch and a queue of earlier ones), to answer from passages in the window, and to
-go on with the text.
+question (contrastive, over the whole batch), to answer from passages in the window, and to go on with the text.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from adapter import load_base, save_adapter
+from adapter import file_digest, load_base, save_adapter
 from batches import IGNORED, PICKED, Batch, BatchQueue, BatchSizes
-from earlier import Earlier
 from layout import Layout
 from mix import Mix
+from package_form import any_adapter
 from questions import QuestionSource
 from retriever import READING, Retriever, Shape, picked_passages
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from transformers import AutoTokenizer
 TEXT_WEIGHT = 0.5
 WARMUP_STEPS = 60
 FLOOR = 0.02
-# steps on a side stream with a full queue before the step is captured
+# steps on a side stream before the step is captured
 EAGER_STEPS = 4
 REPORTED = ("answer loss", "pick loss", "text loss", "found in the top 8")
 
@@ -96,25 +95,20 @@ def windows(retriever: Retriever, batch: Batch, scores: Tensor, frame: Frame, co
 
 
 def losses(
-    retriever: Retriever, batch: Batch, frame: Frame, contexts: int, weights: LossWeights, earlier: Earlier
+    retriever: Retriever, batch: Batch, frame: Frame, contexts: int, weights: LossWeights
 ) -> tuple[Tensor, Tensor]:
     """The loss to minimise, and ``[4]`` what is reported (REPORTED)."""
     compressor, decoder = retriever.compressor_weights(), retriever.decoder_weights()
     memory, raw_keys = retriever.compress(compressor, batch.chunks)
     words = retriever.word_index(batch.chunks.view(contexts, -1))
-    keys, index = earlier.joined(raw_keys, words)
-    hidden, shared = retriever.score_parts(compressor, batch.questions, batch.question_used, keys, index)
+    hidden, shared = retriever.score_parts(compressor, batch.questions, batch.question_used, raw_keys, words)
     assert shared is not None
     scores = hidden + shared
-    count, more = batch.targets.shape[1], scores.shape[1] - batch.targets.shape[1]
-    # what another context of the batch could answer, one of the queue could, too
-    compared = torch.cat((batch.compared, batch.compared.all(1, keepdim=True).expand(-1, more)), 1)
-    targets = F.pad(batch.targets, (0, more))
-    pick = (1 - weights.hidden) * pick_loss(scores, targets, compared)
+    pick = (1 - weights.hidden) * pick_loss(scores, batch.targets, batch.compared)
     if weights.hidden:
-        pick = pick + weights.hidden * pick_loss(hidden, targets, compared)
+        pick = pick + weights.hidden * pick_loss(hidden, batch.targets, batch.compared)
     placed = retriever.place(memory, batch.chunk_index, contexts)
-    ids, tail = windows(retriever, batch, scores[:, :count], frame, contexts)
+    ids, tail = windows(retriever, batch, scores, frame, contexts)
     states = retriever.decode(decoder, ids, placed, batch.query_position, batch.gate)
     places = (tail[:, None] + batch.answer_places)[..., None].expand(-1, -1, states.shape[-1])
     answer_logits = retriever.logits(states.gather(1, places))
@@ -122,9 +116,8 @@ def losses(
     states = retriever.decode(decoder, batch.running, placed, batch.query_position, batch.gate)[:, :-1]
     text = F.cross_entropy(retriever.logits(states).flatten(0, 1), batch.running[:, 1:].flatten())
     with torch.no_grad():
-        found = found_share(scores.masked_fill(~compared, -1e4), targets)
+        found = found_share(scores.masked_fill(~batch.compared, -1e4), batch.targets)
         reported = torch.stack((answer, pick, text, found))
-        earlier.remember(raw_keys, words)
     return answer + pick + weights.text * text, reported
 
 
@@ -144,10 +137,9 @@ class Trainer:
         contexts: int,
         peaks: LearningRates,
         weights: LossWeights | None = None,
-        queue: int = 0,
     ) -> None:
         self.retriever, self.frame, self.contexts, self.peaks = retriever, frame, contexts, peaks
-        self.weights, self.earlier = weights or LossWeights(), Earlier(queue)
+        self.weights = weights or LossWeights()
         self.cuda = retriever.device.type == "cuda"
         self.buffers = Batch(*(torch.from_numpy(array).to(retriever.device) for array in first))
         # tensors, because a graph reads them anew at every replay
@@ -177,7 +169,7 @@ class Trainer:
         if self.side_stream is None:
             reports = self._update()
         elif self.eager < EAGER_STEPS:
-            self.eager += self.earlier.full
+            self.eager += 1
             self.side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side_stream):
                 reports = self._update()
@@ -192,7 +184,6 @@ class Trainer:
         state = {
             "parameters": self.retriever.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "earlier": self.earlier.state(),
             "steps": self.steps,
             "seconds": self.seconds,
         }
@@ -203,14 +194,13 @@ class Trainer:
         state = torch.load(path, map_location=self.retriever.device)
         self.retriever.load_state_dict(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.earlier.load(state["earlier"])
         # what was loaded has rates of its own
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         self.steps, self.seconds = state["steps"], state["seconds"]
 
     def _update(self) -> Tensor:
-        loss, reports = losses(self.retriever, self.buffers, self.frame, self.contexts, self.weights, self.earlier)
+        loss, reports = losses(self.retriever, self.buffers, self.frame, self.contexts, self.weights)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
@@ -257,6 +247,19 @@ def train(trainer: Trainer, batches: BatchQueue, seconds: float, stop: float, ma
             )
 
 
+def begin_with(retriever: Retriever, other: Retriever) -> None:
+    """Take over the trained weights of another retriever.
+
+    Raises:
+        SystemExit: it has another shape, layout or ranks.
+    """
+    for name in ("shape", "layout", "ranks"):
+        wanted, got = getattr(retriever, name), getattr(other, name)
+        if wanted != got:
+            raise SystemExit(f"--init: expected an adapter with {wanted}, got one with {got}")
+    retriever.load_state_dict(other.state_dict())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
@@ -264,6 +267,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=900.0, help="of training, over which the rates decline")
     parser.add_argument("--stop", type=float, help="stop after so many seconds of training; go on later with --state")
     parser.add_argument("--state", type=Path, help="continue from this file if it is there; written at the end")
+    parser.add_argument("--init", type=Path, help="begin with this adapter's weights: train.py's or the package's form")
     parser.add_argument("--max-steps", type=int, help="stop earlier (for a quick trial)")
     parser.add_argument("--workers", type=int, default=13, help="processes that make batches")
     parser.add_argument("--seed", type=int, default=0)
@@ -277,9 +281,6 @@ def main() -> None:
     changed = parser.add_argument_group("what run D changes, and ablations")
     changed.add_argument(
         "--mix", choices=("d", "c"), default="d", help="texts and windows: run C's or run D's (mix.py)"
-    )
-    changed.add_argument(
-        "--queue", type=int, default=3, help="earlier batches whose segments the pick has to tell apart"
     )
     changed.add_argument("--hidden-weight", type=float, default=0.5, help="of the pick without words, 0 to 1")
     changed.add_argument("--text-weight", type=float, default=TEXT_WEIGHT, help="of the running text")
@@ -315,6 +316,8 @@ def main() -> None:
         torch.manual_seed(arguments.seed)
         shape = Shape.of(base.config, arguments.memory_layers, arguments.reading)
         retriever = Retriever(shape, layout, base.weights, base.classes)
+        if arguments.init:
+            begin_with(retriever, any_adapter(arguments.init, base))
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             retriever.compile_elementwise()
@@ -325,7 +328,6 @@ def main() -> None:
             sizes.contexts,
             LearningRates(arguments.rate, arguments.rate),
             LossWeights(arguments.hidden_weight, arguments.text_weight),
-            arguments.queue,
         )
         if arguments.state and arguments.state.is_file():
             trainer.load_state(arguments.state)
@@ -341,10 +343,11 @@ def main() -> None:
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "most memory, GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 1) if device.type == "cuda" else None,
+        "begun with": file_digest(arguments.init) if arguments.init else None,
         "flags": {
             name: value
             for name, value in vars(arguments).items()
-            if name not in ("data", "out", "state", "stop", "max_steps", "workers", "device")
+            if name not in ("data", "out", "state", "stop", "max_steps", "workers", "device", "init")
         },
     }
     save_adapter(arguments.out, retriever, base, training)
