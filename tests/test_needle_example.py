@@ -603,6 +603,11 @@ def test_answers_are_what_greedy_decoding_writes(data: Path) -> None:
     ]
     written = models.written(models.decoder, prompts, None, torch.tensor([1]), 6)
     assert written == [Bytes().decode(row.tolist()) for row in expected]
+    # guesses, right, wrong at their third token, too long and none at all, change nothing
+    right = [row.tolist() for row in expected]
+    for guesses in (right, [[*row[:2], row[2] + 1, *row[3:]] for row in right], [[*row, 7, 8] for row in right]):
+        assert models.written(models.decoder, prompts, None, torch.tensor([1]), 6, guesses) == written
+    assert models.written(models.decoder, prompts, None, torch.tensor([1]), 6, [[], right[1][:1]]) == written
     right = [evaluate.Prompt(p, [*row.tolist(), 7], 6) for p, row in zip(prompts, expected, strict=True)]
     assert models.exact(models.decoder, right, None, torch.tensor([1])) == [True, True]
     wrong = [[*row.tolist()[:4], (row[4].item() + 1) % 256, 0] for row in expected]

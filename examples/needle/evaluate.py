@@ -180,8 +180,8 @@ def needle_task(models: Models, task: str, chunks: int, count: int, source: Ques
             systems = systems[:3]
         for name, weights, passages, read in systems:
             if task in SEVERAL:
-                asked = [p.prompt for p in prompts[passages]]
-                texts = models.written(weights, asked, read, position, ANSWER_TOKENS)
+                asked, right = ([p.prompt for p in prompts[passages]], [p.answer for p in prompts[passages]])
+                texts = models.written(weights, asked, read, position, ANSWER_TOKENS, right)
                 hits[name] += sum(
                     sum(v in text for v in wanted) / len(wanted) for text, wanted in zip(texts, values, strict=True)
                 )
@@ -266,6 +266,7 @@ def squad(models: Models, chunks: int, count: int, seed: int = 0) -> dict[str, A
                 prompts[name].append(models.window(tokens, segments, source.turn(question, [])))
             alone = [*source.separators(1)[0].tolist(), *paragraphs.tokens[paragraph].tolist()]
             prompts["gold"].append([*models.user, *alone, *source.turn(question, [])])
+        guesses = [source.answer(passage["answers"][0], after_lead=False) for passage in asked]
         for name, weights, passages, memory in (
             ("answered", models.decoder, "pick", context.memory),
             ("answered, BM25's passages", models.decoder, "BM25", context.memory),
@@ -273,7 +274,9 @@ def squad(models: Models, chunks: int, count: int, seed: int = 0) -> dict[str, A
             ("answered, gold alone", models.decoder, "gold", None),
             ("answered, gold alone, base", models.retriever.base, "gold", None),
         ):
-            texts = models.written(weights, prompts[passages], memory, context.query_position, SQUAD_ANSWER_TOKENS)
+            texts = models.written(
+                weights, prompts[passages], memory, context.query_position, SQUAD_ANSWER_TOKENS, guesses
+            )
             hits[name] += answered(texts, asked)
         total += SHARED
     shares = {name: round(100 * hit / total, 1) for name, hit in hits.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,21 +112,45 @@ class Models:
         return right
 
     def written(
-        self, weights: Weights, prompts: Sequence[Tokens], memory: Memory | None, query_position: Tensor, count: int
+        self,
+        weights: Weights,
+        prompts: Sequence[Tokens],
+        memory: Memory | None,
+        query_position: Tensor,
+        count: int,
+        guesses: Sequence[Tokens] | None = None,
     ) -> list[str]:
-        """Greedy continuations of ``count`` tokens, cut at the end of the turn."""
+        """Greedy continuations of ``count`` tokens, cut at the end of the turn.
+
+        ``guesses`` save time where they are right, and change nothing: what greedy decoding writes up to its first
+        token that is another one is read off one pass.
+        """
+        end = self.tokenizer.eos_token_id
         rows = [list(prompt) for prompt in prompts]
-        for _ in range(count):
-            hidden = self.retriever.decode(weights, self.padded(rows), memory, query_position)
-            last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-            chosen = self.retriever.logits(hidden[torch.arange(len(rows), device=self.device), last]).argmax(-1)
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                row.append(token)
+        guesses = guesses or [[] for _ in rows]
+
+        def tokens_after(places: Sequence[int], tails: Sequence[Tokens]) -> Iterator[Tokens]:
+            """The likeliest token after each token of the tails, and after what stands before them."""
+            hidden = self.retriever.decode(
+                weights, self.padded([rows[i] + tail for i, tail in zip(places, tails, strict=True)]), memory, at
+            )
+            for i, row, tail in zip(places, hidden, tails, strict=True):
+                yield self.retriever.logits(row[len(rows[i]) - 1 : len(rows[i]) + len(tail)]).argmax(-1).tolist()
+
+        at = query_position
+        live = list(range(len(rows)))
+        tails = [guess[: count - 1] for guess in guesses]
+        while live:
+            for i, tail, likeliest in zip(live, tails, list(tokens_after(live, tails)), strict=True):
+                right = next((n for n, token in enumerate(tail) if token != likeliest[n]), len(tail))
+                rows[i] += likeliest[: right + 1]
+            new = {i: rows[i][len(prompts[i]) :] for i in live}
+            live = [i for i in live if end not in new[i] and len(new[i]) < count]
+            tails = [[] for _ in live]
         texts = []
         for row, prompt in zip(rows, prompts, strict=True):
-            new = row[len(prompt) :]
-            end = new.index(self.tokenizer.eos_token_id) if self.tokenizer.eos_token_id in new else len(new)
-            texts.append(self.tokenizer.decode(new[:end]))
+            tokens = row[len(prompt) :]
+            texts.append(self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens))
         return texts
 
 
