@@ -278,9 +278,9 @@ def main() -> None:
     batch.add_argument("--questions", type=int, default=6, help="of each context")
     batch.add_argument("--question-tokens", type=int, default=64, help="longer questions are not asked")
     batch.add_argument("--running-tokens", type=int, default=1024, help="of running text after each context")
-    changed = parser.add_argument_group("what run D changes, and ablations")
+    changed = parser.add_argument_group("what runs since C change, and ablations")
     changed.add_argument(
-        "--mix", choices=("d", "c"), default="d", help="texts and windows: run C's or run D's (mix.py)"
+        "--mix", choices=("d", "c"), default="d", help="texts and windows: run C's, or those since run D (mix.py)"
     )
     changed.add_argument("--hidden-weight", type=float, default=0.5, help="of the pick without words, 0 to 1")
     changed.add_argument("--text-weight", type=float, default=TEXT_WEIGHT, help="of the running text")
