@@ -66,6 +66,7 @@ LATE = {
     "_library": "the compiled module may be missing, which is said in words",
     "cpu": "the compiled module may be missing",
     "info": "it reports what cannot be imported",
+    "evaluation.passage_search": "sentence-transformers is an optional package",
     "evaluation.peak_memory": "the system's resource module is there on Unix alone",
     "model.gguf_checkpoint": "gguf and accelerate are optional packages",
     "training.trained": "peft is an optional package",

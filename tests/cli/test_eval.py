@@ -226,6 +226,65 @@ def test_table_survives_a_plot_that_cannot_be_drawn(
     assert result.err.endswith("sharedllm: error: --plot: a.png: no space left on device\n")
 
 
+def test_questions_go_to_another_program_and_its_answers_come_back(
+    cli: Cli, kept: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    direct = cli("eval", "demo", *SHORT, "--systems", "window", "--window", 300, *kept, "--json")
+    with monkeypatch.context() as patch:
+        # the model is not needed
+        patch.setattr("sharedllm_ext.cli._eval_run.load_system_model", None)
+        result = cli("eval", "demo", *SHORT, "--export", path)
+    assert (result.code, result.out) == (0, "")
+    assert result.err.endswith(f"exported: {path}, 2 questions\n")
+    assert cli("eval", "demo", *SHORT, "--export", path, "--json").json == {"export": str(path), "questions": 2}
+    rows = rows_of(path)
+    given = [{"fingerprint": row["fingerprint"], "prediction": row["answers"][0], "seconds": 2.0} for row in rows]
+    for name in ("right", "late"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    asked = ("--suite", "records", "--data", path, "--systems", "window", "--window", 300)
+    joined = ("--answers", f"snapkv={tmp_path}/right.jsonl", "--answers", f"other={tmp_path}/late.jsonl")
+    result = cli("eval", "demo", *asked, *joined, "--batch", 2, *kept, "--json")
+    assert result.code == 0, result.err
+    found = {row["system"]: row for row in result.json["results"]}
+    assert list(found) == ["window", "snapkv", "other"]
+    # the same question is the same, wherever it comes from
+    assert found["window"] == direct.json["results"][0]
+    assert found["snapkv"]["score"] == found["other"]["score"] == 1.0
+    assert (result.json["answers"], result.json["answers_kept"]) == (6, 2)
+    table = cli("eval", "demo", *asked, *joined, *kept).out.splitlines()
+    assert [line.split()[2:5] for line in table[2:]] == [["snapkv", "2", "100.0"], ["other", "2", "100.0"]]
+    assert all(line.endswith("2.00 s") for line in table[2:])
+    (tmp_path / "late.jsonl").write_text(json.dumps(given[0]) + "\n")
+    result = cli("eval", "demo", *asked, *joined, *kept)
+    assert result.code == 1
+    assert re.search(r"late.jsonl: expected an answer to passkey/400/1 \(fingerprint .*\), got none", result.err)
+
+
+def test_export_of_a_base_and_of_none(cli: Cli, base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = write_gguf(LlamaForCausalLM.from_pretrained(base), tmp_path / "a.gguf", quantised=True, tokenizer=tokenizer)
+    asked = ("--tasks", "passkey", "--lengths", 900, "--questions", 1, "--export")
+    for number, model in enumerate((base, path)):
+        assert cli("eval", model, *asked, tmp_path / f"{number}.jsonl").code == 0
+    assert rows_of(tmp_path / "0.jsonl") == rows_of(tmp_path / "1.jsonl")
+    result = cli("eval", tmp_path / "nothing", *asked, tmp_path / "2.jsonl")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"sharedllm: error: {tmp_path}/nothing: no such folder\n"
+    assert not (tmp_path / "2.jsonl").exists()
+
+
+def test_embedder_that_is_not_installed(
+    cli: Cli, kept: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    result = cli("eval", "demo", *SHORT, *kept, "--systems", "embedding", "--embedder", tmp_path)
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == (
+        "sharedllm: error: --embedder: sentence-transformers is not installed (pip install sentence-transformers)"
+    )
+
+
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
 
 
@@ -322,6 +381,26 @@ BAD: list[tuple[str, tuple[object, ...], int, str]] = [
         1,
         "expected at most 10 tokens in the window for",
     ),
+    ("embedding without a model", ("--systems", "embedding"), 2, "--systems embedding: expected --embedder with it"),
+    (
+        "embedder that is nowhere",
+        ("--systems", "embedding", "--embedder", "{nothing}"),
+        1,
+        "--embedder: {nothing}: expected the folder of a Sentence Transformers model, got none",
+    ),
+    ("answers without a name", ("--answers", "{text}"), 2, "--answers: expected NAME=FILE, got '{text}'"),
+    ("answers of a known name", ("--answers", "full={text}"), 2, "--answers: expected a name of its own for each file"),
+    ("answers of another kind", ("--answers", "x={text}"), 1, "{text} line 1: expected a JSON object, got"),
+    ("answers that are nowhere", ("--answers", "x={nothing}"), 1, "{nothing}: no such file"),
+    ("batch of none", ("--batch", "0"), 2, "number of at least 1, got '0'"),
+    ("export of another kind", ("--export", "x.txt"), 2, "--export: expected a file name that ends in .jsonl"),
+    ("export with a plot", ("--export", "x.jsonl", "--plot", "x.png"), 2, "--plot: expected no --export with it"),
+    (
+        "export onto what is read",
+        ("--suite", "records", "--data", "{rows}", "--export", "{rows}"),
+        2,
+        "--export: expected another file than those that are read, got {rows}",
+    ),
     ("base that is nowhere", ("--base", "{nothing}"), 1, "{nothing}: no such folder"),
 ]
 
@@ -341,6 +420,8 @@ def test_one_clear_line(
     places["text"].write_text("only words\n")
     places["json"].write_text("{}")
     places["bytes"].write_bytes(b"\xff\n")
+    places["rows"] = tmp_path / "rows.jsonl"
+    places["rows"].write_text("{}\n")
     if "x.png" in options:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     before = places["text"].read_text()

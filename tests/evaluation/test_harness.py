@@ -208,3 +208,39 @@ def test_half_surrogates_are_kept(tmp_path: Path) -> None:
     with PredictionFile(tmp_path / "p.jsonl") as file:
         evaluate([record(1, answers=["\ud83d"])], [Parrot()], file=file)
     assert json.loads((tmp_path / "p.jsonl").read_text())["answers"] == ["\ud83d"]
+
+
+def test_neighbours_of_a_task_and_length_are_asked_at_once(tmp_path: Path) -> None:
+    records = [record(n) for n in range(3)] + [record(3, length=16)] + [record(4, task="u"), record(5, task="u")]
+    sizes: list[int] = []
+
+    class Noting(Parrot):
+        def answer(self, records: Sequence[Record]) -> list[str]:
+            sizes.append(len(records))
+            return super().answer(records)
+
+    with PredictionFile(tmp_path / "kept.jsonl") as file:
+        first = evaluate(records[1:2], [Noting()], file=file)
+        assert first.predictions[0].score == 1.0 and sizes == [1]
+        result = evaluate(records, [Noting(), Parrot("other")], file=file, batch=2)
+    # of the first two one is there already
+    assert sizes == [1, 1, 1, 1, 2]
+    assert [(p.system, p.id, p.kept) for p in result.predictions] == [
+        ("parrot", "t/0", False),
+        ("parrot", "t/1", True),
+        ("other", "t/0", False),
+        ("other", "t/1", False),
+        *((name, f"t/{number}", False) for number in (2, 3) for name in ("parrot", "other")),
+        *((name, f"t/{number}", False) for name in ("parrot", "other") for number in (4, 5)),
+    ]
+    assert all(p.prediction == f"naïve {p.id[2:]}" for p in result.predictions)
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_system_may_tell_how_long_it_took() -> None:
+    class Telling(Parrot):
+        def seconds(self, record: Record) -> float:
+            return float(record.id[2:]) + 0.5
+
+    result = evaluate([record(0), record(1)], [Telling()], batch=2)
+    assert [p.seconds for p in result.predictions] == [0.5, 1.5]

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.evaluation.decoding_rows import decode_rows, read_prompt
 from sharedllm_ext.evaluation.prompts import Prompts
 from sharedllm_ext.evaluation.records import Record
 from sharedllm_ext.evaluation.systems import (
@@ -25,6 +27,7 @@ from sharedllm_ext.evaluation.systems import (
     plain_decoder,
     yarn_parameters,
 )
+from sharedllm_ext.model.passages import Passage, passage_span
 
 from ..model import builders
 
@@ -239,7 +242,7 @@ def test_ntk_frequencies_are_transformers_dynamic_ones(
 
     monkeypatch.setattr(FullSystem, "_generate", noting)
     long, short = record(), record(1)
-    system.answer([long, short])
+    alone = [*system.answer([long]), *system.answer([short])]
     theta = base.config.rope_parameters["rope_theta"]
     dynamic = llama(rope_parameters={"rope_type": "dynamic", "factor": 1.0, "rope_theta": theta})
     length = len(prompts.ids(long)) + long.max_new_tokens
@@ -249,6 +252,87 @@ def test_ntk_frequencies_are_transformers_dynamic_ones(
     # within the trained positions nothing is stretched, also after a long prompt
     assert torch.equal(used[1], base.model.rotary_emb.inv_freq)
     assert torch.equal(system.model.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq)
+    # answered together, every row keeps its own
+    assert system.answer([long, short]) == alone and len(used) == 2
+    assert torch.equal(system.model.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("family", ["phi3_longrope", "llama"])
+def test_records_are_answered_together_where_rotations_allow(family: str, tokenizer: Any) -> None:
+    plain = plain_decoder(SharedLLMForCausalLM.from_base(builders.base(family), **builders.TREE))
+    seen: list[int] = []
+    original = plain.generate
+    plain.generate = lambda **more: seen.append(1) or original(**more)  # type: ignore[func-returns-value]
+
+    class Few(Prompts):
+        """Tokens that the small models know."""
+
+        def encode(self, text: str, name: str = "text") -> Any:
+            return super().encode(text, name) % builders.VOCABULARY
+
+    system = FullSystem(plain, Few(tokenizer))
+    records = [record(count, id=f"t/{count}") for count in (30, 2, 11)]
+    together = system.answer(records)
+    assert len(seen) == (3 if family == "phi3_longrope" else 0)
+    assert together == [answer for one in records for answer in system.answer([one])]
+
+
+class Lengths:
+    """Finds longer passages better, and the last ones of a length first."""
+
+    name = "lengths"
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {"way": "last"}
+
+    def scores(self, record: Record, context: Any, size: int) -> Any:
+        return np.arange(-(-len(context) // size), dtype=np.float64)
+
+
+def test_passages_of_another_search(model: Any, prompts: Prompts) -> None:
+    one = record(100)
+    ids = prompts.ids(one)
+    system = PassagesSystem(plain_decoder(model), prompts, window=64, count=2, size=8, search=Lengths())
+    context = ids.context.tolist()
+    start = (len(context) - 1) // 8 * 8 - 8
+    assert system.read(one, ids) == [*ids.begin, *context[start:], *ids.question]
+    assert (system.name, system.settings["system"], system.settings["way"]) == ("lengths", "lengths", "last")
+
+
+def test_pick_reads_the_segments_of_another_search(prompts: Prompts) -> None:
+    fields = {"injection_layers": 2, "chunk_size": 64, "slots_per_node": 4, "query_aware": False, "window": 96}
+    fields |= {"pick_layers": [0, 1], "segment_size": 8, "segment_margin": 4, "slot_position": "end"}
+    parts = {"begin": "amber", "passage": " {rank}:", "question": " bold", "answer": " calm"}
+    made = SharedLLMForCausalLM.from_base(llama(), passage_prompt=parts, **fields).eval()
+    one = record(60)
+    context = prompts.encode(one.context)
+    system = PickSystem(made, prompts, count=2, search=Lengths())
+    read: list[list[int]] = []
+    system._generate = lambda record, ids, **more: read.append(list(ids)) or str(more["memory"].num_tokens)  # type: ignore
+    assert system.answer([one]) == [str([len(context)])]
+    assert (system.name, system.settings) == (
+        "pick-lengths",
+        {"system": "pick-lengths", "passages": 2, "way": "last"},
+    )
+    last = (len(context) - 1) // 8
+    found = [Passage(*passage_span(last - rank, len(context), 8, 4), last - rank, rank, 0.0) for rank in range(2)]
+    ids = torch.from_numpy(context.astype("int64"))
+    assert read == [made.passage_prompt(prompts.tokenizer, ids, found, "amber3?", "It is")[0].tolist()]
+
+
+@pytest.mark.parametrize("family", sorted(set(builders.FAMILIES) - {"phi3_longrope"}))
+def test_rows_are_answered_together_as_alone(family: str) -> None:
+    plain = plain_decoder(SharedLLMForCausalLM.from_base(builders.base(family), **builders.TREE))
+    torch.manual_seed(3)
+    texts = [builders.ids(1, count) for count in (37, 5, 90)]
+    alone = [greedy(plain, text[0].tolist(), 7) for text in texts]
+    rows = [read_prompt(plain, text) for text in texts]
+    assert [row.position for row in rows] == [37, 5, 90]
+    assert decode_rows(plain, rows, [7] * 3, [()] * 3) == alone
+    # each row has limits and ends of its own
+    ends = {alone[0][2]}
+    cut = alone[0][: alone[0].index(alone[0][2]) + 1]
+    assert decode_rows(plain, rows, [7, 1, 4], [ends, (), ()]) == [cut, alone[1][:1], alone[2][:4]]
 
 
 def test_answers_end_where_the_record_says(model: Any, prompts: Prompts, tokenizer: Any) -> None:
@@ -257,7 +341,7 @@ def test_answers_end_where_the_record_says(model: Any, prompts: Prompts, tokeniz
     seen: list[Any] = []
     plain.generate = lambda **more: seen.append(more) or more["input_ids"]  # type: ignore[func-returns-value]
     system = FullSystem(plain, prompts)
-    assert system.answer([record(), record(stop_at_newline=True)]) == ["", ""]
+    assert [system.answer([one])[0] for one in (record(), record(stop_at_newline=True))] == ["", ""]
     assert [more["eos_token_id"] for more in seen] == [[0], [0, newline]]
     assert {more["max_new_tokens"] for more in seen} == {6}
     assert not any(more["do_sample"] for more in seen)

@@ -22,6 +22,7 @@ from sharedllm_ext.cli._common import (
 )
 from sharedllm_ext.cli._output import CommandError, UsageError
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.evaluation.passage_search import EmbeddingSearch, PassageSearch, WordSearch
 from sharedllm_ext.evaluation.prompts import Prompts
 from sharedllm_ext.evaluation.systems import (
     FullSystem,
@@ -83,13 +84,21 @@ def systems_of(args: argparse.Namespace, names: Sequence[str], model: Any, base:
                 f"--systems yarn: expected --rope-factor, or --lengths above the model's {positions} positions, got "
                 f"{max(args.lengths)}"
             )
-    plain = plain_decoder(base) if set(names) - {"memory", "pick", "yarn", "ntk"} else None
+    plain = plain_decoder(base) if set(names) & {"full", "window", "bm25", "embedding"} else None
+    embedding: PassageSearch | None = None
+    if any(name.endswith("embedding") for name in names):
+        try:
+            embedding = EmbeddingSearch(prompts, args.embedder, model.device)
+        except Exception as error:
+            # damaged files end in errors of any kind
+            raise CommandError(f"--embedder: {one_line(error)}") from error
     found: list[System] = []
     for name in names:
         if name == "memory":
             found.append(MemorySystem(model, prompts))
-        elif name == "pick":
-            found.append(PickSystem(model, prompts, count=args.passages))
+        elif name.startswith("pick"):
+            search = {"pick": None, "pick-bm25": WordSearch(prompts), "pick-embedding": embedding}[name]
+            found.append(PickSystem(model, prompts, count=args.passages, search=search))
         elif name == "full":
             found.append(FullSystem(plain, prompts))
         elif name == "yarn":
@@ -99,7 +108,6 @@ def systems_of(args: argparse.Namespace, names: Sequence[str], model: Any, base:
         elif name == "window":
             found.append(WindowSystem(plain, prompts, window=args.window, sinks=args.sinks))
         else:
-            found.append(
-                PassagesSystem(plain, prompts, window=args.window, count=args.passages, size=args.passage_tokens)
-            )
+            sizes = {"window": args.window, "count": args.passages, "size": args.passage_tokens}
+            found.append(PassagesSystem(plain, prompts, search=embedding if name == "embedding" else None, **sizes))
     return found

@@ -12,8 +12,8 @@ from typing import Any
 from sharedllm_ext.cli._common import add_model_options, count, counts, positive, some_path, writable_target
 from sharedllm_ext.cli._output import CommandError, UsageError
 
-SYSTEMS = ("memory", "pick", "full", "yarn", "ntk", "window", "bm25")
-SUITE_NAMES = ("ruler", "longbench", "longbench-e", "longbench-v2", "infinitebench")
+SYSTEMS = ("memory", "pick", "pick-bm25", "pick-embedding", "full", "yarn", "ntk", "window", "bm25", "embedding")
+SUITE_NAMES = ("ruler", "longbench", "longbench-e", "longbench-v2", "infinitebench", "records")
 DEFAULT_PREDICTIONS = "predictions.jsonl"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -22,7 +22,8 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     text = (
         "ask questions about long contexts of a SharedLLM model, and of its base with full attention, with stretched "
-        "positions, with a sliding window or with passages found by words; contexts are generated or a suite's files"
+        "positions, with a sliding window or with passages found by words or by embeddings; contexts are generated or "
+        "a suite's files"
     )
     parser = commands.add_parser(
         "eval", help="questions about long contexts, asked of several systems", description=text
@@ -68,7 +69,9 @@ def add_parser(commands: Any) -> None:
     made.add_argument("--squad", type=some_path, metavar="FILE", help="questions of qa_squad, in SQuAD's form")
     made.add_argument("--hotpotqa", type=some_path, metavar="FILE", help="questions of qa_hotpotqa, in HotpotQA's form")
     suite = parser.add_argument_group("contexts of a suite")
-    suite.add_argument("--suite", choices=SUITE_NAMES, help="read --data instead of generating")
+    suite.add_argument(
+        "--suite", choices=SUITE_NAMES, help="read --data instead of generating; records: what --export wrote"
+    )
     suite.add_argument("--data", type=some_path, metavar="FOLDER", help="the suite's files")
     suite.add_argument(
         "--prompts",
@@ -81,7 +84,7 @@ def add_parser(commands: Any) -> None:
         "--window",
         type=positive,
         metavar="W",
-        help="tokens that window and bm25 read, answer included (default: the model's)",
+        help="tokens that window, bm25 and embedding read, answer included (default: the model's)",
     )
     systems.add_argument(
         "--sinks", type=count, default=4, metavar="N", help="first tokens that window keeps (default: %(default)s)"
@@ -91,9 +94,22 @@ def add_parser(commands: Any) -> None:
         type=positive,
         default=8,
         metavar="K",
-        help="that bm25 and pick read (default: %(default)s)",
+        help="that bm25, embedding and pick read (default: %(default)s)",
     )
     systems.add_argument("--passage-tokens", type=positive, default=128, metavar="N", help="default: %(default)s")
+    systems.add_argument(
+        "--embedder",
+        type=some_path,
+        metavar="FOLDER",
+        help="Sentence Transformers model of embedding and pick-embedding (needs sentence-transformers)",
+    )
+    systems.add_argument(
+        "--answers",
+        type=_named_file,
+        action="append",
+        metavar="NAME=FILE.jsonl",
+        help="answers that another program gave to records of --export, as one more system; may be given again",
+    )
     systems.add_argument(
         "--rope-factor", type=positive, metavar="F", help="of yarn (default: what the longest length needs)"
     )
@@ -109,6 +125,19 @@ def add_parser(commands: Any) -> None:
         metavar="FILE.jsonl",
         help="where every answer is kept, and taken from in a later run (default: %(default)s)",
     )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="questions of a task and length that the systems of the base answer at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--export",
+        type=some_path,
+        metavar="FILE.jsonl",
+        help="write the questions with their token ids, for programs of other environments, and ask nothing",
+    )
     parser.add_argument("--plot", type=some_path, metavar="FILE.png", help="draw depth by length (needs matplotlib)")
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -119,6 +148,13 @@ def _names(text: str) -> list[str]:
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"expected different names divided by commas, got {text!r}")
     return names
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name.strip() or not path:
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text!r}")
+    return name.strip(), path
 
 
 def _depths(text: str) -> list[float]:
@@ -143,11 +179,25 @@ def _check(args: argparse.Namespace) -> None:
     unknown = [name for name in args.systems or () if name not in SYSTEMS]
     if unknown:
         raise UsageError(f"--systems: expected some of {', '.join(SYSTEMS)}, got {unknown[0]!r}")
+    others = [name for name, _ in args.answers or ()]
+    taken = next((name for i, name in enumerate(others) if name in SYSTEMS or name in others[:i]), None)
+    if taken is not None:
+        raise UsageError(f"--answers: expected a name of its own for each file, got {taken!r}")
+    searching = [name for name in args.systems or () if name.endswith("embedding")]
+    if searching and args.embedder is None:
+        raise UsageError(f"--systems {searching[0]}: expected --embedder with it, got none")
+    if args.export is not None and args.plot is not None:
+        raise UsageError("--plot: expected no --export with it, which asks nothing")
     if args.lengths is not None and 0 in args.lengths:
         raise UsageError("--lengths: expected whole numbers of at least 1, got 0")
     read = [path for path in (args.haystack, args.squad, args.hotpotqa, args.prompts) if path is not None]
-    read += [path for path in (args.model, args.base) if path is not None and Path(path).is_dir()]
+    read += [path for _, path in args.answers or ()]
+    read += [path for path in (args.model, args.base, args.embedder) if path is not None and Path(path).is_dir()]
+    read += [args.data] if args.data is not None and Path(args.data).is_file() else []
     keep = [path for path in read if Path(path).exists()]
+    if args.export is not None:
+        writable_target("--export", args.export, (".jsonl",), keep=keep)
+        return
     writable_target("--predictions", args.predictions, keep=keep)
     if args.plot is not None:
         writable_target("--plot", args.plot, PLOT_SUFFIXES, keep=[*keep, args.predictions])
@@ -159,6 +209,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
     begin = time.perf_counter()
-    from sharedllm_ext.cli._eval_run import evaluate_systems
+    from sharedllm_ext.cli._eval_run import evaluate_systems, export_questions
 
-    return evaluate_systems(args, begin)
+    return evaluate_systems(args, begin) if args.export is None else export_questions(args)

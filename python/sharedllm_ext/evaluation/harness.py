@@ -187,6 +187,7 @@ def evaluate(
     *,
     model: Any = None,
     file: PredictionFile | None = None,
+    batch: int = 1,
     progress: Callable[[int], object] | None = None,
     on_result: Callable[[Prediction], object] | None = None,
 ) -> Evaluation:
@@ -197,6 +198,8 @@ def evaluate(
         systems: the systems to ask, in this order.
         model: plain values that identify the model; kept predictions of another one are not used.
         file: keeps the predictions.
+        batch: most records of one task and length that a system is asked at once. The time of an answer is then its
+            share of theirs, unless the system tells it (``seconds(record)``).
         progress: called with the answers given since the last call.
         on_result: called with every prediction, old or new.
 
@@ -204,7 +207,7 @@ def evaluate(
         Exception: what a system raises; predictions before that are in the file.
     """
     result = Evaluation()
-    for prediction in _predictions(records, systems, model, file):
+    for prediction in _predictions(records, systems, model, file, batch):
         result.predictions.append(prediction)
         if on_result is not None:
             on_result(prediction)
@@ -213,34 +216,55 @@ def evaluate(
     return result
 
 
-def _predictions(
-    records: Iterable[Record], systems: Sequence[System], model: Any, file: PredictionFile | None
-) -> Iterator[Prediction]:
+def _batches(records: Iterable[Record], most: int) -> Iterator[list[Record]]:
+    """Neighbours of one task and length."""
+    waiting: list[Record] = []
     for record in records:
-        asked = record.fingerprint()
+        if waiting and (len(waiting) == most or (record.task, record.length) != (waiting[0].task, waiting[0].length)):
+            yield waiting
+            waiting = []
+        waiting.append(record)
+    if waiting:
+        yield waiting
+
+
+def _predictions(
+    records: Iterable[Record], systems: Sequence[System], model: Any, file: PredictionFile | None, batch: int
+) -> Iterator[Prediction]:
+    for group in _batches(records, batch):
+        marks = [record.fingerprint() for record in group]
         for system in systems:
-            key = _digest([model, system.settings, record.task, record.id, asked])
-            kept = file.rows.get(key) if file is not None else None
+            keys = [
+                _digest([model, system.settings, record.task, record.id, mark])
+                for record, mark in zip(group, marks, strict=True)
+            ]
+            kept = {} if file is None else {key: file.rows[key] for key in keys if key in file.rows}
+            open_ones = [record for record, key in zip(group, keys, strict=True) if key not in kept]
             begin = time.perf_counter()
-            said = kept["prediction"] if kept is not None else system.answer([record])[0]
-            seconds = time.perf_counter() - begin
-            prediction = Prediction(
-                system=system.name,
-                task=record.task,
-                length=record.length,
-                depth=record.depth,
-                labels=record.labels,
-                id=record.id,
-                prediction=said,
-                answers=record.answers,
-                score=score(record, said),
-                seconds=seconds if kept is None else float(kept.get("seconds") or 0.0),
-                kept=kept is not None,
-            )
-            if file is not None and kept is None:
-                row = {"key": key, "model": model, "settings": system.settings, **asdict(prediction)}
-                del row["kept"]
-                if record.all_classes is not None:
-                    row["all_classes"] = record.all_classes
-                file.append(row)
-            yield prediction
+            said = iter(system.answer(open_ones) if open_ones else [])
+            each = (time.perf_counter() - begin) / max(len(open_ones), 1)
+            told: Callable[[Record], float] | None = getattr(system, "seconds", None)
+            for record, key in zip(group, keys, strict=True):
+                old = kept.get(key)
+                answer = next(said) if old is None else old["prediction"]
+                seconds = float(old.get("seconds") or 0.0) if old is not None else told(record) if told else each
+                prediction = Prediction(
+                    system=system.name,
+                    task=record.task,
+                    length=record.length,
+                    depth=record.depth,
+                    labels=record.labels,
+                    id=record.id,
+                    prediction=answer,
+                    answers=record.answers,
+                    score=score(record, answer),
+                    seconds=seconds,
+                    kept=old is not None,
+                )
+                if file is not None and old is None:
+                    row = {"key": key, "model": model, "settings": system.settings, **asdict(prediction)}
+                    del row["kept"]
+                    if record.all_classes is not None:
+                        row["all_classes"] = record.all_classes
+                    file.append(row)
+                yield prediction

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sharedllm_ext.evaluation.exchange import read_records
 from sharedllm_ext.evaluation.infinitebench import read_infinitebench
 from sharedllm_ext.evaluation.longbench import read_longbench
 from sharedllm_ext.evaluation.longbench_v2 import read_longbench_v2
@@ -17,10 +18,11 @@ from sharedllm_ext.evaluation.texts import TextError, shown
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite that is read from files: what reads it, and whether it takes prompts from a file."""
+    """A suite that is read from files: what reads it, and whether it takes prompts from a file, or may be one file."""
 
     read: Callable[..., list[Record]]
     takes_prompts: bool = False
+    may_be_file: bool = False
 
 
 def _read_longbench_e(root: Path, *args: Any, **options: Any) -> list[Record]:
@@ -32,8 +34,9 @@ SUITES: dict[str, Suite] = {
     "ruler": Suite(read_ruler),
     "longbench": Suite(read_longbench, takes_prompts=True),
     "longbench-e": Suite(_read_longbench_e, takes_prompts=True),
-    "longbench-v2": Suite(read_longbench_v2, takes_prompts=True),
+    "longbench-v2": Suite(read_longbench_v2, takes_prompts=True, may_be_file=True),
     "infinitebench": Suite(read_infinitebench),
+    "records": Suite(read_records, may_be_file=True),
 }
 
 
@@ -48,7 +51,7 @@ def read_suite(
 
     Args:
         suite: a name in :data:`SUITES`.
-        root: the folder that holds them.
+        root: the folder that holds them, or a single file of longbench-v2 or of exported records.
         tasks: which tasks (default: all that are there).
         questions: most records of a task and length, the first of each (default: all).
         prompts: a file of prompts instead of this package's own: LongBench's ``dataset2prompt.json`` or LongBench
@@ -62,7 +65,7 @@ def read_suite(
         raise TextError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     if not root.exists():
         raise FileNotFoundError(f"{shown(root)}: no such file or folder")
-    if not root.is_dir() and suite != "longbench-v2":
+    if not root.is_dir() and not SUITES[suite].may_be_file:
         raise TextError(f"{shown(root)}: expected a folder with files of {suite}, got a file")
     if prompts is None:
         return SUITES[suite].read(root, tasks, questions)

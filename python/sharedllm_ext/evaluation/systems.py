@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sharedllm_ext.evaluation import bm25
+from sharedllm_ext.evaluation.decoding_rows import Row, RowRotary, decode_rows, read_prompt
+from sharedllm_ext.evaluation.passage_search import PassageSearch, WordSearch
 from sharedllm_ext.evaluation.prompts import PromptIds, Prompts
 from sharedllm_ext.evaluation.records import Record
+from sharedllm_ext.model.passages import Passage, passage_span
 
 
 class System(Protocol):
@@ -86,6 +89,13 @@ def _set_rotary(plain: Any, config: Any) -> None:
     plain.model.rotary_emb = rotary(config).to(plain.device)
 
 
+def _follows_length(config: Any) -> bool:
+    """Whether rotary frequencies change with the length of a text, which would be that of the longest row."""
+    parameters = config.rope_parameters
+    kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
 class _Generating:
     """Greedy answers of a model after token ids."""
 
@@ -95,7 +105,8 @@ class _Generating:
     def _tensor(self, ids: Any) -> Tensor:
         return torch.as_tensor([int(token) for token in ids], dtype=torch.long, device=self.model.device).unsqueeze(0)
 
-    def _generate(self, record: Record, ids: Sequence[int], **more: Any) -> str:
+    def _stops(self, record: Record) -> list[int]:
+        """Tokens that end an answer."""
         tokenizer = self.prompts.tokenizer
         end = self.model.generation_config.eos_token_id
         if end is None:
@@ -104,6 +115,11 @@ class _Generating:
         if record.stop_at_newline:
             newline = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
             stops += newline[-1:]
+        return stops
+
+    def _generate(self, record: Record, ids: Sequence[int], **more: Any) -> str:
+        tokenizer = self.prompts.tokenizer
+        stops = self._stops(record)
         pad = tokenizer.pad_token_id
         if pad is None:
             pad = stops[0] if stops else 0
@@ -160,16 +176,23 @@ class PickSystem(_Generating):
 
     The model's own prompt (``config.passage_prompt``) stands around passages, question and answer prefix, in the place
     of a chat template. Of the ``count`` best passages the worst are left out while the window has no room for them.
+
+    With a ``search`` it is called ``pick-`` and the search's name, and reads as before, but the segments that the
+    search finds, with the same margins.
     """
 
     name = "pick"
 
-    def __init__(self, model: Any, prompts: Prompts, *, count: int = 8) -> None:
+    def __init__(self, model: Any, prompts: Prompts, *, count: int = 8, search: PassageSearch | None = None) -> None:
         super().__init__(model, prompts)
         if model.pick is None or model.config.passage_prompt is None:
             raise ValueError("model: expected one with a pick and a passage_prompt, got one without")
-        self.count = count
+        self.count, self.search = count, search
+        if search is not None:
+            self.name = f"pick-{search.name}"
         self.settings: dict[str, Any] = {"system": self.name, "passages": count}
+        if search is not None:
+            self.settings |= search.settings
 
     def answer(self, records: Sequence[Record]) -> list[str]:
         """Answers of the model after the passages found; raises ``ValueError`` where not one of them has room."""
@@ -184,7 +207,10 @@ class PickSystem(_Generating):
             asked = self._tensor(self.prompts.encode(question, record.id))
             with torch.inference_mode():
                 memory["memory"] = self.model.compress(context)
-                (passages,) = self.model.find_passages(asked, context, count=self.count, **memory)
+                if self.search is None:
+                    (passages,) = self.model.find_passages(asked, context, count=self.count, **memory)
+                else:
+                    passages = self._searched(self.search, record)
         while True:
             running = self.model.passage_prompt(self.prompts.tokenizer, context[0], passages, question, begin)
             needed = running.shape[1] + record.max_new_tokens
@@ -193,6 +219,20 @@ class PickSystem(_Generating):
             passages = passages[:-1]
         _fits(record, needed, self.model.config.window, "a passage, question and answer")
         return self._generate(record, running[0].tolist(), **memory)
+
+    def _searched(self, search: PassageSearch, record: Record) -> list[Passage]:
+        config = self.model.config
+        context = self.prompts.encode(record.context, record.id)
+        scores = search.scores(record, context, config.segment_size)
+        return [
+            Passage(
+                *passage_span(segment, len(context), config.segment_size, config.segment_margin),
+                segment,
+                rank,
+                float(scores[segment]),
+            )
+            for rank, segment in enumerate(bm25.best(scores, self.count))
+        ]
 
 
 class FullSystem(_Generating):
@@ -205,8 +245,21 @@ class FullSystem(_Generating):
         self.settings: dict[str, Any] = {"system": self.name, "chat": prompts.chat}
 
     def answer(self, records: Sequence[Record]) -> list[str]:
-        """Answers of the model to the part of the prompt that :meth:`read` keeps."""
-        return [self._generate(record, self.read(record, self.prompts.ids(record))) for record in records]
+        """Answers of the model to the part of the prompt that :meth:`read` keeps.
+
+        The prompts of several records are read one after the other, and answered together.
+        Each has an answer of its own where the model's rotation follows the length of what it reads.
+        """
+        prompts = [self.read(record, self.prompts.ids(record)) for record in records]
+        if len(records) == 1 or _follows_length(self.model.config):
+            return [self._generate(record, ids) for record, ids in zip(records, prompts, strict=True)]
+        return self._decode(records, [read_prompt(self.model, self._tensor(ids)) for ids in prompts])
+
+    def _decode(self, records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
+        """Answers after prompts that were read."""
+        stops = [self._stops(record) for record in records]
+        answers = decode_rows(self.model, rows, [record.max_new_tokens for record in records], stops)
+        return [str(self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
 
     def read(self, record: Record, ids: PromptIds) -> list[int]:
         """The tokens that are read."""
@@ -244,22 +297,30 @@ class NtkSystem(FullSystem):
 
     def answer(self, records: Sequence[Record]) -> list[str]:
         """Answers of the model, whose frequencies are set for each prompt."""
-        return [self._one(record) for record in records]
+        prompts = [self.read(record, self.prompts.ids(record)) for record in records]
+        own = self.model.model.rotary_emb
+        rows, rotaries = [], []
+        try:
+            for record, ids in zip(records, prompts, strict=True):
+                self._stretch(len(ids) + record.max_new_tokens)
+                if len(records) == 1:
+                    return [self._generate(record, ids)]
+                rows.append(read_prompt(self.model, self._tensor(ids)))
+                rotaries.append(self.model.model.rotary_emb)
+            self.model.model.rotary_emb = RowRotary(rotaries)
+            return self._decode(records, rows)
+        finally:
+            self.model.model.rotary_emb = own
 
-    def _one(self, record: Record) -> str:
-        ids = self.read(record, self.prompts.ids(record))
+    def _stretch(self, tokens: int) -> None:
+        """Set the model's frequencies for so many tokens."""
         config = copy.deepcopy(self.model.config)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = int(size * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        ratio = max(1.0, (len(ids) + record.max_new_tokens) / config.max_position_embeddings)
+        ratio = max(1.0, tokens / config.max_position_embeddings)
         theta = config.rope_parameters["rope_theta"] * ratio ** (size / (size - 2))
         config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
-        own = self.model.model.rotary_emb
         _set_rotary(self.model, config)
-        try:
-            return self._generate(record, ids)
-        finally:
-            self.model.model.rotary_emb = own
 
 
 class WindowSystem(FullSystem):
@@ -287,17 +348,30 @@ class WindowSystem(FullSystem):
 
 
 class PassagesSystem(FullSystem):
-    """The passages of the context that BM25 over token ids finds for the question, read in the window in their order.
+    """The passages of the context that a search finds for the question, read in the window in their order.
 
     As many of the ``count`` best passages of ``size`` tokens as have room beside the question and the longest answer.
+    The search is BM25 over token ids, if no other is given, and names the system.
     """
 
     name = "bm25"
 
-    def __init__(self, model: Any, prompts: Prompts, *, window: int, count: int = 8, size: int = 128) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Prompts,
+        *,
+        window: int,
+        count: int = 8,
+        size: int = 128,
+        search: PassageSearch | None = None,
+    ) -> None:
         super().__init__(model, prompts)
         self.window, self.count, self.size = window, count, size
-        self.settings |= {"window": window, "passages": count, "passage_tokens": size}
+        self.search = WordSearch(prompts) if search is None else search
+        self.name = self.search.name
+        self.settings |= {"system": self.name, "window": window, "passages": count, "passage_tokens": size}
+        self.settings |= self.search.settings
 
     def read(self, record: Record, ids: PromptIds) -> list[int]:
         """Passages and question; raises ``ValueError`` where not one passage has room."""
@@ -305,7 +379,7 @@ class PassagesSystem(FullSystem):
         size = min(self.size, len(ids.context))
         _fits(record, beside + size, self.window, "a passage, question and answer")
         room = (self.window - beside) // self.size if len(ids.context) > self.window - beside else self.count
-        found = bm25.scores(ids.context, self.prompts.encode(record.question, record.id).tolist(), self.size)
+        found = self.search.scores(record, ids.context, self.size)
         chosen = sorted(bm25.best(found, min(self.count, max(room, 1))))
         passages = [token for i in chosen for token in ids.context[i * self.size : (i + 1) * self.size].tolist()]
         return [*ids.begin, *passages, *ids.question]
