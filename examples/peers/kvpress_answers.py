@@ -106,11 +106,11 @@ class Pruned:
                 self.press.compression_ratio = max(0.0, 1 - (kept + 0.5) / len(context))
                 pruning = self.press(model)
             with pruning:
-                model.model(input_ids=self._tensor(context), past_key_values=cache)
+                model.model(input_ids=self._tensor(context), **{decoding.CACHE: cache})
             left = cache.layers[0].keys.shape[2]
             positions = torch.arange(len(context), len(context) + len(asked), device=model.device)[None]
             output = model(
-                input_ids=self._tensor(asked), past_key_values=cache, position_ids=positions, logits_to_keep=1
+                input_ids=self._tensor(asked), position_ids=positions, logits_to_keep=1, **{decoding.CACHE: cache}
             )
         return decoding.Row.of(cache, len(context) + len(asked), output.logits), rotary, left
 

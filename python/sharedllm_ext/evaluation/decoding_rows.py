@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# as in model/cache_name.py: the keyword's name changed with Transformers 5.24
-_CACHE = (
+#: The cache's keyword, as in model/cache_name.py: its name changed with Transformers 5.24
+CACHE = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 )
 
@@ -63,7 +63,7 @@ def read_prompt(model: Any, ids: Tensor) -> Row:
     """Read the tokens ``[1, L]`` of a prompt with a Transformers decoder."""
     # without a configuration every layer keeps all of its entries; the masks see to sliding windows
     cache = DynamicCache()
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{_CACHE: cache})
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return Row.of(cache, ids.shape[1], output.logits)
 
 
@@ -116,7 +116,7 @@ def decode_rows(
             attention_mask=mask,
             position_ids=position,
             use_cache=True,
-            **{_CACHE: cache},
+            **{CACHE: cache},
         )
         position = position + 1
         for answer, goes, token in zip(answers, going, output.logits[:, -1].argmax(-1).tolist(), strict=True):
