@@ -20,7 +20,9 @@ reference.*
 ops._autocast, ops._checks
 ops.*
 model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
-model.hooks, model.sources, model.memory_writer
+model.hooks, model.sources, model.memory_writer, model.page_files
+model.pages
+model.memory_tiers
 model.families
 model.configuration, model.layer_math, model.managed_layers, model.chunks, model.collator, model.reading
 model.rotary
@@ -34,7 +36,9 @@ model.signature, model.training_mark, model.storage
 model.memory_fields
 model.memory, model.inputs
 model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs, model.pick_index
-model.context_index
+model.context_index, model.picked_memory, model.tiered_document
+model.tiered_memory
+model.tiered_appending
 model.split_prompt, model.gguf_checkpoint, model.passages, model.appending, model.adapter
 model.passage_reading
 model.compression, model.base_checkpoint, model.decoding.*

@@ -9,8 +9,10 @@ from .context_index import ContextIndex
 from .conversation import Conversation
 from .decoding import decoding_obstacle
 from .memory import ContextMemory
+from .memory_tiers import MemoryTiers
 from .modeling import SharedLLMForCausalLM
 from .published import load_published_checkpoint
+from .tiered_memory import TieredMemory
 
 AutoConfig.register("sharedllm", SharedLLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(SharedLLMConfig, SharedLLMForCausalLM, exist_ok=True)
@@ -21,9 +23,11 @@ __all__ = [
     "ContextIndex",
     "ContextMemory",
     "Conversation",
+    "MemoryTiers",
     "SharedLLMConfig",
     "SharedLLMDataCollator",
     "SharedLLMForCausalLM",
+    "TieredMemory",
     "decoding_obstacle",
     "load_published_checkpoint",
 ]

@@ -3,17 +3,22 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .inputs import check_ids, check_mask
+from .inputs import check_ids, check_mask, padded_rows
 from .memory import ContextMemory
 from .memory_fields import Tail
+from .memory_tiers import MemoryTiers
 from .sources import Source, SourceText
 from .storage import Piece, grow
+from .tiered_appending import append_to_tiers, offload
+from .tiered_memory import TieredMemory
+from .training_mark import is_training_mark
 
+AnyMemory = TypeVar("AnyMemory", ContextMemory, TieredMemory)
 _NOT_TRACED = "append outside of the graph and give forward the memory"
 
 
@@ -27,7 +32,7 @@ class ContextAppending:
     @torch.no_grad()
     def append(
         self: Any,
-        memory: ContextMemory,
+        memory: AnyMemory,
         context_ids: Tensor,
         context_attention_mask: Tensor | None = None,
         query_ids: Tensor | None = None,
@@ -38,7 +43,7 @@ class ContextAppending:
         sources: Sequence[Source | None] | None = None,
         keep: bool = False,
         progress: Callable[[int], None] | None = None,
-    ) -> ContextMemory:
+    ) -> AnyMemory:
         """The memory of longer documents: more tokens at the end of those that the batch rows read.
 
         Equal to compressing the whole documents anew. Full chunks are not touched; a partial last chunk is compressed
@@ -72,9 +77,9 @@ class ContextAppending:
             ValueError: invalid inputs, or a memory of another model, of a model in training, without the token ids of
                 its last chunk, or used up.
         """
-        self.check_memory(memory)
+        self.check_memory(memory, tiered=True)
         memory.expect_whole()
-        if any(tensor.requires_grad for tensor in (*memory.keys, *memory.values)):
+        if isinstance(memory, ContextMemory) and any(t.requires_grad for t in (*memory.keys, *memory.values)):
             raise ValueError(
                 "memory: expected one without gradients, got one of a model in training; compress the whole text again"
             )
@@ -103,12 +108,16 @@ class ContextAppending:
                     known[document], None if sources is None else sources[row], new, memory.num_tokens[document]
                 )
             texts.append(torch.cat((tail_of(memory, document, size).token_ids.to(new), new)))
-        ids, mask = _padded(texts)
         own = list(source_of.values())
+        queries = [None if given is None else given[own] for given in (query_ids, query_attention_mask, query_embeds)]
+        if isinstance(memory, TieredMemory):
+            named = dict(zip(source_of, texts, strict=True))
+            return append_to_tiers(self, memory, named, queries, known, keep=keep, progress=progress)
+        ids, mask = padded_rows(texts)
         part = self._compress_part(
             ids,
             mask,
-            *(None if given is None else given[own] for given in (query_ids, query_attention_mask, query_embeds)),
+            *queries,
             first_chunks=[memory.num_tokens[document] // size for document in source_of],
             name="append",
             progress=progress,
@@ -117,8 +126,36 @@ class ContextAppending:
         joined = _joined(memory, part, list(source_of), size, keep=keep)
         return joined if known is None else dataclasses.replace(joined, sources=known)
 
+    @torch.compiler.disable(reason=_NOT_TRACED)
+    @torch.no_grad()
+    def offload(self: Any, memory: ContextMemory, tiers: MemoryTiers) -> TieredMemory:
+        """The memory in tiers: on the device, in main memory and on disk, whichever have room for it.
 
-def _documents(memory: ContextMemory, lengths: list[int], rows: Sequence[int] | None) -> dict[int, int]:
+        What is given stays as it is. To stream a text into tiers, begin with an empty memory and append:
+        ``model.append(model.offload(model.compress(ids[:, :0]), tiers), ids)``. Of a model with a pick the keys of its
+        layers stay on the device.
+
+        Args:
+            memory: one of this model, on any device.
+            tiers: where it will lie.
+
+        Raises:
+            MemoryError: the tiers have no room, and no folder for the disk.
+            OSError: the disk has no room.
+            TypeError: not a :class:`ContextMemory`.
+            ValueError: a memory of another model, of a model in training, with gradients, or of chunks whose slots
+                depend on the question; or tiers of another device.
+        """
+        self.check_memory(memory)
+        memory.expect_whole()
+        if is_training_mark(memory.signature.get("weights")):
+            raise ValueError("memory: expected one of a model in evaluation mode, got one made in training")
+        if tiers.device != self.device:
+            raise ValueError(f"tiers: expected device {self.device} as the model, got {tiers.device}")
+        return offload(self, memory, tiers)
+
+
+def _documents(memory: ContextMemory | TieredMemory, lengths: list[int], rows: Sequence[int] | None) -> dict[int, int]:
     """The documents that go on, in their order, and the row of ``context_ids`` that has the tokens of each."""
     if rows is None and len(lengths) != memory.batch_size:
         raise ValueError(
@@ -145,7 +182,7 @@ def _documents(memory: ContextMemory, lengths: list[int], rows: Sequence[int] | 
 
 
 def _known_sources(
-    memory: ContextMemory, sources: Sequence[Source | None] | None, lengths: list[int]
+    memory: ContextMemory | TieredMemory, sources: Sequence[Source | None] | None, lengths: list[int]
 ) -> list[Source | None] | None:
     """The sources of the memory's documents so far, after a check of those of what is appended."""
     if sources is not None and len(sources) != len(lengths):
@@ -165,7 +202,7 @@ def _extended(before: Source | None, more: Source | None, tokens: Tensor, so_far
     return more if before is None else before.extended(more, tokens)
 
 
-def tail_of(memory: ContextMemory, document: int, chunk_size: int) -> Tail:
+def tail_of(memory: ContextMemory | TieredMemory, document: int, chunk_size: int) -> Tail:
     """A document's partial last chunk.
 
     Raises:
@@ -181,18 +218,6 @@ def tail_of(memory: ContextMemory, document: int, chunk_size: int) -> Tail:
             "compress the whole text again"
         )
     return tail
-
-
-def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Rows in one tensor, and the mask of what is no padding."""
-    longest = max(row.numel() for row in rows)
-    if all(row.numel() == longest for row in rows):
-        return torch.stack(rows), None
-    ids = rows[0].new_zeros((len(rows), longest))
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : row.numel()], mask[i, : row.numel()] = row, True
-    return ids, mask
 
 
 def _joined(

@@ -17,6 +17,7 @@ from .micro_batches import Work, compress_in_micro_batches, tree_shape
 from .rotary import LayerTables, Rotation, rotations_of
 from .signature import Subject, describe_difference, has_details, memory_signature
 from .stopwatch import Stopwatch
+from .tiered_memory import TieredMemory
 from .training_mark import is_training_mark
 from .tree import choose_nodes
 
@@ -290,14 +291,23 @@ class ContextCompression:
             return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details))
         return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})
 
-    def check_memory(self: Any, memory: ContextMemory) -> None:
+    def check_memory(self: Any, memory: ContextMemory | TieredMemory, *, tiered: bool = False) -> None:
         """Refuse a memory made by another model or tree, or by this one in training before its weights changed.
+
+        Args:
+            memory: to check.
+            tiered: whether a :class:`TieredMemory` will do.
 
         Raises:
             TypeError: not a :class:`ContextMemory`.
             ValueError: names the first difference, or says that the memory was used up by ``append``.
         """
-        if not isinstance(memory, ContextMemory):
+        if isinstance(memory, TieredMemory) and not tiered:
+            raise TypeError(
+                "memory: expected a ContextMemory, got a TieredMemory; model.memory_for(memory, question_ids) or "
+                "memory.select_chunks(…) brings some chunks of it to the device, memory.gather() all of them"
+            )
+        if not isinstance(memory, (ContextMemory, TieredMemory)):
             raise TypeError(f"memory: expected a ContextMemory, got {type(memory).__name__}")
         refuse_plan("memory", self.model.embed_tokens)
         if memory.version is not None:

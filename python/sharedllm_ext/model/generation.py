@@ -87,8 +87,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             kwargs: as for Transformers, and of :meth:`forward` ``context_ids``, ``context_attention_mask``, ``memory``,
                 ``query_ids``, ``query_attention_mask`` and ``split_window``. Of its own ``passages``, how many to find
                 for ``query_ids`` (default: ``input_ids``), or what :meth:`find_passages` has found; with it
-                ``tokenizer``, and ``answer_begin``, the text with which the answer begins; ``memory`` and its
-                ``context_ids`` are then given together, or the memory is made here.
+                ``tokenizer``, and ``answer_begin``, the text with which the answer begins; a ``memory``, also one in
+                tiers, then comes with its ``context_ids`` or knows them, or it is made here.
 
         Returns:
             ``[B, L + n]`` token ids; with ``return_dict_in_generate=True`` Transformers' output with an additional
@@ -107,7 +107,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("context_ids, memory: expected at most one of them, got both")
         if context_ids is None and context_mask is not None:
             raise ValueError("context_attention_mask: expected context_ids with it, got none")
-        if context_ids is None and query_ids is not None:
+        if context_ids is None and query_ids is not None and request is None:
             raise ValueError("query_ids: expected context_ids with it, got none")
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(

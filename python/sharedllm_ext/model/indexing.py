@@ -17,8 +17,10 @@ from .lower_model import LowerModel
 from .managed_layers import check_whole
 from .memory import ContextMemory
 from .micro_batches import Work, in_micro_batches, memory_store, products_of, tree_shape
+from .passages import CHUNKS
 from .signature import describe_difference, has_details
 from .stopwatch import Stopwatch
+from .tiered_memory import TieredMemory
 
 # The number of chunks, nodes and slots follows from the ids' values.
 _NOT_TRACED = "choose the memory first (memory = model.memory_for(index, …)) and give forward the memory"
@@ -81,32 +83,53 @@ class ContextIndexing(ContextCompression):
     @torch.no_grad()
     def memory_for(
         self: Any,
-        index: ContextIndex,
+        index: ContextIndex | TieredMemory,
         query_ids: Tensor | None = None,
         query_attention_mask: Tensor | None = None,
         query_embeds: Tensor | None = None,
+        *,
+        chunks: int | None = None,
     ) -> ContextMemory:
-        """The memory that a question chooses from an index: what :meth:`compress` gives for its context and the query.
+        """The memory that a question chooses: from an index, or of a tiered memory the chunks that answer it best.
+
+        Of an index it is what :meth:`compress` gives for its context and the query.
 
         Only the query vector is computed; nodes are chosen and their slots copied. Without a query the right children
         are taken, as by :meth:`compress`. The index may be on another device, for example the CPU.
 
+        Of a :class:`TieredMemory` the pick ranks the chunks by their best segments; the best ones are brought to the
+        device by a side stream, a few layers at a time, while the host goes on.
+
         Args:
-            index: from :meth:`index` of this model or of one with the same compressor.
+            index: from :meth:`index` of this model or of one with the same compressor; or a tiered memory.
             query_ids: ``[B, L]`` one query for each document of the index, or any number of them for an index of one
                 document, which the memory then holds once for each query.
             query_attention_mask: ``[B, L]``, 0 for padding; a row without any token uses the right children.
             query_embeds: ``[B, L, d]`` embeddings of the query, instead of ``query_ids``.
+            chunks: how many chunks of a tiered memory to read; default: 128.
 
         Returns:
             The memory, on the model's device.
 
         Raises:
+            OSError: a page of the tiered memory cannot be read from the disk.
             TypeError: not a :class:`ContextIndex`.
             ValueError: another model's index, or invalid queries; the message names what was expected.
         """
         _check_traced("memory_for")
         check_whole("memory_for", self.lower_model.embed_tokens)
+        if isinstance(index, TieredMemory):
+            count = CHUNKS if chunks is None else chunks
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"chunks: expected an integer of at least 1, got {chunks!r}")
+            if query_ids is None or query_embeds is not None:
+                got = "none" if query_embeds is None else "query_embeds"
+                raise ValueError(f"query_ids: expected the questions' tokens for a tiered memory, got {got}")
+            picked: ContextMemory
+            picked, _ = self._read_tiers(index, query_ids, query_attention_mask, (None, None), chunks=count)
+            return picked
+        if chunks is not None:
+            raise ValueError(f"chunks: expected none for an index, of which all chunks are read, got {chunks!r}")
         self.check_index(index)
         watch = Stopwatch(self.device)
         given = query_ids if query_embeds is None else query_embeds

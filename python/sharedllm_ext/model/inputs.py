@@ -232,3 +232,15 @@ def say_past_window(model: Decoder, tokens: int, mask: Tensor | None, past: Any)
         UserWarning,
         stacklevel=3,
     )
+
+
+def padded_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Rows in one tensor, and the mask of what is no padding."""
+    longest = max(row.numel() for row in rows)
+    if all(row.numel() == longest for row in rows):
+        return torch.stack(rows), None
+    ids = rows[0].new_zeros((len(rows), longest))
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : row.numel()], mask[i, : row.numel()] = row, True
+    return ids, mask

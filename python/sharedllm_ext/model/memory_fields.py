@@ -73,9 +73,9 @@ def check_fields(name: str, fields: dict[str, Any]) -> None:
         expect(row < documents, f"memory_index from 0 to {documents - 1}", row)
 
 
-def describe_memory(memory: Any) -> dict[str, Any]:
-    """What a memory holds, in words and numbers that JSON can hold."""
-    signature, storage = memory.signature, None if memory.version is None else memory.version.storage
+def describe_documents(memory: Any) -> dict[str, Any]:
+    """What a memory holds but its bytes, in words and numbers that JSON can hold."""
+    signature = memory.signature
     sources = memory.sources or [None] * memory.num_documents
     documents = [
         {
@@ -94,11 +94,6 @@ def describe_memory(memory: Any) -> dict[str, Any]:
         "tokens": sum(memory.num_tokens),
         "chunks": sum(memory.num_chunks),
         "slots": memory.num_slots,
-        "layers": len(memory.keys),
-        "key_bytes": sum(key.nbytes for key in memory.keys),
-        "value_bytes": sum(value.nbytes for value in memory.values),
-        # with the room in which it grows
-        "reserved_bytes": memory.nbytes if storage is None else sum(tensor.nbytes for tensor in storage.tensors),
         "source_bytes": sum(
             part.nbytes for text in held for part in (text.token_ids, text.offsets) if part is not None
         ),
@@ -107,6 +102,19 @@ def describe_memory(memory: Any) -> dict[str, Any]:
         "model": {
             name: signature[name] for name in ("model_type", "hidden_size", "chunk_size", "tree_depth", "weights")
         },
+    }
+
+
+def describe_memory(memory: Any) -> dict[str, Any]:
+    """What a memory in tensors holds, in words and numbers that JSON can hold."""
+    storage = None if memory.version is None else memory.version.storage
+    return {
+        **describe_documents(memory),
+        "layers": len(memory.keys),
+        "key_bytes": sum(key.nbytes for key in memory.keys),
+        "value_bytes": sum(value.nbytes for value in memory.values),
+        # with the room in which it grows
+        "reserved_bytes": memory.nbytes if storage is None else sum(tensor.nbytes for tensor in storage.tensors),
     }
 
 

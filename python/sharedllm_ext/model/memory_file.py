@@ -9,6 +9,7 @@ memory that was read.
 import dataclasses
 import hashlib
 import json
+import math
 import mmap
 import os
 import stat
@@ -223,13 +224,7 @@ class MemoryFile:
         Raises:
             ValueError: the file ends early, or the data are not what was written.
         """
-        sums: dict[str, Any] = {}
-        for file in (self, *self._shards) if verify else ():
-            own = {name for name, owner in self._owners.items() if owner is file}
-            found = file.header.get("checksums")
-            if found is not None and (not isinstance(found, dict) or set(found) != own):
-                raise file._error("a checksum for every tensor", shorten(found))
-            sums |= found or {}
+        sums = self._sums() if verify else {}
 
         def read(name: str) -> Tensor:
             get = self._map_tensor if mapped else self._read_tensor
@@ -242,6 +237,61 @@ class MemoryFile:
         # reading and summing run outside of Python's lock
         with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
             return list(pool.map(read, names))
+
+    def verify(self, names: Sequence[str]) -> None:
+        """Compare the checksums of tensors, where the file has them; little is held at a time.
+
+        Raises:
+            ValueError: the file ends early, or the data are not what was written.
+        """
+        sums = self._sums()
+
+        def check(name: str) -> None:
+            entry, crc = self._entries[name], 0
+            buffer = memoryview(bytearray(min(PIECE, entry.nbytes)))
+            for done in range(0, entry.nbytes, PIECE):
+                piece = buffer[: min(PIECE, entry.nbytes - done)]
+                self._fill(name, entry.begin + done, piece)
+                crc = zlib.crc32(piece, crc)
+            if f"{crc:08x}" != sums[name]:
+                owner = self._owners[name]
+                raise owner._error(f"{name} with CRC-32 {shorten(sums[name])}", f"{crc:08x}: the data were changed")
+
+        with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
+            list(pool.map(check, [name for name in names if name in sums]))
+
+    def slot_bytes(self, name: str) -> int:
+        """Bytes of one row of a tensor."""
+        entry = self._entries[name]
+        return math.prod(entry.shape[1:]) * entry.dtype.itemsize
+
+    def read_slots(self, name: str, first: int, end: int, data: memoryview) -> None:
+        """Read rows ``first`` to ``end`` of a tensor, without a comparison of checksums.
+
+        Raises:
+            ValueError: the file is shorter than it was.
+        """
+        size = self.slot_bytes(name)
+        self._fill(name, self._entries[name].begin + first * size, data[: (end - first) * size])
+
+    def _fill(self, name: str, begin: int, data: memoryview) -> None:
+        entry, done = self._entries[name], 0
+        while done < data.nbytes:
+            count = os.preadv(entry.descriptor, [data[done:]], begin + done)
+            if not count:
+                raise self._owners[name]._truncated(f"{data.nbytes} bytes of {name} at byte {begin}", str(done))
+            done += count
+
+    def _sums(self) -> dict[str, Any]:
+        """Checksums of all tensors, as far as the files have them."""
+        sums: dict[str, Any] = {}
+        for file in (self, *self._shards):
+            own = {name for name, owner in self._owners.items() if owner is file}
+            found = file.header.get("checksums")
+            if found is not None and (not isinstance(found, dict) or set(found) != own):
+                raise file._error("a checksum for every tensor", shorten(found))
+            sums |= found or {}
+        return sums
 
     def _map_tensor(self, name: str, summed: bool) -> tuple[Tensor, int]:
         entry = self._entries[name]

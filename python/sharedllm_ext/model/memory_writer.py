@@ -6,20 +6,23 @@ by the call that wrote them, or by a later one.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from .memory_file import MEMORY, NAMES, PIECE, SHARD, FileFormat, bytes_of, kind_of
@@ -33,13 +36,35 @@ _BUFFER = 1 << 16
 _PATIENCE = 10.0
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorInParts:
+    """A tensor that is never there as a whole.
+
+    Attributes:
+        shape, dtype: of the whole.
+        parts: gives tensors that are the whole one after the other, along the first dimension.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Writable = Tensor | TensorInParts
+
+
 def write_tensors(
     path: str | os.PathLike[str],
     header: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Writable],
     form: FileFormat = MEMORY,
     version: int | None = None,
-    shards: Sequence[Mapping[str, Tensor]] = (),
+    shards: Sequence[Mapping[str, Writable]] = (),
 ) -> None:
     """Write tensors and their header to a file, which is replaced when the new one is complete.
 
@@ -91,7 +116,7 @@ def write_tensors(
         raise OSError(error.errno, error.strerror, target) from None
 
 
-def shards_of(tensors: Mapping[str, Tensor], most: int | str) -> list[dict[str, Tensor]]:
+def shards_of(tensors: Mapping[str, Writable], most: int | str) -> list[dict[str, Writable]]:
     """Cut tensors into shards of at most so many bytes, in their order; a larger tensor has a shard of its own.
 
     Args:
@@ -101,11 +126,8 @@ def shards_of(tensors: Mapping[str, Tensor], most: int | str) -> list[dict[str, 
     Raises:
         ValueError: the size is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B|)", str(most).strip().upper())
-    limit = 0 if found is None or isinstance(most, (bool, float)) else int(float(found[1]) * _SIZES[found[2]])
-    if limit < 1:
-        raise ValueError(f"max_shard_size: expected a number of bytes from 1 on, or a text such as '5GB', got {most!r}")
-    shards: list[dict[str, Tensor]] = []
+    limit = bytes_in("max_shard_size", most, least=1)
+    shards: list[dict[str, Writable]] = []
     size = 0
     for name, tensor in tensors.items():
         if not shards or size + tensor.nbytes > limit:
@@ -114,6 +136,24 @@ def shards_of(tensors: Mapping[str, Tensor], most: int | str) -> list[dict[str, 
         shards[-1][name] = tensor
         size += tensor.nbytes
     return shards
+
+
+def bytes_in(name: str, size: int | str, *, least: int) -> int:
+    """A number of bytes, given as such or as a text such as ``"5GB"`` (of 10^9 bytes).
+
+    Args:
+        name: of the argument, for the error.
+        size: what was given.
+        least: the smallest size.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B|)", str(size).strip().upper())
+    number = -1 if found is None or isinstance(size, (bool, float)) else int(float(found[1]) * _SIZES[found[2]])
+    if number < least:
+        raise ValueError(f"{name}: expected a number of bytes from {least} on, or a text such as '5GB', got {size!r}")
+    return number
 
 
 def _finish(file: BinaryIO, mode: int | None) -> None:
@@ -239,7 +279,7 @@ def _remove_if_ours(name: str, form: FileFormat) -> None:
 
 
 def _write(
-    file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tensor], form: FileFormat, version: int
+    file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Writable], form: FileFormat, version: int
 ) -> str:
     entries, end = {}, 0
     for name, tensor in tensors.items():
@@ -262,12 +302,13 @@ def _write(
     # summing and writing run outside of Python's lock, side by side
     with ThreadPoolExecutor(1) as pool:
         for name, tensor in tensors.items():
-            data = bytes_of(tensor.detach().cpu().contiguous())
-            for first in range(0, len(data), PIECE):
-                piece = data[first : first + PIECE]
-                total = pool.submit(zlib.crc32, piece, checksums[name])
-                file.write(piece)
-                checksums[name] = total.result()
+            for part in [tensor] if isinstance(tensor, Tensor) else tensor.parts():
+                data = bytes_of(part.detach().cpu().contiguous())
+                for first in range(0, len(data), PIECE):
+                    piece = data[first : first + PIECE]
+                    total = pool.submit(zlib.crc32, piece, checksums[name])
+                    file.write(piece)
+                    checksums[name] = total.result()
     file.seek(0)
     file.write(head(text()))
     return hashlib.sha256(text().encode()).hexdigest()

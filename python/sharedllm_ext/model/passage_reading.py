@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .inputs import check_ids, check_mask, check_not_empty
 from .memory import ContextMemory
-from .passages import NO_PICK, Passage, PassagePrompt
+from .passages import NO_PICK, Passage, PassagePrompt, kept_ids
 from .split_prompt import SplitPrompt
+from .tiered_memory import TieredMemory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class PassageRequest:
         input_ids: Tensor | None,
         mask: Tensor | None,
         context: tuple[Tensor | None, Tensor | None],
-        memory: ContextMemory | None,
+        memory: ContextMemory | TieredMemory | None,
         query: tuple[Tensor | None, Tensor | None],
         cached: int,
     ) -> tuple[ContextMemory, SplitPrompt, list[list[Passage]]]:
@@ -85,25 +86,27 @@ class PassageRequest:
                 "passages that it holds"
             )
         context_ids, context_mask = context
-        if input_ids is None or context_ids is None:
+        known = memory is not None and all(
+            source is not None and source.token_ids is not None for source in memory.sources or [None]
+        )
+        if input_ids is None or (context_ids is None and not known):
             name = "input_ids" if input_ids is None else "context_ids"
             what = "the questions" if input_ids is None else "the text of the passages, also beside its memory"
             raise ValueError(f"passages: expected {name} with it, {what}, got none")
-        check_ids(model, "context_ids", context_ids, range_too=True)
+        if context_ids is not None:
+            check_ids(model, "context_ids", context_ids, range_too=True)
         asked = check_mask("attention_mask", mask, "input_ids", input_ids)
         questions = [row if asked is None else row[asked[i]] for i, row in enumerate(input_ids)]
         self._check_questions(questions)
         layout = PassagePrompt(model.config, self.tokenizer)
         if memory is None:
             memory = model.compress(context_ids, context_mask, training=False)
-        found = self._found(model, input_ids, mask, context, memory, query)
-        used = check_mask("context_attention_mask", context_mask, "context_ids", context_ids)
+        memory, found = self._found(model, input_ids, mask, context, memory, query)
+        texts = _texts(model, context, memory, len(questions))
         begin, rows = layout.text(self.answer_begin), []
         for i, (question, passages) in enumerate(zip(questions, found, strict=True)):
-            source = i if context_ids.shape[0] > 1 else 0
-            text = context_ids[source] if used is None else context_ids[source][used[source]]
-            _check_within(passages, text.numel(), i)
-            rows.append(layout.ids(text, passages, question.tolist(), begin))
+            _check_within(passages, texts[i].numel(), i)
+            rows.append(layout.ids(texts[i], passages, question.tolist(), begin))
             if len(rows[-1]) > model.config.window:
                 raise ValueError(
                     f"passages: expected passages and question of at most {model.config.window} tokens "
@@ -122,9 +125,10 @@ class PassageRequest:
         input_ids: Tensor,
         mask: Tensor | None,
         context: tuple[Tensor | None, Tensor | None],
-        memory: ContextMemory,
+        memory: ContextMemory | TieredMemory,
         query: tuple[Tensor | None, Tensor | None],
-    ) -> list[list[Passage]]:
+    ) -> tuple[ContextMemory, list[list[Passage]]]:
+        """The memory that is read, of tiers what was picked, and the passages of each row."""
         count = self.passages
         if isinstance(count, int) and not isinstance(count, bool) and count >= 1:
             question, question_mask = (input_ids, mask) if query[0] is None else query
@@ -135,10 +139,14 @@ class PassageRequest:
                     raise ValueError(
                         f"query_ids: expected {input_ids.shape[0]} rows as in input_ids, got {query[0].shape[0]}"
                     )
+            if isinstance(memory, TieredMemory):
+                picked: tuple[ContextMemory, list[list[Passage]]]
+                picked = model._read_tiers(memory, question, question_mask, context, passages=count)
+                return picked
             result: list[list[Passage]] = model.find_passages(
                 question, context[0], context[1], question_mask, memory, count
             )
-            return result
+            return memory, result
         rows = input_ids.shape[0]
         given = isinstance(count, Sequence) and all(
             isinstance(row, Sequence) and all(isinstance(passage, Passage) for passage in row) for row in count
@@ -151,7 +159,10 @@ class PassageRequest:
             raise ValueError(f"passages: expected those of {rows} rows as in input_ids, got those of {len(count)}")
         if query[0] is not None:
             raise ValueError("query_ids: expected none with passages that have been found, got some")
-        return [list(row) for row in count]
+        if isinstance(memory, TieredMemory):
+            read: ContextMemory = model.memory_for(memory, input_ids, mask)
+            return read, [list(row) for row in count]
+        return memory, [list(row) for row in count]
 
     def _check_questions(self, questions: Sequence[Tensor]) -> None:
         """Refuse special tokens: padding without a mask, a start token, a chat template, or text that ends the turn."""
@@ -164,6 +175,18 @@ class PassageRequest:
                     f"split_special_tokens=True, a mask where rows are padded), got the special token "
                     f"{self.tokenizer.decode([wrong])!r} in row {row}"
                 )
+
+
+def _texts(model: Any, context: tuple[Tensor | None, Tensor | None], memory: ContextMemory, rows: int) -> list[Tensor]:
+    """The tokens ``[T]`` of each row's text: the context's, or without one those that the memory has kept."""
+    ids, mask = context
+    if ids is None:
+        own = memory.memory_index * (rows if memory.batch_size == 1 else 1)
+        kept = {document: kept_ids(model, memory, document, model.device) for document in set(own)}
+        return [kept[document] for document in own]
+    used = check_mask("context_attention_mask", mask, "context_ids", ids)
+    sources = [row if ids.shape[0] > 1 else 0 for row in range(rows)]
+    return [ids[source] if used is None else ids[source][used[source]] for source in sources]
 
 
 def _check_within(passages: Sequence[Passage], length: int, row: int) -> None:

@@ -1,23 +1,22 @@
 """Finding the passages of a context that answer a question, and the prompt in which they are read."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .families import attention_norm
 from .inputs import check_ids, check_mask
-from .lower_model import LowerModel, embed_tokens, project
-from .managed_layers import is_managed
 from .memory import ContextMemory
-from .pick import SlotPlaces, slot_places, unrotated
-from .pick_index import PickIndex
+from .pick import slot_places, unrotated
+from .pick_index import PickIndex, check_text
+from .picked_memory import PickedMemory
 from .sources import Place, Source
+from .tiered_memory import TieredMemory
 from .word_index import WordIndex
 
-# slots of a document that are compared with its text, and how far rounding may take their values
-_COMPARED, _ROUNDING = 64, 0.25
+#: Chunks of a tiered memory that a question reads by default: 128K tokens in chunks of 1024.
+CHUNKS = 128
 #: What a model without a pick is told.
 NO_PICK = "a model with a pick (config.pick_layers; from_adapter loads one), got one without"
 
@@ -40,6 +39,20 @@ class Passage:
     rank: int
     score: float
     place: Place | None = None
+
+
+class _Scored(NamedTuple):
+    """One question's scores.
+
+    Attributes:
+        scores: ``[n]`` of the document's segments.
+        length: its tokens.
+        origin: where it comes from, if that is known.
+    """
+
+    scores: Tensor
+    length: int
+    origin: Source | None
 
 
 class PassagePrompt:
@@ -86,7 +99,7 @@ class PassageRetrieval:
         context_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
         question_attention_mask: Tensor | None = None,
-        memory: ContextMemory | None = None,
+        memory: ContextMemory | TieredMemory | None = None,
         count: int = 8,
     ) -> list[list[Passage]]:
         """The passages of a context that answer a question best, by its memory and by its words.
@@ -110,10 +123,25 @@ class PassageRetrieval:
         Raises:
             ValueError: the model has no pick, inputs that contradict each other, or a memory of another context.
         """
-        if self.pick is None:
-            raise ValueError(f"find_passages: expected {NO_PICK}")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count: expected an integer of at least 1, got {count!r}")
+        context = context_ids, context_attention_mask
+        scored = self._scored("find_passages", question_ids, question_attention_mask, context, memory)
+        return [self._best(one, count) for one in scored]
+
+    @torch.no_grad()
+    def _scored(
+        self: Any,
+        name: str,
+        question_ids: Tensor,
+        question_attention_mask: Tensor | None,
+        context: tuple[Tensor | None, Tensor | None],
+        memory: ContextMemory | TieredMemory | None,
+    ) -> list["_Scored"]:
+        """The segments' scores for each question; arguments as for :meth:`find_passages`, whose errors it raises."""
+        if self.pick is None:
+            raise ValueError(f"{name}: expected {NO_PICK}")
+        context_ids, context_attention_mask = context
         check_ids(self, "question_ids", question_ids, range_too=True)
         asked = check_mask("question_attention_mask", question_attention_mask, "question_ids", question_ids)
         rows, device, texts = question_ids.shape[0], question_ids.device, None
@@ -122,7 +150,7 @@ class PassageRetrieval:
         elif context_attention_mask is not None:
             raise ValueError("context_attention_mask: expected context_ids with it, got none")
         if memory is not None:
-            self.check_memory(memory)
+            self.check_memory(memory, tiered=True)
         elif context_ids is not None:
             memory = self.compress(context_ids, context_attention_mask, training=False)
         else:
@@ -142,7 +170,7 @@ class PassageRetrieval:
             source = document if texts is None else row if len(texts) > 1 else 0
             question = question_ids[row] if asked is None else question_ids[row][asked[row]]
             if known is None or known[0] != (source, document):
-                ids = _kept_ids(self, memory, document, device) if texts is None else texts[source]
+                ids = kept_ids(self, memory, document, device) if texts is None else texts[source]
                 if ids.numel() != memory.num_tokens[document]:
                     raise ValueError(
                         f"context_ids: expected the {memory.num_tokens[document]} tokens of the memory's document "
@@ -150,8 +178,39 @@ class PassageRetrieval:
                     )
                 known = (source, document), ids, self._pick_index(ids, memory, document)
             origin = None if memory.sources is None else memory.sources[document]
-            found.append(self._best(self._scores(known[2], question), known[1].numel(), count, origin))
+            found.append(_Scored(self._scores(known[2], question), known[1].numel(), origin))
         return found
+
+    @torch.no_grad()
+    def _read_tiers(
+        self: Any,
+        memory: TieredMemory,
+        question_ids: Tensor,
+        question_attention_mask: Tensor | None,
+        context: tuple[Tensor | None, Tensor | None],
+        *,
+        passages: int = 0,
+        chunks: int = CHUNKS,
+    ) -> tuple[PickedMemory, list[list[Passage]]]:
+        """The best chunks for each question, brought to the device, and its best passages."""
+        scored = self._scored("memory_for", question_ids, question_attention_mask, context, memory)
+        found = [self._best(one, passages) for one in scored]
+        rows = memory if memory.batch_size == len(scored) else memory.expand(len(scored))
+        return rows.select_chunks([self._picked_chunks(one, chunks) for one in scored]), found
+
+    def _picked_chunks(self: Any, scored: "_Scored", count: int) -> list[int]:
+        """The chunks of the best segments, at most so many."""
+        segments, size = scored.scores.numel(), self.config.chunk_size
+        if not segments:
+            return []
+        first = torch.arange(segments, device=scored.scores.device) * self.config.segment_size
+        last = (first + self.config.segment_size).clamp(max=scored.length) - 1
+        best = torch.full((-(-scored.length // size),), -torch.inf, device=first.device)
+        # a segment may lie in two chunks
+        for token in (first, last):
+            best.scatter_reduce_(0, token // size, scored.scores, "amax")
+        chunks: list[int] = best.topk(min(count, best.numel())).indices.tolist()
+        return chunks
 
     def passage_prompt(
         self: Any, tokenizer: Any, context_ids: Tensor, passages: list[Passage], question: str, answer_begin: str = ""
@@ -183,15 +242,18 @@ class PassageRetrieval:
         states = source(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         return list(states[: self.config.injection_layers])
 
-    def _pick_index(self: Any, ids: Tensor, memory: ContextMemory, document: int) -> PickIndex:
+    def _pick_index(self: Any, ids: Tensor, memory: ContextMemory | TieredMemory, document: int) -> PickIndex:
         """What is asked of a document, kept from an earlier question if there was one."""
         config, pick, lower = self.config, self.pick, self.lower_model
+        if isinstance(memory, TieredMemory):
+            return memory.pick_index(document, ids, self)
         slots = slice(memory.cu_slots[document], memory.cu_slots[document + 1])
         index = self._pick_indexes.get(memory, slots, ids, pick, self.dtype)
         if index is not None:
             return index
         places = slot_places(ids.numel(), config)
-        _check_text(lower, ids, places, memory.values[0][slots])
+        values = memory.values[0][slots]
+        check_text(lower, ids, places, lambda chosen: values[chosen.to(values.device)])
         position = places.position.to(memory.device)
         tables = self._rope_tables(int(places.position.max()) + 1 if ids.numel() else 1, memory.device)
         keys = [
@@ -218,8 +280,9 @@ class PassageRetrieval:
         scores: Tensor = self.pick(inputs, self.lower_model.layers, index.keys, index.segment, index.count, evidence)
         return scores
 
-    def _best(self: Any, scores: Tensor, length: int, count: int, origin: Source | None) -> list[Passage]:
+    def _best(self: Any, scored: "_Scored", count: int) -> list[Passage]:
         size, margin = self.config.segment_size, self.config.segment_margin
+        scores, length, origin = scored
         values, order = scores.topk(min(count, scores.numel()))
         found = []
         for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
@@ -238,8 +301,12 @@ def _rows_of(model: Any, context_ids: Tensor, mask: Tensor | None, rows: int) ->
     return [ids if used is None else ids[used[row]] for row, ids in enumerate(context_ids)]
 
 
-def _kept_ids(model: Any, memory: ContextMemory, document: int, device: torch.device) -> Tensor:
-    """The token ids that a memory has kept of a document."""
+def kept_ids(model: Any, memory: ContextMemory | TieredMemory, document: int, device: torch.device) -> Tensor:
+    """The token ids ``[T]`` that a memory has kept of a document.
+
+    Raises:
+        ValueError: it has not, or they are not the model's.
+    """
     source = None if memory.sources is None else memory.sources[document]
     ids = None if source is None else source.token_ids
     if ids is None:
@@ -257,29 +324,3 @@ def passage_span(segment: int, length: int, size: int, margin: int) -> tuple[int
     whole = min(length, size + 2 * margin)
     start = max(0, min(segment * size - margin, length - whole))
     return start, start + whole
-
-
-def _check_text(lower: LowerModel, ids: Tensor, places: SlotPlaces, values: Tensor) -> None:
-    """Refuse a text that a document's memory was not made of: layer 0's values depend on the slots' tokens alone.
-
-    Args:
-        lower: the compressor's modules.
-        ids: ``[T]`` the text.
-        places: its slots.
-        values: ``[S, Hkv, D]`` layer 0's values in the memory.
-    """
-    layer, count = lower.layers[0], places.token.numel()
-    if not count or is_managed(layer):
-        return
-    chosen = torch.linspace(0, count - 1, min(count, _COMPARED)).long()
-    tokens = places.token[chosen]
-    normed = attention_norm(layer)(embed_tokens(lower, ids[tokens.to(ids.device)]))
-    expected = project(layer, normed, "v").float().flatten(1)
-    held = values[chosen.to(values.device)].float().flatten(1)
-    other = (held - expected).norm(dim=1) > _ROUNDING * expected.norm(dim=1)
-    if bool(other.any()):
-        first = int(tokens[other.cpu()].min())
-        raise ValueError(
-            "context_ids: expected the text that the memory was made of, got another: "
-            f"{int(other.sum())} of {len(tokens)} tokens that were compared differ, the first is token {first}"
-        )

@@ -3,19 +3,26 @@
 import dataclasses
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from .families import attention_norm
 from .layer_math import version_of
+from .lower_model import LowerModel, embed_tokens, project
+from .managed_layers import is_managed
 from .memory import ContextMemory
+from .pick import SlotPlaces
 from .word_index import WordIndex
 
 #: Bytes of all indexes that a model keeps. One of the shipped adapter has 323 bytes a token in float32, so these are
 #: three memories of 1M tokens; a larger index is made anew for each call.
 KEPT_BYTES = 1 << 30
+# slots of a document that are compared with its text, and how far rounding may take their values
+_COMPARED, _ROUNDING = 64, 0.25
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -142,3 +149,32 @@ def _version(tensor: Tensor) -> int:
     whole = rows.shape[1] * rows.element_size() % 8 == 0
     sums = rows.view(torch.int64 if whole else _INTEGERS[rows.element_size()]).sum(1, dtype=torch.int64)
     return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
+
+
+def check_text(lower: LowerModel, ids: Tensor, places: SlotPlaces, values_of: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a text that a document's memory was not made of: layer 0's values depend on the slots' tokens alone.
+
+    Args:
+        lower: the compressor's modules.
+        ids: ``[T]`` the text.
+        places: its slots.
+        values_of: gives layer 0's values ``[n, Hkv, D]`` in the memory at slots ``[n]`` of the document.
+
+    Raises:
+        ValueError: says how many tokens differ.
+    """
+    layer, count = lower.layers[0], places.token.numel()
+    if not count or is_managed(layer):
+        return
+    chosen = torch.linspace(0, count - 1, min(count, _COMPARED)).long()
+    tokens = places.token[chosen]
+    normed = attention_norm(layer)(embed_tokens(lower, ids[tokens.to(ids.device)]))
+    expected = project(layer, normed, "v").float().flatten(1)
+    held = values_of(chosen).float().flatten(1).to(expected.device)
+    other = (held - expected).norm(dim=1) > _ROUNDING * expected.norm(dim=1)
+    if bool(other.any()):
+        first = int(tokens[other.cpu()].min())
+        raise ValueError(
+            "context_ids: expected the text that the memory was made of, got another: "
+            f"{int(other.sum())} of {len(tokens)} tokens that were compared differ, the first is token {first}"
+        )
