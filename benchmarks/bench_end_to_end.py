@@ -163,8 +163,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def built(shape: str, layers: int, arguments: argparse.Namespace) -> Iterator[SharedLLMForCausalLM]:
-    """A model with random weights on the device, whose memory is given back at the end."""
+def built(
+    shape: str, layers: int, arguments: argparse.Namespace, pick: dict[str, str] | None = None
+) -> Iterator[SharedLLMForCausalLM]:
+    """A model with random weights on the device, whose memory is given back at the end; ``pick``: passage prompt."""
     sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 131072}
     text_config = LlamaConfig(**{**sizes, **SHAPES[shape]})
     config = SharedLLMConfig(
@@ -172,6 +174,7 @@ def built(shape: str, layers: int, arguments: argparse.Namespace) -> Iterator[Sh
         injection_layers=layers,
         window=arguments.running,
         micro_batch_tokens=arguments.micro_batch,
+        **({} if pick is None else {"query_aware": False, "pick_layers": [1, layers - 1], "passage_prompt": pick}),
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
@@ -190,6 +193,8 @@ def built(shape: str, layers: int, arguments: argparse.Namespace) -> Iterator[Sh
             parameter.data.fill_(1.0)
         else:
             parameter.data.normal_(0.0, 0.02, generator=generator)
+    if model.pick is not None:
+        model.pick.token_class.copy_(torch.arange(model.config.vocab_size))
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     try:
