@@ -174,7 +174,7 @@ def built(
         injection_layers=layers,
         window=arguments.running,
         micro_batch_tokens=arguments.micro_batch,
-        **({} if pick is None else {"query_aware": False, "pick_layers": [1, layers - 1], "passage_prompt": pick}),
+        **({} if pick is None else {"query_aware": False, "pick_layers": [0, layers - 1], "passage_prompt": pick}),
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)

@@ -145,12 +145,15 @@ def questions(model: SharedLLMForCausalLM, arguments: argparse.Namespace) -> dic
         first = [whole.seconds(partial(ask, seed, 1)) for seed in range(1, 1 + arguments.repeats)]
         long = [whole.seconds(partial(ask, seed, 1 + arguments.answer)) for seed in range(1, 1 + arguments.repeats)]
         found[f"{name}_first_token_s"] = statistics.median(first)
-        # with the graph of a step of this memory
+        # with the graph of a decoding step, which each new memory needs
         found[f"{name}_per_token_ms"] = 1e3 * (statistics.median(long) - statistics.median(first)) / arguments.answer
+        more = whole.seconds(partial(ask, 1, 1 + 3 * arguments.answer))
+        found[f"{name}_per_further_token_ms"] = 1e3 * (more - min(long)) / (2 * arguments.answer)
         found[f"{name}_first_tokens_s"], found[f"{name}_long_s"] = first, long
         print(
             f"{name}: first question {found[f'{name}_first_question_s']:.3f} s, then first token "
-            f"{found[f'{name}_first_token_s']:.3f} s, {found[f'{name}_per_token_ms']:.2f} ms a token"
+            f"{found[f'{name}_first_token_s']:.3f} s, {found[f'{name}_per_token_ms']:.2f} ms a token for "
+            f"{arguments.answer}, {found[f'{name}_per_further_token_ms']:.2f} ms a further one"
         )
     # its parts
     question = asked(model, arguments, 3)

@@ -15,8 +15,8 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-baseline, cases, run_gpu, bench_end_to_end = (
-    importlib.import_module(name) for name in ("baseline", "cases", "run_gpu", "bench_end_to_end")
+baseline, cases, run_gpu, bench_end_to_end, bench_tiers = (
+    importlib.import_module(name) for name in ("baseline", "cases", "run_gpu", "bench_end_to_end", "bench_tiers")
 )
 sys.path.remove(str(FOLDER))
 
@@ -346,3 +346,21 @@ def test_kernels_are_sorted_by_what_they_are_for() -> None:
     assert kind("nvjet_sm90_tst_192x192_64x4_1x2_h_bz_coopB_TNN") == "matrix products"
     assert kind("void sharedllm::sm90::injected_attention<__nv_bfloat16, 128>") == "this package's kernels"
     assert kind("Memcpy DtoD (Device -> Device)") == "others"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a tiny shape that the GPU's kernels do not take")
+def test_memories_in_tiers_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(bench_end_to_end.SHAPES, "tiny", {**tiny, **heads})
+    assert bench_tiers.main(["--shape", "tiny"]) == 2
+    sizes = ["--tokens", "300000", "--resident", "4096", "--chunks", "3", "--question", "5", "--answer", "2"]
+    few = ["--layers", "2", "--repeats", "1", "--fill-seconds", "0", "--folder", str(tmp_path)]
+    assert bench_tiers.main(["--cpu", "--shape", "tiny", *sizes, *few]) == 0
+    printed = capsys.readouterr().out
+    # as many pages as one waits for at least
+    assert "tiered memory: 262,144 tokens" in printed
+    found = json.loads(printed.splitlines()[-1])
+    assert found["tokens_held"] == 262144 and found["pick and bring"] > 0 and found["disk_gb_s"] > 0

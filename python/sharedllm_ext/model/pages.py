@@ -17,13 +17,14 @@ class Arriving(list[Tensor]):
 
     def __init__(self, tensors: Sequence[Tensor], events: Sequence[Any]) -> None:
         super().__init__(tensors)
-        self._events = list(events)
+        self._events, self._device = list(events), tensors[0].device
 
     def __getitem__(self, index: Any) -> Any:
         # a graph is captured on a stream that has waited already, and cannot wait for work outside of it
         if not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self._device)
             for event in self._events[index] if isinstance(index, slice) else (self._events[index],):
-                event.wait()
+                stream.wait_event(event)
         return super().__getitem__(index)
 
     def __iter__(self) -> Iterator[Tensor]:
