@@ -375,6 +375,8 @@ def attention_cases() -> Iterator[Case]:
         (4096, 16384, {"dtype": torch.float16}),
         (4096, 16384, {"size": 96}),
         (4096, 16384, {"size": 256}),
+        # by the kernel of the next larger head size
+        *((4096, 16384, {"size": size}) for size in (48, 80, 100, 112, 192)),
         (4096, 131072, {}),
     ):
         problem = one_row(queries, slots, **options)  # type: ignore[arg-type]
@@ -392,6 +394,8 @@ def attention_cases() -> Iterator[Case]:
     ):
         problem = Attention((queries,) * batch, (slots,) * batch)
         yield forward(table, f"32/8, {queries} x {slots}, 128, batch {batch}", problem, usual, graph=True)
+    for size in (48, 80, 96, 100, 112, 192, 256):
+        yield forward(table, f"32/8, 1 x 16384, {size}, batch 1", one_row(1, 16384, size=size), usual, graph=True)
     slots_of_rows = tuple(round(512 * 128 ** (i / 15)) for i in range(16))
     problem = Attention((1,) * 16, slots_of_rows)
     yield forward(table, "32/8, 1 x 512 to 65536, 128, batch 16", problem, (*usual, "padded"), graph=True)
@@ -434,6 +438,17 @@ def attention_cases() -> Iterator[Case]:
                 usual,
                 partial(build_attention_backward, problem, need_grad_kv),
             )
+    for size in (80, 96, 112):
+        problem = one_row(4096, 16384, size=size)
+        yield Case(
+            "injected_attention_backward",
+            "Injected attention, backward",
+            f"32/8, 4096 x 16384, {size}, dq, dk, dv",
+            problem.flops(5),
+            problem.backward_bytes(True),
+            usual,
+            partial(build_attention_backward, problem, True),
+        )
     for queries, slots, batch in ((4096, 16384, 1), (1, 16384, 1), (1, 16384, 8)):
         problem = Attention((queries,) * batch, (slots,) * batch)
         shape = f"32/8, {queries} x {slots}, 128, batch {batch}"

@@ -41,6 +41,7 @@ def constant(file: str, name: str) -> float:
 
 
 CONSTANTS = [
+    (attention_module.TENSOR_CORE_UNIT, "ops/injected_attention.cpp", "kUnit"),
     (attention_module.MAX_CUDA_HEAD_SIZE, "kernels/injected_attention/generic/forward.h", "kGenericMaxHeadSize"),
     (node_vectors_module.CUDA_KERNEL_MAX_SIZE, "kernels/node_vectors.h", "kNodeVectorsMaxSize"),
     (node_vectors_module.MAX_LEVELS, "kernels/node_vectors.h", "kNodeVectorsMaxLevel"),
@@ -73,8 +74,8 @@ def test_function_that_forces_a_path() -> None:
 
 
 def test_head_sizes_of_the_tensor_cores() -> None:
-    function = found("ops/injected_attention.cpp", r"bool has_tensor_core_kernel\([^)]*\) \{([^}]*)\}")
-    assert tuple(map(int, re.findall(r"head_size == (\d+)", function[0]))) == attention_module.TENSOR_CORE_HEAD_SIZES
+    (sizes,) = found("ops/injected_attention.cpp", r"for \(const int32_t columns : \{([^}]*)\}\)")
+    assert tuple(map(int, sizes.split(", "))) == attention_module.TENSOR_CORE_HEAD_SIZES
     # a kernel is there for each of them, in both element types
     for kernel in ("portable", "decode_portable", "decode_8bit", "backward_portable", "sm90", "backward_sm90"):
         rows = [row for row in instances.table() if row.name == f"injected_attention_{kernel}"]

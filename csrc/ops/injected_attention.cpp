@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -48,9 +49,30 @@ bool is_hopper(int32_t device) {
 #endif
 }
 
-// Tensor-core kernels exist for these element types and head sizes.
-bool has_tensor_core_kernel(FloatType type, int64_t head_size) {
-  return type != FloatType::kFloat32 && (head_size == 64 || head_size == 96 || head_size == 128 || head_size == 256);
+// Head size of the tensor-core kernel that takes a head: its own, or the next larger one, whose last columns are zeros.
+// 0: the general kernel takes it.
+int32_t kernel_columns(FloatType type, int64_t head_size) {
+  if (type == FloatType::kFloat32 || head_size == 0) return 0;
+  for (const int32_t columns : {64, 96, 128, 256}) {
+    if (head_size <= columns) return columns;
+  }
+  return 0;
+}
+
+// Tensor-core kernels load 16 bytes at a time: heads of another size are copied into longer ones.
+constexpr int64_t kUnit = 8;
+
+int64_t whole_units(int64_t head_size) { return (head_size + kUnit - 1) / kUnit * kUnit; }
+
+// A copy with zeros after the elements of each head.
+Tensor padded(const Tensor& x, int64_t head_size) {
+  const std::initializer_list<int64_t> widths = {0, head_size - x.size(2)};
+  return make_tensor(x.sizes(), x.scalar_type(), [&] { return torch::stable::pad(x, widths); });
+}
+
+// A copy of the first elements of each head.
+Tensor narrowed(Tensor x, int64_t head_size) {
+  return x.size(2) == head_size ? x : sharedllm::contiguous(torch::stable::narrow(x, 2, 0, head_size));
 }
 
 // The arguments that both passes share, kept alive.
@@ -87,12 +109,13 @@ struct Arguments {
     p.q_heads = narrow_size("q", q.size(1));
     p.kv_heads = narrow_size("k", k.size(1));
     p.head_size = static_cast<int32_t>(q.size(2));
+    p.columns = kernel_columns(p.type, p.head_size);
     p.rotary_half = static_cast<int32_t>(cos.size(1));
     p.scale = static_cast<float>(scale);
     p.splits = 1;
 
     // TMA and 16-byte loads need aligned rows; the generic kernels only need dense ones
-    const bool aligned = has_tensor_core_kernel(p.type, p.head_size);
+    const bool aligned = p.columns > 0 && p.head_size % kUnit == 0;
     for (Tensor* x : {&q, &k, &v}) *x = aligned ? with_aligned_rows(*x) : with_dense_rows(*x);
     for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = dense(*x);
     p.q = q.const_data_ptr();
@@ -114,8 +137,7 @@ struct Arguments {
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t rows, InjectedAttentionParams* p)
-      : out_(allocate(like, {rows * p->head_size}, ScalarType::Float)),
-        lse_(allocate(like, {rows}, ScalarType::Float)) {
+      : out_(allocate(like, {rows * p->columns}, ScalarType::Float)), lse_(allocate(like, {rows}, ScalarType::Float)) {
     p->partial_out = out_.mutable_data_ptr<float>();
     p->partial_lse = lse_.mutable_data_ptr<float>();
   }
@@ -127,7 +149,7 @@ class Workspace {
 bool is_forced(Path path) { return static_cast<Path>(forced_path.load()) == path; }
 
 Path choose_path(const InjectedAttentionParams& p, int32_t device, bool backward) {
-  if (!has_tensor_core_kernel(p.type, p.head_size) || is_forced(Path::kGeneric)) return Path::kGeneric;
+  if (p.columns == 0 || is_forced(Path::kGeneric)) return Path::kGeneric;
   const bool few = !backward && (is_forced(Path::kDecode) || p.num_queries <= kDecodeQueries * p.num_rows);
   if (is_forced(Path::kPortable) || !is_hopper(device)) return few ? Path::kDecode : Path::kPortable;
   return few && !is_forced(Path::kSm90) ? Path::kDecode : Path::kSm90;
@@ -139,6 +161,13 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
   InjectedAttentionParams p = arguments.check_and_describe(scale);
   const int32_t device = arguments.q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+  const Path path = choose_path(p, device, false);
+  if (path != Path::kGeneric && p.head_size % kUnit != 0) {
+    const int64_t size = whole_units(p.head_size);
+    auto [out, lse] = injected_attention(padded(q, size), padded(k, size), padded(v, size), cu_q, slot_range,
+                                         q_position, cos, sin, scale);
+    return {narrowed(out, p.head_size), lse};
+  }
   Tensor out = allocate(arguments.q, {p.num_queries, p.q_heads, p.head_size});
   Tensor lse = allocate(arguments.q, {p.num_queries, p.q_heads}, ScalarType::Float);
   if (p.num_queries == 0 || p.q_heads == 0) return {out, lse};
@@ -147,7 +176,6 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
   const cudaStream_t stream = current_stream(device);
   const char* const name = "injected_attention";
 
-  const Path path = choose_path(p, device, false);
   if (path == Path::kGeneric) {
     check_launch(name, launch_injected_attention_generic(p, stream));
     return {out, lse};
@@ -203,22 +231,42 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     grad_lse = dense(*grad_lse);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
+  Path path = choose_path(f, device, true);
+  // the fused Hopper kernel keeps two gradients of a tile in registers, and the heads of a query together
+  const bool fuses = f.columns < 256 && f.q_heads <= 64 * int64_t{f.kv_heads};
+  if (path == Path::kSm90 && need_grad_kv && f.num_slots > 0 && !fuses) path = Path::kPortable;
+  const auto through_longer_heads = [&](int64_t size) -> std::tuple<Tensor, Tensor, Tensor> {
+    auto [long_q, long_k, long_v] = injected_attention_backward(
+        padded(grad_out, size), grad_lse, padded(q, size), padded(k, size), padded(v, size), padded(out, size), lse,
+        cu_q, slot_range, q_position, cos, sin, scale, need_grad_kv);
+    if (!need_grad_kv) return {narrowed(long_q, f.head_size), long_k, long_v};
+    return {narrowed(long_q, f.head_size), narrowed(long_k, f.head_size), narrowed(long_v, f.head_size)};
+  };
+  if (path != Path::kGeneric && f.head_size % kUnit != 0) return through_longer_heads(whole_units(f.head_size));
+  // the portable kernels have no form for a narrower head
+  if (path == Path::kPortable && f.head_size < f.columns) return through_longer_heads(f.columns);
   for (Tensor* x : {&grad_out, &out}) *x = with_aligned_rows(dense(*x));
   lse = dense(lse);
 
   const Tensor& like = arguments.q;
-  Tensor grad_q = allocate(like, {f.num_queries, f.q_heads, f.head_size});
+  // Hopper's kernels write the gradients of heads of their own size, the sum of all parts of grad_q excepted.
+  const int64_t written = path == Path::kSm90 ? f.columns : f.head_size;
   const bool nothing = f.num_queries == 0 || f.q_heads == 0 || f.num_rows == 0;
   const auto new_grad_kv = [&] {
     if (!need_grad_kv) return allocate(like, {0});
-    Tensor grad = allocate(like, {f.num_slots, f.kv_heads, f.head_size});
+    Tensor grad = allocate(like, {f.num_slots, f.kv_heads, written});
     if (nothing) torch::stable::zero_(grad);
     return grad;
   };
-  Tensor grad_k = new_grad_kv(), grad_v = new_grad_kv();
-  if (nothing) return {grad_q, grad_k, grad_v};
   // without slots there are no gradients of them to write
   const bool slots_wanted = need_grad_kv && f.num_slots > 0;
+  Tensor grad_q = allocate(like, {f.num_queries, f.q_heads, slots_wanted ? f.head_size : written});
+  Tensor grad_k = new_grad_kv(), grad_v = new_grad_kv();
+  const auto result = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
+    if (!need_grad_kv) return {narrowed(grad_q, f.head_size), grad_k, grad_v};
+    return {narrowed(grad_q, f.head_size), narrowed(grad_k, f.head_size), narrowed(grad_v, f.head_size)};
+  };
+  if (nothing) return result();
   f.out = out.mutable_data_ptr();
   f.lse = lse.mutable_data_ptr<float>();
   p.grad_out = grad_out.const_data_ptr();
@@ -229,13 +277,10 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
   const cudaStream_t stream = current_stream(device);
   const char* const name = "injected_attention_backward";
 
-  Path path = choose_path(f, device, true);
   if (path == Path::kGeneric) {
     check_launch(name, launch_injected_attention_backward_generic(p, stream));
-    return {grad_q, grad_k, grad_v};
+    return result();
   }
-  // the fused Hopper kernel keeps two gradients of a tile in registers, and the heads of a query together
-  if (slots_wanted && (f.head_size == 256 || f.q_heads / f.kv_heads > 64)) path = Path::kPortable;
   p.kv_splits = 1;
   Tensor turned_keys;
 #if defined(SHAREDLLM_SM90A)
@@ -270,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     p.delta = per_row.mutable_data_ptr<float>();
     p.lse_log2 = p.delta + rows;
     if (slots_wanted) {
-      grad_q_float = allocate(like, {rows * f.head_size}, ScalarType::Float);
+      grad_q_float = allocate(like, {rows * f.columns}, ScalarType::Float);
       p.grad_q_float = grad_q_float.mutable_data_ptr<float>();
     }
     const int64_t partial = slots_wanted ? injected_attention_backward_partial_elements(p) : 0;
@@ -290,6 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     status = launch_injected_attention_backward_sm90(p, stream);
   }
 #endif
+  if (status == cudaErrorNotSupported && f.head_size < f.columns) return through_longer_heads(f.columns);
   if (status == cudaErrorNotSupported) {
     // the portable kernel for the queries' gradient alone needs nothing prepared
     if (slots_wanted && (path != Path::kSm90 || p.turns_keys)) {
@@ -301,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     if (slots_wanted && status == cudaSuccess) status = launch_injected_attention_backward_finish(p, stream);
   }
   check_launch(name, status);
-  return {grad_q, grad_k, grad_v};
+  return result();
 }
 
 // 8-bit memory: read directly for a few queries, through a copy in the queries' type for many.
@@ -329,7 +375,8 @@ std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v,
   const cudaStream_t stream = current_stream(device);
   const char* const name = "injected_attention_8bit";
 
-  const bool direct = choose_path(a, device, false) == Path::kDecode;
+  // codes are loaded 16 at a time
+  const bool direct = choose_path(a, device, false) == Path::kDecode && a.head_size % 16 == 0;
   if (a.num_queries > 0 && a.q_heads > 0 && direct) {
     Tensor out = allocate(arguments.q, {a.num_queries, a.q_heads, a.head_size});
     Tensor lse = allocate(arguments.q, {a.num_queries, a.q_heads}, ScalarType::Float);

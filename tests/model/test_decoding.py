@@ -657,11 +657,13 @@ def _runner(model: Any, cache: PreallocatedCache, memory: Any, graph: bool) -> D
 
 
 @needs_cuda
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "size"), [("llama", 64), ("mistral", 64), ("qwen2", 64), ("qwen3", 64), ("llama", 16), ("llama", 80)]
+)
 @pytest.mark.parametrize("with_memory", [False, True])
-def test_graph_and_operators_agree(family: str, with_memory: bool) -> None:
+def test_graph_and_operators_agree(family: str, size: int, with_memory: bool) -> None:
     own = builders.FAMILIES[family][2]
-    sizes = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": own.get("num_attention_heads", 4)}
+    sizes = {"hidden_size": 128, "head_dim": size, "num_attention_heads": own.get("num_attention_heads", 4)}
     base = builders.base(family, **{**own, **sizes}).to("cuda", torch.bfloat16)
     model = builders.SharedLLMForCausalLM.from_base(base, **builders.TREE)
     for block in model.injected_blocks:

@@ -47,8 +47,8 @@ struct SlotTileTail {
 // Elements of partial_grad_k, and of partial_grad_v, that a planned problem needs.
 inline int64_t injected_attention_backward_partial_elements(const InjectedAttentionBackwardParams& p) {
   const InjectedAttentionParams& f = p.forward;
-  if (p.kv_splits > 1) return int64_t{p.kv_splits} * f.num_slots * f.kv_heads * f.head_size;
-  return static_cast<int64_t>(SlotTileTail(p).pieces()) * kBackwardSlots * f.head_size;
+  if (p.kv_splits > 1) return int64_t{p.kv_splits} * f.num_slots * f.kv_heads * f.columns;
+  return static_cast<int64_t>(SlotTileTail(p).pieces()) * kBackwardSlots * f.columns;
 }
 
 // Order of the launches, all on one stream: prepare, the path's kernels, and finish if the path left its sums in
@@ -60,16 +60,17 @@ inline int64_t injected_attention_backward_partial_elements(const InjectedAttent
 cudaError_t launch_injected_attention_backward_prepare(const InjectedAttentionBackwardParams& params,
                                                        cudaStream_t stream);
 
-// grad_q from grad_q_float, the sum of dS k over the slots: times scale, rotated back, rounded once.
+// grad_q from grad_q_float, the sum of dS k over the slots: times scale, rotated back, rounded once. Needs D of
+// columns.
 cudaError_t launch_injected_attention_backward_finish(const InjectedAttentionBackwardParams& params,
                                                       cudaStream_t stream);
 
-// The same for sums in the layout of QuerySums.
+// The same for sums in the layout of QuerySums, and for any D.
 cudaError_t launch_injected_attention_backward_finish_packed(const InjectedAttentionBackwardParams& params,
                                                              cudaStream_t stream);
 
-// grad_k and grad_v from the shares of kv_splits > 1 parts, or those of a tail's tiles from its pieces, in their order:
-// the same bits in every run.
+// grad_k and grad_v, [S, Hkv, columns], from the shares of kv_splits > 1 parts, or those of a tail's tiles from its
+// pieces, in their order: the same bits in every run.
 cudaError_t launch_injected_attention_backward_sum_parts(const InjectedAttentionBackwardParams& params,
                                                          cudaStream_t stream);
 

@@ -42,6 +42,10 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const InjectedAttenti
   const bool inside = vector < f.num_queries * f.q_heads;
   const bool loads = inside && chunk * kElements < f.head_size;
   const int64_t at = vector * f.head_size + chunk * kElements;
+  if (p.grad_q_float != nullptr && inside && chunk * kElements < f.columns) {
+    float4* const to = reinterpret_cast<float4*>(p.grad_q_float + vector * f.columns + chunk * kElements);
+    to[0] = to[1] = make_float4(0, 0, 0, 0);
+  }
   float sum = 0;
   if (loads) {
     float out[kElements], grad[kElements];
@@ -54,10 +58,6 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const InjectedAttenti
       const T* const from = static_cast<const T*>(f.q) + query * f.q_stride[0] + head * f.q_stride[1];
       *reinterpret_cast<uint4*>(static_cast<T*>(p.q_rotated) + at) =
           rotated_chunk(from, chunk, find_rotary_row(f, query), 1.0f);
-    }
-    if (p.grad_q_float != nullptr) {
-      float4* const to = reinterpret_cast<float4*>(p.grad_q_float + at);
-      to[0] = to[1] = make_float4(0, 0, 0, 0);
     }
   }
   sum = sum_lanes<kLanes>(sum);
@@ -119,7 +119,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedAttentionBackwardParams p) {
   wait_for_previous_kernel();
   const InjectedAttentionParams& f = p.forward;
-  const int threads = f.head_size / 8;
+  const int threads = f.columns / 8;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t vectors = f.num_queries * f.q_heads;
   const bool inside = index / threads < vectors;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedA
   const QuerySums layout(f);
   const int group = f.q_heads / f.kv_heads, head = static_cast<int>(vector % f.q_heads);
   const int64_t query = vector / f.q_heads, row = query * group + head % group;
-  const int columns = QuerySums::columns(f.head_size);
+  const int columns = QuerySums::columns(f.columns);
   const auto find = [&](int quad) {
     const int part = quad / (columns / 4);
     return p.grad_q_float + layout.offset(part, head / group, row) +
@@ -178,10 +178,10 @@ __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedA
     const uint32_t first = pack_pair(T{}, x[i][0] * f.scale, x[i][1] * f.scale);
     const uint32_t second = pack_pair(T{}, x[i][2] * f.scale, x[i][3] * f.scale);
     const uint32_t got = __shfl_xor_sync(kFullWarp, odd ? first : second, 1);
-    // four columns in a row
-    if (inside) {
-      *reinterpret_cast<uint2*>(to + column(quads[i] & ~1, odd ? 2 : 0)) =
-          odd ? make_uint2(got, second) : make_uint2(first, got);
+    // four columns in a row, if the head has them
+    const int first_column = column(quads[i] & ~1, odd ? 2 : 0);
+    if (inside && first_column < f.head_size) {
+      *reinterpret_cast<uint2*>(to + first_column) = odd ? make_uint2(got, second) : make_uint2(first, got);
     }
   }
 }
@@ -189,14 +189,14 @@ __global__ void __launch_bounds__(kThreads) finish_packed_kernel(const InjectedA
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 bool is_supported(const InjectedAttentionParams& p) {
-  return p.type != FloatType::kFloat32 && p.head_size % kElements == 0 && p.head_size > 0 && p.head_size <= 256 &&
-         2 * p.rotary_half <= p.head_size;
+  return p.type != FloatType::kFloat32 && p.head_size % kElements == 0 && p.head_size > 0 && p.head_size <= p.columns &&
+         p.columns <= 256 && 2 * p.rotary_half <= p.head_size;
 }
 
 template <class T>
 cudaError_t launch_prepare(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
   const InjectedAttentionParams& f = p.forward;
-  const int lanes = f.head_size <= 64 ? 8 : f.head_size <= 128 ? 16 : 32;
+  const int lanes = f.columns <= 64 ? 8 : f.columns <= 128 ? 16 : 32;
   const int64_t vectors = f.num_queries * f.q_heads, per_block = kThreads / lanes;
   const int64_t blocks = (vectors + per_block - 1) / per_block;
   if (blocks == 0) return cudaSuccess;
@@ -209,7 +209,8 @@ cudaError_t launch_prepare(const InjectedAttentionBackwardParams& p, cudaStream_
 cudaError_t launch_finish(const InjectedAttentionBackwardParams& p, bool packed, cudaStream_t stream) {
   const InjectedAttentionParams& f = p.forward;
   if (!is_supported(f) || !is_aligned(p.grad_q_float) || !is_aligned(p.grad_q)) return cudaErrorNotSupported;
-  const int64_t threads = f.num_queries * f.q_heads * (f.head_size / kElements);
+  if (!packed && f.head_size != f.columns) return cudaErrorNotSupported;
+  const int64_t threads = f.num_queries * f.q_heads * (f.columns / kElements);
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kThreads) sum_partial_kernel(const InjectedAtt
 
 template <class T>
 cudaError_t launch_sum_partial(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
-  const int64_t quads = p.forward.num_slots * p.forward.kv_heads * p.forward.head_size / 4;
+  const int64_t quads = p.forward.num_slots * p.forward.kv_heads * p.forward.columns / 4;
   const int64_t blocks = (2 * quads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(kThreads)
   let_next_kernel_start();
   wait_for_previous_kernel();
   const InjectedAttentionParams& f = p.forward;
-  const int row_quads = f.head_size / 4, tile_quads = kBackwardSlots * row_quads;
+  const int row_quads = f.columns / 4, tile_quads = kBackwardSlots * row_quads;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t quads = static_cast<int64_t>(tail.tiles) * tile_quads;
   if (index >= 2 * quads) return;
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 cudaError_t launch_sum_tail(const InjectedAttentionBackwardParams& p, cudaStream_t stream) {
   const SlotTileTail tail(p);
-  const int64_t quads = static_cast<int64_t>(tail.tiles) * kBackwardSlots * p.forward.head_size / 4;
+  const int64_t quads = static_cast<int64_t>(tail.tiles) * kBackwardSlots * p.forward.columns / 4;
   const int64_t blocks = (2 * quads + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(32 * kBlockWarps) combine(const InjectedAttent
   total = sum_lanes<32>(total);
   if (part == 0 && lane == 0) p.lse[result] = maximum + logf(total);
 
-  const float* const partial = p.partial_out + result * p.head_size;
-  const int64_t stride = results * p.head_size;
+  const float* const partial = p.partial_out + result * p.columns;
+  const int64_t stride = results * p.columns;
   for (int first = 0; first < vectors; first += 32) {
     const int vector = first + lane;
     const bool mine = vector < vectors;

@@ -7,7 +7,7 @@ namespace sharedllm {
 
 // Writes out and lse from the params.splits parts in partial_out and partial_lse, weighted by their exponentials; 0 and
 // -inf where every part has -inf. Reads partial_out only where partial_lse is above -inf. Any element type; D a
-// multiple of 4, out and partial_out aligned to 16 bytes. The same bits in every run.
+// multiple of 4, columns too, out and partial_out aligned to 16 bytes. The same bits in every run.
 cudaError_t launch_injected_attention_combine(const InjectedAttentionParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm

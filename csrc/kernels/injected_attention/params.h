@@ -39,7 +39,8 @@ struct InjectedAttentionParams {
   // Split-KV: number of parts of a row's slots; with more than one, the partial results go to the workspace and
   // launch_injected_attention_combine merges them.
   int32_t splits;
-  float* partial_out;  // [splits, T, Hq, D]; undefined where partial_lse is -inf
+  int32_t columns;     // of the kernel instance: D, or a larger head size, whose columns from D on are zeros
+  float* partial_out;  // [splits, T, Hq, columns]; undefined where partial_lse is -inf
   float* partial_lse;  // [splits, T, Hq]
 };
 
@@ -53,11 +54,10 @@ struct InjectedAttentionBackwardParams {
   void* grad_v;                     // [S, Hkv, D], contiguous, or null
 
   // workspace, written by launch_injected_attention_backward_prepare
-  void* q_rotated;  // [T, Hq, D], in q's dtype; null with turns_keys
-  float* delta;     // [T, Hq]
-  float* lse_log2;  // [T, Hq], lse * log2(e); +inf for a row without slots, so that its weights are 0
-  float*
-      grad_q_float;  // [T, Hq, D], zeroed; sum of dS k, not scaled, not rotated back. Null on paths that do not use it
+  void* q_rotated;      // [T, Hq, D], in q's dtype; null with turns_keys
+  float* delta;         // [T, Hq]
+  float* lse_log2;      // [T, Hq], lse * log2(e); +inf for a row without slots, so that its weights are 0
+  float* grad_q_float;  // [T, Hq, columns], zeroed; sum of dS k, not scaled, not rotated back. Null on paths without it
   // Keys are rotated back instead of queries rotated forward, and sums of dS k are those of the queries as they came.
   bool turns_keys;
 
@@ -66,7 +66,7 @@ struct InjectedAttentionBackwardParams {
   // Or only the tiles of the last wave of blocks are cut, into this many shares of equal work (SlotTileTail); 0: not
   // cut.
   int32_t tail_shares;
-  float* partial_grad_k;  // [kv_splits, S, Hkv, D], or [pieces of the tail, slots of a tile, D]
+  float* partial_grad_k;  // [kv_splits, S, Hkv, columns], or [pieces of the tail, slots of a tile, columns]
   float* partial_grad_v;
 };
 

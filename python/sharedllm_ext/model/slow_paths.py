@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..ops.injected_attention import TENSOR_CORE_HEAD_SIZES
+from ..ops.injected_attention import head_size_obstacle
 from .decoding.support import decoding_obstacle, say_slow
 from .families import family_of
 from .hooks import global_hook, is_untouched
@@ -34,12 +34,12 @@ def slow_paths(model: Decoder) -> dict[str, str]:
 
 
 def say_slow_parts(model: Decoder) -> None:
-    """Log, once in a process, what of a model on CUDA is not fused or takes the general kernel."""
+    """Log, once in a process, what of a model on CUDA is not fused, takes the general kernel or copies."""
     if not _logger.isEnabledFor(logging.INFO) or model.model.embed_tokens.weight.device.type != DEVICE:
         return
     for what, reason in (
         ("norms, attention or MLPs are not fused", fusing_obstacle(model)),
-        ("attention to the memory takes the general kernel", attention_obstacle(model)),
+        ("attention to the memory takes the general kernel or copies", attention_obstacle(model)),
     ):
         if reason is not None:
             say_slow(reason, what)
@@ -74,13 +74,8 @@ def fusing_obstacle(model: Decoder) -> str | None:
 
 
 def attention_obstacle(model: Decoder) -> str | None:
-    """Why attention to the memory takes the general kernel, many times slower; ``None``: it takes the tensor cores."""
-    size = model.model.layers[0].self_attn.head_dim
-    if size not in TENSOR_CORE_HEAD_SIZES and _obstacle_of(model) is None:
-        return (
-            f"head_dim: expected {', '.join(map(str, TENSOR_CORE_HEAD_SIZES))} (with tensor core kernels), got {size}"
-        )
-    return _obstacle_of(model)
+    """Why attention to the memory takes the general kernel or copies; ``None``: tensor cores read it in place."""
+    return _obstacle_of(model) or head_size_obstacle(model.model.layers[0].self_attn.head_dim)
 
 
 def _obstacle_of(model: Decoder) -> str | None:

@@ -27,8 +27,10 @@ __all__ = ["injected_attention", "injected_attention_path"]
 
 #: Kernels on CUDA: Hopper's, the one from compute capability 8.0 on, the one for few queries, the general one.
 PATHS = ("auto", "sm90", "portable", "decode", "generic")
-#: Head sizes with tensor core kernels, in 16-bit types.
+#: Head sizes of the tensor core kernels, in 16-bit types; a head of another size takes the next larger one's kernel.
 TENSOR_CORE_HEAD_SIZES = (64, 96, 128, 256)
+#: Elements that these kernels load at a time. Heads that are no multiple of it are copied in every call.
+TENSOR_CORE_UNIT = 8
 #: Largest head size of the CUDA kernels.
 MAX_CUDA_HEAD_SIZE = 256
 
@@ -37,6 +39,14 @@ PLAIN_SCORES = 2**28
 
 
 _KERNEL_INPUTS = kernel_inputs("injected_attention")
+
+
+def head_size_obstacle(size: int) -> str | None:
+    """Why the tensor cores cannot read heads of a size in place; ``None``: they can, in 16-bit types on CUDA."""
+    if size % TENSOR_CORE_UNIT == 0 and size <= MAX_CUDA_HEAD_SIZE:
+        return None
+    expected = f"a multiple of {TENSOR_CORE_UNIT} up to {MAX_CUDA_HEAD_SIZE} (read in place by tensor core kernels)"
+    return f"head_dim: expected {expected}, got {size}"
 
 
 def injected_attention(
@@ -60,9 +70,10 @@ def injected_attention(
     On the CPU, float32 and bfloat16 run in a C++ kernel that accumulates in float32; float16 and float64 run in
     :mod:`sharedllm_ext.reference`.
 
-    On CUDA, bfloat16 and float16 with a head size of 64, 96, 128 or 256 run on the tensor cores, with float32
-    accumulation; float32 and all other head sizes up to 256 take a general kernel, many times slower. Neither waits for
-    the device. Without a CUDA library, and for float64 or larger heads, plain PyTorch does the work and waits. The
+    On CUDA, bfloat16 and float16 run on the tensor cores, with float32 accumulation: kernels for head sizes of 64, 96,
+    128 and 256, of which the next larger one takes the other sizes. Heads that are no multiple of 8 are copied into
+    longer ones first, in every call. float32 takes a general kernel, many times slower. None waits for the device.
+    Without a CUDA library, and for float64 or larger heads, plain PyTorch does the work and waits. The
     forward pass gives the same bits every time; the backward pass sums ``grad_q`` in an order that may change. What
     lies in slots outside a row's range never matters; a NaN in a row's own queries or gradients may reach the gradients
     of slots that share a tile of 128 with its slots.

@@ -87,7 +87,7 @@ def injected_attention_8bit(
 ) -> tuple[Tensor, Tensor]:
     """:func:`injected_attention` over a memory of 8-bit codes.
 
-    With up to 16 queries a row (decoding, bound by reading the memory) and heads of 64, 96, 128 or 256 the CUDA kernel
+    With up to 16 queries a row (decoding, bound by reading the memory) and heads of a multiple of 16 the CUDA kernel
     reads the codes themselves; otherwise keys and values are restored in q's dtype first, which takes memory for one
     layer's keys and values. Other devices and dtypes restore them in PyTorch. Not differentiable.
 

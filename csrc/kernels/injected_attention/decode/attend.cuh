@@ -78,7 +78,7 @@ struct Loader {
 #pragma unroll 4
       for (int item = threadIdx.x; item < C::kSlots * kChunks; item += C::kConsumers) {
         const int r = item / kChunks, chunk = item % kChunks;
-        const bool inside = r < valid;
+        const bool inside = r < valid && chunk * 16 < p.head_size * kElement;
         copy16_async(to + swizzle(r * C::kRowBytes + chunk * 16),
                      from + (inside ? r * stride[0] * kElement + chunk * 16 : 0), inside);
       }

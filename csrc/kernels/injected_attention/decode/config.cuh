@@ -33,6 +33,8 @@ struct Config {
   static constexpr int kHeadSize = kHeadSize_, kSlots = kTile.slots, kStages = kTile.stages;
   static constexpr int kSlotWarps = kTile.slot_warps, kRowWarps = kTile.row_warps, kRowTiles = kTile.row_tiles;
   static constexpr bool kBulk = kTile.bulk;
+  // than the heads; TMA's boxes of several pieces would bring the next head's columns instead of zeros
+  static constexpr bool kMayBeWider = !kBulk;
   static constexpr int kWarpRows = 8 * kRowTiles, kRows = kWarpRows * kRowWarps;
   static constexpr int kSlotTiles = kSlots / (16 * kSlotWarps);  // of a warp
   static constexpr int kWarps = kSlotWarps * kRowWarps, kConsumers = 32 * kWarps;

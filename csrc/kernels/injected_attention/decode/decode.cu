@@ -23,11 +23,11 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params, bool
   status = current_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_bytes);
   if (status != cudaSuccess) return status;
   // a block with bulk copies takes nearly all shared memory, a portable one between 35 and 100 KB
-  const bool bulk = major >= 9 && !portable && p.head_size % 64 == 0;
+  const bool bulk = major >= 9 && !portable && p.head_size == p.columns && p.columns % 64 == 0;
   // with three stages (from 220 KB on) one block per SM streams long memories faster: 183.5 against 187.1 us for 537
   // MB, but 36.7 against 34.8 us for 67 MB
   constexpr int64_t kLarge = int64_t{128} << 20;
-  const bool deep = shared_bytes >= 220 * 1024 && decode_tile_rows(p) == 8 && p.head_size != 96 &&
+  const bool deep = shared_bytes >= 220 * 1024 && decode_tile_rows(p) == 8 && p.columns != 96 &&
                     4 * p.num_slots * p.kv_heads * p.head_size > kLarge;
   const int blocks = !bulk && !deep && shared_bytes >= 160 * 1024 ? 2 : 1;
   // one worker for each block that can be resident; the heads of a worker read neighbouring memory at the same time
@@ -45,7 +45,7 @@ cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& p, c
   int major = 0;
   const cudaError_t status = current_attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (status != cudaSuccess) return status;
-  return with_instance(p.type, p.head_size, [&](auto number, auto size) {
+  return with_instance(p.type, p.columns, [&](auto number, auto size) {
     using T = decltype(number);
     cudaError_t launched = cudaErrorNotSupported;
     if (major >= 9 && !portable) launched = launch_injected_attention_decode_bulk<T, size()>(p, stream);

@@ -17,8 +17,8 @@ cudaError_t plan_injected_attention_decode(InjectedAttentionParams* params, bool
 int64_t injected_attention_decode_workspace_rows(const InjectedAttentionParams& params);
 
 // Writes out and lse of every query. Needs a plan made for the same device and shapes, the workspace, bfloat16 or
-// float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and strides to 8 elements, S < 2^31;
-// cudaErrorNotSupported for another type or head size. Any number of queries per row is right; reads each row's memory
+// float16, columns of 64, 96, 128 or 256, pointers aligned to 16 bytes and strides to 8 elements, S < 2^31;
+// cudaErrorNotSupported for others. Any number of queries per row is right; reads each row's memory
 // once per 64 packed rows (queries times Hq / Hkv). The same bits in every run. Can be captured into a CUDA graph;
 // launches in several streams need a workspace each.
 cudaError_t launch_injected_attention_decode(const InjectedAttentionParams& params, cudaStream_t stream,

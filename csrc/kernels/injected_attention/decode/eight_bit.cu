@@ -9,7 +9,7 @@ cudaError_t launch_injected_attention_decode_8bit(const InjectedAttention8BitPar
   int major = 0;
   const cudaError_t status = current_attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (status != cudaSuccess) return status;
-  return with_instance(p.attention.type, p.attention.head_size, [&](auto number, auto size) {
+  return with_instance(p.attention.type, p.attention.columns, [&](auto number, auto size) {
     using T = decltype(number);
     cudaError_t launched = cudaErrorNotSupported;
     if (major >= 9) launched = launch_injected_attention_decode_8bit_bulk<T, size()>(p, stream);

@@ -108,8 +108,12 @@ __device__ __forceinline__ void finish_segment(const InjectedAttentionParams& p,
         const int column = round * C::kMergeColumns + 4 * vector;
         if (whole) {
           const int64_t at = token_and_head(r);
-          *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * C::kHeadSize + column) =
-              make_uint2(pack_pair(T{}, sum.x, sum.y), pack_pair(T{}, sum.z, sum.w));
+          const uint2 result = make_uint2(pack_pair(T{}, sum.x, sum.y), pack_pair(T{}, sum.z, sum.w));
+          if constexpr (!C::kMayBeWider) {
+            *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * C::kHeadSize + column) = result;
+          } else if (column < p.head_size) {
+            *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * p.head_size + column) = result;
+          }
           if (column == 0) p.lse[at] = lse * kLn2;
         } else {
           *reinterpret_cast<float4*>(p.partial_out + (workspace_row + r) * C::kHeadSize + column) = sum;

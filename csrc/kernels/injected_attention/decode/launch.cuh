@@ -109,7 +109,7 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
   // What the caches cannot hold anyway should not evict the rest; much more than that streams faster without the hint:
   // 36.8 against 40.8 us for 67 MB, 194.6 against 188.5 us for 537 MB.
   constexpr int64_t kLarge = int64_t{128} << 20;
-  const int64_t bytes = 2 * p.num_slots * p.kv_heads * C::kRowBytes;
+  const int64_t bytes = 2 * p.num_slots * p.kv_heads * p.head_size * (C::kEightBit ? 1 : 2);
   constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
   const uint64_t hint = bytes > kLarge ? kEvictNormal : kEvictFirst;
   // Waiting for parts instead of the kernel's end saves 1 us for 67 MB. For less the merging kernel comes too late; for
@@ -133,6 +133,7 @@ cudaError_t launch_bulk(const InjectedAttentionParams& p, const Scales* scales, 
   if constexpr (kBytes % 128 != 0) {
     return cudaErrorNotSupported;
   } else {
+    if (p.head_size != kHeadSize) return cudaErrorNotSupported;
     constexpr int kSlots = kBytes <= 128 ? 128 : 64;
     constexpr bool kWide = kHeadSize == 256;
     // as many stages as fit beside the rest

@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     for (int c = 0; c < kColumns; ++c) shared[warp][c * 32 + lane] = sum[c];
     __syncthreads();
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    if (threadIdx.x < kVectors) {
+    // of a narrower head there are fewer
+    if (threadIdx.x < static_cast<unsigned>(p.head_size) / 4) {
       float4 y = shared[0][threadIdx.x];
 #pragma unroll
       for (int w = 1; w < kMergeWarps; ++w) {
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kMergeThreads)
         y.x += x.x, y.y += x.y, y.z += x.z, y.w += x.w;
       }
       uint2* const out =
-          reinterpret_cast<uint2*>(static_cast<T*>(p.out) + token_and_head * kHeadSize + 4 * threadIdx.x);
+          reinterpret_cast<uint2*>(static_cast<T*>(p.out) + token_and_head * p.head_size + 4 * threadIdx.x);
       const uint2 packed =
           make_uint2(pack_pair(T{}, y.x * inverse, y.y * inverse), pack_pair(T{}, y.z * inverse, y.w * inverse));
       if (rehearsal) {

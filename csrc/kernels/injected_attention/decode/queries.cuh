@@ -56,8 +56,8 @@ __device__ __forceinline__ float query_divisor(float largest) {
 }
 
 // Queries of a tile to shared memory, rotated in float32 and rounded once, rows past the batch row's end as zeros; the
-// consumers take part. A thread rotates pairs (i, i + R/2), then takes the columns past R. 8-bit: divided by
-// query_divisor() of the row's largest, which goes to row_largest.
+// consumers take part. A thread rotates pairs (i, i + R/2), then takes the columns past R; those past a narrower head's
+// end are zeros. 8-bit: divided by query_divisor() of the row's largest, which goes to row_largest.
 template <class C>
 __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, const RowSpan& span, uint32_t tile,
                                              uint32_t group, int head, uint8_t* queries, float factor,
@@ -79,8 +79,12 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
     const T* const from = static_cast<const T*>(p.q) + (span.q_begin + query) * p.q_stride[0] +
                           (head * group + (safe - query * group)) * p.q_stride[1];
     const bool turns = pair < p.rotary_half;
-    raw.low = from[turns ? pair : 2 * pair];
-    raw.high = from[turns ? pair + p.rotary_half : 2 * pair + 1];
+    int low = turns ? pair : 2 * pair, high = turns ? pair + p.rotary_half : 2 * pair + 1;
+    if constexpr (C::kMayBeWider) {
+      if (2 * pair >= p.head_size) low = high = 0;
+    }
+    raw.low = from[low];
+    raw.high = from[high];
     raw.c = 1, raw.s = 0;
     if (p.rotary_half > 0) {
       const int at = turns ? pair : 0;
@@ -89,7 +93,9 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, c
   };
   const auto turn = [&](int r, int pair, const Raw& raw, float (&x)[2]) {
     const float low = to_float(raw.low), high = to_float(raw.high);
-    const bool turns = pair < p.rotary_half, inside = tile * C::kRows + r < packed_rows;
+    const bool turns = pair < p.rotary_half;
+    bool inside = tile * C::kRows + r < packed_rows;
+    if constexpr (C::kMayBeWider) inside = inside && 2 * pair < p.head_size;
     // a pair that is not rotated may be infinite, and 0 times that is NaN
     const float first = turns ? low * raw.c - high * raw.s : low, second = turns ? high * raw.c + low * raw.s : high;
     x[0] = inside ? first * factor : 0.0f;

@@ -75,7 +75,7 @@ cudaError_t launch_injected_attention_backward_sm90(const InjectedAttentionBackw
   }
   if (all && (params.grad_q_float == nullptr || params.kv_splits < 1)) return cudaErrorInvalidValue;
   if (params.tail_shares > 0 && params.kv_splits != 1) return cudaErrorInvalidValue;
-  return with_instance(forward.type, forward.head_size, [&](auto number, auto size) {
+  return with_instance(forward.type, forward.columns, [&](auto number, auto size) {
     using T = decltype(number);
     if (all) return launch_all<T, size()>(params, stream);
     if (forward.num_queries == 0 || forward.num_rows == 0) return cudaSuccess;

@@ -57,20 +57,24 @@ class ResultRows {
   const int64_t first_;
 };
 
-// Stores whole rows out of a query stage, or zeros for a tile without slots, by kThreads threads; with `lse` also its
-// log-sum-exp, or -inf.
-template <class T, int kHeadSize, int kThreads, bool kZeros>
+// Stores whole rows out of a query stage, or zeros for a tile without slots; with `lse` also its log-sum-exp, or -inf.
+// By one warp where TMA stores other tiles, else by all loaders.
+template <class T, int kHeadSize, bool kByTma, bool kZeros>
 __device__ __forceinline__ void store_results(const InjectedAttentionSm90Params& p, const ChainedTile& tile,
                                               const uint8_t* from, const float* lse, const Divisor& group, int thread) {
   using S = Shape<kHeadSize>;
+  constexpr int kThreads = kByTma ? 32 : kLoaders;
   constexpr int kChunks = kHeadSize / 8, kRowsAtOnce = kThreads / kChunks, kUnroll = kZeros ? 1 : 4;
   const int used = tile.used;
   const ResultRows rows(p, tile, group);
   const int chunk = thread % kChunks;
   const uint8_t* const place = from + chunk / 8 * (S::kRows * 128);
   T* const to = static_cast<T*>(p.out) + 8 * chunk;
+  // TMA's boxes are for heads of the kernel's own size
+  const int head_size = kByTma ? kHeadSize : p.head_size;
+  const int there = kByTma || 8 * chunk < head_size ? used : 0;
 #pragma unroll 1
-  for (int first = thread / kChunks; first < used; first += kUnroll * kRowsAtOnce) {
+  for (int first = thread / kChunks; first < there; first += kUnroll * kRowsAtOnce) {
     uint4 values[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -83,7 +87,7 @@ __device__ __forceinline__ void store_results(const InjectedAttentionSm90Params&
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       const int r = first + i * kRowsAtOnce;
-      if (r < used) *reinterpret_cast<uint4*>(to + rows.at(r) * kHeadSize) = values[i];
+      if (r < used) *reinterpret_cast<uint4*>(to + rows.at(r) * head_size) = values[i];
     }
   }
   if (!kZeros && lse == nullptr) return;
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         const uint8_t* const from = queries + query.stage * S::kQueryBytes;
         if (tile.used < p.tile_rows) {
           // TMA would write queries past the end of the batch row
-          store_results<T, kHeadSize, 32, false>(p, tile, from, nullptr, group, lane);
+          store_results<T, kHeadSize, true, false>(p, tile, from, nullptr, group, lane);
         } else if (lane == 0) {
 #pragma unroll
           for (int panel = 0; panel < S::kPanels; ++panel) {
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
         if (work.end == 0) {
           ChainedTile tile;
           describe(work, &tile);
-          store_results<T, kHeadSize, 32, true>(p, tile, nullptr, nullptr, group, lane);
+          store_results<T, kHeadSize, true, true>(p, tile, nullptr, nullptr, group, lane);
           continue;
         }
         barrier_wait(results_full + query.stage, query.phase ^ 1);
@@ -216,14 +220,14 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       Cursor<kQueryStages> query;
       int handed = 0;  // tiles handed to the consumers, up to the number of stages
       const auto store = [&] {
-        store_results<T, kHeadSize, kLoaders, false>(p, tiles[query.stage], queries + query.stage * S::kQueryBytes,
-                                                     lse_rows + query.stage * S::kRows, group, thread);
+        store_results<T, kHeadSize, false, false>(p, tiles[query.stage], queries + query.stage * S::kQueryBytes,
+                                                  lse_rows + query.stage * S::kRows, group, thread);
       };
       while (walk.next(&work)) {
         if (work.end == 0) {
           ChainedTile tile;
           describe(work, &tile);
-          store_results<T, kHeadSize, kLoaders, true>(p, tile, nullptr, nullptr, group, thread);
+          store_results<T, kHeadSize, false, true>(p, tile, nullptr, nullptr, group, thread);
           continue;
         }
         barrier_wait(results_full + query.stage, query.phase ^ 1);

@@ -34,7 +34,7 @@ TileSize tile_size() {
 bool chains(const InjectedAttentionSm90Params& p, int64_t items, int64_t multiprocessors) {
   constexpr int64_t kSlots = Sm90Tile<128>::kSlots;
   const int64_t blocks = (p.num_slots + kSlots - 1) / kSlots;
-  return p.head_size == 128 && p.num_rows == 1 && blocks >= kFewestChainedBlocks &&
+  return p.columns == 128 && p.num_rows == 1 && blocks >= kFewestChainedBlocks &&
          items >= kFewestChainedRounds * multiprocessors;
 }
 
@@ -50,8 +50,10 @@ bool plan_bulk(InjectedAttentionSm90Params* params, int64_t packed, const TileSi
   const int64_t group = p.q_heads / p.kv_heads, rows = tile.rows / group * group;
   // turn_keys counts chunks of 16 bytes in 32 bits
   const bool counts = p.num_slots * p.kv_heads * (p.head_size / 8) <= INT32_MAX;
-  const bool fits = counts && p.head_size <= 128 && p.num_rows == 1 && p.num_slots > 0 &&
-                    p.num_slots <= kMostBulkSlots && (tile.rows - rows) * kMostIdleParts <= tile.rows;
+  // keys that were rotated back have no form for a narrower head
+  const bool own = p.head_size == p.columns && p.head_size <= 128;
+  const bool fits = counts && own && p.num_rows == 1 && p.num_slots > 0 && p.num_slots <= kMostBulkSlots &&
+                    (tile.rows - rows) * kMostIdleParts <= tile.rows;
   // The gradients round the scores as they were rounded here, and their kernel rotates keys back only if all columns
   // are rotated and a group has at most 64 heads.
   const bool turns_back = p.rotary_half == 0 || 2 * p.rotary_half == p.head_size;
@@ -78,7 +80,7 @@ cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params) {
   InjectedAttentionSm90Params& p = *params;
   if (p.type == FloatType::kFloat32) return cudaErrorNotSupported;
   TileSize tile{};
-  cudaError_t status = with_head_size(p.head_size, [&](auto size) {
+  cudaError_t status = with_head_size(p.columns, [&](auto size) {
     tile = tile_size<size()>();
     return cudaSuccess;
   });
@@ -135,7 +137,7 @@ bool injected_attention_sm90_turns_keys(const InjectedAttentionParams& params) {
 }
 
 cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& p, cudaStream_t stream) {
-  return with_instance(p.type, p.head_size, [&](auto number, auto size) {
+  return with_instance(p.type, p.columns, [&](auto number, auto size) {
     if constexpr (size() == 128) {
       if (p.kernel == Sm90Kernel::kChained) {
         return launch_injected_attention_chained_sm90_instance<decltype(number), size()>(p, stream);

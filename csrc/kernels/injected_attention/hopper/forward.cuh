@@ -253,12 +253,14 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionSm90Params& 
                           work.head * static_cast<int64_t>(group.by()) * p.q_stride[1];
   {
     const int chunk = thread % kChunks;
+    // past the end of the rows, and of the head in a wider kernel, there are zeros
+    const int there = 8 * chunk < p.head_size ? used : 0;
     const uint32_t place = shared_address(to) + chunk / 8 * (S::kRows * 128);
 #pragma unroll kUnroll
     for (int r = thread / kChunks; r < S::kRows; r += kRowsAtOnce) {
       const uint32_t member = first_member + r, query = group.divide(member);
       const T* const from = source + query * p.q_stride[0] + (member - query * group.by()) * p.q_stride[1] + 8 * chunk;
-      copy16_async(place + r * 128 + ((chunk ^ r) & 7) * 16, r < used ? from : source, r < used);
+      copy16_async(place + r * 128 + ((chunk ^ r) & 7) * 16, r < there ? from : source, r < there);
     }
   }
   wait_all_copies();
@@ -270,13 +272,13 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionSm90Params& 
   const auto element = [&](int r, int column) { return reinterpret_cast<T*>(to + swizzled<S::kRows>(r, column)); };
   const bool aligned = (reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin)) % 16 == 0;
   const int quads = half / 4;
-  if (half % 4 == 0 && aligned && quads > 0 && kLoaders % quads == 0) {
-    // every thread keeps its columns, and with them its row of the tables
+  if (half % 4 == 0 && aligned && quads > 0) {
+    // every thread keeps its columns, and with them its row of the tables; what does not fill a row idles
     const int column = thread % quads * 4, at_once = kLoaders / quads;
     const float4 c = __ldg(reinterpret_cast<const float4*>(cos + column));
     const float4 s = __ldg(reinterpret_cast<const float4*>(sin + column));
 #pragma unroll kUnroll
-    for (int r = thread / quads; r < used; r += at_once) {
+    for (int r = thread < at_once * quads ? thread / quads : used; r < used; r += at_once) {
       turn_quad<T>(element(r, column), element(r, column + half), c, s, factor);
     }
   } else {
@@ -444,8 +446,10 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
           continue;
         }
         p.lse[at] = -kInfinity;
+        T* const to = static_cast<T*>(p.out) + at * p.head_size;
+#pragma unroll
         for (int chunk = 0; chunk < kHeadSize / 8; ++chunk) {
-          reinterpret_cast<uint4*>(static_cast<T*>(p.out) + at * kHeadSize)[chunk] = make_uint4(0, 0, 0, 0);
+          if (8 * chunk < p.head_size) reinterpret_cast<uint4*>(to)[chunk] = make_uint4(0, 0, 0, 0);
         }
       }
       continue;
@@ -586,11 +590,11 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
       for (int i = 0; i < 2; ++i) {
         const int r = warp % 4 * 16 + lane / 4 + 8 * i;
         if (r >= used_rows) continue;
-        T* const to = static_cast<T*>(p.out) + token_and_head(r) * kHeadSize + lane % 4 * 2;
+        T* const to = static_cast<T*>(p.out) + token_and_head(r) * p.head_size + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kHeadSize / 8; ++j) {
-          *reinterpret_cast<uint32_t*>(to + 8 * j) =
-              pack_pair(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+          const uint32_t pair = pack_pair(T{}, o[4 * j + 2 * i] * inverse[i], o[4 * j + 2 * i + 1] * inverse[i]);
+          if (8 * j < p.head_size) *reinterpret_cast<uint32_t*>(to + 8 * j) = pair;
         }
       }
     } else {
@@ -613,8 +617,8 @@ __global__ void __launch_bounds__(Shape<kHeadSize>::kThreads, 1)
 #pragma unroll 4
       for (int i = lane; i < 16 * kChunks; i += 32) {
         const int r = warp % 4 * 16 + i / kChunks, chunk = i % kChunks;
-        if (r < used_rows) {
-          *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + token_and_head(r) * kHeadSize + 8 * chunk) =
+        if (r < used_rows && 8 * chunk < p.head_size) {
+          *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + token_and_head(r) * p.head_size + 8 * chunk) =
               *reinterpret_cast<const uint4*>(staging + swizzled<S::kRows>(consumer * 64 + r, 8 * chunk));
         }
       }
@@ -678,7 +682,8 @@ __global__ void __launch_bounds__(256) injected_attention_tail(const __grid_cons
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    static_cast<T*>(p.out)[at * kHeadSize + lane + 32 * i] = from_float<T>(out[i] * inverse);
+    const int column = lane + 32 * i;
+    if (column < p.head_size) static_cast<T*>(p.out)[at * p.head_size + column] = from_float<T>(out[i] * inverse);
   }
   if (lane == 0) p.lse[at] = sum == 0.0f ? -kInfinity : best + logf(sum);
 }
@@ -687,7 +692,8 @@ __global__ void __launch_bounds__(256) injected_attention_tail(const __grid_cons
 template <int kHeadSize>
 cudaError_t encode_slot_map(CUtensorMap* map, const InjectedAttentionSm90Params& p, const void* slots,
                             const int64_t (&strides)[2]) {
-  const int64_t sizes[3] = {kHeadSize, p.kv_heads, p.num_slots};
+  // columns past a narrower head's end arrive as zeros
+  const int64_t sizes[3] = {p.head_size, p.kv_heads, p.num_slots};
   const int32_t box[3] = {kPanel, 1, Shape<kHeadSize>::kSlots};
   return encode_tensor_map_3d(map, p.type, slots, sizes, {strides[1], strides[0]}, box);
 }

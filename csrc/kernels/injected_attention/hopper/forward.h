@@ -46,8 +46,8 @@ struct InjectedAttentionSm90Params : InjectedAttentionParams {
 
 // Plans the work for the current device, from what the host knows (T, B, S): everything but the pointers to partial
 // results and, with turned_rows > 0, to turned_keys, which is null otherwise. Needs compute capability 9.0, bfloat16 or
-// float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and strides to 8 elements, T > 0, fewer than 2^31
-// packed rows, slots and tiles; otherwise cudaErrorNotSupported.
+// float16, columns of 64, 96, 128 or 256, pointers aligned to 16 bytes and strides to 8 elements, T > 0, fewer than
+// 2^31 packed rows, slots and tiles; otherwise cudaErrorNotSupported.
 cudaError_t plan_injected_attention_sm90(InjectedAttentionSm90Params* params);
 
 // Whether the plan rotates keys back, which the gradients then have to do as well: scores of rotated queries and of
@@ -66,7 +66,7 @@ cudaError_t launch_injected_attention_sm90(const InjectedAttentionSm90Params& pa
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_sm90_instance(const InjectedAttentionSm90Params& params, cudaStream_t stream);
 
-// The same for plans of chained tiles (instances of D 128) and of those that TMA moves (D 64, 96, 128).
+// The same for plans of chained tiles (128 columns) and of those that TMA moves (D of its own 64, 96 or 128 columns).
 template <class T, int kHeadSize>
 cudaError_t launch_injected_attention_chained_sm90_instance(const InjectedAttentionSm90Params& params,
                                                             cudaStream_t stream);

@@ -37,7 +37,7 @@ cudaError_t launch_injected_attention_turn_keys(const InjectedAttentionParams& p
   const int64_t chunks = p.num_slots * p.kv_heads * (p.head_size / 8), blocks = (chunks + kThreads - 1) / kThreads;
   if (p.num_rows != 1 || p.num_slots > kMostBulkSlots || chunks > INT32_MAX) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
-  return with_instance(p.type, p.head_size, [&](auto number, auto size) {
+  return with_instance(p.type, p.columns, [&](auto number, auto size) {
     turn_keys<decltype(number), size()>
         <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, factor, static_cast<uint4*>(turned));
     return cudaGetLastError();

@@ -39,7 +39,7 @@ cudaError_t plan_injected_attention_backward_portable(InjectedAttentionBackwardP
   cudaError_t error = current_attribute(cudaDevAttrMultiProcessorCount, &processors);
   if (error == cudaSuccess) error = query_shared_memory(&shared_memory);
   if (error == cudaSuccess) {
-    error = with_head_size(f.head_size, [&](auto size) {
+    error = with_head_size(f.columns, [&](auto size) {
       shape = describe<size()>(shared_memory);
       return cudaSuccess;
     });
@@ -60,6 +60,7 @@ cudaError_t launch_injected_attention_backward_portable(const InjectedAttentionB
                                                         cudaStream_t stream) {
   const InjectedAttentionParams& f = params.forward;
   bool supported = f.type != FloatType::kFloat32 && (params.grad_k == nullptr) == (params.grad_v == nullptr);
+  supported = supported && f.head_size == f.columns;
   for (int i = 0; i < 2; ++i) supported = supported && f.k_stride[i] % 8 == 0 && f.v_stride[i] % 8 == 0;
   for (const void* pointer :
        {f.k, f.v, static_cast<const void*>(params.grad_q), static_cast<const void*>(params.grad_k),
@@ -68,7 +69,7 @@ cudaError_t launch_injected_attention_backward_portable(const InjectedAttentionB
     supported = supported && is_aligned(pointer);
   }
   if (!supported) return cudaErrorNotSupported;
-  const cudaError_t error = with_instance(f.type, f.head_size, [&](auto number, auto size) {
+  const cudaError_t error = with_instance(f.type, f.columns, [&](auto number, auto size) {
     return launch_injected_attention_backward_portable_instance<decltype(number), size()>(params, stream);
   });
   if (error != cudaSuccess || params.grad_k == nullptr || params.kv_splits == 1) return error;

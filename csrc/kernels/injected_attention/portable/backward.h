@@ -9,8 +9,9 @@ namespace sharedllm {
 // queries of one tile of slots. Only if grad_k and grad_v are wanted.
 cudaError_t plan_injected_attention_backward_portable(InjectedAttentionBackwardParams* params);
 
-// Needs bfloat16 or float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes, strides multiples of 8 elements;
-// otherwise cudaErrorNotSupported. grad_k and grad_v are both wanted or both null. On the same stream:
+// Needs bfloat16 or float16, D of 64, 96, 128 or 256 and no less than columns, pointers aligned to 16 bytes, strides
+// multiples of 8 elements; otherwise cudaErrorNotSupported. grad_k and grad_v are both wanted or both null. On the same
+// stream:
 // - grad_k null: this launch alone. Writes grad_q and needs no workspace, so neither prepare nor q_rotated, delta and
 //   lse_log2. The same bits in every run.
 // - grad_k wanted, grad_q_float given: prepare, this, finish. grad_k and grad_v have the same bits in every run; grad_q

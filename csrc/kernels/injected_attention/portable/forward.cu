@@ -27,7 +27,7 @@ cudaError_t plan_injected_attention_portable(InjectedAttentionParams* params) {
   cudaError_t status = portable::query_shared_memory(&memory);
   if (status == cudaSuccess) status = current_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (status == cudaSuccess) {
-    status = with_head_size(p.head_size, [&](auto size) {
+    status = with_head_size(p.columns, [&](auto size) {
       describe<size()>(memory, &rows, &resident);
       return cudaSuccess;
     });
@@ -44,7 +44,7 @@ cudaError_t plan_injected_attention_portable(InjectedAttentionParams* params) {
 }
 
 cudaError_t launch_injected_attention_portable(const InjectedAttentionParams& p, cudaStream_t stream) {
-  return with_instance(p.type, p.head_size, [&](auto number, auto size) {
+  return with_instance(p.type, p.columns, [&](auto number, auto size) {
     return launch_injected_attention_portable_instance<decltype(number), size()>(p, stream);
   });
 }

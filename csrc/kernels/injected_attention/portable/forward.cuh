@@ -32,11 +32,18 @@ __device__ __forceinline__ SlotTiles split_tiles(int64_t slots, int tile, int sp
   return {begin, begin + each < tiles ? begin + each : tiles};
 }
 
+// Whether a head has the chunk that this thread copies in a group of chunks.
+template <class Shape>
+__device__ __forceinline__ bool has_chunk(int head_size, int group) {
+  return 8 * (group * Shape::Layout::kGroup + static_cast<int>(threadIdx.x) % Shape::Layout::kGroup) < head_size;
+}
+
 // Loads the next tile of keys or values into a buffer, from this thread's place in it on; zeros past its valid slots,
-// which belong to another row. `anywhere` is a valid address for copies of nothing.
+// which belong to another row. `anywhere` is a valid address for copies of nothing. Chunks that the head does not have
+// stay as they are.
 template <class T, class Shape>
 __device__ __forceinline__ void load_slots(uint32_t to, const T*& from, int64_t row_stride, int valid,
-                                           const void* anywhere) {
+                                           const void* anywhere, int head_size) {
   using Layout = typename Shape::Layout;
   constexpr int kPasses = Shape::kSlots / Shape::kCopyRows, kGroups = Layout::kChunks / Layout::kGroup;
   constexpr int kPassBytes = Shape::kCopyRows * Layout::kPitch, kGroupBytes = Layout::kGroup * 16;
@@ -45,6 +52,7 @@ __device__ __forceinline__ void load_slots(uint32_t to, const T*& from, int64_t 
     for (int pass = 0; pass < kPasses; ++pass) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
+        if (!has_chunk<Shape>(head_size, group)) continue;
         copy16_async(to + pass * kPassBytes + group * kGroupBytes, from + group * Layout::kGroup * 8);
       }
       from += Shape::kCopyRows * row_stride;
@@ -56,10 +64,23 @@ __device__ __forceinline__ void load_slots(uint32_t to, const T*& from, int64_t 
     const bool inside = static_cast<int>(threadIdx.x) / Layout::kGroup + pass * Shape::kCopyRows < valid;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
+      if (!has_chunk<Shape>(head_size, group)) continue;
       copy16_async(to + pass * kPassBytes + group * kGroupBytes, inside ? from + group * Layout::kGroup * 8 : anywhere,
                    inside);
     }
     from += Shape::kCopyRows * row_stride;
+  }
+}
+
+// Zeros in the chunks of all buffers that a narrower head does not have.
+template <class Shape>
+__device__ __forceinline__ void clear_missing_chunks(uint8_t* ring, int head_size) {
+  using Layout = typename Shape::Layout;
+  const int missing = Layout::kChunks - head_size / 8;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Shape::kBuffers * Shape::kSlots * missing; i += Shape::kThreads) {
+    const int row = i / missing, chunk = head_size / 8 + i % missing;
+    *reinterpret_cast<uint4*>(ring + Layout::at(row, chunk)) = uint4{};
   }
 }
 
@@ -74,8 +95,8 @@ struct GroupDivision {
   }
 };
 
-// A warp's packed rows into shared memory, rotated and rounded once. Rows past the used ones hold anything: no row
-// reaches another.
+// A warp's packed rows into shared memory, rotated and rounded once; zeros past a narrower head's end. Rows past the
+// used ones hold anything: no row reaches another.
 template <class T, class Shape>
 __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, int64_t position, uint8_t* to,
                                              const WarpRows& rows, int head, uint32_t group, float factor) {
@@ -93,7 +114,8 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, i
   if (rotary.half % 8 != 0) {
     for (int i = lane; i < Shape::kWarpRows * Layout::kChunks; i += 32) {
       const int r = i / Layout::kChunks, chunk = i % Layout::kChunks;
-      *reinterpret_cast<uint4*>(to + Layout::at(r, chunk)) = rotated_chunk(vector(r), chunk, rotary, factor);
+      *reinterpret_cast<uint4*>(to + Layout::at(r, chunk)) =
+          8 * chunk < p.head_size ? rotated_chunk(vector(r), chunk, rotary, factor) : uint4{};
     }
     return;
   }
@@ -109,8 +131,8 @@ __device__ __forceinline__ void load_queries(const InjectedAttentionParams& p, i
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
     const uint4* const from = reinterpret_cast<const uint4*>(vector(lane / kLanes + i * (32 / kLanes)));
-    first[i] = load_cached(from + low);
-    second[i] = load_cached(from + high);
+    first[i] = 8 * low < p.head_size ? load_cached(from + low) : uint4{};
+    second[i] = 8 * high < p.head_size ? load_cached(from + high) : uint4{};
   }
   float cos[8], sin[8];
 #pragma unroll
@@ -197,20 +219,23 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     };
     const auto ask_keys = [&](int n) {
       if (n < count) {
-        load_slots<T, Shape>(copy_to + write, key_from, p.k_stride[0], n + 1 == count ? last_valid : kSlots, p.k);
+        load_slots<T, Shape>(copy_to + write, key_from, p.k_stride[0], n + 1 == count ? last_valid : kSlots, p.k,
+                             p.head_size);
       }
       commit_copies();
       advance(write);
     };
     const auto ask_values = [&](int n) {
       if (n < count) {
-        load_slots<T, Shape>(copy_to + write, value_from, p.v_stride[0], n + 1 == count ? last_valid : kSlots, p.v);
+        load_slots<T, Shape>(copy_to + write, value_from, p.v_stride[0], n + 1 == count ? last_valid : kSlots, p.v,
+                             p.head_size);
       }
       commit_copies();
       advance(write);
     };
     ask_keys(0);
     if constexpr (Shape::kBuffers >= 3) ask_values(0);
+    if (p.head_size < kHeadSize) clear_missing_chunks<Shape>(shared + Shape::kQueryBytes, p.head_size);
 
     const float factor = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
     load_queries<T, Shape>(p, row.position, my_queries, asked_rows, head, group, factor);
@@ -444,8 +469,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll 4
   for (int i = lane; i < Shape::kWarpRows * Layout::kChunks; i += 32) {
     const int r = i / Layout::kChunks, chunk = i % Layout::kChunks;
-    if (r < rows.used_rows) {
-      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + token_and_head(r) * kHeadSize + 8 * chunk) =
+    if (r < rows.used_rows && 8 * chunk < p.head_size) {
+      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + token_and_head(r) * p.head_size + 8 * chunk) =
           *reinterpret_cast<const uint4*>(my_queries + Layout::at(r, chunk));
     }
   }

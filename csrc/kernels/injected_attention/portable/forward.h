@@ -9,8 +9,8 @@ namespace sharedllm {
 // the host knows (T, B, S).
 cudaError_t plan_injected_attention_portable(InjectedAttentionParams* params);
 
-// Needs compute capability 8.0, bfloat16 or float16, D of 64, 96, 128 or 256, pointers aligned to 16 bytes and strides
-// to 8 elements; partial results where params.splits > 1. Otherwise cudaErrorNotSupported.
+// Needs compute capability 8.0, bfloat16 or float16, columns of 64, 96, 128 or 256, pointers aligned to 16 bytes and
+// strides to 8 elements; partial results where params.splits > 1. Otherwise cudaErrorNotSupported.
 cudaError_t launch_injected_attention_portable(const InjectedAttentionParams& params, cudaStream_t stream);
 
 // One element type and head size, a kernel instance.

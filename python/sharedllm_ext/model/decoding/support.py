@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._library import cpu_kernels, cuda_kernels
-from ...ops.injected_attention import TENSOR_CORE_HEAD_SIZES
+from ...ops.injected_attention import head_size_obstacle
 from ..cache_name import CACHE_NAME, one_cache
 from ..families import attention_norm, family_of, mlp_norm
 from ..hooks import forward_hook, global_hook, own_forward
@@ -178,10 +178,9 @@ def _obstacle_in_place(model: Decoder) -> str | None:
         return None if RUN_ON_CPU else _obstacle_on_cpu(dtype)
     if dtype == torch.float32:
         return f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}"
-    if size not in TENSOR_CORE_HEAD_SIZES:
-        return (
-            f"head_dim: expected {', '.join(map(str, TENSOR_CORE_HEAD_SIZES))} (with tensor core kernels), got {size}"
-        )
+    obstacle = head_size_obstacle(size)
+    if obstacle is not None:
+        return obstacle
     missing = [name for name in _KERNELS if name not in cuda_kernels()]
     if missing:
         return f"CUDA library: expected kernels of {', '.join(_KERNELS)}, got none of {', '.join(missing)}"
