@@ -289,15 +289,15 @@ for _size in (64, 96, 128, 256):
     add_attention("portable", RAGGED, (4, 1), _size, BF16, "portable", True, False)
     add_attention("decode, slots in parts", FEW, (8, 2), _size, BF16, "decode")
 add_attention("portable", RAGGED, (4, 1), 128, FP16, "portable")
-add_attention("generic", RAGGED, (4, 2), 128, BF16, "generic", True, False)
+add_attention("generic", RAGGED, (4, 2), 128, FP32, None, True, False)
 add_attention("few queries", FEW, (8, 2), 128, BF16, None, True, False)
 add_attention("few queries", FEW, (7, 1), 64, FP16, None)
 add_attention("few queries", ([16], [(5, 4100)]), (4, 4), 128, BF16, None)
 # from 32 MB on, parts are merged as they come
 add_attention("one query, long memory", ([1], [(5, 9000)]), (32, 8), 128, BF16, None)
 add_attention("few queries", FEW, (4, 2), 48, FP32, None, True, False)
-add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 33, BF16, "generic", True, False)
-add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 80, FP16, "generic", True, False)
+add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 33, FP32, None, True, False)
+add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 80, FP32, None, True, False)
 # by the kernel of the next larger head size
 for _size in (40, 80, 100, 112, 160):
     add_attention("between sizes", RAGGED, (4, 1), _size, BF16, None, True, False)
@@ -305,7 +305,7 @@ for _size in (40, 80, 100, 112, 160):
     add_attention("between sizes, few queries", FEW, (8, 2), _size, BF16, None)
     add_attention("between sizes, portable", RAGGED, (4, 1), _size, FP16, "portable", True, False)
 add_attention("between sizes, tiles in a chain", ([2107], [(1, 1300)]), (32, 8), 112, BF16, None)
-add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 128, FP32, None, True, False)
+add_attention("generic", ([33, 2], [(0, 70), (1, 99)]), (4, 2), 256, FP32, None, True, False)
 add_attention("no slots", ([3], [(0, 0)]), (4, 2), 128, BF16, None, True, False)
 
 for _size, _rows, _queries, _slots, _dtype in (

@@ -52,7 +52,7 @@ bool is_hopper(int32_t device) {
 // Head size of the tensor-core kernel that takes a head: its own, or the next larger one, whose last columns are zeros.
 // 0: the general kernel takes it.
 int32_t kernel_columns(FloatType type, int64_t head_size) {
-  if (type == FloatType::kFloat32 || head_size == 0) return 0;
+  if (type == FloatType::kFloat32) return 0;
   for (const int32_t columns : {64, 96, 128, 256}) {
     if (head_size <= columns) return columns;
   }
@@ -62,7 +62,9 @@ int32_t kernel_columns(FloatType type, int64_t head_size) {
 // Tensor-core kernels load 16 bytes at a time: heads of another size are copied into longer ones.
 constexpr int64_t kUnit = 8;
 
-int64_t whole_units(int64_t head_size) { return (head_size + kUnit - 1) / kUnit * kUnit; }
+bool has_whole_units(int64_t head_size) { return head_size > 0 && head_size % kUnit == 0; }
+
+int64_t whole_units(int64_t head_size) { return head_size == 0 ? kUnit : (head_size + kUnit - 1) / kUnit * kUnit; }
 
 // A copy with zeros after the elements of each head.
 Tensor padded(const Tensor& x, int64_t head_size) {
@@ -115,7 +117,7 @@ struct Arguments {
     p.splits = 1;
 
     // TMA and 16-byte loads need aligned rows; the generic kernels only need dense ones
-    const bool aligned = p.columns > 0 && p.head_size % kUnit == 0;
+    const bool aligned = p.columns > 0 && has_whole_units(p.head_size);
     for (Tensor* x : {&q, &k, &v}) *x = aligned ? with_aligned_rows(*x) : with_dense_rows(*x);
     for (Tensor* x : {&cu_q, &slot_range, &q_position, &cos, &sin}) *x = dense(*x);
     p.q = q.const_data_ptr();
@@ -149,7 +151,7 @@ class Workspace {
 bool is_forced(Path path) { return static_cast<Path>(forced_path.load()) == path; }
 
 Path choose_path(const InjectedAttentionParams& p, int32_t device, bool backward) {
-  if (p.columns == 0 || is_forced(Path::kGeneric)) return Path::kGeneric;
+  if (p.columns == 0) return Path::kGeneric;
   const bool few = !backward && (is_forced(Path::kDecode) || p.num_queries <= kDecodeQueries * p.num_rows);
   if (is_forced(Path::kPortable) || !is_hopper(device)) return few ? Path::kDecode : Path::kPortable;
   return few && !is_forced(Path::kSm90) ? Path::kDecode : Path::kSm90;
@@ -162,7 +164,7 @@ std::tuple<Tensor, Tensor> injected_attention(Tensor q, Tensor k, Tensor v, Tens
   const int32_t device = arguments.q.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Path path = choose_path(p, device, false);
-  if (path != Path::kGeneric && p.head_size % kUnit != 0) {
+  if (path != Path::kGeneric && !has_whole_units(p.head_size)) {
     const int64_t size = whole_units(p.head_size);
     auto [out, lse] = injected_attention(padded(q, size), padded(k, size), padded(v, size), cu_q, slot_range,
                                          q_position, cos, sin, scale);
@@ -242,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> injected_attention_backward(Tensor grad_out, 
     if (!need_grad_kv) return {narrowed(long_q, f.head_size), long_k, long_v};
     return {narrowed(long_q, f.head_size), narrowed(long_k, f.head_size), narrowed(long_v, f.head_size)};
   };
-  if (path != Path::kGeneric && f.head_size % kUnit != 0) return through_longer_heads(whole_units(f.head_size));
+  if (path != Path::kGeneric && !has_whole_units(f.head_size)) return through_longer_heads(whole_units(f.head_size));
   // the portable kernels have no form for a narrower head
   if (path == Path::kPortable && f.head_size < f.columns) return through_longer_heads(f.columns);
   for (Tensor* x : {&grad_out, &out}) *x = with_aligned_rows(dense(*x));
@@ -376,7 +378,7 @@ std::tuple<Tensor, Tensor> injected_attention_8bit(Tensor q, Tensor k, Tensor v,
   const char* const name = "injected_attention_8bit";
 
   // codes are loaded 16 at a time
-  const bool direct = choose_path(a, device, false) == Path::kDecode && a.head_size % 16 == 0;
+  const bool direct = choose_path(a, device, false) == Path::kDecode && a.head_size > 0 && a.head_size % 16 == 0;
   if (a.num_queries > 0 && a.q_heads > 0 && direct) {
     Tensor out = allocate(arguments.q, {a.num_queries, a.q_heads, a.head_size});
     Tensor lse = allocate(arguments.q, {a.num_queries, a.q_heads}, ScalarType::Float);

@@ -52,6 +52,11 @@ def on_path(name: str) -> AbstractContextManager[Any]:
     return injected_attention_path(name)
 
 
+def type_on(path: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or on the general path the only one that it takes."""
+    return torch.float32 if path == "generic" else dtype
+
+
 def ragged(
     lengths: list[int], slots: list[int], heads: tuple[int, int], size: int, rotary: int | None = None
 ) -> tuple[Spec, Tensor]:
@@ -87,7 +92,7 @@ def test_paths_types_and_sizes(path: str, dtype: torch.dtype, size: int, generat
     # rows share slots, one has none, one has no queries
     spec: Spec = (lengths, [(0, 300), (5, 70), (0, 90), (299, 299), (40, 411), (410, 411)], 411, *heads, size, rotary)
     with on_path(path):
-        compare(build(spec, dtype, CUDA, generator), generator)
+        compare(build(spec, type_on(path, dtype), CUDA, generator), generator)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -98,7 +103,7 @@ def test_tile_borders(path: str, size: int, shift: int, generator: torch.Generat
     slots = [BORDERS[(i * 4 + shift) % count] for i in range(count)]
     lengths = [i % 4 + 1 for i in range(count)] if path == "decode" else list(BORDERS)
     spec, owned = ragged(lengths, slots, HEADS[shift % 4], size)
-    arguments = build(spec, HALVES[shift % 2], CUDA, generator)
+    arguments = build(spec, type_on(path, HALVES[shift % 2]), CUDA, generator)
     poison_outside(arguments, owned)
     with on_path(path):
         compare(arguments, generator)
@@ -110,7 +115,7 @@ def test_one_row_at_tile_borders(path: str, slots: int, generator: torch.Generat
     turn = BORDERS.index(slots)
     queries = turn % 16 + 1 if path == "decode" else BORDERS[turn * 5 % len(BORDERS)]
     spec, owned = ragged([queries], [slots], HEADS[turn % 4], TENSOR_CORE_HEAD_SIZES[turn % 4])
-    arguments = build(spec, HALVES[turn % 2], CUDA, generator)
+    arguments = build(spec, type_on(path, HALVES[turn % 2]), CUDA, generator)
     poison_outside(arguments, owned)
     with on_path(path):
         compare(arguments, generator)
@@ -243,7 +248,7 @@ def test_tiles_in_a_chain(dtype: torch.dtype, size: int, memory: int, slots: int
 def test_hostile_scales(path: str, dtype: torch.dtype, scale: float, queries: int, generator: torch.Generator) -> None:
     spec, _ = ragged([queries, 5], [333, 70], (8, 2), 64)
     with on_path(path):
-        compare(build(spec, dtype, CUDA, generator, scale), generator)
+        compare(build(spec, type_on(path, dtype), CUDA, generator, scale), generator)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -269,7 +274,7 @@ def test_gradients_round_scores_as_they_were_rounded_before(
 def test_scores_far_apart(path: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     # scores of some thousands: exponentials underflow, and the maximum keeps changing
     spec, _ = ragged([3, 4] if path == "decode" else [70, 3], [1300, 64], (8, 2), 128)
-    arguments = build(spec, dtype, CUDA, generator, 100.0)
+    arguments = build(spec, type_on(path, dtype), CUDA, generator, 100.0)
     with on_path(path):
         out, lse = attend(*arguments)
     exact_out, exact_lse = reference.injected_attention(*oracle(arguments))
@@ -329,7 +334,7 @@ def test_what_no_kernel_takes(dtype: torch.dtype, size: int, generator: torch.Ge
 def test_other_rows_do_not_leak(path: str, bad: float, generator: torch.Generator) -> None:
     lengths = [3, 2, 4] if path == "decode" else [70, 130, 33]
     spec: Spec = (lengths, [(0, 100), (100, 301), (301, 350)], 350, 8, 2, 128, 128)
-    arguments = build(spec, torch.bfloat16, CUDA, generator)
+    arguments = build(spec, type_on(path, torch.bfloat16), CUDA, generator)
     grad_out = torch.randn(arguments[0].shape, generator=generator).to(arguments[0])
     first, last = lengths[0], lengths[0] + lengths[1]
     clean = [*range(first), *range(last, sum(lengths))]
@@ -394,7 +399,7 @@ def test_gradients_of_slots_that_no_row_reads_are_zero(generator: torch.Generato
 def test_forward_gives_the_same_bits(path: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     lengths = [1, 4, 1] if path == "decode" else [700, 1, 90]
     spec, _ = ragged(lengths, [3000, 20000, 7], (8, 2), 128)
-    arguments = build(spec, dtype, CUDA, generator)
+    arguments = build(spec, type_on(path, dtype), CUDA, generator)
     with on_path(path):
         first = forward_op(*arguments)
         for _ in range(4):

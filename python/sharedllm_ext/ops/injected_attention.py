@@ -25,7 +25,7 @@ from ._rows import Rows
 
 __all__ = ["injected_attention", "injected_attention_path"]
 
-#: Kernels on CUDA: Hopper's, the one from compute capability 8.0 on, the one for few queries, the general one.
+#: Kernels on CUDA: Hopper's, the one from compute capability 8.0 on, the one for few queries, the one for float32.
 PATHS = ("auto", "sm90", "portable", "decode", "generic")
 #: Head sizes of the tensor core kernels, in 16-bit types; a head of another size takes the next larger one's kernel.
 TENSOR_CORE_HEAD_SIZES = (64, 96, 128, 256)

@@ -1,7 +1,6 @@
 // Backward of injected attention in float32 arithmetic, without tensor cores: one kernel over tiles of queries for
 // grad_q, one over tiles of slots for grad_k and grad_v. Each recomputes the weights from lse.
 #include "kernels/common/warp.cuh"
-#include "kernels/common/with_float_type.h"
 #include "kernels/injected_attention/generic/backward.h"
 #include "kernels/injected_attention/generic/float_attention.cuh"
 #include "kernels/injected_attention/generic/forward.h"
@@ -317,8 +316,8 @@ cudaError_t launch_any(const InjectedAttentionBackwardParams& p, cudaStream_t st
 cudaError_t launch_injected_attention_backward_generic(const InjectedAttentionBackwardParams& params,
                                                        cudaStream_t stream) {
   static_assert(kGenericMaxHeadSize == 4 * kPart);
-  return with_float_type(params.forward.type,
-                         [&](auto number) { return launch_any<decltype(number)>(params, stream); });
+  // 16-bit types have tensor cores
+  return params.forward.type == FloatType::kFloat32 ? launch_any<float>(params, stream) : cudaErrorNotSupported;
 }
 
 }  // namespace sharedllm

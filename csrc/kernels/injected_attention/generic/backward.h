@@ -1,4 +1,4 @@
-// Backward of injected attention for every element type, head size and stride.
+// Backward of injected attention in float32, for every head size and stride.
 #pragma once
 
 #include "kernels/injected_attention/params.h"

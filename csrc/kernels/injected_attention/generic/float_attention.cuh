@@ -1,4 +1,4 @@
-// Attention without tensor cores: float32 matmuls of tiles in shared memory, for any element type and stride.
+// Attention without tensor cores: float32 matmuls of tiles in shared memory, for any stride.
 // A block of 128 threads keeps 32 rows of one side (queries or slots), all columns, and loops over the other side in
 // tiles of 64 rows, 64 columns at a time. Thread (y, x) = (index / 16, index % 16) computes 4 x 4 numbers: rows 4 y ..
 // 4 y + 3 with tile rows x, x + 16, x + 32, x + 48, or with columns 4 x .. 4 x + 3.

@@ -1,7 +1,6 @@
 // Injected attention in float32 arithmetic, for what the tensor-core kernels do not take. Online softmax over tiles of
 // slots.
 #include "kernels/common/warp.cuh"
-#include "kernels/common/with_float_type.h"
 #include "kernels/injected_attention/generic/float_attention.cuh"
 #include "kernels/injected_attention/generic/forward.h"
 
@@ -152,7 +151,8 @@ cudaError_t launch_any(const InjectedAttentionParams& p, cudaStream_t stream) {
 
 cudaError_t launch_injected_attention_generic(const InjectedAttentionParams& params, cudaStream_t stream) {
   static_assert(kGenericMaxHeadSize == 4 * kPart);
-  return with_float_type(params.type, [&](auto number) { return launch_any<decltype(number)>(params, stream); });
+  // 16-bit types have tensor cores
+  return params.type == FloatType::kFloat32 ? launch_any<float>(params, stream) : cudaErrorNotSupported;
 }
 
 }  // namespace sharedllm

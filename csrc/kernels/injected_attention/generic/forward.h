@@ -1,4 +1,4 @@
-// Injected attention for every element type, head size and stride: float32 arithmetic without tensor cores.
+// Injected attention in float32, for every head size and stride, without tensor cores.
 #pragma once
 
 #include "kernels/injected_attention/params.h"
@@ -7,8 +7,8 @@ namespace sharedllm {
 
 constexpr int kGenericMaxHeadSize = 256;
 
-// Any element type, any D up to kGenericMaxHeadSize, any Hq / Hkv, any strides whose last is 1; params.splits is
-// ignored. cudaErrorNotSupported for a larger D.
+// Needs float32; any D up to kGenericMaxHeadSize, any Hq / Hkv, any strides whose last is 1; params.splits is ignored.
+// Otherwise cudaErrorNotSupported.
 cudaError_t launch_injected_attention_generic(const InjectedAttentionParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm
