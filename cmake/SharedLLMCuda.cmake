@@ -28,8 +28,10 @@ foreach(_target sharedllm_cuda sharedllm_sm90)
     set_target_properties(${_target} PROPERTIES CUDA_VISIBILITY_PRESET hidden)
     target_include_directories(${_target} SYSTEM PRIVATE "${SHAREDLLM_CUTLASS_INCLUDE}" ${CUDAToolkit_INCLUDE_DIRS})
     target_include_directories(${_target} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-    target_compile_options(${_target}
-                           PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --expt-extended-lambda>)
+    # compressed, the code of kernels takes a quarter of the space; it is unpacked when it is first used
+    target_compile_options(
+      ${_target}
+      PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --expt-extended-lambda -Xfatbin=-compress-all>)
   endif()
 endforeach()
 target_compile_definitions(sharedllm_cuda PRIVATE USE_CUDA)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TABLE = Path(__file__).resolve().parents[1] / "cmake" / "SharedLLMInstances.cmake"
-WORDS = ("HEADERS", "LAUNCHERS", "PARAMS", "TYPES", "SIZES")
+WORDS = ("HEADERS", "LAUNCHERS", "PARAMS", "TYPES", "SIZES", "TOGETHER")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Files ``<name>_<type>_<size>.cu`` in the build folder."""
+    """Files ``<name>_<type>_<size>.cu`` in the build folder; together, ``<name>_<size>.cu`` with all types."""
 
     variable: str
     name: str
@@ -19,6 +19,14 @@ class Row:
     params: str
     types: tuple[str, ...]
     sizes: tuple[str, ...]
+    together: bool
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files."""
+        types = [""] if self.together else [f"_{kind}" for kind in self.types]
+        sizes = [f"_{size}" for size in self.sizes] or [""]
+        return [f"{self.name}{kind}{size}.cu" for size in sizes for kind in types]
 
 
 def table(text: str | None = None) -> list[Row]:
@@ -30,6 +38,7 @@ def table(text: str | None = None) -> list[Row]:
     for call in re.findall(r"sharedllm_instances\(([^)]*)\)", text):
         variable, name, *rest = call.split()
         found: dict[str, list[str]] = {word: [] for word in WORDS}
+        together = "TOGETHER" in rest
         word = ""
         for part in rest:
             if part in WORDS:
@@ -39,5 +48,5 @@ def table(text: str | None = None) -> list[Row]:
         (params,) = found["PARAMS"]
         types = found["TYPES"] or ["bf16", "fp16"]
         headers, launchers, sizes = (tuple(found[word]) for word in ("HEADERS", "LAUNCHERS", "SIZES"))
-        rows.append(Row(variable, name, headers, launchers, params, tuple(types), sizes))
+        rows.append(Row(variable, name, headers, launchers, params, tuple(types), sizes, together))
     return rows

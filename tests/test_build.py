@@ -96,7 +96,7 @@ def test_every_native_file_is_built() -> None:
 
 def test_table_of_kernel_instances() -> None:
     rows = instances.table()
-    files = [f"{row.name}_{kind}_{size}" for row in rows for kind in row.types for size in row.sizes or [""]]
+    files = [file for row in rows for file in row.files]
     assert len(files) == len(set(files))
     for row in rows:
         assert row.variable in ("SHAREDLLM_CUDA_SOURCES", "SHAREDLLM_SM90_SOURCES")
@@ -114,12 +114,13 @@ def test_files_of_kernel_instances(tmp_path: Path) -> None:
         return {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in (tmp_path / "instances").iterdir()}
 
     files = write()
-    assert len(files) == sum(len(row.types) * max(len(row.sizes), 1) for row in instances.table())
-    assert files["node_vectors_fp16_64_2.cu"][1] == (
-        '#include "kernels/node_vectors.cuh"\n\n'
-        "template cudaError_t sharedllm::node_vectors::launch_tensor<__half, 64, 2>(\n"
+    assert sorted(files) == sorted(file for row in instances.table() for file in row.files)
+    assert files["node_vectors_64_2.cu"][1] == '#include "kernels/node_vectors.cuh"\n\n' + "".join(
+        f"template cudaError_t sharedllm::node_vectors::launch_tensor<{kind}, 64, 2>(\n"
         "    const sharedllm::NodeVectorsParams&, cudaStream_t);\n"
+        for kind in ("__nv_bfloat16", "__half")
     )
+    assert files["injected_attention_decode_bf16_96.cu"][1].count("<__nv_bfloat16, 96>") == 2
     assert "sharedllm::launch_decode_linear_of<float>(" in files["decode_linear_fp32.cu"][1]
     # configured again, nothing is compiled again
     assert write() == files

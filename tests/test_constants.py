@@ -77,8 +77,15 @@ def test_head_sizes_of_the_tensor_cores() -> None:
     (sizes,) = found("ops/injected_attention.cpp", r"for \(const int32_t columns : \{([^}]*)\}\)")
     assert tuple(map(int, sizes.split(", "))) == attention_module.TENSOR_CORE_HEAD_SIZES
     # a kernel is there for each of them, in both element types
-    for kernel in ("portable", "decode_portable", "decode_8bit", "backward_portable", "sm90", "backward_sm90"):
-        rows = [row for row in instances.table() if row.name == f"injected_attention_{kernel}"]
+    for kernel in (
+        "injected_attention_portable_instance",
+        "injected_attention_decode_portable",
+        "injected_attention_decode_8bit_portable",
+        "injected_attention_backward_portable_instance",
+        "injected_attention_sm90_instance",
+        "query_gradient",
+    ):
+        rows = [row for row in instances.table() if f"launch_{kernel}" in row.launchers]
         assert {row.types for row in rows} == {("bf16", "fp16")}, kernel
         sizes = [int(size) for row in rows for size in row.sizes]
         assert sizes == list(attention_module.TENSOR_CORE_HEAD_SIZES), kernel
@@ -89,13 +96,14 @@ def test_head_sizes_of_the_tensor_cores() -> None:
     [
         # TMA's swizzle takes pieces of 128 bytes: D 96 has an instance that refuses, so that the choice needs no case
         ("decode_bulk", attention_module.TENSOR_CORE_HEAD_SIZES),
-        ("bulk_sm90", (64, 96, 128)),
-        ("chained_sm90", (128,)),
+        ("bulk_sm90_instance", (64, 96, 128)),
+        ("chained_sm90_instance", (128,)),
     ],
 )
 def test_head_sizes_of_single_kernels(kernel: str, sizes: tuple[int, ...]) -> None:
-    (row,) = (row for row in instances.table() if row.name == f"injected_attention_{kernel}")
-    assert row.types == ("bf16", "fp16") and row.sizes == tuple(map(str, sizes))
+    rows = [row for row in instances.table() if f"launch_injected_attention_{kernel}" in row.launchers]
+    assert {row.types for row in rows} == {("bf16", "fp16")}
+    assert [size for row in rows for size in row.sizes] == list(map(str, sizes))
 
 
 def test_instances_of_node_vectors() -> None:
