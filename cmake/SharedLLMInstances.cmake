@@ -62,6 +62,11 @@ sharedllm_instances(SHAREDLLM_CUDA_SOURCES decode_linear
   LAUNCHERS launch_decode_linear_of
   PARAMS DecodeLinearParams
   TYPES bf16 fp16 fp32)
+sharedllm_instances(SHAREDLLM_CUDA_SOURCES decode_linear_fp8
+  HEADERS decode_linear_fp8.cuh
+  LAUNCHERS launch_decode_linear_fp8_of
+  PARAMS DecodeLinearParams
+  TYPES bf16 fp16)
 sharedllm_instances(SHAREDLLM_CUDA_SOURCES injected_attention_portable
   HEADERS injected_attention/portable/forward.cuh
   LAUNCHERS launch_injected_attention_portable_instance

@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(sharedllm, m) {
       " Tensor? bias3, Tensor? norm_weight, float eps, Tensor? residual, bool gated, bool overlap, Tensor? prefetch,"
       " int prefetch_bytes) -> Tensor");
   m.def(
+      "decode_linear_fp8(Tensor x, Tensor weight, Tensor? weight2, Tensor? weight3, Tensor scale, Tensor? scale2,"
+      " Tensor? scale3, Tensor? bias, Tensor? bias2, Tensor? bias3, Tensor? norm_weight, float eps, Tensor? residual,"
+      " bool gated, bool overlap, Tensor? prefetch, int prefetch_bytes) -> Tensor");
+  m.def(
       "decode_append(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor length, Tensor first, Tensor cos,"
       " Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, int window, bool overlap, Tensor? prefetch,"
       " int prefetch_bytes) -> (Tensor q, Tensor slot_range)");

@@ -42,33 +42,41 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class T>
+template <class T, class W>
 void run(const Linear& p) {
   switch (fastest_isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
-      return avx512::run<T>(p);
+      return avx512::run<T, W>(p);
     case Isa::kAvx2:
-      return avx2::run<T>(p);
+      return avx2::run<T, W>(p);
 #endif
     default:
-      return generic::run<T>(p);
+      return generic::run<T, W>(p);
   }
 }
 
 // Names as in sharedllm_ext.ops.decode_linear.
 const char* const kWeights[] = {"weights[0]", "weights[1]", "weights[2]"};
+const char* const kCodes[] = {"codes[0]", "codes[1]", "codes[2]"};
+const char* const kScales[] = {"scales[0]", "scales[1]", "scales[2]"};
 const char* const kBiases[] = {"biases[0]", "biases[1]", "biases[2]"};
 
-Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std::optional<Tensor> weight3,
-                     std::optional<Tensor> bias, std::optional<Tensor> bias2, std::optional<Tensor> bias3,
-                     std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, bool gated,
-                     bool overlap, std::optional<Tensor> prefetch, int64_t prefetch_bytes) {
-  // these two are for a device's caches
-  static_cast<void>(overlap);
-  static_cast<void>(prefetch_bytes);
-  static_cast<void>(prefetch);
+// What the calls of both operators hold; with scales the weights are codes of 8 bits.
+struct Arguments {
+  Tensor x, weight;
+  std::optional<Tensor> weight2, weight3, scale, scale2, scale3, bias, bias2, bias3, norm_weight;
+  double eps;
+  std::optional<Tensor> residual;
+  bool gated;
+};
+
+Tensor compute(const Arguments& given) {
+  Tensor x = given.x;
+  const auto& [_, weight, weight2, weight3, scale, scale2, scale3, bias, bias2, bias3, norm, eps, added, gated] = given;
+  std::optional<Tensor> norm_weight = norm, residual = added;
+  const bool coded = scale.has_value();
   check(x.is_cpu(), "x: expected a tensor on cpu, got one on another kind of device");
   check_float32_or_bfloat16("x", x);
   check_shape("x", x, {-1, -1});
@@ -76,38 +84,49 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   check(weight2 || !weight3, "weight3: expected none without weight2, got one");
   check(weight2 || !bias2, "bias2: expected none without weight2, got one");
   check(weight3 || !bias3, "bias3: expected none without weight3, got one");
+  check(weight2 || !scale2, "scale2: expected none without weight2, got one");
+  check(weight3 || !scale3, "scale3: expected none without weight3, got one");
   check_eps(eps);
 
   x = dense(x);
   std::vector<Tensor> weights = {weight};
-  std::vector<std::optional<Tensor>> biases = {bias};
+  std::vector<std::optional<Tensor>> scales = {scale}, biases = {bias};
   if (weight2) {
     weights.push_back(*weight2);
+    scales.push_back(scale2);
     biases.push_back(bias2);
   }
   if (weight3) {
     weights.push_back(*weight3);
+    scales.push_back(scale3);
     biases.push_back(bias3);
   }
+  const char* const* const names = coded ? kCodes : kWeights;
+  const ScalarType weight_dtype = coded ? ScalarType::Float8_e4m3fn : dtype;
   Linear p{};
   p.rows = x.size(0);
   p.size = x.size(1);
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_tensor(kWeights[i], weights[i], {-1, p.size}, dtype);
+    check_tensor(names[i], weights[i], {-1, p.size}, weight_dtype);
     weights[i] = dense(weights[i]);
     const int64_t rows = weights[i].size(0);
+    if (coded) {
+      check(scales[i].has_value(), kScales[i], ": expected one with ", names[i], ", got none");
+      check_tensor(kScales[i], *scales[i], {rows, 1}, ScalarType::Float);
+      scales[i] = dense(*scales[i]);
+    }
     if (biases[i]) {
       check_tensor(kBiases[i], *biases[i], {rows}, dtype);
       biases[i] = dense(*biases[i]);
     }
-    p.matrices.push_back(
-        {weights[i].const_data_ptr(), biases[i] ? biases[i]->const_data_ptr() : nullptr, rows, p.columns});
+    p.matrices.push_back({weights[i].const_data_ptr(), coded ? scales[i]->const_data_ptr<float>() : nullptr,
+                          biases[i] ? biases[i]->const_data_ptr() : nullptr, rows, p.columns});
     p.columns += rows;
   }
   p.gated = gated;
   if (gated) {
-    check(weights.size() == 2, "weights: expected 2 matrices with gated, got ", weights.size());
-    check_tensor("weights[1]", weights[1], {weights[0].size(0), p.size}, dtype);
+    check(weights.size() == 2, coded ? "codes" : "weights", ": expected 2 matrices with gated, got ", weights.size());
+    check_tensor(names[1], weights[1], {weights[0].size(0), p.size}, weight_dtype);
     check(!residual, "residual: expected None with gated, got a tensor");
     p.columns = weights[0].size(0);
   }
@@ -127,14 +146,35 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   p.out = out.mutable_data_ptr();
   if (p.rows == 0 || p.columns == 0) return out;
   if (dtype == ScalarType::Float) {
-    run<float>(p);
+    coded ? run<float, e4m3>(p) : run<float, float>(p);
   } else {
-    run<bf16>(p);
+    coded ? run<bf16, e4m3>(p) : run<bf16, bf16>(p);
   }
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) { m.impl("decode_linear", TORCH_BOX(&decode_linear)); }
+// The last three arguments of both operators are for a device's caches.
+Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std::optional<Tensor> weight3,
+                     std::optional<Tensor> bias, std::optional<Tensor> bias2, std::optional<Tensor> bias3,
+                     std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, bool gated, bool,
+                     std::optional<Tensor>, int64_t) {
+  return compute({x, weight, weight2, weight3, std::nullopt, std::nullopt, std::nullopt, bias, bias2, bias3,
+                  norm_weight, eps, residual, gated});
+}
+
+Tensor decode_linear_fp8(Tensor x, Tensor weight, std::optional<Tensor> weight2, std::optional<Tensor> weight3,
+                         Tensor scale, std::optional<Tensor> scale2, std::optional<Tensor> scale3,
+                         std::optional<Tensor> bias, std::optional<Tensor> bias2, std::optional<Tensor> bias3,
+                         std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, bool gated,
+                         bool, std::optional<Tensor>, int64_t) {
+  return compute({x, weight, weight2, weight3, scale, scale2, scale3, bias, bias2, bias3, norm_weight, eps, residual,
+                  gated});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) {
+  m.impl("decode_linear", TORCH_BOX(&decode_linear));
+  m.impl("decode_linear_fp8", TORCH_BOX(&decode_linear_fp8));
+}
 
 }  // namespace
 }  // namespace sharedllm::linear

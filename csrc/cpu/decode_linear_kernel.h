@@ -8,6 +8,7 @@ namespace sharedllm::linear {
 
 struct Matrix {
   const void* weight;  // [rows, K], dense
+  const float* scale;  // [rows], of weights in 8 bits; null for those in x's type
   const void* bias;    // [rows] or null
   int64_t rows;        // N_i
   int64_t column;      // of the output, where its part begins

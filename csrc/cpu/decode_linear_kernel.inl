@@ -92,16 +92,21 @@ inline void columns(const float* x, int64_t rows, const T* w, int64_t size, floa
   if (rows == 1) step(tile<T, 1, N>, 1);
 }
 
-// to [rows][kTaskRows] = x w^T for `count` rows of weights.
-template <class T>
-inline void product(const Linear& p, const float* x, const T* w, int64_t count, float* to) {
+// to [rows][kTaskRows] = x w^T for `count` rows of weights of a matrix.
+template <class W>
+inline void product(const Linear& p, const float* x, const Matrix& matrix, int64_t first, int64_t count, float* to) {
+  const W* const w = static_cast<const W*>(matrix.weight) + first * p.size;
   int64_t n = 0;
   if (p.rows == 1) {
     // one row has few sums otherwise, each of which waits for the last one
-    for (; n + 8 <= count; n += 8) tile<T, 1, 8>(x, w + n * p.size, p.size, to + n, kTaskRows);
+    for (; n + 8 <= count; n += 8) tile<W, 1, 8>(x, w + n * p.size, p.size, to + n, kTaskRows);
   }
-  for (; n + 3 <= count; n += 3) columns<T, 3>(x, p.rows, w + n * p.size, p.size, to + n, kTaskRows);
-  for (; n < count; ++n) columns<T, 1>(x, p.rows, w + n * p.size, p.size, to + n, kTaskRows);
+  for (; n + 3 <= count; n += 3) columns<W, 3>(x, p.rows, w + n * p.size, p.size, to + n, kTaskRows);
+  for (; n < count; ++n) columns<W, 1>(x, p.rows, w + n * p.size, p.size, to + n, kTaskRows);
+  if (!matrix.scale) return;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (n = 0; n < count; ++n) to[row * kTaskRows + n] *= matrix.scale[first + n];
+  }
 }
 
 template <class T>
@@ -129,15 +134,15 @@ inline void silu(float* gate) {
 }
 
 // Rows [first, first + count) of a matrix, with its epilogue. Scratch: twice [rows][kTaskRows].
-template <class T>
+template <class T, class W>
 inline void run_task(const Linear& p, const float* x, const Matrix& matrix, int64_t first, int64_t count,
                      float* scratch) {
-  product(p, x, static_cast<const T*>(matrix.weight) + first * p.size, count, scratch);
+  product<W>(p, x, matrix, first, count, scratch);
   add_bias<T>(matrix.bias, first, p.rows, count, scratch);
   float* const up = scratch + p.rows * kTaskRows;
   if (p.gated) {
     const Matrix& other = p.matrices[1];
-    product(p, x, static_cast<const T*>(other.weight) + first * p.size, count, up);
+    product<W>(p, x, other, first, count, up);
     add_bias<T>(other.bias, first, p.rows, count, up);
   }
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -157,7 +162,7 @@ inline void run_task(const Linear& p, const float* x, const Matrix& matrix, int6
   }
 }
 
-template <class T>
+template <class T, class W>
 inline void worker(const Linear& p, const float* x, std::atomic<int64_t>& next) {
   std::vector<float> scratch(2 * p.rows * kTaskRows);
   const int64_t matrices = p.gated ? 1 : static_cast<int64_t>(p.matrices.size());
@@ -167,18 +172,19 @@ inline void worker(const Linear& p, const float* x, std::atomic<int64_t>& next) 
     const int64_t tasks = ceil_div(matrix.rows, kTaskRows);
     for (; task < before + tasks; task = next++) {
       const int64_t first = (task - before) * kTaskRows;
-      run_task<T>(p, x, matrix, first, std::min(kTaskRows, matrix.rows - first), scratch.data());
+      run_task<T, W>(p, x, matrix, first, std::min(kTaskRows, matrix.rows - first), scratch.data());
     }
     before += tasks;
   }
 }
 
-template <class T>
+// T: type of x and of the result; W: of the weights.
+template <class T, class W>
 void run(const Linear& p) {
   std::vector<float> x(p.rows * p.size);
   load_rows<T>(p, x.data());
   int64_t tasks = 0;
   const size_t matrices = p.gated ? 1 : p.matrices.size();
   for (size_t i = 0; i < matrices; ++i) tasks += ceil_div(p.matrices[i].rows, kTaskRows);
-  run_tasks(tasks, [&](std::atomic<int64_t>& next) { worker<T>(p, x.data(), next); });
+  run_tasks(tasks, [&](std::atomic<int64_t>& next) { worker<T, W>(p, x.data(), next); });
 }

@@ -357,19 +357,25 @@ bool is_aligned(const DecodeLinearParams& p) {
   return aligned;
 }
 
-template <class T>
-cudaError_t launch_all(const DecodeLinearParams& p, cudaStream_t stream) {
-  if (p.rows == 0 || p.num_outputs == 0) return cudaSuccess;
+// The present device; refuses sizes that 32 bits do not count.
+inline cudaError_t describe(const DecodeLinearParams& p, Device* device) {
   if (p.num_outputs > INT32_MAX / 2 || p.inner > INT32_MAX / 2) return cudaErrorInvalidValue;
-  Device device;
   int index = 0;
   cudaError_t status = cudaGetDevice(&index);
   if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    status = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
   }
   if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&device.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    status = cudaDeviceGetAttribute(&device->shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
+  return status;
+}
+
+template <class T>
+cudaError_t launch_all(const DecodeLinearParams& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.num_outputs == 0) return cudaSuccess;
+  Device device;
+  const cudaError_t status = describe(p, &device);
   if (status != cudaSuccess) return status;
   if (p.gated) {
     return is_aligned<T>(p) ? launch_rows<T, true, true>(p, device, stream)

@@ -1,5 +1,5 @@
 // Fused linear for a few rows (decoding): optional RMSNorm, 1 to 3 matmuls, then bias, gate or residual as the
-// epilogue. Bound by reading the weights once.
+// epilogue. Bound by reading the weights once: in the type of x, or in 8 bits with a scale for each row.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +15,7 @@ constexpr int kDecodeLinearMatrices = 3;
 struct DecodeLinearParams {
   const void* x;                              // [rows, K]
   const void* weight[kDecodeLinearMatrices];  // [N_i, K]; null after the last
+  const float* scale[kDecodeLinearMatrices];  // [N_i], of weights in 8 bits (e4m3); null for weights in x's type
   const void* bias[kDecodeLinearMatrices];    // [N_i], or null
   const void* norm_weight;                    // [K], or null: x as it is
   const void* residual;                       // [rows, N], or null
@@ -41,8 +42,15 @@ struct DecodeLinearParams {
 // shared memory. The same bits in every run. Can be captured into a CUDA graph.
 cudaError_t launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream);
 
+// The same with weights in 8 bits and their scales, whose products with x are exact in float32 sums (the tensor cores').
+// x of float16 or bfloat16 (cudaErrorInvalidValue for others). A row of bfloat16 is taken in half precision after a
+// power of two has brought its largest number below 2^15: what is 2^29 times smaller loses digits.
+cudaError_t launch_decode_linear_fp8(const DecodeLinearParams& params, cudaStream_t stream);
+
 // One element type, a kernel instance.
 template <class T>
 cudaError_t launch_decode_linear_of(const DecodeLinearParams& params, cudaStream_t stream);
+template <class T>
+cudaError_t launch_decode_linear_fp8_of(const DecodeLinearParams& params, cudaStream_t stream);
 
 }  // namespace sharedllm

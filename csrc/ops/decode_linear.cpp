@@ -17,10 +17,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std::optional<Tensor> weight3,
-                     std::optional<Tensor> bias, std::optional<Tensor> bias2, std::optional<Tensor> bias3,
-                     std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, bool gated,
-                     bool overlap, std::optional<Tensor> prefetch, int64_t prefetch_bytes) {
+// One, two or three of a kind, the first ones that are given.
+using Several = std::optional<Tensor>[kDecodeLinearMatrices];
+
+// With scales the weights are codes of 8 bits.
+Tensor run(Tensor x, Several& weights, const Several* scales, Several& biases, std::optional<Tensor> norm_weight,
+           double eps, std::optional<Tensor> residual, bool gated, bool overlap, std::optional<Tensor> prefetch,
+           int64_t prefetch_bytes) {
   check(x.is_cuda(), "x: expected a tensor on cuda, got one on another kind of device");
   const int32_t device = x.get_device_index();
   const ScalarType dtype = x.scalar_type();
@@ -33,17 +36,20 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   const torch::stable::accelerator::DeviceGuard guard(device);
   x = with_dense_rows(x);
 
-  std::optional<Tensor> weights[kDecodeLinearMatrices] = {weight, weight2, weight3};
-  std::optional<Tensor> biases[kDecodeLinearMatrices] = {bias, bias2, bias3};
   const char* const names[kDecodeLinearMatrices] = {"weight", "weight2", "weight3"};
+  const char* const scale_names[kDecodeLinearMatrices] = {"scale", "scale2", "scale3"};
   const char* const bias_names[kDecodeLinearMatrices] = {"bias", "bias2", "bias3"};
+  check(scales == nullptr || p.type != FloatType::kFloat32, "x: expected dtype BFloat16 or Half, got Float");
+  std::optional<Tensor> dense_scales[kDecodeLinearMatrices];
   bool copied = false;
   for (int i = 0; i < kDecodeLinearMatrices; ++i) {
     if (!weights[i]) {
       check(!biases[i], bias_names[i], ": expected none without ", names[i], ", got one");
+      check(scales == nullptr || !(*scales)[i], scale_names[i], ": expected none without ", names[i], ", got one");
       continue;
     }
-    check_cuda_tensor(names[i], *weights[i], {-1, p.inner}, dtype, device);
+    check_cuda_tensor(names[i], *weights[i], {-1, p.inner}, scales == nullptr ? dtype : ScalarType::Float8_e4m3fn,
+                      device);
     const void* const given = weights[i]->const_data_ptr();
     weights[i] = with_dense_rows(*weights[i]);
     p.weight[i] = weights[i]->const_data_ptr();
@@ -53,6 +59,12 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
     check(p.outputs[i] <= INT64_MAX - p.num_outputs, names[i], ": expected at most ", INT64_MAX - p.num_outputs,
           " rows, got ", p.outputs[i]);
     p.num_outputs += p.outputs[i];
+    if (scales != nullptr) {
+      check((*scales)[i].has_value(), scale_names[i], ": expected one with ", names[i], ", got none");
+      check_cuda_tensor(scale_names[i], *(*scales)[i], {p.outputs[i], 1}, ScalarType::Float, device);
+      dense_scales[i] = dense(*(*scales)[i]);
+      p.scale[i] = dense_scales[i]->const_data_ptr<float>();
+    }
     if (biases[i]) {
       check_cuda_tensor(bias_names[i], *biases[i], {p.outputs[i]}, dtype, device);
       biases[i] = dense(*biases[i]);
@@ -88,14 +100,36 @@ Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std
   // what the kernel reads before it waits must not be a copy made by the previous kernel
   p.overlap = overlap && !copied;
   describe_prefetch(prefetch, prefetch_bytes, &p.prefetch, &p.prefetch_bytes);
-  const cudaError_t status = launch_decode_linear(p, current_stream(device));
+  const auto launch = scales == nullptr ? &launch_decode_linear : &launch_decode_linear_fp8;
+  const cudaError_t status = launch(p, current_stream(device));
   check(status != cudaErrorInvalidValue, "x: expected rows that fit into shared memory, got ", p.inner, " elements");
-  check_launch("decode_linear", status);
+  check_launch(scales == nullptr ? "decode_linear" : "decode_linear_fp8", status);
   return out;
+}
+
+Tensor decode_linear(Tensor x, Tensor weight, std::optional<Tensor> weight2, std::optional<Tensor> weight3,
+                     std::optional<Tensor> bias, std::optional<Tensor> bias2, std::optional<Tensor> bias3,
+                     std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, bool gated,
+                     bool overlap, std::optional<Tensor> prefetch, int64_t prefetch_bytes) {
+  Several weights = {weight, weight2, weight3}, biases = {bias, bias2, bias3};
+  return run(x, weights, nullptr, biases, norm_weight, eps, residual, gated, overlap, prefetch, prefetch_bytes);
+}
+
+Tensor decode_linear_fp8(Tensor x, Tensor weight, std::optional<Tensor> weight2, std::optional<Tensor> weight3,
+                         Tensor scale, std::optional<Tensor> scale2, std::optional<Tensor> scale3,
+                         std::optional<Tensor> bias, std::optional<Tensor> bias2, std::optional<Tensor> bias3,
+                         std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, bool gated,
+                         bool overlap, std::optional<Tensor> prefetch, int64_t prefetch_bytes) {
+  Several weights = {weight, weight2, weight3}, biases = {bias, bias2, bias3};
+  const Several scales = {scale, scale2, scale3};
+  return run(x, weights, &scales, biases, norm_weight, eps, residual, gated, overlap, prefetch, prefetch_bytes);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sharedllm, CUDA, m) { m.impl("decode_linear", TORCH_BOX(&decode_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(sharedllm, CUDA, m) {
+  m.impl("decode_linear", TORCH_BOX(&decode_linear));
+  m.impl("decode_linear_fp8", TORCH_BOX(&decode_linear_fp8));
+}
 
 }  // namespace sharedllm

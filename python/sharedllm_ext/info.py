@@ -26,6 +26,7 @@ OPERATORS = (
     "injected_attention_8bit",
     "quantize_memory",
     "decode_linear",
+    "decode_linear_fp8",
     "decode_append",
     "silu_product",
     "silu_product_fp8",

@@ -39,6 +39,8 @@ namespace sharedllm {
 
 using bf16 = uint16_t;  // upper half of the float32 of the same value
 
+enum class e4m3 : uint8_t {};    // 8 bits: sign, 4 of the exponent, 3 of the mantissa
+
 enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
 
 inline Isa fastest_isa() {
@@ -59,6 +61,18 @@ inline float to_float(bf16 x) {
   float y;
   std::memcpy(&y, &bits, sizeof y);
   return y;
+}
+
+// Exponent and mantissa of a code shifted to those of a float32 are its magnitude times 2^-120; subnormal ones too.
+constexpr float kCodeFactor = 0x1p120f;
+constexpr uint32_t kCodeNan = 0x7f;
+
+inline float to_float(e4m3 x) {
+  const uint32_t code = static_cast<uint32_t>(x);
+  const uint32_t bits = (code & 0x80) << 24 | ((code & 0x7f) == kCodeNan ? 0x7fc00000u : (code & 0x7f) << 20);
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y * kCodeFactor;
 }
 
 // Round to nearest, ties to even; a NaN stays a NaN.
@@ -96,6 +110,9 @@ struct Generic {
     return x;
   }
   SHAREDLLM_SIMD F load(const bf16* from) {
+    return F{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
+  }
+  SHAREDLLM_SIMD F load(const e4m3* from) {
     return F{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
   }
   SHAREDLLM_SIMD void save(float* to, F x) { std::memcpy(to, &x, sizeof x); }
@@ -146,6 +163,15 @@ struct Avx2 {
     const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
   }
+  SHAREDLLM_SIMD F load(const e4m3* from) {
+    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(code, 7), 31);
+    // all bits
+    const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(kCodeNan));
+    const __m256i bits = _mm256_or_si256(_mm256_slli_epi32(magnitude, 20), _mm256_or_si256(sign, nan));
+    return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(kCodeFactor));
+  }
   SHAREDLLM_SIMD void save(float* to, F x) { _mm256_storeu_ps(to, x); }
   SHAREDLLM_SIMD F add(F a, F b) { return _mm256_add_ps(a, b); }
   SHAREDLLM_SIMD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -191,6 +217,15 @@ struct Avx512 {
   SHAREDLLM_SIMD F load(const bf16* from) {
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+  }
+  SHAREDLLM_SIMD F load(const e4m3* from) {
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
+    const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(code, 7), 31);
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(kCodeNan));
+    const __m512i bits = _mm512_or_si512(_mm512_slli_epi32(magnitude, 20), sign);
+    const __m512i all = _mm512_mask_set1_epi32(bits, nan, -1);
+    return _mm512_mul_ps(_mm512_castsi512_ps(all), _mm512_set1_ps(kCodeFactor));
   }
   SHAREDLLM_SIMD void save(float* to, F x) { _mm512_storeu_ps(to, x); }
   SHAREDLLM_SIMD F add(F a, F b) { return _mm512_add_ps(a, b); }

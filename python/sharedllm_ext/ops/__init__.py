@@ -2,7 +2,7 @@
 
 from .chunk_compression import chunk_compression, chunk_compression_backward
 from .context_tree import context_tree_layout, context_tree_select, context_tree_split, split_offsets
-from .decode_step import decode_append, decode_linear
+from .decode_step import decode_append, decode_linear, decode_linear_fp8
 from .fused_layer import (
     add_rms_norm,
     add_rms_norm_fp8,
@@ -27,6 +27,7 @@ __all__ = [
     "context_tree_split",
     "decode_append",
     "decode_linear",
+    "decode_linear_fp8",
     "dequantize_memory",
     "injected_attention",
     "injected_attention_8bit",

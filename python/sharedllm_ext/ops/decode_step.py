@@ -1,6 +1,6 @@
 """Operators of one decoding step: fused linear for a few rows, and the KV cache's new entry."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from ..reference import decode_step as _reference
 from ._autocast import outside_autocast
 from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_eps, check_rotary, check_tensor, check_that
 
-__all__ = ["decode_append", "decode_linear"]
+__all__ = ["decode_append", "decode_linear", "decode_linear_fp8"]
 
 #: Most matrices of one fused linear.
 MATRICES = 3
@@ -80,8 +80,74 @@ def decode_linear(
     )
 
 
-def _has_cpu_kernel(x: Tensor) -> bool:
-    return x.dtype in CPU_KERNEL_DTYPES and x.shape[0] <= MAX_CPU_ROWS and "decode_linear" in cpu_kernels()
+@outside_autocast
+def decode_linear_fp8(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    overlap: bool = False,
+    prefetch: Tensor | None = None,
+    prefetch_bytes: int = 0,
+) -> Tensor:
+    """:func:`decode_linear` with weights in 8 bits, ``codes * scale`` as :func:`quantize_rows_fp8` gives them.
+
+    Half the bytes of 16-bit weights are read; x stays in its own dtype, sums are float32. On CUDA tensor cores multiply
+    up to 8 rows at a time, in float16 and bfloat16: a row of bfloat16 is scaled by a power of two into half precision,
+    where numbers 2^29 times smaller than the row's largest lose digits. On the CPU a kernel serves up to 16 rows in
+    float32 and bfloat16. Elsewhere plain PyTorch. Not differentiable.
+
+    Args:
+        x: ``[rows, K]`` float32, bfloat16, float16 or float64; on CUDA a row must fit into shared memory.
+        codes: one to three matrices ``[N_i, K]`` ``torch.float8_e4m3fn``; ``gated``: two of equal shape.
+        scales: ``[N_i, 1]`` float32 for each matrix.
+        biases, norm_weight, eps, residual, gated, overlap, prefetch, prefetch_bytes: as for :func:`decode_linear`; with
+            ``overlap`` codes are older than the previous kernel, too.
+
+    Returns:
+        ``[rows, sum N_i]``, with ``gated`` ``[rows, N_0]``, in x's dtype.
+
+    Raises:
+        TypeError: a dtype that is not the one expected.
+        ValueError: a shape, device or number of matrices that does not fit.
+        NotImplementedError: in a backward pass.
+
+    Equivalent, up to rounding, to::
+
+        torch.cat([F.linear(norm(x), c.to(x.dtype) * s, b) for c, s, b in zip(codes, scales, biases)], -1) + residual
+    """
+    matrices: list[Tensor | None] = [*codes]
+    factors: list[Tensor | None] = [*scales]
+    offsets: list[Tensor | None] = [None] * len(codes) if biases is None else [*biases]
+    _check_linear(x, codes, offsets, norm_weight, eps, residual, gated, scales)
+    wide = x.dtype in (torch.float32, torch.float64)
+    if (x.is_cuda and wide) or (x.device.type == "cpu" and not _has_cpu_kernel(x, "decode_linear_fp8")):
+        return _reference.decode_linear_fp8(
+            x, codes, scales, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
+        )
+    none = [None] * (MATRICES - len(matrices))
+    return torch.ops.sharedllm.decode_linear_fp8(
+        x,
+        *(matrices + none),
+        *(factors + none),
+        *(offsets + none),
+        norm_weight,
+        eps,
+        residual,
+        gated,
+        overlap,
+        prefetch,
+        prefetch_bytes,
+    )
+
+
+def _has_cpu_kernel(x: Tensor, name: str = "decode_linear") -> bool:
+    return x.dtype in CPU_KERNEL_DTYPES and x.shape[0] <= MAX_CPU_ROWS and name in cpu_kernels()
 
 
 def _check_linear(
@@ -92,18 +158,25 @@ def _check_linear(
     eps: float,
     residual: Tensor | None,
     gated: bool,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
+    """``scales``: of weights that are codes, which are then called so."""
+    name, dtype = ("weights", x.dtype) if scales is None else ("codes", torch.float8_e4m3fn)
     check_tensor("x", x, ("rows", "K"), FLOATS)
-    check_that(1 <= len(weights) <= MATRICES, "weights", f"1 to {MATRICES} matrices", len(weights))
-    check_that(len(offsets) == len(weights), "biases", f"{len(weights)} entries, one for each matrix", len(offsets))
+    check_that(1 <= len(weights) <= MATRICES, name, f"1 to {MATRICES} matrices", len(weights))
+    for what, entries in (("scales", scales), ("biases", offsets)):
+        if entries is not None:
+            check_that(len(entries) == len(weights), what, f"{len(weights)} entries, one for each matrix", len(entries))
     for i, (weight, bias) in enumerate(zip(weights, offsets, strict=True)):
-        check_tensor(f"weights[{i}]", weight, (f"N{i}", x.shape[1]), x.dtype, x.device)
+        check_tensor(f"{name}[{i}]", weight, (f"N{i}", x.shape[1]), dtype, x.device)
+        if scales is not None:
+            check_tensor(f"scales[{i}]", scales[i], (weight.shape[0], 1), torch.float32, x.device)
         if bias is not None:
             check_tensor(f"biases[{i}]", bias, (weight.shape[0],), x.dtype, x.device)
     total = sum(weight.shape[0] for weight in weights)
     if gated:
-        check_that(len(weights) == 2, "weights", "2 matrices with gated", len(weights))
-        check_tensor("weights[1]", weights[1], weights[0].shape, x.dtype, x.device)
+        check_that(len(weights) == 2, name, "2 matrices with gated", len(weights))
+        check_tensor(f"{name}[1]", weights[1], weights[0].shape, dtype, x.device)
         check_that(residual is None, "residual", "None with gated", "a tensor")
     if norm_weight is not None:
         check_tensor("norm_weight", norm_weight, (x.shape[1],), x.dtype, x.device)
@@ -220,16 +293,52 @@ def _plain_linear(
     prefetch: Tensor | None,
     prefetch_bytes: int,
 ) -> Tensor:
-    # as in the CUDA operator: matrices that are given come first, each with its bias
-    check_that(weight2 is not None or weight3 is None, "weight3", "none without weight2", "one")
-    for name, matrix, offset in (("weight2", weight2, bias2), ("weight3", weight3, bias3)):
-        check_that(matrix is not None or offset is None, f"bias{name[-1]}", f"none without {name}", "one")
+    _check_places(weight2, weight3, bias2, bias3)
     weights = [matrix for matrix in (weight, weight2, weight3) if matrix is not None]
     biases = [bias, bias2, bias3][: len(weights)]
     _check_linear(x, weights, biases, norm_weight, eps, residual, gated)
     return _reference.decode_linear(
         x, weights, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
     )
+
+
+def _plain_linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    weight2: Tensor | None,
+    weight3: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    scale3: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    bias3: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    overlap: bool,
+    prefetch: Tensor | None,
+    prefetch_bytes: int,
+) -> Tensor:
+    _check_places(weight2, weight3, bias2, bias3)
+    for name, matrix, factor in (("weight2", weight2, scale2), ("weight3", weight3, scale3)):
+        expected, got = ("none without", "one") if matrix is None else ("one with", "none")
+        check_that((matrix is None) == (factor is None), f"scale{name[-1]}", f"{expected} {name}", got)
+    codes = [matrix for matrix in (weight, weight2, weight3) if matrix is not None]
+    scales = [factor for factor in (scale, scale2, scale3) if factor is not None]
+    biases = [bias, bias2, bias3][: len(codes)]
+    _check_linear(x, codes, biases, norm_weight, eps, residual, gated, scales)
+    return _reference.decode_linear_fp8(
+        x, codes, scales, biases, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
+    )
+
+
+def _check_places(weight2: Tensor | None, weight3: Tensor | None, bias2: Tensor | None, bias3: Tensor | None) -> None:
+    # as in the CUDA operator: matrices that are given come first, each with its bias
+    check_that(weight2 is not None or weight3 is None, "weight3", "none without weight2", "one")
+    for name, matrix, offset in (("weight2", weight2, bias2), ("weight3", weight3, bias3)):
+        check_that(matrix is not None or offset is None, f"bias{name[-1]}", f"none without {name}", "one")
 
 
 def _plain_append(
@@ -275,6 +384,30 @@ def _linear_fake(
     return x.new_empty((x.shape[0], outputs[0] if gated else sum(outputs)))
 
 
+@torch.library.register_fake("sharedllm::decode_linear_fp8")
+def _linear_fp8_fake(
+    x: Tensor,
+    weight: Tensor,
+    weight2: Tensor | None,
+    weight3: Tensor | None,
+    scale: Tensor,
+    scale2: Tensor | None,
+    scale3: Tensor | None,
+    bias: Tensor | None,
+    bias2: Tensor | None,
+    bias3: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    overlap: bool,
+    prefetch: Tensor | None,
+    prefetch_bytes: int,
+) -> Tensor:
+    outputs = [matrix.shape[0] for matrix in (weight, weight2, weight3) if matrix is not None]
+    return x.new_empty((x.shape[0], outputs[0] if gated else sum(outputs)))
+
+
 @torch.library.register_fake("sharedllm::decode_append")
 def _append_fake(
     qkv: Tensor,
@@ -296,13 +429,21 @@ def _append_fake(
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // size - 2 * heads, size)), length.new_empty((qkv.shape[0], 2))
 
 
-def _no_derivative(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:
-    raise NotImplementedError("decode_linear: expected to be run without gradients, got a backward pass")
+def _no_derivative(name: str) -> Callable[..., None]:
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise NotImplementedError(f"{name}: expected to be run without gradients, got a backward pass")
+
+    return backward
 
 
-torch.library.register_autograd("sharedllm::decode_linear", _no_derivative)
+for _name in ("decode_linear", "decode_linear_fp8"):
+    torch.library.register_autograd(f"sharedllm::{_name}", _no_derivative(_name))
 
-for _name, _plain in (("decode_linear", _plain_linear), ("decode_append", _plain_append)):
+for _name, _plain in (
+    ("decode_linear", _plain_linear),
+    ("decode_linear_fp8", _plain_linear_fp8),
+    ("decode_append", _plain_append),
+):
     for _device, _kernels in (("CPU", cpu_kernels()), ("CUDA", cuda_kernels())):
         if _name not in _kernels:
             torch.library.impl(f"sharedllm::{_name}", _device, _plain)

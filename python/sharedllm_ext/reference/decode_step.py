@@ -50,6 +50,41 @@ def decode_linear(
     return out if residual is None else residual + out
 
 
+def decode_linear_fp8(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """:func:`decode_linear` with weights ``codes * scale``, which are rounded nowhere; nor is the sum before its end.
+
+    Args:
+        x: ``[rows, K]``.
+        codes: up to three matrices ``[N_i, K]`` float8 e4m3; gated: two of equal shape.
+        scales: ``[N_i, 1]`` float32 for each.
+        biases, norm_weight, eps, residual, gated: as for :func:`decode_linear`.
+
+    Returns:
+        ``[rows, sum N_i]``, gated ``[rows, N_0]``.
+    """
+    dtype = compute_dtype(x.dtype)
+    normed = (x if norm_weight is None else rms_norm(x, norm_weight, eps)).to(dtype)
+    biases = [None] * len(codes) if biases is None else biases
+    parts = [
+        functional.linear(normed, rows.to(dtype)) * scale.to(dtype).T + (0 if bias is None else bias.to(dtype))
+        for rows, scale, bias in zip(codes, scales, biases, strict=True)
+    ]
+    if gated:
+        return (functional.silu(parts[0]) * parts[1]).to(x.dtype)
+    out = torch.cat(parts, -1)
+    return (out if residual is None else out + residual.to(dtype)).to(x.dtype)
+
+
 def decode_append(
     qkv: Tensor,
     keys: Tensor,
