@@ -21,7 +21,7 @@ ops._autocast, ops._checks
 ops.*
 model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
 model.hooks, model.sources, model.memory_writer, model.page_files
-model.pages
+model.pages, model.fp8_linear
 model.memory_tiers
 model.families
 model.configuration, model.layer_math, model.managed_layers, model.chunks, model.collator, model.reading
@@ -42,7 +42,7 @@ model.tiered_appending
 model.split_prompt, model.gguf_checkpoint, model.passages, model.appending, model.adapter
 model.passage_reading
 model.compression, model.base_checkpoint, model.decoding.*
-model.indexing
+model.indexing, model.decoder_precision
 model.generation, model.slow_paths
 model.modeling
 model.conversation, model.published

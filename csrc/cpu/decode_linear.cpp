@@ -167,8 +167,8 @@ Tensor decode_linear_fp8(Tensor x, Tensor weight, std::optional<Tensor> weight2,
                          std::optional<Tensor> bias, std::optional<Tensor> bias2, std::optional<Tensor> bias3,
                          std::optional<Tensor> norm_weight, double eps, std::optional<Tensor> residual, bool gated,
                          bool, std::optional<Tensor>, int64_t) {
-  return compute({x, weight, weight2, weight3, scale, scale2, scale3, bias, bias2, bias3, norm_weight, eps, residual,
-                  gated});
+  return compute(
+      {x, weight, weight2, weight3, scale, scale2, scale3, bias, bias2, bias3, norm_weight, eps, residual, gated});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sharedllm, CPU, m) {

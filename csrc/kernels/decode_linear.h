@@ -42,9 +42,9 @@ struct DecodeLinearParams {
 // shared memory. The same bits in every run. Can be captured into a CUDA graph.
 cudaError_t launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream);
 
-// The same with weights in 8 bits and their scales, whose products with x are exact in float32 sums (the tensor cores').
-// x of float16 or bfloat16 (cudaErrorInvalidValue for others). A row of bfloat16 is taken in half precision after a
-// power of two has brought its largest number below 2^15: what is 2^29 times smaller loses digits.
+// The same with weights in 8 bits and their scales, whose products with x are exact in float32 sums (the tensor
+// cores'). x of float16 or bfloat16 (cudaErrorInvalidValue for others). A row of bfloat16 is taken in half precision
+// after a power of two has brought its largest number below 2^15: what is 2^29 times smaller loses digits.
 cudaError_t launch_decode_linear_fp8(const DecodeLinearParams& params, cudaStream_t stream);
 
 // One element type, a kernel instance.

@@ -45,8 +45,8 @@ __device__ __forceinline__ Scale scale_for(float largest) {
           __uint_as_float(static_cast<uint32_t>(254 - biased) << 23)};
 }
 
-// The two warps of a pair wait for each other. Numbers in the instruction: with one in a register the compiler takes all
-// barriers of an SM for a block.
+// The two warps of a pair wait for each other. Numbers in the instruction: with one in a register the compiler takes
+// all barriers of an SM for a block.
 __device__ __forceinline__ void wait_for_pair(int pair) {
   static_assert(kPairs == 4);
   switch (pair) {
@@ -200,9 +200,9 @@ __device__ __forceinline__ float stage_rows(const DecodeLinearParams& p, T* xs, 
   return undo;
 }
 
-// The matmul of up to kRows rows. A 16-byte chunk of 8 rows of x is operand A [16, 16] of the tensor cores as it is: half
-// of its columns are the upper rows, the other half the lower ones. It is multiplied by the codes of the upper rows'
-// columns, then by those of the lower rows' columns; half of each result is wanted, the other half is left.
+// The matmul of up to kRows rows. A 16-byte chunk of 8 rows of x is operand A [16, 16] of the tensor cores as it is:
+// half of its columns are the upper rows, the other half the lower ones. It is multiplied by the codes of the upper
+// rows' columns, then by those of the lower rows' columns; half of each result is wanted, the other half is left.
 template <class T, int kRows, bool kGated, bool kVector>
 __global__ void __launch_bounds__(kThreads, 2)
     multiply(const __grid_constant__ DecodeLinearParams p, const int columns) {
@@ -290,8 +290,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const float undo = stage_rows<T, kRows, kVector>(p, xs, norm, pitch, columns, mine, largest_norm, largest_of,
-                                                   squares_of);
+  const float undo =
+      stage_rows<T, kRows, kVector>(p, xs, norm, pitch, columns, mine, largest_norm, largest_of, squares_of);
 
   // of a tile's results, a thread has those of row `mine` and of two rows of weights
   const bool exists = mine < p.rows, finishes = exists && (kGated || member == 0);

@@ -661,15 +661,19 @@ def _runner(model: Any, cache: PreallocatedCache, memory: Any, graph: bool) -> D
     ("family", "size"), [("llama", 64), ("mistral", 64), ("qwen2", 64), ("qwen3", 64), ("llama", 16), ("llama", 80)]
 )
 @pytest.mark.parametrize("with_memory", [False, True])
-def test_graph_and_operators_agree(family: str, size: int, with_memory: bool) -> None:
+@pytest.mark.parametrize("precision", ["model", "fp8"])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_graph_and_operators_agree(family: str, size: int, with_memory: bool, precision: str, rows: int) -> None:
     own = builders.FAMILIES[family][2]
     sizes = {"hidden_size": 128, "head_dim": size, "num_attention_heads": own.get("num_attention_heads", 4)}
     base = builders.base(family, **{**own, **sizes}).to("cuda", torch.bfloat16)
     model = builders.SharedLLMForCausalLM.from_base(base, **builders.TREE)
     for block in model.injected_blocks:
         nn.init.normal_(block.o_proj.weight, std=0.1)
-    memory = model.compress(builders.ids(2, 90).cuda()) if with_memory else None
-    text = builders.ids(2, 9).cuda()
+    if precision == "fp8":
+        model.quantize_decoder()
+    memory = model.compress(builders.ids(rows, 90).cuda()) if with_memory else None
+    text = builders.ids(rows, 9).cuda()
     logits = []
     with torch.no_grad():
         for graph in (True, False, None):

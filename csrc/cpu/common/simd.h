@@ -39,7 +39,7 @@ namespace sharedllm {
 
 using bf16 = uint16_t;  // upper half of the float32 of the same value
 
-enum class e4m3 : uint8_t {};    // 8 bits: sign, 4 of the exponent, 3 of the mantissa
+enum class e4m3 : uint8_t {};  // 8 bits: sign, 4 of the exponent, 3 of the mantissa
 
 enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
 

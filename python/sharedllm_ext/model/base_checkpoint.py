@@ -193,10 +193,9 @@ def _config_of(base: PreTrainedModel, quantised: bool, fields: dict[str, Any]) -
         raise ValueError(
             "tie_compressor: expected True with a quantised base, whose weights cannot be trained, got False"
         )
-    if config.compressor_precision != "model":
-        raise ValueError(
-            f"compressor_precision: expected 'model' with a quantised base, got {config.compressor_precision!r}"
-        )
+    for name in ("compressor_precision", "decoder_precision"):
+        if getattr(config, name) != "model":
+            raise ValueError(f"{name}: expected 'model' with a quantised base, got {getattr(config, name)!r}")
     if mark is not None:
         config.quantization_config = _with_plain_injection(mark, base, config.injection_layers)
     return config

@@ -227,7 +227,9 @@ class ContextCompression:
         """Query vectors ``[B, d]`` and which rows have one; ``None`` where none has."""
         if queries is None or not any(queries[1]):
             return None, None
-        upper = LowerModel(self.model.embed_tokens, self.model.layers[:1], self.model.norm)
+        # tied, the compressor's own are what the decoder's were made of, if those are in 8 bits
+        layers = (self.lower_model if self.config.tie_compressor else self.model).layers
+        upper = LowerModel(self.model.embed_tokens, layers[:1], self.model.norm)
         return query_vectors(upper, queries[0], queries[1], tables), [length > 0 for length in queries[1]]
 
     def _rows_with_query(

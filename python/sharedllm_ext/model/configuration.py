@@ -75,6 +75,9 @@ class SharedLLMConfig(PreTrainedConfig):
         tie_compressor: whether the compressor uses the decoder's weights (before it is trained on its own).
         micro_batch_tokens: context tokens compressed at a time; bounds the activations, changes no result. ``None``
             chooses by device and free memory.
+        decoder_precision: of the decoder's weights, "model" (the checkpoint's dtype) or "fp8" (8-bit floating point
+            with a scale for every row, made when a checkpoint is loaded; inference only: see
+            :meth:`SharedLLMForCausalLM.quantize_decoder`).
         compressor_precision: of the compressor's matmuls, "model" (the weights' dtype) or "fp8" (8-bit floating point
             with a scale for every row of activations and weights; bfloat16 models on CUDA, compute capability 8.9 and
             newer, inference only: about 60% of the time for a small error in the memory, see docs/architecture.md).
@@ -107,6 +110,7 @@ class SharedLLMConfig(PreTrainedConfig):
     tie_compressor: bool = True
     micro_batch_tokens: int | None = None
     compressor_precision: str = "model"
+    decoder_precision: str = "model"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -152,6 +156,11 @@ class SharedLLMConfig(PreTrainedConfig):
             super().__setattr__(name, value)
         else:
             setattr(text_config, name, value)
+
+    def set_decoder_precision(self, precision: str) -> None:
+        """Set ``decoder_precision``, checked as all fields are."""
+        self.decoder_precision = precision
+        self._check_fields()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary."""
@@ -199,10 +208,9 @@ class SharedLLMConfig(PreTrainedConfig):
         if self.slot_position not in SLOT_POSITIONS:
             raise ValueError(f"slot_position: expected {' or '.join(SLOT_POSITIONS)}, got {self.slot_position!r}")
         self._check_pick()
-        if self.compressor_precision not in PRECISIONS:
-            raise ValueError(
-                f"compressor_precision: expected {' or '.join(PRECISIONS)}, got {self.compressor_precision!r}"
-            )
+        for name in ("compressor_precision", "decoder_precision"):
+            if getattr(self, name) not in PRECISIONS:
+                raise ValueError(f"{name}: expected {' or '.join(PRECISIONS)}, got {getattr(self, name)!r}")
         noise = self.split_noise
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0.0 <= noise < float("inf"):
             raise ValueError(f"split_noise: expected a finite standard deviation of at least 0 tokens, got {noise!r}")
@@ -220,3 +228,12 @@ class SharedLLMConfig(PreTrainedConfig):
             raise ValueError(f"passage_prompt: expected texts {', '.join(PROMPT_PARTS)}, got {prompt!r}")
         if self.query_aware:
             raise ValueError("pick_layers: expected query_aware=False with it, got True")
+
+
+def lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
+    """Configuration of a compressor with its own weights: the base checkpoint's with ``M`` layers."""
+    lower: PreTrainedConfig = copy.deepcopy(config.text_config)
+    lower.num_hidden_layers = config.injection_layers
+    if getattr(lower, "layer_types", None) is not None:
+        lower.layer_types = lower.layer_types[: config.injection_layers]
+    return lower

@@ -50,6 +50,7 @@ from transformers.models.smollm3.modeling_smollm3 import (
     SmolLM3RMSNorm,
 )
 
+from .fp8_linear import Fp8Linear
 from .hooks import is_untouched
 
 #: Name of the rotation of layers without rotary embedding.
@@ -148,6 +149,18 @@ class LinearPart:
         return weight[self.outputs] if self._is_plain else weight
 
     @property
+    def codes(self) -> Tensor:
+        """``[outputs, K]`` of weights in 8 bits."""
+        codes: Tensor = self.whole.codes
+        return codes[self.outputs]
+
+    @property
+    def scale(self) -> Tensor:
+        """``[outputs, 1]`` of weights in 8 bits."""
+        scale: Tensor = self.whole.scale
+        return scale[self.outputs]
+
+    @property
     def _is_plain(self) -> bool:
         return type(self.whole) is nn.Linear and type(self.whole.weight) in (nn.Parameter, Tensor)
 
@@ -160,6 +173,8 @@ class LinearPart:
         """``x [..., K]`` to ``[..., outputs]``."""
         if self._is_plain and is_untouched(self.whole):
             return F.linear(x, self.weight, self.bias)
+        if type(self.whole) is Fp8Linear and is_untouched(self.whole):
+            return self.whole(x, self.outputs)
         # quantised, adapted, offloaded or with hooks: only its own matmul is right
         out: Tensor = self.whole(x)[..., self.outputs]
         return out

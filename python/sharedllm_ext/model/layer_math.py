@@ -19,12 +19,10 @@ from .families import (
     projection,
     residual_factor,
 )
+from .fp8_linear import Fp8Linear, fp8_product, linear_all, takes_codes
 from .hooks import is_untouched
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
-#: Whether 8-bit matmuls accumulate with fewer bits than float32, which is the tensor cores' fastest way: on hidden
-#: states of a trained model rounding to 8 bits hides the difference (docs/architecture.md).
-FP8_FAST_ACCUMULATION = True
 
 
 def inference_only(x: Tensor) -> bool:
@@ -98,7 +96,11 @@ def split_heads(attention: Any, projected: Tensor, name: str) -> Tensor:
 def add_mlp(hidden: Tensor, mlp: Any, x: Tensor) -> Tensor:
     """``hidden + mlp(x)``, as :func:`add_linear`."""
     if isinstance(mlp, _FusedMLP) and type(mlp).forward is _FusedMLP.forward and is_untouched(mlp):
-        return add_linear(hidden, mlp.base_family.projection(mlp, "down"), mlp.activated(x))
+        down = mlp.base_family.projection(mlp, "down")
+        if type(down) is not Fp8Linear:
+            return add_linear(hidden, down, mlp.activated(x))
+        if adds_in_place(hidden):
+            return hidden.add_(mlp.forward(x))
     return hidden + apply_mlp(mlp, x)
 
 
@@ -141,7 +143,9 @@ class _FusedMLP:
         """``act(gate_proj(x)) * up_proj(x)``, ``[..., n]``."""
         own = self.base_family.projection
         gate_proj = own(self, "gate")
-        gate, up = gate_proj(x), own(self, "up")(x)
+        return self._activate(gate_proj, x, *linear_all([gate_proj, own(self, "up")], x))
+
+    def _activate(self, gate_proj: Any, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         if inference_only(gate) and applies_silu(self):
             width = gate.shape[-1]
             return ops.silu_product(gate.view(-1, width), up.view(-1, width)).view(gate.shape)
@@ -150,7 +154,14 @@ class _FusedMLP:
         return self.act_fn(gate) * up  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_family.projection(self, "down")(self.activated(x))
+        gate_proj, up_proj, down = (self.base_family.projection(self, name) for name in ("gate", "up", "down"))
+        gate, up = linear_all([gate_proj, up_proj], x)
+        if takes_codes(down, gate) and inference_only(gate) and applies_silu(self):
+            width = gate.shape[-1]
+            rows = ops.silu_product_fp8(gate.view(-1, width), up.view(-1, width))
+            return down.multiply_codes(rows).view(*gate.shape[:-1], -1)
+        out: Tensor = down(self._activate(gate_proj, x, gate, up))
+        return out
 
 
 class _FusedAttention:
@@ -176,9 +187,8 @@ class _FusedAttention:
                 **kwargs,
             )
         batch, length, _ = hidden_states.shape
-        query, key, value = (
-            split_heads(self, projection(self, name)(hidden_states), name).flatten(0, 1) for name in "qkv"
-        )
+        projected = linear_all([projection(self, name) for name in "qkv"], hidden_states)
+        query, key, value = (split_heads(self, x, name).flatten(0, 1) for x, name in zip(projected, "qkv", strict=True))
         if family_of(self).rotation(self) != STILL:
             half = self.head_dim // 2  # type: ignore[attr-defined]
             tables = (table[..., :half].expand(batch, -1, -1).flatten(0, 1) for table in position_embeddings)  # type: ignore[union-attr]
@@ -294,17 +304,7 @@ class Fp8Products(Products):
         return ops.quantize_rows_fp8(x)
 
     def linear(self, module: Any, rows: Any) -> Tensor:
-        codes, scale = rows
-        weight, weight_scale = self._quantized(module)
-        return torch._scaled_mm(
-            codes,
-            weight.t(),
-            scale_a=scale,
-            scale_b=weight_scale.t(),
-            bias=module.bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=FP8_FAST_ACCUMULATION,
-        )
+        return fp8_product(rows, *self._quantized(module), module.bias)
 
     def add_linear(self, hidden: Tensor, module: Any, rows: Any) -> Tensor:
         return hidden.add_(self.linear(module, rows))
@@ -318,6 +318,9 @@ class Fp8Products(Products):
         return self.add_linear(hidden, down_proj, self.rows(mlp.act_fn(gate) * up))
 
     def _quantized(self, module: Any) -> tuple[Tensor, Tensor]:
+        if type(module) is Fp8Linear:
+            # the decoder's own
+            return module.codes, module.scale
         weight = module.weight
         state = (weight.data_ptr(), version_of(weight))
         kept = self._weights.get(id(module))
@@ -333,7 +336,7 @@ def refuse_fp8(layers: Any) -> None:
     Raises:
         ValueError: a device, dtype, size or module that these matmuls do not take.
     """
-    weight = projection(layers[0].self_attn, "q").weight
+    weight = attention_norm(layers[0]).weight
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 9):
         raise ValueError(
             "compressor_precision='fp8': expected a CUDA device of compute capability 8.9 or newer, got "
@@ -364,7 +367,8 @@ def refuse_fp8(layers: Any) -> None:
                 )
         for part, name in family.projections.items():
             module = projection(attention if part in "qkvo" else mlp, part)
-            if type(module) is not nn.Linear or module.weight.dtype != torch.bfloat16 or not is_untouched(module):
+            plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+            if not (plain or type(module) is Fp8Linear) or not is_untouched(module):
                 got = f"{type(module).__name__}, {getattr(getattr(module, 'weight', None), 'dtype', None)}"
                 raise ValueError(
                     f"compressor_precision='fp8': expected a plain bfloat16 Linear as layer {index}'s {name}, got {got}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from .chunks import Chunk, micro_batch
 from .compressor import compress_chunks
 from .families import projection
+from .fp8_linear import Fp8Linear
 from .layer_math import Fp8Products, Products, refuse_fp8
 from .lower_model import LowerModel, activation_bytes
 from .memory import ContextMemory
@@ -195,6 +196,11 @@ def in_micro_batches(
 
 def products_of(config: Any, lower: LowerModel, fp8: Fp8Products) -> Products:
     if config.compressor_precision == "model":
+        if any(type(projection(layer.self_attn, "o")) is Fp8Linear for layer in lower.layers):
+            raise ValueError(
+                "compressor_precision: expected 'fp8', as the tied compressor shares the decoder's weights in 8 bits, "
+                "got 'model'; load the checkpoint with it for its own weights"
+            )
         fp8.forget()
         return Products()
     if torch.is_grad_enabled():

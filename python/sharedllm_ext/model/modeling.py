@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
@@ -23,7 +23,8 @@ from .appending import ContextAppending
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
-from .configuration import SharedLLMConfig
+from .configuration import SharedLLMConfig, lower_config
+from .decoder_precision import DecoderPrecision
 from .decoding.session import removed_tokens
 from .families import FAMILIES, projection
 from .generation import ContextGeneration
@@ -59,7 +60,7 @@ from .split_prompt import SplitPrompt, mask_over_cache, remember_prompt
 from .training_mark import TrainingMark
 
 
-class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, ContextGeneration):
+class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, PassageRetrieval, ContextGeneration):
     """A causal language model that reads long contexts through a compressed memory (SharedLLM).
 
     The ``M`` lowest layers compress ``context_ids`` into a :class:`ContextMemory`; the whole model decodes the running
@@ -84,7 +85,7 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
         self.model: Any = AutoModel.from_config(text_config)
         install_injection(self.model.layers, config.injection_layers)
         self.lm_head: Any = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
-        self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
+        self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(lower_config(config))
         if self.compressor is not None:
             install_steps(self.compressor.layers)
         self.pick: Pick | None = None
@@ -125,6 +126,7 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_loaded(loaded[0], loaded[1]["missing_keys"], loaded[1]["unexpected_keys"])
+        loaded[0].finish_loading()
         return loaded if output_loading_info else loaded[0]
 
     @classmethod
@@ -171,7 +173,7 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
             "attn_implementation": attn_implementation,
             "quantization_config": quantization_config,
         }
-        return build_from_base(cls, base, loading, fields)
+        return build_from_base(cls, base, loading, fields).finish_loading()
 
     @classmethod
     def from_adapter(
@@ -185,7 +187,8 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
         Args:
             adapter: the file, or the name of one that the package ships (:func:`shipped_adapters`).
             base: as for :meth:`from_base`.
-            loading: options of loading the base as for :meth:`from_base` (``dtype``, ``device_map``, …).
+            loading: options of loading the base as for :meth:`from_base` (``dtype``, ``device_map``, …), and
+                ``decoder_precision``.
 
         Returns:
             The model in evaluation mode; low-rank updates are merged.
@@ -197,10 +200,13 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
         """
         path = find_adapter(adapter)
         header = read_header(path)
-        model = cls.from_base(base, **header["config"], **loading)
+        precision = {"decoder_precision": "model", **header["config"], **loading}["decoder_precision"]
+        model = cls.from_base(base, **{**header["config"], **loading, "decoder_precision": "model"})
         check_base(path, header, model)
         apply_adapter(path, header, model)
-        return model
+        model.config.set_decoder_precision(precision)
+        # of what the adapter has changed, too
+        return model.finish_loading()
 
     def save_adapter(
         self,
@@ -219,8 +225,9 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
             about: free words on the training.
 
         Raises:
-            ValueError: the base is another one.
+            ValueError: the base is another one, or the decoder is in 8 bits.
         """
+        self.refuse_fp8_decoder("save_adapter")
         called = name or os.path.basename(
             str(getattr(base, "name_or_path", "") if isinstance(base, PreTrainedModel) else base)
         )
@@ -269,7 +276,8 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
         """Save configuration and weights; arguments as for Transformers.
 
         Raises:
-            ValueError: decoder and compressor have vocabularies of different sizes, which could not be loaded.
+            ValueError: decoder and compressor have vocabularies of different sizes, which could not be loaded; or the
+                decoder is in 8 bits, and the checkpoint's weights are gone.
         """
         self._check_vocabularies()
         super().save_pretrained(*args, **kwargs)
@@ -349,6 +357,7 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
             ValueError: inputs that contradict each other; the message names what was expected and what came.
         """
         compiling = torch.compiler.is_compiling()
+        self._check_decoder_precision()
         if kwargs and not compiling:
             check_keywords(kwargs)
             if kwargs.get("output_router_logits") and FAMILIES[self.config.text_config.model_type].experts is not None:
@@ -486,12 +495,3 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
 
 # this shows whether a subclass reads its inputs in another way
 SharedLLMForCausalLM._own_forward = SharedLLMForCausalLM.forward
-
-
-def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
-    """Configuration of a compressor with its own weights: the base checkpoint's with ``M`` layers."""
-    lower = copy.deepcopy(config.text_config)
-    lower.num_hidden_layers = config.injection_layers
-    if getattr(lower, "layer_types", None) is not None:
-        lower.layer_types = lower.layer_types[: config.injection_layers]
-    return lower

@@ -31,6 +31,9 @@ class Decoder(Protocol):
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters."""
 
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules."""
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """All parameters."""
 

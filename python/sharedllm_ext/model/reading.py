@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fp8_linear import Fp8Linear
 from .layer_math import version_of
 
 
@@ -18,6 +19,9 @@ def can_read_context(model: Any) -> bool:
     weights = []
     for block in model.injected_blocks:
         projection = block.o_proj
+        if type(projection) is Fp8Linear:
+            weights.append(projection.codes.view(torch.uint8))
+            continue
         if (
             type(projection) is not nn.Linear
             or type(projection.weight) is not nn.Parameter

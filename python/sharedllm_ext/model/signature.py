@@ -30,6 +30,7 @@ from .families import (
     rotation_of,
     sliding_window,
 )
+from .fp8_linear import Fp8Linear
 from .layer_math import version_of
 from .lower_model import LowerModel, query_vectors
 from .managed_layers import device_of, is_managed, is_sharded, stored_parameters
@@ -265,6 +266,13 @@ def _digest(lower: LowerModel) -> str:
             flat = parameter.detach().reshape(-1)
             index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
             picks.append(flat[index.to(flat.device)].to(torch.bfloat16).cpu())
+    for layer in lower.layers:
+        # weights in 8 bits are no parameters; the injected block is the decoder's
+        for name, child in layer.named_modules():
+            if type(child) is Fp8Linear and not name.startswith("injection."):
+                flat = child.codes.reshape(-1).view(torch.uint8)
+                index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+                picks.append(flat[index.to(flat.device)].to(torch.bfloat16).cpu())
     sample = torch.cat(picks).view(torch.int16).numpy().tobytes()
     return hashlib.sha256(sample).hexdigest()[:32]
 

@@ -116,13 +116,13 @@ class DecodeCall:
             return "attention_mask: expected the rows that generate began with, got others"
         if not self._has_usual_positions(inputs.get("position_ids"), length):
             return "position_ids: expected the tokens' count without padding, got others"
-        if tokens.device != self.model.lm_head.weight.device or not self._is_held(cache, rows):
+        if tokens.device != self.model.model.embed_tokens.weight.device or not self._is_held(cache, rows):
             return f"{CACHE_NAME}: expected every layer to hold the model's dtype, device and rows, got others"
         return None
 
     def _is_held(self, cache: PreallocatedCache, batch: int) -> bool:
         """Whether all layers of the cache hold equally many tokens of ``batch`` rows, as a step expects."""
-        weight = self.model.lm_head.weight
+        weight = self.model.model.embed_tokens.weight
         length, dtype, device = cache.get_seq_length(), weight.dtype, weight.device
         if length == 0 or batch > MAX_BATCH:
             return False

@@ -1,6 +1,7 @@
 """One decoding step by its own operators, as a CUDA graph after the first time."""
 
 import dataclasses
+import functools
 import threading
 import weakref
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ...ops import decode_append, decode_linear, injected_attention
+from ...ops import decode_append, decode_linear, decode_linear_fp8, injected_attention
 from ..families import (
     attention_norm,
     embedding_factor,
@@ -20,6 +21,7 @@ from ..families import (
     rotation_of,
     sliding_window,
 )
+from ..fp8_linear import Fp8Linear, is_fp8, stored_weight
 from ..injection import InjectedContext
 from ..layer_math import version_of
 from ..memory import ContextMemory
@@ -107,7 +109,7 @@ class DecodeRunner:
 
     def hold(self, model: Decoder, memory: ContextMemory | None) -> None:
         """Keep alive what the graph reads: parameters and memory of :attr:`state`."""
-        self._parameters = [parameter.detach() for parameter in model.parameters()]
+        self._parameters = [weight.detach() for weight in _weights_of(model)]
         self._memory = memory
         if self._context is not None and memory is not None:
             self._context.keys, self._context.values = memory.keys, memory.values
@@ -275,7 +277,7 @@ class DecodeRunner:
             eps=0.0 if q_norm is None else q_norm.variance_epsilon,
             window=layer.window,
             overlap=True,
-            prefetch=output[0].weight,
+            prefetch=stored_weight(output[0]),
             prefetch_bytes=PREFETCH_BYTES,
         )
         out, _ = injected_attention(
@@ -292,7 +294,7 @@ class DecodeRunner:
 
     def _inject(self, x: Tensor, injection: Any) -> Tensor:
         context: Any = self._context
-        query = _product(x, (injection.q_proj,), injection.norm, prefetch=injection.o_proj.weight)
+        query = _product(x, (injection.q_proj,), injection.norm, prefetch=stored_weight(injection.o_proj))
         query = query.view(self.batch, -1, injection.head_dim)
         if injection.q_norm is not None:
             query = injection.q_norm(query)
@@ -357,10 +359,13 @@ def _product(
     prefetch: Tensor | None = None,
 ) -> Tensor:
     """Norm, linear modules and residual in one kernel."""
-    return decode_linear(
-        x,
-        [module.weight for module in modules],
-        [module.bias for module in modules],
+    biases = [module.bias for module in modules]
+    if is_fp8(modules[0]):
+        scales = [module.scale for module in modules]
+        multiply = functools.partial(decode_linear_fp8, x, [module.codes for module in modules], scales, biases)
+    else:
+        multiply = functools.partial(decode_linear, x, [module.weight for module in modules], biases)
+    return multiply(
         norm_weight=None if norm is None else norm.weight,
         eps=0.0 if norm is None else norm.variance_epsilon,
         residual=residual,
@@ -379,11 +384,15 @@ def _sum(hidden: Tensor, x: Tensor, modules: tuple[Any, ...], factor: float) -> 
     return hidden.add(_product(x, modules), alpha=factor)
 
 
+def _weights_of(model: Decoder) -> list[Tensor]:
+    """Parameters, and weights in 8 bits."""
+    codes = [x for module in model.modules() if type(module) is Fp8Linear for x in (module.codes, module.scale)]
+    return [*model.parameters(), *codes]
+
+
 def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ...]:
     """What a graph has fixed: addresses of parameters and memory, which rows read what, the layers' constants."""
-    parameters = tuple(
-        (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()) for parameter in model.parameters()
-    )
+    parameters = tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in _weights_of(model))
     numbers = []
     for layer in model.model.layers:
         attention, injection = layer.self_attn, getattr(layer, "injection", None)

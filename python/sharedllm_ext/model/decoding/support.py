@@ -10,6 +10,7 @@ from ..._library import cpu_kernels, cuda_kernels
 from ...ops.injected_attention import head_size_obstacle
 from ..cache_name import CACHE_NAME, one_cache
 from ..families import attention_norm, family_of, mlp_norm
+from ..fp8_linear import Fp8Linear
 from ..hooks import forward_hook, global_hook, own_forward
 from ..protocols import Decoder
 from .cache import PreallocatedCache
@@ -175,24 +176,26 @@ def _obstacle_in_place(model: Decoder) -> str | None:
         expected = "torch.bfloat16 or torch.float16" if device.type == "cuda" else "torch.float32 or torch.bfloat16"
         return f"dtype: expected {expected}, got {dtype}"
     if device.type == "cpu":
-        return None if RUN_ON_CPU else _obstacle_on_cpu(dtype)
+        return None if RUN_ON_CPU else _obstacle_on_cpu(dtype, model)
     if dtype == torch.float32:
         return f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}"
     obstacle = head_size_obstacle(size)
     if obstacle is not None:
         return obstacle
-    missing = [name for name in _KERNELS if name not in cuda_kernels()]
-    if missing:
-        return f"CUDA library: expected kernels of {', '.join(_KERNELS)}, got none of {', '.join(missing)}"
-    return None
+    return _missing_kernels("CUDA", _KERNELS, cuda_kernels(), model)
 
 
-def _obstacle_on_cpu(dtype: torch.dtype) -> str | None:
+def _obstacle_on_cpu(dtype: torch.dtype, model: Decoder) -> str | None:
     if dtype not in _CPU_DTYPES:
         return f"dtype: expected torch.float32 or torch.bfloat16 on the CPU, got {dtype}"
-    missing = [name for name in _CPU_KERNELS if name not in cpu_kernels()]
+    return _missing_kernels("CPU", _CPU_KERNELS, cpu_kernels(), model)
+
+
+def _missing_kernels(place: str, names: tuple[str, ...], there: frozenset[str], model: Decoder) -> str | None:
+    needed = (*names, "decode_linear_fp8") if type(model.lm_head) is Fp8Linear else names
+    missing = [name for name in needed if name not in there]
     return (
-        f"CPU library: expected kernels of {', '.join(_CPU_KERNELS)}, got none of {', '.join(missing)}"
+        f"{place} library: expected kernels of {', '.join(needed)}, got none of {', '.join(missing)}"
         if missing
         else None
     )
@@ -240,12 +243,15 @@ def _obstacle_in_modules(model: Decoder) -> str | None:
             linear |= {f"{place}.injection.{name}": getattr(injection, name) for name in ("q_proj", "o_proj")}
             norms[f"{place}.injection.norm"] = injection.norm
     for name, one in linear.items():
-        if type(one) is not nn.Linear:
+        if type(one) not in (nn.Linear, Fp8Linear):
             return f"{name}: expected a plain Linear, got {type(one).__name__}"
     for name, one in norms.items():
         if not isinstance(one, family.norm):
             return f"{name}: expected {family.norm.__name__}, got {type(one).__name__}"
     weight = inner.embed_tokens.weight
+    for name, one in linear.items():
+        if type(one) is Fp8Linear and one.codes.device != weight.device:
+            return f"{name}: expected weights on {weight.device} as the embedding, got some on {one.codes.device}"
     for prefix, module in (("model", inner), ("lm_head", model.lm_head)):
         for name, parameter in module.named_parameters():
             if type(parameter) is not nn.Parameter:
