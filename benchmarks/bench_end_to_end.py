@@ -148,6 +148,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, metavar="TOKENS", help="context tokens compressed at a time")
     parser.add_argument("--precision", choices=["model", "fp8"], nargs="+", default=["model"])
     parser.add_argument(
+        "--decoder-precision",
+        choices=["model", "fp8"],
+        nargs="+",
+        default=["model"],
+        help='of the decoder\'s weights; "fp8" comes last and leaves no peers',
+    )
+    parser.add_argument(
         "--seconds", type=float, default=600, help="start nothing after this long (default %(default)s)"
     )
     parser.add_argument("--full-most", type=int, default=131072, help="longest context of full attention")
@@ -159,7 +166,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="put tables and plots into benchmarks/")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing, take stored numbers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if "fp8" in arguments.decoder_precision and not arguments.no_peers:
+        parser.error("argument --decoder-precision: expected --no-peers with fp8, whose peers lack weights")
+    return arguments
 
 
 @contextlib.contextmanager
@@ -226,8 +236,9 @@ def random_ids(count: int, vocabulary: int, seed: int) -> Tensor:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of all different parameters."""
-    return sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    """Bytes of all different parameters, and of weights in 8 bits."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(p.nbytes for p in {p.data_ptr(): p for p in tensors}.values())
 
 
 @torch.no_grad()
@@ -237,9 +248,16 @@ def measure_shared(
     """This package: compression, choice of nodes, prefill, decoding."""
     text = random_ids(arguments.running, model.config.vocab_size, 1)
     rows = []
-    for precision in arguments.precision:
+    pairs = [(decoder, precision) for decoder in ("model", "fp8") for precision in arguments.precision]
+    for decoder, precision in pairs:
+        if decoder not in arguments.decoder_precision:
+            continue
+        # a decoder in 8 bits shares its weights with a compressor that is so from the start
         model.config.compressor_precision = precision
+        if decoder == "fp8":
+            model.quantize_decoder()
         system = f"M = {layers}" + (", fp8 compressor" if precision == "fp8" else "")
+        system += ", fp8 decoder" if decoder == "fp8" else ""
         warm = random_ids(8192, model.config.vocab_size, 2)
         for _ in range(2):
             model.generate(text, context_ids=warm, max_new_tokens=4, do_sample=False)
@@ -258,7 +276,8 @@ def measure_shared(
             torch.cuda.empty_cache()
             print(json.dumps(dataclasses.asdict(row)), flush=True)
         if arguments.profile:
-            profile(model, text, arguments.profile / f"{shape}_{layers}_{precision}.txt")
+            name = f"{shape}_{layers}_{precision}" + ("_fp8_decoder" if decoder == "fp8" else "")
+            profile(model, text, arguments.profile / f"{name}.txt")
     return rows
 
 

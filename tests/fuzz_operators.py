@@ -282,6 +282,20 @@ def linear(rng: random.Random) -> Arguments:
     }
 
 
+def linear_fp8(rng: random.Random) -> Arguments:
+    """decode_linear_fp8: the arguments of decode_linear, with codes and scales in the weights' place."""
+    made = linear(rng)
+    scales: Arguments = {}
+    for name in ("weight", "weight2", "weight3"):
+        weight, scale = made[name], name.replace("weight", "scale")
+        scales[scale] = None
+        if weight is not None:
+            made[name], scales[scale] = reference.quantize_rows_fp8(weight)
+    names = list(made)
+    after = names.index("weight3") + 1
+    return {name: {**made, **scales}[name] for name in (*names[:after], *scales, *names[after:])}
+
+
 def append(rng: random.Random) -> Arguments:
     """decode_append."""
     q_heads, heads, size = heads_of(rng)
@@ -334,6 +348,7 @@ BUILDERS: dict[str, Callable[[random.Random], Arguments]] = {
     "injected_attention_8bit": attention_8bit,
     "quantize_memory": memory_rows,
     "decode_linear": linear,
+    "decode_linear_fp8": linear_fp8,
     "decode_append": append,
     "silu_product": rows_of("gate", "up"),
     "silu_product_fp8": rows_of("gate", "up"),

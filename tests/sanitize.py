@@ -215,6 +215,24 @@ def decode_step(rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype
     return run
 
 
+def decode_linear_fp8(
+    rows: int, inner: int, outputs: tuple[int, int], dtype: torch.dtype, odd: bool
+) -> Callable[[], object]:
+    """The fused linear with weights in 8 bits, with everything around it; ``odd``: rows that are not aligned."""
+    x, norm = noise(rows, inner, dtype=dtype), noise(inner, dtype=dtype)
+    pairs = [ops.quantize_rows_fp8(noise(n, inner + odd, dtype=dtype)) for n in outputs]
+    codes, scales = [c[:, odd:] for c, _ in pairs], [scale for _, scale in pairs]
+    biases = [noise(outputs[0], dtype=dtype), None]
+    residual = noise(rows, sum(outputs), dtype=dtype)
+    early: dict[str, Any] = {"overlap": True, "prefetch": pairs[0][0], "prefetch_bytes": pairs[0][0].nbytes}
+
+    def run() -> None:
+        ops.decode_linear_fp8(x, codes, scales, biases, norm_weight=norm, eps=1e-5, residual=residual, **early)
+        ops.decode_linear_fp8(x, codes[:1] * 2, scales[:1] * 2, biases, norm_weight=norm, gated=True, **early)
+
+    return run
+
+
 def fused_layer(rows: int, width: int, dtype: torch.dtype) -> Callable[[], object]:
     """Element-wise work around a layer's products, with and without 8-bit rows; inputs are halves of longer rows."""
     x, y = noise(rows, 2 * width, dtype=dtype).split(width, 1)
@@ -365,6 +383,15 @@ for _rows, _heads, _size, _dtype in (
     _name = f"decode_step {_rows} rows, {str(_dtype)[6:]}, {_heads[0]}/{_heads[1]} heads of {_size}"
     _operators = ("decode_linear", "decode_append", "injected_attention")
     add(_name, _operators, partial(decode_step, _rows, _heads, _size, _dtype))
+for _rows, _inner, _outputs, _dtype, _odd in (
+    (1, 4096, (1000, 24), BF16, False),
+    (3, 640, (133, 9), FP16, False),
+    (8, 2064, (40, 300), BF16, False),
+    (9, 33, (5, 3), BF16, False),
+    (4, 1040, (20, 4), FP16, True),
+):
+    _name = f"decode_linear_fp8 {_rows} x {_inner} to {_outputs}, {str(_dtype)[6:]}{', odd' if _odd else ''}"
+    add(_name, ("decode_linear_fp8",), partial(decode_linear_fp8, _rows, _inner, _outputs, _dtype, _odd))
 _operators = (
     *("silu_product", "silu_product_fp8", "quantize_rows_fp8", "rms_norm", "rms_norm_fp8", "add_rms_norm"),
     "add_rms_norm_fp8",

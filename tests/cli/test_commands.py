@@ -63,6 +63,7 @@ def test_init_builds_a_model_equal_to_its_base(cli: Cli, base: Path, tmp_path: P
         "tie_compressor": True,
         "micro_batch_tokens": None,
         "compressor_precision": "model",
+        "decoder_precision": "model",
     }
     assert result.json["tokenizer"] is True
     assert (out / "tokenizer.json").is_file()
@@ -79,6 +80,19 @@ def test_init_writes_the_dtype_asked_for(cli: Cli, base: Path, tmp_path: Path) -
     assert result.code == 0, result.err
     assert "66" not in result.err and "injected blocks" in result.out
     assert SharedLLMForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_init_keeps_the_weights_of_a_decoder_in_8_bits(cli: Cli, base: Path, tmp_path: Path) -> None:
+    plain, eight = tmp_path / "plain", tmp_path / "eight"
+    assert cli("init", base, plain, *TREE).code == 0
+    result = cli("init", base, eight, *TREE, "--decoder-precision", "fp8", "--json")
+    assert result.code == 0, result.err
+    assert result.json["config"]["decoder_precision"] == "fp8"
+    assert (eight / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    ids = torch.randint(1, VOCABULARY, (1, 20))
+    with torch.no_grad():
+        own, other = (SharedLLMForCausalLM.from_pretrained(folder)(ids).logits for folder in (eight, plain))
+    assert 1e-4 < ((own - other).norm() / other.norm()).item() < 0.3
 
 
 def test_init_overwrites_only_when_told(cli: Cli, base: Path, tmp_path: Path) -> None:

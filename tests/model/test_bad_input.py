@@ -222,6 +222,10 @@ CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM], Any], str]] = {
         lambda m: _config(compressor_precision="int4"),
         r"compressor_precision: expected model or fp8, got 'int4'",
     ),
+    "config: precision of the decoder": (
+        lambda m: _config(decoder_precision="int8"),
+        r"decoder_precision: expected model or fp8, got 'int8'",
+    ),
     "config: family": (
         lambda m: SharedLLMConfig(text_config={"model_type": "gpt2"}),
         r"text_config: expected a base checkpoint of type llama, mistral, qwen2, qwen3, .* got 'gpt2'",

@@ -38,8 +38,16 @@ def _decode_linear(dtype: torch.dtype) -> Tensor:
     return ops.decode_linear(torch.randn(1, 16, dtype=dtype), [torch.randn(8, 16, dtype=dtype)])
 
 
+def _decode_linear_fp8(dtype: torch.dtype) -> Tensor:
+    codes, scale = ops.quantize_rows_fp8(torch.randn(8, 16, dtype=dtype))
+    return ops.decode_linear_fp8(torch.randn(1, 16, dtype=dtype), [codes], [scale])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("operator", [_injected_attention, _node_vectors, _topk_nodes, _rms_norm, _decode_linear])
+@pytest.mark.parametrize(
+    "operator",
+    [_injected_attention, _node_vectors, _topk_nodes, _rms_norm, _decode_linear, _decode_linear_fp8],
+)
 def test_autocast_changes_no_bit(operator: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     want = operator(dtype)

@@ -34,6 +34,7 @@ FIELDS = (
     "tie_compressor",
     "micro_batch_tokens",
     "compressor_precision",
+    "decoder_precision",
 )
 
 
@@ -64,6 +65,11 @@ def add_parser(commands: Any) -> None:
     )
     fields.add_argument("--micro-batch-tokens", type=positive, metavar="N", help="context tokens compressed at a time")
     fields.add_argument("--compressor-precision", choices=["model", "fp8"], help="of its products")
+    fields.add_argument(
+        "--decoder-precision",
+        choices=["model", "fp8"],
+        help="of its weights once OUT is loaded, which has all digits",
+    )
     parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to read in BASE, a folder or hub name")
     parser.add_argument(
         "--dtype",
@@ -107,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     if not base.exists() and (not from_gguf or args.gguf_file is not None):
         prepare_hub(args.base, args.gguf_file or "config.json")
     fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    # the checkpoint's own weights are written
+    precision = fields.pop("decoder_precision", "model")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     # before the weights, which take longer
     tokenizer = None if from_gguf else find_tokenizer(args.base)
@@ -124,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"sharedllm: warning: {warning.message}")
     if from_gguf:
         tokenizer = gguf_tokenizer(args.base, args.gguf_file)
+    model.config.set_decoder_precision(precision)
     try:
         model.save_pretrained(out)
         if tokenizer is not None:

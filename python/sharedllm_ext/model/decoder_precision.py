@@ -78,7 +78,10 @@ class DecoderPrecision:
                 f"{self.config.decoder_precision!r}; load the checkpoint again for its own weights"
             )
         if wanted and self.training:
-            raise ValueError(f"{_NAME}: expected evaluation mode (model.eval()), got training mode")
+            raise ValueError(
+                f"{_NAME}: expected evaluation mode (model.eval()), got training mode; load the "
+                "checkpoint with decoder_precision='model' to train it"
+            )
 
     def refuse_fp8_decoder(self, what: str) -> None:
         """Refuse what needs the weights that were rounded.
