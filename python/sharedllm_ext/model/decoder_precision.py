@@ -29,7 +29,7 @@ class DecoderPrecision:
     def quantize_decoder(self: Any) -> None:
         """Round the decoder's weights to 8 bits (e4m3, one scale a row), in place; for inference from here on.
 
-        Those are the projections of all layers and of the injected blocks, and the output projection. The embedding,
+        Those are the projections of all layers and of the injected blocks. The embedding and the output projection,
         norms and biases stay, and so do a separate compressor and the trained queries. A tied compressor keeps the
         weights of its layers in their own dtype with ``config.compressor_precision = "model"``, so that memories do not
         change; with ``"fp8"`` it shares the decoder's. Weights that nothing else holds are freed one by one: the peak
@@ -50,11 +50,9 @@ class DecoderPrecision:
             self.compressor = _own_compressor(self)
         for place, parent, name in _linear_places(self):
             try:
-                setattr(parent, name, Fp8Linear(getattr(parent, name), rounds_rows=parent is not self))
+                setattr(parent, name, Fp8Linear(getattr(parent, name)))
             except ValueError as error:
                 raise ValueError(f"{_NAME}: {place}: {error}") from None
-        # the output projection is the embedding's twin no more
-        self.__dict__.update(_tied_weights_keys=None, all_tied_weights_keys={})
         self.requires_grad_(False)
         self.config.decoder_precision = "fp8"
         self._decoder_is_fp8 = True
@@ -115,7 +113,6 @@ def _linear_places(model: Any) -> Iterator[tuple[str, Any, str]]:
         if injection is not None:
             for name in ("q_proj", "o_proj"):
                 yield f"model.layers.{index}.injection.{name}", injection, name
-    yield "lm_head", model, "lm_head"
 
 
 def _parts(family: Any) -> Iterator[tuple[str, str]]:

@@ -43,15 +43,14 @@ class Fp8Linear(nn.Module):
     """``x @ (codes * scale).T + bias`` for inference.
 
     Up to 8 rows of x are taken as they are. More are rounded to 8 bits as well where there are matmuls of that kind
-    (bfloat16 on CUDA, compute capability 8.9 and newer), unless ``rounds_rows`` is false; elsewhere the weights become
-    numbers of x's dtype, some rows at a time.
+    (bfloat16 on CUDA, compute capability 8.9 and newer). Elsewhere the weights become numbers of x's dtype, some rows
+    at a time.
 
     State: ``codes [N, K]`` ``torch.float8_e4m3fn``, ``scale [N, 1]`` float32, both kept by changes of the module's
     dtype, and ``bias``.
 
     Args:
         module: the linear module whose weights are rounded; its bias is shared.
-        rounds_rows: see above.
 
     Raises:
         ValueError: weights that are not finite.
@@ -60,10 +59,9 @@ class Fp8Linear(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, module: nn.Linear, *, rounds_rows: bool = True) -> None:
+    def __init__(self, module: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = module.in_features, module.out_features
-        self.rounds_rows = rounds_rows
         codes, scale = ops.quantize_rows_fp8(module.weight.detach())
         if not bool(scale.isfinite().all()):
             raise ValueError("expected finite weights, got infinities or NaN")
@@ -117,8 +115,7 @@ class Fp8Linear(nn.Module):
     def takes_codes(self, x: Tensor) -> bool:
         """Whether ``x [..., K]`` is rounded to 8 bits."""
         return (
-            self.rounds_rows
-            and x.is_cuda
+            x.is_cuda
             and x.dtype == torch.bfloat16
             and x.numel() > FEW_ROWS * self.in_features
             and self.in_features % 16 == 0

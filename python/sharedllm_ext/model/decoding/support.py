@@ -192,7 +192,7 @@ def _obstacle_on_cpu(dtype: torch.dtype, model: Decoder) -> str | None:
 
 
 def _missing_kernels(place: str, names: tuple[str, ...], there: frozenset[str], model: Decoder) -> str | None:
-    needed = (*names, "decode_linear_fp8") if type(model.lm_head) is Fp8Linear else names
+    needed = (*names, "decode_linear_fp8") if getattr(model, "_decoder_is_fp8", False) else names
     missing = [name for name in needed if name not in there]
     return (
         f"{place} library: expected kernels of {', '.join(needed)}, got none of {', '.join(missing)}"
