@@ -650,37 +650,38 @@ def test_cache_takes_assigned_tensors() -> None:
 # -- on CUDA -----------------------------------------------------------------------------------------------------------
 
 
-def _runner(model: Any, cache: PreallocatedCache, memory: Any, graph: bool) -> DecodeRunner:
-    """Of two rows."""
+def _runner(model: Any, cache: PreallocatedCache, memory: Any, rows: int, graph: bool) -> DecodeRunner:
     call = session.DecodeCall(model, model._rope_tables, memory, None)
-    return call._new_runner(cache, 2, graph, step.state_of_step(model, memory))
+    return call._new_runner(cache, rows, graph, step.state_of_step(model, memory))
 
 
-@needs_cuda
 @pytest.mark.parametrize(
     ("family", "size"), [("llama", 64), ("mistral", 64), ("qwen2", 64), ("qwen3", 64), ("llama", 16), ("llama", 80)]
 )
 @pytest.mark.parametrize("with_memory", [False, True])
 @pytest.mark.parametrize("precision", ["model", "fp8"])
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_graph_and_operators_agree(family: str, size: int, with_memory: bool, precision: str, rows: int) -> None:
+def test_graph_and_operators_agree(
+    device: torch.device, family: str, size: int, with_memory: bool, precision: str, rows: int
+) -> None:
+    """On the CPU, which has no graphs, the operators and the ordinary path."""
     own = builders.FAMILIES[family][2]
     sizes = {"hidden_size": 128, "head_dim": size, "num_attention_heads": own.get("num_attention_heads", 4)}
-    base = builders.base(family, **{**own, **sizes}).to("cuda", torch.bfloat16)
+    base = builders.base(family, **{**own, **sizes}).to(device, torch.bfloat16)
     model = builders.SharedLLMForCausalLM.from_base(base, **builders.TREE)
     for block in model.injected_blocks:
         nn.init.normal_(block.o_proj.weight, std=0.1)
     if precision == "fp8":
         model.quantize_decoder()
-    memory = model.compress(builders.ids(rows, 90).cuda()) if with_memory else None
-    text = builders.ids(rows, 9).cuda()
+    memory = model.compress(builders.ids(rows, 90).to(device)) if with_memory else None
+    text = builders.ids(rows, 9).to(device)
     logits = []
     with torch.no_grad():
-        for graph in (True, False, None):
+        for graph in (device.type == "cuda", False, None):
             cache = PreallocatedCache(model.config.text_config)
             model(text, memory=memory, past_key_values=cache, use_cache=True)
             cache.reserve(60)
-            runner = None if graph is None else _runner(model, cache, memory, graph)
+            runner = None if graph is None else _runner(model, cache, memory, rows, graph)
             steps = []
             for i in range(20):
                 token = text[:, i % 9 : i % 9 + 1]

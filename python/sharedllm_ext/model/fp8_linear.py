@@ -115,12 +115,11 @@ class Fp8Linear(nn.Module):
     def takes_codes(self, x: Tensor) -> bool:
         """Whether ``x [..., K]`` is rounded to 8 bits."""
         return (
-            x.is_cuda
-            and x.dtype == torch.bfloat16
+            x.dtype == torch.bfloat16
             and x.numel() > FEW_ROWS * self.in_features
             and self.in_features % 16 == 0
             and self.out_features % 16 == 0
-            and _multiplies_fp8(x.device)
+            and multiplies_fp8(x.device)
         )
 
 
@@ -149,8 +148,9 @@ def linear_all(modules: list[Any], x: Tensor) -> list[Tensor]:
 
 
 @functools.cache
-def _multiplies_fp8(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device has matmuls of rows and weights in 8 bits."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _product_in_blocks(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from .families import (
     projection,
     residual_factor,
 )
-from .fp8_linear import Fp8Linear, fp8_product, linear_all, takes_codes
+from .fp8_linear import Fp8Linear, fp8_product, is_fp8, linear_all, multiplies_fp8, stored_weight, takes_codes
 from .hooks import is_untouched
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -337,7 +337,7 @@ def refuse_fp8(layers: Any) -> None:
         ValueError: a device, dtype, size or module that these matmuls do not take.
     """
     weight = attention_norm(layers[0]).weight
-    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 9):
+    if not multiplies_fp8(weight.device):
         raise ValueError(
             "compressor_precision='fp8': expected a CUDA device of compute capability 8.9 or newer, got "
             + (f"{torch.cuda.get_device_capability(weight.device)}" if weight.is_cuda else str(weight.device))
@@ -359,8 +359,9 @@ def refuse_fp8(layers: Any) -> None:
             )
         norms = {family.attention_norm: attention_norm(layer), family.mlp_norm: mlp_norm(layer)}
         for name, module in {**norms, "mlp": mlp}.items():
+            # none in an MLP whose weights are in 8 bits
             dtypes = {parameter.dtype for parameter in module.parameters()}
-            if not is_untouched(module) or dtypes != {torch.bfloat16}:
+            if not is_untouched(module) or dtypes - {torch.bfloat16}:
                 got = ", ".join(sorted(map(str, dtypes))) + ("" if is_untouched(module) else ", hooks or own forward")
                 raise ValueError(
                     f"compressor_precision='fp8': expected a plain bfloat16 module as layer {index}'s {name}, got {got}"
@@ -369,7 +370,8 @@ def refuse_fp8(layers: Any) -> None:
             module = projection(attention if part in "qkvo" else mlp, part)
             plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
             if not (plain or type(module) is Fp8Linear) or not is_untouched(module):
-                got = f"{type(module).__name__}, {getattr(getattr(module, 'weight', None), 'dtype', None)}"
+                weight = stored_weight(module) if is_fp8(module) else getattr(module, "weight", None)
+                got = f"{type(module).__name__}, {getattr(weight, 'dtype', None)}"
                 raise ValueError(
                     f"compressor_precision='fp8': expected a plain bfloat16 Linear as layer {index}'s {name}, got {got}"
                 )
