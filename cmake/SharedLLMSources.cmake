@@ -28,7 +28,6 @@ set(SHAREDLLM_CUDA_SOURCES
     csrc/kernels/injected_attention/combine.cu
     csrc/kernels/injected_attention/decode/decode.cu
     csrc/kernels/injected_attention/decode/eight_bit.cu
-    csrc/kernels/injected_attention/decode/merge.cu
     csrc/kernels/injected_attention/generic/backward.cu
     csrc/kernels/injected_attention/generic/forward.cu
     csrc/kernels/injected_attention/portable/backward.cu

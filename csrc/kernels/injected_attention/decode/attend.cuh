@@ -1,7 +1,7 @@
 // Injected attention for a few queries per row (decoding, split-KV). The slots of all rows are cut into blocks and
 // divided evenly among workers; a worker walks its blocks, whatever rows they belong to (stream-K). A producer warp
 // loads keys and values by TMA, consumer warps compute. Rows that several workers share are merged by a second kernel
-// (merge.cu), launched by PDL. docs/kernels/injected_attention_decode.md has the derivation.
+// (merge.cuh), launched by PDL. docs/kernels/injected_attention_decode.md has the derivation.
 #pragma once
 
 #include <cstdint>
@@ -156,13 +156,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       }
     }
     uint64_t begin = 0, count = 0;
-    const Place place =
-        find_place<C::kThreads>(p, group, scan, unit_shape(C::kRows, C::kSlots), false, [&](uint64_t units) {
-          const uint64_t share = worker_share(units, p.splits);
-          begin = share * worker;
-          count = begin < units ? (units - begin < share ? units - begin : share) : 0;
-          return begin;
-        });
+    const Place place = find_place<C::kRows, C::kSlots, C::kThreads, false>(p, group, scan, [&](uint64_t units) {
+      const uint64_t share = worker_share(units, p.splits);
+      begin = share * worker;
+      count = begin < units ? (units - begin < share ? units - begin : share) : 0;
+      return begin;
+    });
     Walk<C::kRows, C::kSlots> walk;
     walk.begin(place, group, begin, count);
     // stage 0 holds a wrong guess

@@ -2,19 +2,49 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include "kernels/common/instances.h"
-#include "kernels/common/once_per_device.h"
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/injected_attention/decode/attend.cuh"
 #include "kernels/injected_attention/decode/config.cuh"
 #include "kernels/injected_attention/decode/decode.h"
-#include "kernels/injected_attention/decode/merge.h"
+#include "kernels/injected_attention/decode/merge.cuh"
 
 namespace sharedllm {
 namespace decode {
+
+template <class C, bool kByTile>
+constexpr auto merge_kernel = merge_parts<typename C::T, C::kHeadSize, C::kRows, C::kSlots, kByTile, C::kMayAwait>;
+
+template <class Kernel>
+cudaError_t prepare_merge(Kernel* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
+template <class C>
+cudaError_t launch_merge(const InjectedAttentionParams& p, bool awaits, cudaStream_t stream) {
+  const int64_t group = p.q_heads / p.kv_heads;
+  // tiles that any batch of this size can have; each of them is shared at most once, and so is each worker's last one
+  const int64_t tiles = p.num_queries * group / C::kRows + p.num_rows;
+  const bool by_tile = tiles < p.splits;
+  const int32_t rows = static_cast<int32_t>(std::min<int64_t>(C::kRows, p.num_queries * group));
+  const int64_t blocks = (by_tile ? tiles : p.splits) * p.kv_heads * rows;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kMergeThreads);
+  config.stream = stream;
+  // PDL: its blocks become resident while the last blocks of the previous kernel run, find their place and wait
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = C::kBulk ? 1 : 0;
+  return cudaLaunchKernelEx(&config, by_tile ? merge_kernel<C, true> : merge_kernel<C, false>, p, rows, awaits);
+}
 
 // A box holds kSlots slots of one head, cut into pieces of 128 bytes, whole heads one after the other.
 template <class C>
@@ -33,19 +63,29 @@ cudaError_t encode_map(CUtensorMap* map, const InjectedAttentionParams& p, const
 // Once per device: the kernel may use the shared memory that it needs, and it was compiled for this device.
 template <class C>
 cudaError_t prepare_kernel() {
-  static uint64_t done = 0;
-  return once_per_device(&done, [] {
-    if (C::kBulk) {
-      bool waits = false;
-      const cudaError_t status = code_waits(attend<C>, &waits);
-      if (status != cudaSuccess) return status;
-      // compiled for less, the kernel is empty
-      if (!waits) return cudaErrorNotSupported;
-    }
-    const cudaError_t status =
-        cudaFuncSetAttribute(attend<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-    return status != cudaSuccess ? status : prepare_merge();
-  });
+  static std::atomic<uint64_t> prepared{0};
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (prepared.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  if (C::kBulk) {
+    bool waits = false;
+    status = code_waits(attend<C>, &waits);
+    if (status != cudaSuccess) return status;
+    // compiled for less, the kernel is empty
+    if (!waits) return cudaErrorNotSupported;
+  }
+  status = cudaFuncSetAttribute(attend<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+  if (status != cudaSuccess) return status;
+  // with another split of L1 cache and shared memory its blocks could not be resident beside those of the previous
+  // kernel
+  status = prepare_merge(merge_kernel<C, true>);
+  if (status != cudaSuccess) return status;
+  status = prepare_merge(merge_kernel<C, false>);
+  if (status != cudaSuccess) return status;
+  prepared.fetch_or(bit, std::memory_order_relaxed);
+  return cudaSuccess;
 }
 
 template <class C>
@@ -81,7 +121,7 @@ cudaError_t launch(const InjectedAttentionParams& p, const Scales* scales, cudaS
       <<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, maps, kernel_scales, hint, awaits);
   status = cudaGetLastError();
   if (status != cudaSuccess || p.splits == 1) return status;
-  return launch_merge(p, {C::kRows, C::kSlots, C::kMayAwait, awaits, C::kBulk}, stream);
+  return launch_merge<C>(p, awaits, stream);
 }
 
 // Chooses the tile. The slots of a block make 16 KB of keys (32 KB for 256 columns of 16 bits). A warp of 256

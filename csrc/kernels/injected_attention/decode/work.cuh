@@ -29,24 +29,15 @@ __device__ __forceinline__ RowSpan load_span(const InjectedAttentionParams& p, i
   return span;
 }
 
-// Packed rows of a tile and slots of a block, as powers of two. Constants where a kernel is compiled for them.
-struct UnitShape {
-  int row_bits, slot_bits;
-};
-constexpr UnitShape unit_shape(int rows, int slots) {
-  UnitShape shape{0, 0};
-  while (1 << shape.row_bits < rows) ++shape.row_bits;
-  while (1 << shape.slot_bits < slots) ++shape.slot_bits;
-  return shape;
-}
-
 // The work of a batch row: its tiles of packed rows times its blocks of slots. A row without slots counts as one block,
 // so that its zeros are written.
-__device__ __forceinline__ uint32_t tiles_of(const RowSpan& span, uint32_t group, UnitShape shape) {
-  return (span.q_count * group + (1u << shape.row_bits) - 1) >> shape.row_bits;
+template <int kRows>
+__device__ __forceinline__ uint32_t tiles_of(const RowSpan& span, uint32_t group) {
+  return (span.q_count * group + kRows - 1) / kRows;
 }
-__device__ __forceinline__ uint32_t blocks_of(const RowSpan& span, UnitShape shape) {
-  const uint32_t blocks = (static_cast<uint32_t>(span.slot_count) + (1u << shape.slot_bits) - 1) >> shape.slot_bits;
+template <int kSlots>
+__device__ __forceinline__ uint32_t blocks_of(const RowSpan& span) {
+  const uint32_t blocks = (static_cast<uint32_t>(span.slot_count) + kSlots - 1) / kSlots;
   return blocks > 0 ? blocks : 1;
 }
 
@@ -65,9 +56,9 @@ struct PlaceScan {
 
 // Finds the row of a unit, or of a tile. All threads of the block take part; `target(units of all rows)` says which one
 // to find.
-template <int kThreads, class Target>
+template <int kRows, int kSlots, int kThreads, bool kByTile, class Target>
 __device__ __forceinline__ Place find_place_by_block(const InjectedAttentionParams& p, uint32_t group, PlaceScan& scan,
-                                                     UnitShape shape, bool by_tile, const Target& target) {
+                                                     const Target& target) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   // each thread takes neighbouring rows
   const int32_t rows = static_cast<int32_t>(p.num_rows), each = (rows + kThreads - 1) / kThreads;
@@ -77,8 +68,8 @@ __device__ __forceinline__ Place find_place_by_block(const InjectedAttentionPara
 #pragma unroll 4
   for (int32_t row = first; row < end; ++row) {
     const RowSpan span = load_span(p, row);
-    const uint32_t row_tiles = tiles_of(span, group, shape);
-    units += static_cast<uint64_t>(row_tiles) * blocks_of(span, shape);
+    const uint32_t row_tiles = tiles_of<kRows>(span, group);
+    units += static_cast<uint64_t>(row_tiles) * blocks_of<kSlots>(span);
     tiles += row_tiles;
   }
   uint64_t units_through = units;
@@ -108,14 +99,14 @@ __device__ __forceinline__ Place find_place_by_block(const InjectedAttentionPara
     total += scan.units[other];
   }
   const uint64_t wanted = target(total);
-  const uint64_t before = by_tile ? tiles_before : units_before, inside = by_tile ? tiles : units;
+  const uint64_t before = kByTile ? tiles_before : units_before, inside = kByTile ? tiles : units;
   if (before <= wanted && wanted < before + inside) {
 #pragma unroll 1
     for (int32_t row = first; row < end; ++row) {
       const RowSpan span = load_span(p, row);
-      const uint32_t row_tiles = tiles_of(span, group, shape);
-      const uint64_t row_units = static_cast<uint64_t>(row_tiles) * blocks_of(span, shape);
-      if (wanted < (by_tile ? tiles_before + row_tiles : units_before + row_units)) {
+      const uint32_t row_tiles = tiles_of<kRows>(span, group);
+      const uint64_t row_units = static_cast<uint64_t>(row_tiles) * blocks_of<kSlots>(span);
+      if (wanted < (kByTile ? tiles_before + row_tiles : units_before + row_units)) {
         scan.found = {span, row, units_before, tiles_before};
         break;
       }
@@ -128,17 +119,17 @@ __device__ __forceinline__ Place find_place_by_block(const InjectedAttentionPara
 }
 
 // The same for at most 32 rows: each warp on its own, because nothing should wait before the first loads.
-template <class Target>
-__device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParams& p, uint32_t group, UnitShape shape,
-                                                    bool by_tile, const Target& target) {
+template <int kRows, int kSlots, bool kByTile, class Target>
+__device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParams& p, uint32_t group,
+                                                    const Target& target) {
   const int lane = threadIdx.x % 32;
   RowSpan span{};
   uint64_t units = 0;
   uint32_t tiles = 0;
   if (lane < p.num_rows) {
     span = load_span(p, lane);
-    tiles = tiles_of(span, group, shape);
-    units = static_cast<uint64_t>(tiles) * blocks_of(span, shape);
+    tiles = tiles_of<kRows>(span, group);
+    units = static_cast<uint64_t>(tiles) * blocks_of<kSlots>(span);
   }
   uint64_t units_through = units;
   uint32_t tiles_through = tiles;
@@ -153,7 +144,7 @@ __device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParam
   }
   // lanes past the last row have incomplete sums if the loop ended early
   const uint64_t wanted = target(__shfl_sync(kFullWarp, units_through, static_cast<int>(p.num_rows) - 1));
-  const uint64_t through = by_tile ? tiles_through : units_through, inside = by_tile ? tiles : units;
+  const uint64_t through = kByTile ? tiles_through : units_through, inside = kByTile ? tiles : units;
   const unsigned holds = __ballot_sync(kFullWarp, through - inside <= wanted && wanted < through);
   const int owner = holds ? __ffs(holds) - 1 : 0;
   Place place;
@@ -168,11 +159,11 @@ __device__ __forceinline__ Place find_place_by_warp(const InjectedAttentionParam
   return place;
 }
 
-template <int kThreads, class Target>
+template <int kRows, int kSlots, int kThreads, bool kByTile, class Target>
 __device__ __forceinline__ Place find_place(const InjectedAttentionParams& p, uint32_t group, PlaceScan& scan,
-                                            UnitShape shape, bool by_tile, const Target& target) {
-  return p.num_rows <= 32 ? find_place_by_warp(p, group, shape, by_tile, target)
-                          : find_place_by_block<kThreads>(p, group, scan, shape, by_tile, target);
+                                            const Target& target) {
+  return p.num_rows <= 32 ? find_place_by_warp<kRows, kSlots, kByTile>(p, group, target)
+                          : find_place_by_block<kRows, kSlots, kThreads, kByTile>(p, group, scan, target);
 }
 
 // Worker w has units [w * share, (w + 1) * share); the last ones may have none.
@@ -189,13 +180,12 @@ struct Walk {
   uint64_t left;
 
   __device__ __forceinline__ void begin(const Place& place, uint32_t group, uint64_t unit, uint64_t units) {
-    constexpr UnitShape shape = unit_shape(kRows, kSlots);
     left = units;
     if (left == 0) return;
     span = place.span;
     row = place.row;
-    tiles = tiles_of(span, group, shape);
-    blocks = blocks_of(span, shape);
+    tiles = tiles_of<kRows>(span, group);
+    blocks = blocks_of<kSlots>(span);
     const uint64_t inside = unit - place.units_before;
     tile = static_cast<uint32_t>(inside / blocks);
     first = static_cast<uint32_t>(inside - static_cast<uint64_t>(tile) * blocks);
@@ -203,7 +193,6 @@ struct Walk {
   }
 
   __device__ __forceinline__ bool next(const InjectedAttentionParams& p, uint32_t group) {
-    constexpr UnitShape shape = unit_shape(kRows, kSlots);
     if (left == 0) return false;
     first += count;
     if (first == blocks) {
@@ -214,9 +203,9 @@ struct Walk {
           // no unit is left after the last row
           if (++row >= p.num_rows) return false;
           span = load_span(p, row);
-          tiles = tiles_of(span, group, shape);
+          tiles = tiles_of<kRows>(span, group);
         } while (tiles == 0);
-        blocks = blocks_of(span, shape);
+        blocks = blocks_of<kSlots>(span);
       }
     }
     const uint32_t rest = blocks - first;

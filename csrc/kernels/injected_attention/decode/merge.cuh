@@ -1,21 +1,18 @@
-// Merges the rows that several workers shared, while or after the workers write their parts. One set of kernels for all
-// tiles of the kernel before: what they are is known when it is launched, and is needed only while that one runs.
-#include <algorithm>
+// Merges the rows that several workers shared, while or after the workers write their parts.
+#pragma once
+
 #include <cstdint>
 
 #include "kernels/common/global_memory.cuh"
-#include "kernels/common/once_per_device.h"
 #include "kernels/common/overlap.cuh"
 #include "kernels/common/softmax.cuh"
 #include "kernels/common/vector_load.cuh"
 #include "kernels/common/warp.cuh"
 #include "kernels/injected_attention/decode/config.cuh"
-#include "kernels/injected_attention/decode/merge.h"
 #include "kernels/injected_attention/decode/work.cuh"
 
 namespace sharedllm {
 namespace decode {
-namespace {
 
 constexpr int kMergeWarps = 4, kMergeThreads = 32 * kMergeWarps, kMergeLoads = 8;
 static_assert(kMergeWarps * kMergeLoads == 32);
@@ -26,32 +23,23 @@ constexpr int kFewParts = 4;
 constexpr int kPatience = 1 << 16;
 
 __device__ __forceinline__ bool is_absent(float x) { return __float_as_uint(x) == kAbsent; }
-
-struct MergeWork {
-  UnitShape shape;
-  int32_t rows;      // those of a tile that a batch of this size can fill
-  bool by_tile;      // block -> tile; else block -> worker that has the first part of a shared tile
-  bool await_parts;  // instead of the end of the kernel before
-};
-
 // One block merges one packed row of one tile that several workers shared; its warps take the parts alternately.
-// kVectors: of 4 columns, that a lane takes.
-template <class T, int kVectors, bool kMayAwait>
+// kByTile: block -> tile; else block -> worker that has the first part of a shared tile. `rows`: those of a tile that a
+// batch of this size can fill.
+template <class T, int kHeadSize, int kRows, int kSlots, bool kByTile, bool kMayAwait>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_parts(const __grid_constant__ InjectedAttentionParams p, const __grid_constant__ MergeWork work) {
-  const bool awaits = kMayAwait && work.await_parts, by_tile = work.by_tile;
-  const UnitShape shape = work.shape;
-  const int vectors = p.columns / 4;
+    merge_parts(const __grid_constant__ InjectedAttentionParams p, int32_t rows, bool await_parts) {
+  const bool awaits = kMayAwait && await_parts;
+  constexpr int kVectors = kHeadSize / 4, kColumns = (kVectors + 31) / 32;
   __shared__ PlaceScan scan;
-  __shared__ float4 shared[kMergeWarps][kVectors * 32];
-  const int r = blockIdx.x % work.rows, head = blockIdx.x / work.rows % p.kv_heads;
-  const int index = blockIdx.x / work.rows / p.kv_heads;
+  __shared__ float4 shared[kMergeWarps][kColumns * 32];
+  const int r = blockIdx.x % rows, head = blockIdx.x / rows % p.kv_heads, index = blockIdx.x / rows / p.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t group = static_cast<uint32_t>(p.q_heads) / static_cast<uint32_t>(p.kv_heads);
   uint64_t share = 1, unit = 0;
-  const Place place = find_place<kMergeThreads>(p, group, scan, shape, by_tile, [&](uint64_t units) {
+  const Place place = find_place<kRows, kSlots, kMergeThreads, kByTile>(p, group, scan, [&](uint64_t units) {
     share = worker_share(units, p.splits);
-    if (by_tile) return static_cast<uint64_t>(index);
+    if (kByTile) return static_cast<uint64_t>(index);
     // the worker's last unit
     unit = share * (index + 1) - 1;
     return unit;
@@ -59,14 +47,14 @@ __global__ void __launch_bounds__(kMergeThreads)
   int first_worker = 0, parts = 0;
   int64_t token_and_head = 0;
   if (place.row >= 0) {
-    const uint32_t blocks = blocks_of(place.span, shape);
+    const uint32_t blocks = blocks_of<kSlots>(place.span);
     const uint32_t tile =
-        static_cast<uint32_t>(by_tile ? index - place.tiles_before : (unit - place.units_before) / blocks);
+        static_cast<uint32_t>(kByTile ? index - place.tiles_before : (unit - place.units_before) / blocks);
     const uint64_t begin = place.units_before + static_cast<uint64_t>(tile) * blocks;
     first_worker = static_cast<int>(begin / share);
     const int last_worker = static_cast<int>((begin + blocks - 1) / share);
-    const uint32_t packed = (tile << shape.row_bits) + r, query = packed / group;
-    if (packed < place.span.q_count * group && (by_tile || first_worker == index))
+    const uint32_t packed = tile * kRows + r, query = packed / group;
+    if (packed < place.span.q_count * group && (kByTile || first_worker == index))
       parts = last_worker - first_worker + 1;
     token_and_head =
         static_cast<int64_t>(place.span.q_begin + query) * p.q_heads + (head * group + (packed - query * group));
@@ -77,8 +65,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     return;
   }
   const auto workspace_row = [&](int part) {
-    const int64_t tile = static_cast<int64_t>(2 * (first_worker + part) + (part == 0 ? 1 : 0)) * p.kv_heads + head;
-    return (tile << shape.row_bits) + r;
+    return (static_cast<int64_t>(2 * (first_worker + part) + (part == 0 ? 1 : 0)) * p.kv_heads + head) * kRows + r;
   };
 
   // When waiting for parts, first run without them: code and addresses are then in the caches when they come.
@@ -87,7 +74,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     const bool rehearsal = pass == 0;
     if (!awaits) wait_for_previous_kernel();
     float maximum = -kInfinity, total = 0;
-    float4 sum[kVectors]{};
+    float4 sum[kColumns]{};
     // every warp sees the statistics of all parts, and reads the results of its own
 #pragma unroll 1
     for (int base = 0; base < parts; base += 32) {
@@ -100,15 +87,15 @@ __global__ void __launch_bounds__(kMergeThreads)
           if (base + lane < parts) lse = load_strong(p.partial_lse + workspace_row(base + lane));
         }
       }
-      float4 x[kMergeLoads][kVectors];
+      float4 x[kMergeLoads][kColumns];
 #pragma unroll
       for (int j = 0; j < kMergeLoads; ++j) {
         const int part = base + j * kMergeWarps + warp;
 #pragma unroll
-        for (int c = 0; c < kVectors; ++c) {
+        for (int c = 0; c < kColumns; ++c) {
           x[j][c] = float4{};
-          if (part < parts && c * 32 + lane < vectors) {
-            x[j][c] = load_strong(reinterpret_cast<const float4*>(p.partial_out + workspace_row(part) * p.columns) +
+          if (part < parts && c * 32 + lane < kVectors) {
+            x[j][c] = load_strong(reinterpret_cast<const float4*>(p.partial_out + workspace_row(part) * kHeadSize) +
                                   c * 32 + lane);
           }
         }
@@ -126,10 +113,10 @@ __global__ void __launch_bounds__(kMergeThreads)
           for (int j = 0; j < kMergeLoads; ++j) {
             const int part = base + j * kMergeWarps + warp;
 #pragma unroll
-            for (int c = 0; c < kVectors; ++c) {
+            for (int c = 0; c < kColumns; ++c) {
               if (is_absent(x[j][c].x) || is_absent(x[j][c].y) || is_absent(x[j][c].z) || is_absent(x[j][c].w)) {
                 absent = true;
-                x[j][c] = load_strong(reinterpret_cast<const float4*>(p.partial_out + workspace_row(part) * p.columns) +
+                x[j][c] = load_strong(reinterpret_cast<const float4*>(p.partial_out + workspace_row(part) * kHeadSize) +
                                       c * 32 + lane);
               }
             }
@@ -149,21 +136,21 @@ __global__ void __launch_bounds__(kMergeThreads)
       total = total * shrink + weights;
       maximum = highest;
 #pragma unroll
-      for (int c = 0; c < kVectors; ++c) {
+      for (int c = 0; c < kColumns; ++c) {
         sum[c].x *= shrink, sum[c].y *= shrink, sum[c].z *= shrink, sum[c].w *= shrink;
       }
 #pragma unroll
       for (int j = 0; j < kMergeLoads; ++j) {
         const float w = __shfl_sync(kFullWarp, weight, j * kMergeWarps + warp);
 #pragma unroll
-        for (int c = 0; c < kVectors; ++c) {
+        for (int c = 0; c < kColumns; ++c) {
           sum[c].x = fmaf(w, x[j][c].x, sum[c].x), sum[c].y = fmaf(w, x[j][c].y, sum[c].y);
           sum[c].z = fmaf(w, x[j][c].z, sum[c].z), sum[c].w = fmaf(w, x[j][c].w, sum[c].w);
         }
       }
     }
 #pragma unroll
-    for (int c = 0; c < kVectors; ++c) shared[warp][c * 32 + lane] = sum[c];
+    for (int c = 0; c < kColumns; ++c) shared[warp][c * 32 + lane] = sum[c];
     __syncthreads();
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     // of a narrower head there are fewer
@@ -196,66 +183,6 @@ __global__ void __launch_bounds__(kMergeThreads)
     __syncthreads();
   }
   if (awaits) wait_for_previous_kernel();
-}
-
-template <class T, int kVectors>
-cudaError_t prepare() {
-  for (auto* const kernel : {merge_parts<T, kVectors, false>, merge_parts<T, kVectors, true>}) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
-}
-
-template <class T>
-cudaError_t launch(const InjectedAttentionParams& p, const Merge& merge, cudaStream_t stream) {
-  const int64_t group = p.q_heads / p.kv_heads;
-  // tiles that any batch of this size can have; each of them is shared at most once, and so is each worker's last one
-  const int64_t tiles = p.num_queries * group / merge.tile_rows + p.num_rows;
-  MergeWork work{unit_shape(merge.tile_rows, merge.block_slots),
-                 static_cast<int32_t>(std::min<int64_t>(merge.tile_rows, p.num_queries * group)), tiles < p.splits,
-                 merge.awaits};
-  const int64_t blocks = (work.by_tile ? tiles : p.splits) * p.kv_heads * work.rows;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kMergeThreads);
-  config.stream = stream;
-  // PDL: its blocks become resident while the last blocks of the previous kernel run, find their place and wait
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = merge.overlaps ? 1 : 0;
-  auto* const kernel = p.columns <= 128  ? merge.may_await ? merge_parts<T, 1, true> : merge_parts<T, 1, false>
-                       : merge.may_await ? merge_parts<T, 2, true>
-                                         : merge_parts<T, 2, false>;
-  return cudaLaunchKernelEx(&config, kernel, p, work);
-}
-
-}  // namespace
-
-cudaError_t prepare_merge() {
-  static uint64_t done = 0;
-  return once_per_device(&done, [] {
-    cudaError_t status = prepare<__nv_bfloat16, 1>();
-    if (status == cudaSuccess) status = prepare<__nv_bfloat16, 2>();
-    if (status == cudaSuccess) status = prepare<__half, 1>();
-    if (status == cudaSuccess) status = prepare<__half, 2>();
-    return status;
-  });
-}
-
-cudaError_t launch_merge(const InjectedAttentionParams& p, const Merge& merge, cudaStream_t stream) {
-  switch (p.type) {
-    case FloatType::kBFloat16:
-      return launch<__nv_bfloat16>(p, merge, stream);
-    case FloatType::kFloat16:
-      return launch<__half>(p, merge, stream);
-    default:
-      return cudaErrorNotSupported;
-  }
 }
 
 }  // namespace decode
