@@ -711,7 +711,7 @@ def test_generate_on_cuda_uses_a_graph() -> None:
 
 @needs_cuda
 def test_steps_ahead_on_cuda(ahead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_LOADED", set())
+    monkeypatch.setattr(step, "LOADED", set())
     base = builders.base("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
     model = builders.SharedLLMForCausalLM.from_base(base.to("cuda", torch.bfloat16), **builders.TREE)
     text = builders.ids(2, 9).cuda()

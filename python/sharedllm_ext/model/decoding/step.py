@@ -1,35 +1,22 @@
 """One decoding step by its own operators, as a CUDA graph after the first time."""
 
-import dataclasses
-import threading
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...ops import decode_append, decode_linear, injected_attention
-from ..families import (
-    attention_norm,
-    embedding_factor,
-    family_of,
-    mlp_norm,
-    projection,
-    residual_factor,
-    rotation_of,
-    sliding_window,
-)
+from ...ops import decode_append, injected_attention
+from ..families import attention_norm, embedding_factor, mlp_norm, residual_factor, rotation_of, sliding_window
 from ..injection import InjectedContext
 from ..layer_math import version_of
 from ..memory import ContextMemory
 from ..protocols import Decoder
 from ..rotary import Tables, rotations_of
 from .cache import BEFORE_UPDATE, PreallocatedCache
-
-#: Bytes of the output projection's weights that are prefetched into L2 before an attention. More delays the attention's
-#: own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
-PREFETCH_BYTES = 6 << 20
+from .graph import LOADED, capture, side_stream
+from .layers import PREFETCH_BYTES, StepLayer, logits_of, product, run_layers
 
 
 class DecodeRunner:
@@ -90,7 +77,7 @@ class DecodeRunner:
         self._logits: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._watched: list[Tensor] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[StepLayer] = []
         self._ahead_of: tuple[int, int] | None = None
         self.hold(model, memory)
 
@@ -113,7 +100,7 @@ class DecodeRunner:
             self._context.keys, self._context.values = memory.keys, memory.values
         read = [*self._parameters, *(x for pair in self._storages for x in pair)]
         read += [] if memory is None else [*memory.keys, *memory.values]
-        self._layers = [_Layer.of(layer) for layer in model.model.layers]
+        self._layers = [StepLayer.of(layer) for layer in model.model.layers]
         self._watched = [tensor for tensor in read if not tensor.is_inference()]
 
     def release(self) -> None:
@@ -142,18 +129,18 @@ class DecodeRunner:
         self._put(tokens, cache.get_seq_length())
         if self._graph is not None:
             self._graph.replay()
-        elif self._use_graph and self._kernels in _LOADED:
+        elif self._use_graph and self._kernels in LOADED:
             self._capture().replay()
         else:
             # the first run also loads the kernels, which a capture must not do
             self._logits = self._step()
-            _LOADED.add(self._kernels)
+            LOADED.add(self._kernels)
         return self._end(cache)
 
     @property
     def can_run_ahead(self) -> bool:
         """Whether :meth:`run_ahead` can be called: if a graph is used, only once it can be captured."""
-        return self._graph is not None or not self._use_graph or self._kernels in _LOADED
+        return self._graph is not None or not self._use_graph or self._kernels in LOADED
 
     def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
         """Start the step that :meth:`run` would make, concurrently with the current stream's next work.
@@ -171,7 +158,7 @@ class DecodeRunner:
             # captured here it costs nothing while the device still reads the prompt
             graph = self._graph or self._capture()
             device = self._length.device
-            self._stream = _side_stream(device)
+            self._stream = side_stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
                 graph.replay()
@@ -229,53 +216,32 @@ class DecodeRunner:
         return self._logits
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        device = self._length.device
-        graph = torch.cuda.CUDAGraph()
-        stream = _side_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._logits = self._step()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = graph
-        return graph
+        self._graph, self._logits = capture(self._step, self._length.device)
+        return self._graph
 
     def _step(self) -> Tensor:
         model: Any = self._model()
-        x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
-        factor = embedding_factor(model.model.layers[0])
-        x = x if factor == 1.0 else x * factor
-        for layer, storage, tables in zip(self._layers, self._storages, self._tables, strict=True):
-            x = self._attend(x, layer, storage, tables)
-            if layer.injection is not None and self._context is not None:
-                x = self._inject(x, layer.injection)
-            hidden = _product(x, layer.gate_up, layer.mlp_norm, gated=True)
-            x = _sum(x, hidden, layer.down, layer.residual)
-        logits = _product(x, (model.lm_head,), model.model.norm)
-        logits = family_of(model.model.layers[0]).logits(logits, model.config.text_config)
+        logits = logits_of(model, run_layers(model, self._tokens, self._layers, self._attend, self._context))
         self._length.add_(1)
         return logits
 
-    def _attend(self, x: Tensor, layer: "_Layer", storage: tuple[Tensor, Tensor], tables: Tables) -> Tensor:
-        keys, values = storage
-        qkv = _product(x, layer.qkv, layer.attention_norm)
-        q_norm, k_norm, output = layer.q_norm, layer.k_norm, layer.output
+    def _attend(self, x: Tensor, layer: StepLayer, index: int) -> Tensor:
+        keys, values = self._storages[index]
+        qkv = product(x, layer.qkv, layer.attention_norm)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
         q, slot_range = decode_append(
             qkv,
             keys,
             values,
             self._length,
             self._first,
-            *tables,
+            *self._tables[index],
             q_norm=None if q_norm is None else q_norm.weight,
             k_norm=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.variance_epsilon,
             window=layer.window,
             overlap=True,
-            prefetch=output[0].weight,
+            prefetch=layer.output[0].weight,
             prefetch_bytes=PREFETCH_BYTES,
         )
         out, _ = injected_attention(
@@ -288,95 +254,7 @@ class DecodeRunner:
             *self._no_rotation,
             scale=layer.scaling,
         )
-        return _sum(x, out.flatten(1), output, layer.residual)
-
-    def _inject(self, x: Tensor, injection: Any) -> Tensor:
-        context: Any = self._context
-        query = _product(x, (injection.q_proj,), injection.norm, prefetch=injection.o_proj.weight)
-        query = query.view(self.batch, -1, injection.head_dim)
-        if injection.q_norm is not None:
-            query = injection.q_norm(query)
-        index = injection.layer_index
-        out = context.attend(query, context.keys[index], context.values[index], layer=index, scale=injection.scaling)
-        return _product(out.flatten(1), (injection.o_proj,), residual=x)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """What a step reads of a decoder layer, looked up once a generate.
-
-    Attributes:
-        qkv, output, gate_up, down: projections.
-        attention_norm, mlp_norm, q_norm, k_norm: norms; those of heads may be ``None``.
-        injection: the injected block, or ``None``.
-        window: tokens to look back on, 0 for all.
-        scaling: of the attention.
-        residual: factor of what attention and MLP add.
-    """
-
-    qkv: tuple[Any, ...]
-    output: tuple[Any, ...]
-    gate_up: tuple[Any, ...]
-    down: tuple[Any, ...]
-    attention_norm: Any
-    mlp_norm: Any
-    q_norm: Any
-    k_norm: Any
-    injection: Any
-    window: int
-    scaling: float
-    residual: float
-
-    @classmethod
-    def of(cls, layer: Any) -> "_Layer":
-        """Of a decoder layer."""
-        attention = layer.self_attn
-        return cls(
-            qkv=tuple(projection(attention, name) for name in "qkv"),
-            output=(projection(attention, "o"),),
-            gate_up=(projection(layer.mlp, "gate"), projection(layer.mlp, "up")),
-            down=(projection(layer.mlp, "down"),),
-            attention_norm=attention_norm(layer),
-            mlp_norm=mlp_norm(layer),
-            q_norm=getattr(attention, "q_norm", None),
-            k_norm=getattr(attention, "k_norm", None),
-            injection=getattr(layer, "injection", None),
-            window=sliding_window(layer) or 0,
-            scaling=attention.scaling,
-            residual=residual_factor(layer),
-        )
-
-
-def _product(
-    x: Tensor,
-    modules: tuple[Any, ...],
-    norm: Any = None,
-    *,
-    residual: Tensor | None = None,
-    gated: bool = False,
-    prefetch: Tensor | None = None,
-) -> Tensor:
-    """Norm, linear modules and residual in one kernel."""
-    return decode_linear(
-        x,
-        [module.weight for module in modules],
-        [module.bias for module in modules],
-        norm_weight=None if norm is None else norm.weight,
-        eps=0.0 if norm is None else norm.variance_epsilon,
-        residual=residual,
-        gated=gated,
-        # nothing writes parameters between the kernels of a step, and its first kernel does not overlap
-        overlap=True,
-        prefetch=prefetch,
-        prefetch_bytes=PREFETCH_BYTES if prefetch is not None else 0,
-    )
-
-
-def _sum(hidden: Tensor, x: Tensor, modules: tuple[Any, ...], factor: float) -> Tensor:
-    """``hidden`` and a layer's last linear module of ``x``, added as the layer does."""
-    if factor == 1.0:
-        return _product(x, modules, residual=hidden)
-    return hidden.add(_product(x, modules), alpha=factor)
+        return out.flatten(1)
 
 
 def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ...]:
@@ -412,25 +290,8 @@ def _kernels_of(
     return (device, batch, weights, slots, storage.shape[2:], table.shape[1])
 
 
-# kernels (see _kernels_of) that a step has run outside a capture in this process
-_LOADED: set[tuple[Any, ...]] = set()
 #: Runners by cache: a graph lives as long as the cache that it writes to.
 RUNNERS: "weakref.WeakKeyDictionary[Cache, DecodeRunner]" = weakref.WeakKeyDictionary()
-
-
-class _Streams(threading.local):
-    def __init__(self) -> None:
-        self.by_device: dict[torch.device, torch.cuda.Stream] = {}
-
-
-_streams = _Streams()
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The thread's stream for captures and for steps that start ahead; CUDA has only a few."""
-    if device not in _streams.by_device:
-        _streams.by_device[device] = torch.cuda.Stream(device)
-    return _streams.by_device[device]
 
 
 def _drop_step_ahead(cache: Cache) -> None:

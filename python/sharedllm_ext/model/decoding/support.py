@@ -14,8 +14,8 @@ from ..hooks import forward_hook, global_hook, own_forward
 from ..protocols import Decoder
 from .cache import PreallocatedCache
 
-#: Most rows of one step; with more, matmuls and not memory are the limit.
-MAX_BATCH = 8
+#: Most rows of one step; with more, its matmuls and not its launches are the limit.
+MAX_BATCH = 256
 #: Rope types whose frequencies do not follow the sequence length.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 #: For tests: on the CPU run steps of every dtype, and start them ahead too, which gains nothing there.
