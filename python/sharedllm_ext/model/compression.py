@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .chunks import cut_into_chunks
+from .injection import InjectedContext
 from .inputs import check_embeds, check_ids, check_mask
 from .lower_model import LowerModel, embed_tokens, query_vectors
 from .managed_layers import check_whole, refuse_plan
@@ -263,6 +264,18 @@ class ContextCompression:
     def _reading_layers(self: Any) -> list[Any]:
         """The layers that read the memory; a slice of the module list would be another module, made anew."""
         return list(itertools.islice(self.model.layers, self.config.injection_layers))
+
+    def _context_of(self: Any, memory: ContextMemory, inputs: Tensor) -> InjectedContext:
+        """What the injected blocks of a forward pass of ``inputs [B, L, ...]`` read."""
+        return InjectedContext.of(
+            memory,
+            inputs.shape[0],
+            inputs.shape[1],
+            inputs.device,
+            offset=self.config.query_position_offset,
+            tables=self._rope_tables,
+            layers=self._reading_layers(),
+        )
 
     def _rotations(self: Any, layers: Iterable[Any] | None = None) -> dict[str, Rotation]:
         """The rotations of decoder layers by name; default: those that read the memory."""

@@ -220,3 +220,12 @@ class SharedLLMConfig(PreTrainedConfig):
             raise ValueError(f"passage_prompt: expected texts {', '.join(PROMPT_PARTS)}, got {prompt!r}")
         if self.query_aware:
             raise ValueError("pick_layers: expected query_aware=False with it, got True")
+
+
+def lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
+    """Configuration of a compressor with its own weights: the base checkpoint's with ``M`` layers."""
+    lower = copy.deepcopy(config.text_config)
+    lower.num_hidden_layers = config.injection_layers
+    if getattr(lower, "layer_types", None) is not None:
+        lower.layer_types = lower.layer_types[: config.injection_layers]
+    return lower

@@ -178,7 +178,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         try:
             # other loops may check criteria for tokens that they do not keep
             may_run_ahead = kwargs.get("custom_generate") is None
-            generating = begin_generate(may_run_ahead, 0 if prompt is None else prompt.removed)
+            generating = begin_generate(self, may_run_ahead, 0 if prompt is None else prompt.removed)
             alike = choosing_alike(memory, text, generation_config or self.generation_config, args, kwargs)
             with trusted_ids(self if input_ids is not None else None), alike:
                 result = parent.generate(input_ids, generation_config, *args, **kwargs)

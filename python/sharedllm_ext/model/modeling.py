@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
@@ -23,12 +23,13 @@ from .appending import ContextAppending
 from .base_checkpoint import build_from_base
 from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
-from .configuration import SharedLLMConfig
+from .configuration import SharedLLMConfig, lower_config
+from .decoding.prefill import read_short
 from .decoding.session import removed_tokens
 from .families import FAMILIES, projection
 from .generation import ContextGeneration
 from .indexing import ContextIndexing
-from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
+from .injection import InjectedAttention, install_injection, install_steps
 from .inputs import (
     check_embeds,
     check_ids,
@@ -84,7 +85,7 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
         self.model: Any = AutoModel.from_config(text_config)
         install_injection(self.model.layers, config.injection_layers)
         self.lm_head: Any = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
-        self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(_lower_config(config))
+        self.compressor: Any = None if config.tie_compressor else AutoModel.from_config(lower_config(config))
         if self.compressor is not None:
             install_steps(self.compressor.layers)
         self.pick: Pick | None = None
@@ -429,29 +430,26 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
         if split is None and split_window and not compiling and not self._said_past_window:
             say_past_window(self, inputs.shape[1], attention_mask, None if fresh else past_key_values)
 
-        injected = {}
         if memory is not None:
             memory.expect_same(**{inputs_name: inputs}, attention_mask=attention_mask)
-            injected["injected_context"] = InjectedContext.of(
-                memory,
-                inputs.shape[0],
-                inputs.shape[1],
-                inputs.device,
-                offset=self.config.query_position_offset,
-                tables=self._rope_tables,
-                layers=self._reading_layers(),
+        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        outputs: Any = None
+        if fresh and split is None and labels is None:
+            text = (input_ids, attention_mask, position_ids)
+            outputs = read_short(self, *text, past_key_values, memory, use_cache, kwargs)
+        if outputs is None:
+            injected = {} if memory is None else {"injected_context": self._context_of(memory, inputs)}
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE_NAME: past_key_values},
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                return_dict=True,
+                **injected,
+                **kwargs,
             )
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: past_key_values},
-            inputs_embeds=inputs_embeds,
-            use_cache=self.config.text_config.use_cache if use_cache is None else use_cache,
-            return_dict=True,
-            **injected,
-            **kwargs,
-        )
         used_cache = cache_of(outputs)
         if used_cache is not None and not compiling:
             if memory is not None:
@@ -486,12 +484,3 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
 
 # this shows whether a subclass reads its inputs in another way
 SharedLLMForCausalLM._own_forward = SharedLLMForCausalLM.forward
-
-
-def _lower_config(config: SharedLLMConfig) -> PreTrainedConfig:
-    """Configuration of a compressor with its own weights: the base checkpoint's with ``M`` layers."""
-    lower = copy.deepcopy(config.text_config)
-    lower.num_hidden_layers = config.injection_layers
-    if getattr(lower, "layer_types", None) is not None:
-        lower.layer_types = lower.layer_types[: config.injection_layers]
-    return lower

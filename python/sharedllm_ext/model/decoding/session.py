@@ -17,6 +17,7 @@ from ..protocols import Decoder
 from ..rotary import TablesOf
 from . import support
 from .cache import PreallocatedCache
+from .prompt import release_prompts
 from .step import RUNNERS, DecodeRunner, state_of_step
 from .support import (
     MAX_BATCH,
@@ -74,6 +75,12 @@ class DecodeCall:
         self.cache, self.next_length = cache, cache.get_seq_length()
         output: dict[str, Any] = {CACHE_NAME: cache}
         return SharedLLMOutput(logits=logits.unsqueeze(1), memory=self.memory, **output)
+
+    def state_of_model(self) -> tuple[Any, ...]:
+        """What a step's graph fixes of model and memory, looked up once a generate."""
+        if self.state is None:
+            self.state = state_of_step(self.model, self.memory)
+        return self.state
 
     def run_ahead(self, tokens: Tensor) -> None:
         """Start the next step with these tokens ``[B]``, if a step over :attr:`cache` is what comes next."""
@@ -143,22 +150,21 @@ class DecodeCall:
         return self.usual_positions
 
     def _runner(self, cache: PreallocatedCache, batch: int) -> DecodeRunner:
-        if self.state is None:
-            self.state = state_of_step(self.model, self.memory)
+        state = self.state_of_model()
         fresh = self.runner is None
         runner = self.runner or RUNNERS.get(cache)
-        if runner is None or not runner.fits(cache, self.state, batch):
+        if runner is None or not runner.fits(cache, state, batch):
             if runner is not None:
                 runner.drop()
             # the old graph goes before the new one comes
             self.runner = runner = None
             RUNNERS.pop(cache, None)
             on_cuda = cache.layers[0].storage[0].is_cuda
-            runner = self._new_runner(cache, batch, on_cuda, self.state)
+            runner = self._new_runner(cache, batch, on_cuda, state)
             fresh = True
         elif fresh:
             # the same object, because every token compares them
-            runner.state = self.state
+            runner.state = state
             runner.hold(self.model, self.memory)
         if fresh:
             runner.set_padding(torch.zeros_like(runner._first) if self.first is None else self.first)
@@ -196,6 +202,7 @@ class Generating:
     """State shared by the hooks of one ``generate`` call; owned by that call.
 
     Attributes:
+        model: the model that generates.
         may_run_ahead: whether steps may start before they are called.
         outer: state of the ``generate`` inside which this one runs.
         removed: columns of its prompt that became context.
@@ -205,6 +212,7 @@ class Generating:
         call: made by :func:`offer_call`, until it is taken.
     """
 
+    model: Decoder
     may_run_ahead: bool
     outer: "Generating | None"
     removed: int = 0
@@ -225,9 +233,9 @@ def _generating() -> Generating | None:
     return None if _thread.generating is None else _thread.generating()
 
 
-def begin_generate(may_run_ahead: bool, removed: int = 0) -> Generating:
+def begin_generate(model: Decoder, may_run_ahead: bool, removed: int = 0) -> Generating:
     """At the beginning of a ``generate``, for :func:`end_generate`; ``removed`` columns of its prompt are context."""
-    own = Generating(may_run_ahead, _generating(), removed)
+    own = Generating(model, may_run_ahead, _generating(), removed)
     _thread.generating = weakref.ref(own)
     return own
 
@@ -326,7 +334,8 @@ def end_generate(model: Decoder, seen: bool, own: Generating | None) -> None:
 
 
 def release(model: Decoder) -> None:
-    """Free the storage that is kept for the model's next ``generate``."""
+    """Free what is kept for the model's next texts: the storage of a ``generate``, and steps of short prompts."""
+    release_prompts(model)
     _SPARES.pop(model, None)
 
 
@@ -357,6 +366,23 @@ def _obstacle_to_call(model: Decoder, cache: Any, memory: Any, mask: Tensor | No
         or obstacle_in_model(model)
         or obstacle_in_call(model, 1, memory, mask)
     )
+
+
+def known_state(model: Decoder, memory: ContextMemory | None, cache: Any) -> tuple[bool, tuple[Any, ...] | None]:
+    """Whether a ``generate`` of this thread has decided how the model reads a text, and what a step then fixes.
+
+    The latter is as :func:`state_of_step` gives it, or ``None`` where that generate does not decode by steps.
+    """
+    generating = _generating()
+    if generating is None or generating.model is not model:
+        return False, None
+    call = None if generating.ahead is None else generating.ahead.call
+    if call is None:
+        return True, None
+    # other texts that something reads meanwhile are not its prompt
+    if call.memory is not memory or call.cache is not cache or call.runner is not None:
+        return False, None
+    return True, call.state_of_model()
 
 
 def take_call() -> DecodeCall | None:

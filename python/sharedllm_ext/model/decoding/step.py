@@ -72,7 +72,7 @@ class DecodeRunner:
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._vocabulary = model.model.embed_tokens.num_embeddings
         self._use_graph = graph
-        self._kernels = _kernels_of(self.state, batch, device, self._storages[0][0], self._tables[0][0])
+        self._kernels = kernels_of(self.state, batch, device, self._storages[0][0].shape[2:], self._tables[0][0])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -280,14 +280,21 @@ def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ..
     return (id(model), parameters, tuple(numbers), tensors, rows, model.config.query_position_offset)
 
 
-def _kernels_of(
-    state: tuple[Any, ...], batch: int, device: torch.device, storage: Tensor, table: Tensor
+def kernels_of(
+    state: tuple[Any, ...], batch: int, device: torch.device, heads: torch.Size, table: Tensor
 ) -> tuple[Any, ...]:
-    """The kernels that a step of this state runs, as chosen by shapes, dtypes, strides and alignment."""
+    """The kernels that a step of this state runs, as chosen by shapes, dtypes, strides and alignment.
+
+    Args:
+        state: what :func:`state_of_step` gives.
+        batch, device: of the step.
+        heads: of the cache, number and size.
+        table: cos of a layer.
+    """
     _, parameters, _, *memory = state
     weights = tuple((pointer % 16, *rest) for pointer, *rest in parameters)
     slots = tuple((pointer % 16, shape[1:], stride) for pointer, shape, stride in memory[0]) if memory else None
-    return (device, batch, weights, slots, storage.shape[2:], table.shape[1])
+    return (device, batch, weights, slots, heads, table.shape[1])
 
 
 #: Runners by cache: a graph lives as long as the cache that it writes to.
