@@ -57,14 +57,14 @@ def read_short(
         return None
     if memory is not None and memory.batch_size not in (1, batch):
         return None
+    if memory is not None and memory.version is not None:
+        memory.version.check()
     state = _state(model, memory, cache)
     if state is None:
         return None
     first = None if mask is None else padding_of(mask)
     if not _counts_tokens(tokens, mask, positions, first):
         return None
-    if memory is not None and memory.version is not None:
-        memory.version.check()
     kept = kept_prompts(model)
     key = (state, batch, columns)
     known, step = kept.take(key)

@@ -206,6 +206,7 @@ class Generating:
         may_run_ahead: whether steps may start before they are called.
         outer: state of the ``generate`` inside which this one runs.
         removed: columns of its prompt that became context.
+        examined: whether nothing in the model speaks against steps, as found by this ``generate`` before its loop.
         cache: made by :func:`new_cache`.
         stepped: the cache over which tokens will be chosen one by one.
         ahead: the criterion that starts steps.
@@ -216,6 +217,7 @@ class Generating:
     may_run_ahead: bool
     outer: "Generating | None"
     removed: int = 0
+    examined: bool = False
     cache: PreallocatedCache | None = None
     stepped: PreallocatedCache | None = None
     ahead: "RunAhead | None" = None
@@ -257,7 +259,10 @@ def expect_steps(cache: PreallocatedCache) -> None:
 
 
 def new_cache(model: Decoder, limit: int | None) -> PreallocatedCache:
-    """A cache for one ``generate``, in the storage of the last one where that fits; see :func:`end_generate`."""
+    """A cache for one ``generate``, in the storage of the last one where that fits; see :func:`end_generate`.
+
+    Its model has been examined: :func:`~.support.obstacle_in_model` has found nothing.
+    """
     storages, runner = _SPARES.pop(model, (None, None))
     cache = PreallocatedCache(model.config.text_config, limit, storages)
     if runner is not None:
@@ -266,6 +271,8 @@ def new_cache(model: Decoder, limit: int | None) -> PreallocatedCache:
     generating = _generating()
     if generating is not None:
         generating.cache = cache
+        # a loop of the caller's may change the model before it asks
+        generating.examined = generating.may_run_ahead
     return cache
 
 
@@ -350,7 +357,8 @@ def offer_call(model: Decoder, tables: TablesOf, model_kwargs: dict[str, Any], g
         # the reason has been logged already
         return False
     memory, mask = model_kwargs.get("memory"), model_kwargs.get("attention_mask")
-    obstacle = _obstacle_to_call(model, cache, memory, mask, generation_config)
+    examined, generating.examined = generating.examined, False
+    obstacle = _obstacle_to_call(model, cache, memory, mask, generation_config, examined)
     if obstacle is not None:
         say_slow(obstacle)
         return False
@@ -359,11 +367,13 @@ def offer_call(model: Decoder, tables: TablesOf, model_kwargs: dict[str, Any], g
     return True
 
 
-def _obstacle_to_call(model: Decoder, cache: Any, memory: Any, mask: Tensor | None, config: Any) -> str | None:
+def _obstacle_to_call(
+    model: Decoder, cache: Any, memory: Any, mask: Tensor | None, config: Any, examined: bool
+) -> str | None:
     return (
         obstacle_in_outputs(lambda name: getattr(config, name, None))
         or obstacle_in_cache(cache)
-        or obstacle_in_model(model)
+        or (None if examined else obstacle_in_model(model))
         or obstacle_in_call(model, 1, memory, mask)
     )
 

@@ -259,6 +259,9 @@ def _obstacle_in_modules(model: Decoder) -> str | None:
 
 def _obstacle_in_forward(module: Any) -> str | None:
     """What a call of a module does besides its class's forward."""
+    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
+        # spelled out: hundreds of modules are asked
+        return None
     hook, replaced, kind = forward_hook(module), own_forward(module), type(module).__name__
     if hook is not None:
         return f"{_NO_HOOK}, got {hook} on {kind}; {_HOOK_ENDS}"
