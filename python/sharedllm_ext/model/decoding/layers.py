@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from ..families import (
     residual_factor,
     sliding_window,
 )
-from ..injection import InjectedContext
 
 #: Most rows for which kernels that stream the weights once, with norm, gate and residual fused, beat matmuls of a
 #: library; on CUDA they are bound by reads of x from there on, on the CPU they have instances for no more.
@@ -73,12 +72,22 @@ class StepLayer:
         )
 
 
+class MemoryContext(Protocol):
+    """What the injected layers of a step read, as :class:`~sharedllm_ext.model.injection.InjectedContext`."""
+
+    keys: Any
+    values: Any
+
+    def attend(self, query: Tensor, keys: Any, values: Any, *, layer: int, scale: float) -> Tensor:
+        """What the queries ``[rows, Hq, D]`` read of a layer's keys and values; same shape."""
+
+
 #: ``(x, layer, index)``: the attention's heads ``[rows, Hq * D]`` of a layer's input ``x [rows, d]``.
 Attend = Callable[[Tensor, StepLayer, int], Tensor]
 
 
 def run_layers(
-    model: Any, tokens: Tensor, layers: Sequence[StepLayer], attend: Attend, context: InjectedContext | None
+    model: Any, tokens: Tensor, layers: Sequence[StepLayer], attend: Attend, context: MemoryContext | None
 ) -> Tensor:
     """The decoder's layers over one row a token.
 
@@ -110,7 +119,7 @@ def logits_of(model: Any, x: Tensor) -> Tensor:
     return family_of(model.model.layers[0]).logits(logits, model.config.text_config)
 
 
-def _inject(x: Tensor, injection: Any, context: InjectedContext) -> Tensor:
+def _inject(x: Tensor, injection: Any, context: MemoryContext) -> Tensor:
     query = product(x, (injection.q_proj,), injection.norm, prefetch=injection.o_proj.weight)
     query = query.view(x.shape[0], -1, injection.head_dim)
     if injection.q_norm is not None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...ops import decode_append, injected_attention
 from ..families import attention_norm, embedding_factor, mlp_norm, residual_factor, rotation_of, sliding_window
 from ..injection import InjectedContext
 from ..layer_math import version_of
@@ -16,10 +15,11 @@ from ..protocols import Decoder
 from ..rotary import Tables, rotations_of
 from .cache import BEFORE_UPDATE, PreallocatedCache
 from .graph import LOADED, capture, side_stream
-from .layers import PREFETCH_BYTES, StepLayer, logits_of, product, run_layers
+from .layers import StepLayer
+from .token_step import TokenStep
 
 
-class DecodeRunner:
+class DecodeRunner(TokenStep):
     """One decoding step of a model over a cache, as a CUDA graph after the first time.
 
     Holds the tensors that the graph's kernels read: parameters, storage of the cache, memory.
@@ -51,25 +51,11 @@ class DecodeRunner:
         state: tuple[Any, ...],
     ) -> None:
         device = model.device
+        super().__init__(model, [layer.storage for layer in cache.layers], batch, context=context, tables=tables)
         self.state = state
-        self.batch = batch
         self.length_on_host = -1
-        self._model = weakref.ref(model)
         self._parameters: list[Tensor] = []
         self._memory: ContextMemory | None = None
-        self._storages = [layer.storage for layer in cache.layers]
-        self._context = context
-        self._tables = tables
-        size = model.model.layers[0].self_attn.head_dim
-        # queries are rotated when the cache gets their key
-        # not in the default dtype, which may be different
-        angle = torch.zeros(1, size // 2, dtype=torch.float32, device=device)
-        self._no_rotation = (angle.cos(), angle.sin())
-        self._no_position = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._cu_q = torch.arange(batch + 1, device=device)
-        self._length = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._first = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._vocabulary = model.model.embed_tokens.num_embeddings
         self._use_graph = graph
         self._kernels = kernels_of(self.state, batch, device, self._storages[0][0].shape[2:], self._tables[0][0])
@@ -77,7 +63,6 @@ class DecodeRunner:
         self._logits: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._watched: list[Tensor] = []
-        self._layers: list[StepLayer] = []
         self._ahead_of: tuple[int, int] | None = None
         self.hold(model, memory)
 
@@ -133,7 +118,7 @@ class DecodeRunner:
             self._capture().replay()
         else:
             # the first run also loads the kernels, which a capture must not do
-            self._logits = self._step()
+            self._logits = self.step()
             LOADED.add(self._kernels)
         return self._end(cache)
 
@@ -153,7 +138,7 @@ class DecodeRunner:
         # there is nothing to take before it is started, but something to wait for
         self._ahead_of = (-1, -1)
         if not self._use_graph:
-            self._logits = self._step()
+            self._logits = self.step()
         else:
             # captured here it costs nothing while the device still reads the prompt
             graph = self._graph or self._capture()
@@ -216,45 +201,8 @@ class DecodeRunner:
         return self._logits
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        self._graph, self._logits = capture(self._step, self._length.device)
+        self._graph, self._logits = capture(self.step, self._length.device)
         return self._graph
-
-    def _step(self) -> Tensor:
-        model: Any = self._model()
-        logits = logits_of(model, run_layers(model, self._tokens, self._layers, self._attend, self._context))
-        self._length.add_(1)
-        return logits
-
-    def _attend(self, x: Tensor, layer: StepLayer, index: int) -> Tensor:
-        keys, values = self._storages[index]
-        qkv = product(x, layer.qkv, layer.attention_norm)
-        q_norm, k_norm = layer.q_norm, layer.k_norm
-        q, slot_range = decode_append(
-            qkv,
-            keys,
-            values,
-            self._length,
-            self._first,
-            *self._tables[index],
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
-            eps=0.0 if q_norm is None else q_norm.variance_epsilon,
-            window=layer.window,
-            overlap=True,
-            prefetch=layer.output[0].weight,
-            prefetch_bytes=PREFETCH_BYTES,
-        )
-        out, _ = injected_attention(
-            q,
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            self._cu_q,
-            slot_range,
-            self._no_position,
-            *self._no_rotation,
-            scale=layer.scaling,
-        )
-        return out.flatten(1)
 
 
 def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ...]:
