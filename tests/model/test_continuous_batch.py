@@ -155,7 +155,7 @@ def test_bfloat16() -> None:
         with torch.no_grad():
             expected = model(whole[None], memory=memory).logits[0, len(text) - 1 :].float()
         got = torch.stack([logits[row] for logits in seen]).float()
-        assert (got - expected).norm() / expected.norm() < 0.03
+        assert (got - expected).norm() / expected.norm() < 0.05
 
 
 def test_who_chooses(pool: Pool) -> None:
@@ -318,7 +318,7 @@ def test_graphs_on_cuda(seed: int) -> None:
         with torch.no_grad():
             expected = model(whole, memory=memory, split_window=False).logits[0, len(text) - 1 :].float()
         got = torch.stack(seen[question])
-        assert (got - expected).norm() / expected.norm() < 0.03
+        assert (got - expected).norm() / expected.norm() < 0.05
 
 
 def main(count: int) -> None:

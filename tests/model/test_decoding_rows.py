@@ -116,7 +116,7 @@ def test_bfloat16(steps: list[int]) -> None:
     with torch.no_grad():
         expected = model(got.sequences[:, :-1], memory=memory).logits[:, 8:].float()
     assert steps
-    assert (torch.stack(got.logits, 1) - expected).norm() / expected.norm() < 0.03
+    assert (torch.stack(got.logits, 1) - expected).norm() / expected.norm() < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,5 +189,5 @@ def test_graphs_on_cuda(family: str, rows: int) -> None:
                 whole = torch.cat((mask, mask.new_ones(rows, 7)), 1)
                 expected = model(got.sequences[:, :-1], attention_mask=whole, memory=memory).logits[:, 9:].float()
             error = torch.stack(got.logits, 1) - expected
-            assert error.norm() / expected.norm() < 0.03
+            assert error.norm() / expected.norm() < 0.05
         assert runner._graph is not None and runner.batch == rows

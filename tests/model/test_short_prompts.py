@@ -140,7 +140,7 @@ def test_bfloat16(read: list[tuple[int, int]]) -> None:
     model, text = builders.model(dtype=torch.bfloat16), builders.ids(3, 20)
     memory = model.compress(builders.ids(1, 70))
     got, expected = (call(model, text, memory=memory).logits.float() for call in (_twice, _ordinary))
-    assert read and (got - expected).norm() / expected.norm() < 0.03
+    assert read and (got - expected).norm() / expected.norm() < 0.05
 
 
 def test_columns() -> None:
@@ -282,6 +282,6 @@ def test_graphs_on_cuda(family: str, rows: int, length: int) -> None:
                     kept = mask.bool() if more else slice(None)
                     mine = (mine if mine.dim() == 3 else mine.transpose(1, 2))[kept].float()
                     its = (its if its.dim() == 3 else its.transpose(1, 2))[kept].float()
-                    assert (mine - its).norm() / its.norm() < 0.03
+                    assert (mine - its).norm() / its.norm() < 0.05
     steps = [step for step in prompt._KEPT[model]._steps.values() if step is not None]
     assert steps and all(step._graph is not None for step in steps)
