@@ -20,6 +20,7 @@ from sharedllm_ext.model.decoding import Question, layers, support
 
 from ..support import needs_cuda
 from . import builders
+from .recorded import Recorded, use_recordings
 
 CAPACITY, LONGEST = 24, 9
 ALONE: dict[str, Any] = {"max_new_tokens": LONGEST, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -101,13 +102,17 @@ def pool() -> Pool:
     return Pool()
 
 
-@pytest.fixture(params=["few", "matmuls", "ahead"])
+@pytest.fixture(params=["few", "matmuls", "ahead", "graphs", "graphs of few"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Fused kernels, a library's matmuls, or the latter with steps that start ahead."""
-    if request.param != "few":
+    """Fused kernels, a library's matmuls, the latter with steps that start ahead, either as what stands for graphs."""
+    if "graphs" in request.param:
+        use_recordings(monkeypatch)
+    if "few" not in request.param:
         monkeypatch.setattr(layers, "FEW_ROWS", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr(support, "RUN_ON_CPU", request.param == "ahead")
+    monkeypatch.setattr(support, "RUN_ON_CPU", request.param in ("ahead", "graphs"))
+    before = Recorded.replays
     yield request.param
+    assert (Recorded.replays > before) == ("graphs" in request.param)
 
 
 @pytest.mark.parametrize("seed", range(12))

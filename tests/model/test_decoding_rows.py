@@ -15,14 +15,21 @@ from sharedllm_ext.ops import decode_linear
 
 from ..support import needs_cuda
 from . import builders
+from .recorded import Recorded, use_recordings
 
 STEPS = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 
 
-@pytest.fixture(params=[1, 0], ids=["fused", "matmuls"])
+@pytest.fixture(params=[(1, False), (0, False), (0, True)], ids=["fused", "matmuls", "graphs"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Turns the steps on for the CPU, with either way of multiplying where rows are few; rows of each step."""
+    """Turns the steps on for the CPU, with either way of multiplying where rows are few, and what stands for graphs.
+
+    Gives the rows of each step.
+    """
+    factor, graphs = request.param
+    if graphs:
+        use_recordings(monkeypatch)
     rows: list[int] = []
     end = DecodeRunner._end
 
@@ -32,8 +39,11 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     monkeypatch.setattr(support, "RUN_ON_CPU", True)
     monkeypatch.setattr(DecodeRunner, "_end", counting)
-    monkeypatch.setattr(layers, "FEW_ROWS", {kind: few * request.param for kind, few in layers.FEW_ROWS.items()})
+    monkeypatch.setattr(layers, "FEW_ROWS", {kind: few * factor for kind, few in layers.FEW_ROWS.items()})
+    before = Recorded.replays
     yield rows
+    # the first step of its kind loads the kernels
+    assert (Recorded.replays > before) == (graphs and len(rows) > 1)
 
 
 def _both(model: Any, text: Tensor, **settings: Any) -> tuple[Any, Any]:

@@ -11,6 +11,11 @@ from torch import Tensor
 LOADED: set[tuple[Any, ...]] = set()
 
 
+def uses_graphs(device: torch.device) -> bool:
+    """Whether what is repeated on a device is captured; elsewhere the same operators run one by one."""
+    return device.type == "cuda"
+
+
 def capture(function: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of the kernels that a function launches on a device, and the function's result, which a replay writes.
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..cache_name import CACHE_NAME
 from ..injection import InjectedContext
 from ..memory import ContextMemory
-from . import support
+from . import graph, support
 from .cache import PreallocatedCache
 from .prompt import ShortPrompt, columns_of, kept_prompts
 from .session import known_state
@@ -140,6 +140,6 @@ def _new_step(
         columns,
         context=context,
         tables=tables,
-        graph=device.type == "cuda",
+        graph=graph.uses_graphs(device),
         kernels=kernels_of(state, batch * columns, device, torch.Size(), tables[0][0]),
     )

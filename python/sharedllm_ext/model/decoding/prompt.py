@@ -13,7 +13,7 @@ from ..injection import InjectedContext
 from ..memory import ContextMemory
 from ..protocols import Decoder
 from ..rotary import Tables
-from .graph import LOADED, capture
+from . import graph as graphs
 from .layers import StepLayer, product, run_layers
 
 #: Most tokens of all rows together, padding included; longer texts are bound by their matmuls, not by launches.
@@ -109,12 +109,12 @@ class ShortPrompt:
         if self._graph is None:
             if self._context is not None and memory is not None:
                 self._context.keys, self._context.values = memory.keys, memory.values
-            if self._use_graph and self._kernels in LOADED:
-                self._graph, self._hidden = capture(self._step, device)
+            if self._use_graph and self._kernels in graphs.LOADED:
+                self._graph, self._hidden = graphs.capture(self._step, device)
             else:
                 # the first run also loads the kernels, which a capture must not do
                 self._hidden = self._step()
-                LOADED.add(self._kernels)
+                graphs.LOADED.add(self._kernels)
             if self._context is not None:
                 self._context.keys, self._context.values = [], []
         if self._graph is not None:

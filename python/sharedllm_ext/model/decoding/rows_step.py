@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import Decoder
-from .graph import LOADED, capture
+from . import graph as graphs
 from .groups import MemoryGroups
 from .layers import StepLayer
 from .token_step import TokenStep
@@ -37,14 +37,14 @@ class RowsStep(TokenStep):
 
     def run(self) -> Tensor:
         """Logits ``[rows, vocabulary]``, overwritten by the next run."""
-        if self._graph is None and self._tokens.is_cuda and self._kernels in LOADED:
-            self._graph, self._logits = capture(self.step, self._tokens.device)
+        if self._graph is None and graphs.uses_graphs(self._tokens.device) and self._kernels in graphs.LOADED:
+            self._graph, self._logits = graphs.capture(self.step, self._tokens.device)
         if self._graph is not None:
             self._graph.replay()
         else:
             # the first run also loads the kernels, which a capture must not do
             self._logits = self.step()
-            LOADED.add(self._kernels)
+            graphs.LOADED.add(self._kernels)
         assert self._logits is not None
         return self._logits
 

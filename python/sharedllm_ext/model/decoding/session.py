@@ -15,6 +15,7 @@ from ..memory import ContextMemory
 from ..outputs import SharedLLMOutput
 from ..protocols import Decoder
 from ..rotary import TablesOf
+from . import graph as graphs
 from . import support
 from .cache import PreallocatedCache
 from .prompt import release_prompts
@@ -159,8 +160,7 @@ class DecodeCall:
             # the old graph goes before the new one comes
             self.runner = runner = None
             RUNNERS.pop(cache, None)
-            on_cuda = cache.layers[0].storage[0].is_cuda
-            runner = self._new_runner(cache, batch, on_cuda, state)
+            runner = self._new_runner(cache, batch, graphs.uses_graphs(self.model.device), state)
             fresh = True
         elif fresh:
             # the same object, because every token compares them

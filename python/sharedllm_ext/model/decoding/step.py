@@ -13,8 +13,8 @@ from ..layer_math import version_of
 from ..memory import ContextMemory
 from ..protocols import Decoder
 from ..rotary import Tables, rotations_of
+from . import graph as graphs
 from .cache import BEFORE_UPDATE, PreallocatedCache
-from .graph import LOADED, capture, side_stream
 from .layers import StepLayer
 from .token_step import TokenStep
 
@@ -114,18 +114,18 @@ class DecodeRunner(TokenStep):
         self._put(tokens, cache.get_seq_length())
         if self._graph is not None:
             self._graph.replay()
-        elif self._use_graph and self._kernels in LOADED:
+        elif self._use_graph and self._kernels in graphs.LOADED:
             self._capture().replay()
         else:
             # the first run also loads the kernels, which a capture must not do
             self._logits = self.step()
-            LOADED.add(self._kernels)
+            graphs.LOADED.add(self._kernels)
         return self._end(cache)
 
     @property
     def can_run_ahead(self) -> bool:
         """Whether :meth:`run_ahead` can be called: if a graph is used, only once it can be captured."""
-        return self._graph is not None or not self._use_graph or self._kernels in LOADED
+        return self._graph is not None or not self._use_graph or self._kernels in graphs.LOADED
 
     def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
         """Start the step that :meth:`run` would make, concurrently with the current stream's next work.
@@ -141,13 +141,15 @@ class DecodeRunner(TokenStep):
             self._logits = self.step()
         else:
             # captured here it costs nothing while the device still reads the prompt
-            graph = self._graph or self._capture()
-            device = self._length.device
-            self._stream = side_stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(self._stream):
-                graph.replay()
+            self._replay_aside(self._graph or self._capture())
         self._ahead_of = (cache.get_seq_length(), self._version())
+
+    def _replay_aside(self, graph: torch.cuda.CUDAGraph) -> None:
+        device = self._length.device
+        self._stream = graphs.side_stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            graph.replay()
 
     def is_ahead(self, cache: PreallocatedCache) -> bool:
         """Whether :meth:`run_ahead` has started the next step, and what it reads has not changed since."""
@@ -201,7 +203,7 @@ class DecodeRunner(TokenStep):
         return self._logits
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        self._graph, self._logits = capture(self.step, self._length.device)
+        self._graph, self._logits = graphs.capture(self.step, self._length.device)
         return self._graph
 
 
