@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .chunks import cut_into_chunks
+from .examined import examined
 from .injection import InjectedContext
 from .inputs import check_embeds, check_ids, check_mask
 from .lower_model import LowerModel, embed_tokens, query_vectors
@@ -300,8 +301,9 @@ class ContextCompression:
         subject = Subject(
             self.lower_model, self._rotations(), self._rope_tables, self.config.chunk_size, self.config.slot_position
         )
+        facts = None if torch.compiler.is_compiling() else examined(self).facts
         if fingerprint:
-            return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details))
+            return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details, facts=facts))
         return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})
 
     def check_memory(self: Any, memory: ContextMemory | TieredMemory, *, tiered: bool = False) -> None:

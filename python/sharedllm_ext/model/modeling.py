@@ -1,6 +1,7 @@
 """The SharedLLM model: compressor and decoder assembled around a base checkpoint's own Transformers modules."""
 
 import copy
+import inspect
 import os
 from typing import Any
 
@@ -25,7 +26,7 @@ from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
 from .configuration import SharedLLMConfig, lower_config
 from .decoding.prefill import read_short
-from .decoding.session import removed_tokens
+from .decoding.session import removed_tokens, was_checked
 from .families import FAMILIES, projection
 from .generation import ContextGeneration
 from .indexing import ContextIndexing
@@ -423,7 +424,9 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
                 query_attention_mask,
                 query_embeds=query if embedded else None,
             )
-        elif memory is not None and not compiling and (fresh or not has_read(past_key_values, memory)):
+        elif memory is None or compiling or was_checked(self, memory):
+            pass
+        elif fresh or not has_read(past_key_values, memory):
             self.check_memory(memory)
         if memory is not None and fresh and not compiling:
             say_if_it_cannot_read(self)
@@ -484,3 +487,7 @@ class SharedLLMForCausalLM(ContextIndexing, ContextAppending, PassageRetrieval, 
 
 # this shows whether a subclass reads its inputs in another way
 SharedLLMForCausalLM._own_forward = SharedLLMForCausalLM.forward
+# generate asks five times a call
+_asked: Any
+for _asked in (SharedLLMForCausalLM.forward, SharedLLMForCausalLM.prepare_inputs_for_generation):
+    _asked.__signature__ = inspect.signature(_asked)

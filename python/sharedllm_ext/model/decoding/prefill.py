@@ -94,7 +94,7 @@ def _state(model: Any, memory: ContextMemory | None, cache: Any) -> tuple[Any, .
         return state
     if obstacle_in_model(model) is not None or obstacle_in_call(model, 1, memory, None) is not None:
         return None
-    return state_of_step(model, memory)
+    return state_of_step(model, memory, just_examined=True)
 
 
 def _counts_tokens(tokens: Tensor, mask: Tensor | None, positions: Tensor | None, first: Tensor | None) -> bool:

@@ -45,6 +45,7 @@ class DecodeCall:
         tables: gives cos and sin for a number of positions on a device.
         memory: what its injected layers read, or ``None``.
         first: left padding of each row in tokens, ``[B]`` int64, or ``None``.
+        just_examined: whether nothing has happened to the model since this ``generate`` examined it.
         cache: the cache over which the next call is probably a step, or ``None``.
     """
 
@@ -52,6 +53,7 @@ class DecodeCall:
     tables: TablesOf
     memory: ContextMemory | None
     first: Tensor | None
+    just_examined: bool = False
     runner: DecodeRunner | None = None
     state: tuple[Any, ...] | None = None
     usual_positions: bool | None = None
@@ -67,7 +69,11 @@ class DecodeCall:
                 say_slow(obstacle)
             self.drop()
             self.cache = None
-            return self.model(**inputs)
+            try:
+                return self.model(**inputs)
+            finally:
+                # the loop goes on to what others wrote
+                self.just_examined = False
         assert tokens is not None and isinstance(cache, PreallocatedCache)
         cache.reserve(cache.get_seq_length() + 1)
         runner = self._runner(cache, tokens.shape[0])
@@ -80,7 +86,7 @@ class DecodeCall:
     def state_of_model(self) -> tuple[Any, ...]:
         """What a step's graph fixes of model and memory, looked up once a generate."""
         if self.state is None:
-            self.state = state_of_step(self.model, self.memory)
+            self.state = state_of_step(self.model, self.memory, just_examined=self.just_examined)
         return self.state
 
     def run_ahead(self, tokens: Tensor) -> None:
@@ -207,6 +213,8 @@ class Generating:
         outer: state of the ``generate`` inside which this one runs.
         removed: columns of its prompt that became context.
         examined: whether nothing in the model speaks against steps, as found by this ``generate`` before its loop.
+        checked: the memory that this ``generate`` has checked or made, until its first forward.
+        just_examined: whether it has looked at the model to do so, before its loop.
         cache: made by :func:`new_cache`.
         stepped: the cache over which tokens will be chosen one by one.
         ahead: the criterion that starts steps.
@@ -218,6 +226,8 @@ class Generating:
     outer: "Generating | None"
     removed: int = 0
     examined: bool = False
+    checked: ContextMemory | None = None
+    just_examined: bool = False
     cache: PreallocatedCache | None = None
     stepped: PreallocatedCache | None = None
     ahead: "RunAhead | None" = None
@@ -235,11 +245,41 @@ def _generating() -> Generating | None:
     return None if _thread.generating is None else _thread.generating()
 
 
-def begin_generate(model: Decoder, may_run_ahead: bool, removed: int = 0) -> Generating:
-    """At the beginning of a ``generate``, for :func:`end_generate`; ``removed`` columns of its prompt are context."""
+def begin_generate(
+    model: Decoder,
+    may_run_ahead: bool,
+    removed: int = 0,
+    memory: ContextMemory | None = None,
+    made: bool = False,
+) -> Generating:
+    """At the beginning of a ``generate``, for :func:`end_generate`.
+
+    ``removed`` columns of its prompt are context. Its ``memory`` was made or checked just now.
+    """
     own = Generating(model, may_run_ahead, _generating(), removed)
+    if may_run_ahead:
+        # a loop of the caller's may change the model first; a check examines the model
+        own.checked, own.just_examined = memory, memory is not None and not made
     _thread.generating = weakref.ref(own)
     return own
+
+
+def was_examined(model: Decoder) -> bool:
+    """Whether the ``generate`` that runs in this thread has examined the model, and has not come to its loop yet."""
+    generating = _generating()
+    if generating is None or generating.model is not model:
+        return False
+    just, generating.just_examined = generating.just_examined, False
+    return just
+
+
+def was_checked(model: Decoder, memory: ContextMemory) -> bool:
+    """Whether the ``generate`` that runs in this thread has just checked the memory of its first forward."""
+    generating = _generating()
+    if generating is None or generating.model is not model:
+        return False
+    checked, generating.checked = generating.checked, None
+    return checked is memory
 
 
 def removed_tokens() -> int:
@@ -363,7 +403,7 @@ def offer_call(model: Decoder, tables: TablesOf, model_kwargs: dict[str, Any], g
         say_slow(obstacle)
         return False
     first = None if mask is None else padding_of(mask)
-    generating.call = DecodeCall(model, tables, memory, first)
+    generating.call = DecodeCall(model, tables, memory, first, just_examined=examined)
     return True
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..examined import Fixed, examined
 from ..families import attention_norm, embedding_factor, mlp_norm, residual_factor, rotation_of, sliding_window
 from ..injection import InjectedContext
 from ..layer_math import version_of
@@ -207,11 +208,28 @@ class DecodeRunner(TokenStep):
         return self._graph
 
 
-def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ...]:
-    """What a graph has fixed: addresses of parameters and memory, which rows read what, the layers' constants."""
-    parameters = tuple(
-        (parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()) for parameter in model.parameters()
-    )
+def state_of_step(model: Decoder, memory: ContextMemory | None, *, just_examined: bool = False) -> tuple[Any, ...]:
+    """What a graph has fixed: addresses of parameters and memory, which rows read what, the layers' constants.
+
+    Args:
+        model: the model.
+        memory: what it reads, or ``None``.
+        just_examined: see ``just_now`` of :func:`~..examined.examined`.
+    """
+    known = examined(model, just_now=just_examined)
+    if known.fixed is None:
+        parameters = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in model.parameters())
+        known.fixed = Fixed((Fixed(parameters), _constants_of(model)))
+    found = rotations_of(model.model.rotary_emb, model.model.layers)
+    rotations = tuple((x.frequencies.data_ptr(), version_of(x.frequencies), x.scaling) for x in found.values())
+    if memory is None:
+        return (id(model), known.fixed, rotations)
+    tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
+    rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
+    return (id(model), known.fixed, rotations, tensors, rows, model.config.query_position_offset)
+
+
+def _constants_of(model: Decoder) -> tuple[Any, ...]:
     numbers = []
     for layer in model.model.layers:
         attention, injection = layer.self_attn, getattr(layer, "injection", None)
@@ -220,14 +238,7 @@ def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ..
         numbers += [attention.scaling, sliding_window(layer), None if injection is None else injection.scaling]
         numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
         numbers += [rotation_of(layer), residual_factor(layer)]
-    numbers += [model.model.norm.variance_epsilon, embedding_factor(model.model.layers[0])]
-    for rotation in rotations_of(model.model.rotary_emb, model.model.layers).values():
-        numbers += [rotation.frequencies.data_ptr(), version_of(rotation.frequencies), rotation.scaling]
-    if memory is None:
-        return (id(model), parameters, tuple(numbers))
-    tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
-    rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
-    return (id(model), parameters, tuple(numbers), tensors, rows, model.config.query_position_offset)
+    return (*numbers, model.model.norm.variance_epsilon, embedding_factor(model.model.layers[0]))
 
 
 def kernels_of(
@@ -241,7 +252,7 @@ def kernels_of(
         heads: of the cache, number and size.
         table: cos of a layer.
     """
-    _, parameters, _, *memory = state
+    _, (parameters, _), _, *memory = state
     weights = tuple((pointer % 16, *rest) for pointer, *rest in parameters)
     slots = tuple((pointer % 16, shape[1:], stride) for pointer, shape, stride in memory[0]) if memory else None
     return (device, batch, weights, slots, heads, table.shape[1])

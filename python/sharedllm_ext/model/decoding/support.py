@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..._library import cpu_kernels, cuda_kernels
 from ...ops.injected_attention import TENSOR_CORE_HEAD_SIZES
 from ..cache_name import CACHE_NAME, one_cache
+from ..examined import examined
 from ..families import attention_norm, family_of, mlp_norm
 from ..hooks import forward_hook, global_hook, own_forward
 from ..protocols import Decoder
@@ -146,12 +147,12 @@ def padding_of(mask: Tensor) -> Tensor:
     return mask.shape[1] - mask.long().sum(1)
 
 
-def obstacle_in_model(model: Decoder) -> str | None:
+def obstacle_in_model(model: Decoder, *, just_examined: bool = False) -> str | None:
     """What speaks against steps in the model as it is now.
 
     There is nothing for the supported families with plain modules without hooks, in evaluation mode, all on one CUDA
     device in bfloat16 or float16 with head sizes that the attention has fast kernels for, or on the CPU in float32 or
-    bfloat16.
+    bfloat16. For ``just_examined`` see :func:`~..examined.examined`.
     """
     if model.training:
         return "model: expected evaluation mode (model.eval()), got training mode"
@@ -160,7 +161,7 @@ def obstacle_in_model(model: Decoder) -> str | None:
     kind: Any = type(model)
     if kind.forward is not kind._own_forward:
         return f"model: expected the forward of {kind._own_forward.__qualname__.partition('.')[0]}, got another one"
-    return _obstacle_in_place(model) or _obstacle_in_settings_of(model) or _obstacle_in_modules(model)
+    return _obstacle_in_place(model) or _obstacle_in_settings_of(model) or _obstacle_in_modules(model, just_examined)
 
 
 def _obstacle_in_place(model: Decoder) -> str | None:
@@ -212,12 +213,23 @@ def _obstacle_in_settings_of(model: Decoder) -> str | None:
     return next((f"config.{name}: expected False, got True" for name in watching), None)
 
 
-def _obstacle_in_modules(model: Decoder) -> str | None:
+def _obstacle_in_modules(model: Decoder, just_examined: bool) -> str | None:
     everywhere = global_hook(backward=False)
     if everywhere is not None:
         return f"all modules: {_NO_HOOK}, got {everywhere}; {_HOOK_ENDS}"
+    own, known = _obstacle_in_forward(model), examined(model, just_now=just_examined)
+    if own is not None:
+        return f"model: {own}"
+    if known.plain:
+        return None
+    obstacle = _obstacle_below(model)
+    known.plain = obstacle is None
+    return obstacle
+
+
+def _obstacle_below(model: Decoder) -> str | None:
     inner: Any = model.model
-    named = [("model", model), *((f"model.{name}", one) for name, one in inner.named_modules() if name)]
+    named = [(f"model.{name}", one) for name, one in inner.named_modules() if name]
     for name, one in (*named, ("model", inner), ("lm_head", model.lm_head)):
         obstacle = _obstacle_in_forward(one)
         if obstacle is not None:
