@@ -14,7 +14,7 @@ from . import graph, support
 from .cache import PreallocatedCache
 from .prompt import ShortPrompt, columns_of, kept_prompts
 from .session import known_state
-from .step import kernels_of, state_of_step
+from .step import state_of_step
 from .support import obstacle_in_call, obstacle_in_model, padding_of
 
 
@@ -30,8 +30,9 @@ def read_short(
 ) -> BaseModelOutputWithPast | None:
     """The decoder's output for a short running text that begins its cache, in one step where that is faster.
 
-    The ordinary forward launches each kernel from the host, which takes longer than the kernels of so few tokens. The
-    first text of a memory is read by it; the next ones are read in a step, whose graph is made at the second or third.
+    The ordinary forward launches each kernel from the host, which takes longer than the kernels of so few tokens. A
+    step launches fewer, and its graph, made at the second text of a memory, all at once. The first text is read by the
+    same operators, so that a question has one answer, however often it is asked.
 
     Args:
         model: the model.
@@ -67,10 +68,7 @@ def read_short(
         return None
     kept = kept_prompts(model)
     key = (state, batch, columns)
-    known, step = kept.take(key)
-    if not known:
-        return None
-    step = step or _new_step(model, memory, batch, columns, state)
+    step = kept.take(key) or _new_step(model, memory, batch, columns)
     hidden = step.run(tokens, first, None if positions is None else first, memory)
     if cache is None and use_cache:
         # as the decoder would
@@ -118,9 +116,7 @@ def _counts_tokens(tokens: Tensor, mask: Tensor | None, positions: Tensor | None
 # the graph reads them in later calls, which may be outside inference mode
 @torch.inference_mode(False)
 @torch.no_grad()
-def _new_step(
-    model: Any, memory: ContextMemory | None, batch: int, columns: int, state: tuple[Any, ...]
-) -> ShortPrompt:
+def _new_step(model: Any, memory: ContextMemory | None, batch: int, columns: int) -> ShortPrompt:
     layers, device = model.model.layers, model.device
     found, context = model._rope_tables(columns, device, layers), None
     if memory is not None:
@@ -141,5 +137,4 @@ def _new_step(
         context=context,
         tables=tables,
         graph=graph.uses_graphs(device),
-        kernels=kernels_of(state, batch * columns, device, torch.Size(), tables[0][0]),
     )

@@ -42,8 +42,7 @@ class ShortPrompt:
         columns: tokens a row, padding included.
         context: of a memory for so many tokens a row, without its keys and values, or ``None``.
         tables: cos and sin of each layer for as many positions as columns.
-        graph: whether to use a CUDA graph; without it the same operators run one by one.
-        kernels: what chooses the step's kernels.
+        graph: whether to use a CUDA graph from the second text on; else the same operators run one by one.
     """
 
     # its buffers are written in later calls, which may be outside inference mode
@@ -58,14 +57,12 @@ class ShortPrompt:
         context: InjectedContext | None,
         tables: list[Tables],
         graph: bool,
-        kernels: tuple[Any, ...],
     ) -> None:
         device, rows = model.device, batch * columns
         self.batch, self.columns = batch, columns
         self.size = model.model.layers[0].self_attn.head_dim
         self._model = weakref.ref(model)
         self._context, self._tables, self._use_graph = context, tables, graph
-        self._kernels = ("prompt", columns, *kernels)
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._first, self._shift = (torch.zeros(batch, 1, dtype=torch.int64, device=device) for _ in range(2))
         self._row = torch.arange(batch, device=device)[:, None] * columns
@@ -79,6 +76,7 @@ class ShortPrompt:
         self._no_position = torch.zeros(rows, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
+        self._has_run = False
         self._states: list[tuple[Tensor, Tensor]] = []
         self._ranges: dict[int, Tensor] = {}
         self._positions = self._no_position
@@ -109,12 +107,12 @@ class ShortPrompt:
         if self._graph is None:
             if self._context is not None and memory is not None:
                 self._context.keys, self._context.values = memory.keys, memory.values
-            if self._use_graph and self._kernels in graphs.LOADED:
+            if self._use_graph and self._has_run:
                 self._graph, self._hidden = graphs.capture(self._step, device)
             else:
-                # the first run also loads the kernels, which a capture must not do
+                # many memories are asked once; a first run also loads the kernels, which a capture must not do
                 self._hidden = self._step()
-                graphs.LOADED.add(self._kernels)
+                self._has_run = True
             if self._context is not None:
                 self._context.keys, self._context.values = [], []
         if self._graph is not None:
@@ -165,19 +163,18 @@ class ShortPrompt:
 
 
 class KeptPrompts:
-    """Steps of a model by what they have fixed, the one used last at the end; ``None``: such a text came once."""
+    """Steps of a model by what they have fixed, the one used last at the end; ``None``: somebody uses it."""
 
     def __init__(self) -> None:
         self._steps: collections.OrderedDict[tuple[Any, ...], ShortPrompt | None] = collections.OrderedDict()
         self._lock = threading.RLock()
 
-    def take(self, key: tuple[Any, ...]) -> tuple[bool, ShortPrompt | None]:
-        """Whether such a text came before, and its step, which nobody else gets until it is put back."""
+    def take(self, key: tuple[Any, ...]) -> ShortPrompt | None:
+        """The step, which nobody else gets until it is put back."""
         with self._lock:
-            known = key in self._steps
             step = self._steps.get(key)
             self.put(key, None)
-            return known, step
+            return step
 
     def put(self, key: tuple[Any, ...], step: ShortPrompt | None) -> None:
         """Keep a step."""
