@@ -19,8 +19,9 @@ from ..families import (
 )
 
 #: Most rows for which kernels that stream the weights once, with norm, gate and residual fused, beat matmuls of a
-#: library; on CUDA they are bound by reads of x from there on, on the CPU they have instances for no more.
-FEW_ROWS = {"cuda": 8, "cpu": 16}
+#: library; on the CPU they have instances for no more. On CUDA they are bound by reads of x from there on: 4 rows take
+#: 5.76 ms a step, with matmuls 6.13, and 8 rows 7.49 and 6.30 (Llama-3.1-8B, 16384 slots, H200).
+FEW_ROWS = {"cuda": 4, "cpu": 16}
 #: Bytes of the output projection's weights that are prefetched into L2 before an attention. More delays the attention's
 #: own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
 PREFETCH_BYTES = 6 << 20
