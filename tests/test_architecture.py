@@ -25,7 +25,8 @@ model.pages, model.fp8_linear
 model.memory_tiers
 model.families
 model.configuration, model.layer_math, model.managed_layers, model.chunks, model.collator, model.reading
-model.rotary
+model.rotary, model.module_facts
+model.examined
 model.lower_model
 model.tree
 model.compressor

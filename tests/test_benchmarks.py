@@ -15,8 +15,9 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-baseline, cases, run_gpu, bench_end_to_end, bench_tiers = (
-    importlib.import_module(name) for name in ("baseline", "cases", "run_gpu", "bench_end_to_end", "bench_tiers")
+baseline, cases, run_gpu, bench_end_to_end, bench_questions, bench_tiers = (
+    importlib.import_module(name)
+    for name in ("baseline", "cases", "run_gpu", "bench_end_to_end", "bench_questions", "bench_tiers")
 )
 sys.path.remove(str(FOLDER))
 
@@ -336,6 +337,21 @@ def test_end_to_end_asks_a_second_question(tmp_path: Path, monkeypatch: pytest.M
     table = capsys.readouterr().out.split("### A second question, from an index\n\n")[1]
     assert len({line.count("|") for line in table.splitlines()}) == 1, "header, rule and rows of one width"
     assert table.splitlines()[2].startswith("| tiny | 2048 | M = 2 |") and table.splitlines()[2].endswith("| 3.51 |")
+
+
+def test_questions_over_one_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
+    monkeypatch.setitem(bench_end_to_end.SHAPES, "tiny", {**tiny, "num_attention_heads": 2, "num_key_value_heads": 2})
+    options = ["--cpu", "--shape", "tiny", "--layers", "2", "--context", "2048", "--rows", "1", "3", "--question", "8"]
+    assert bench_questions.main([*options, "--tokens", "2", "--json", str(tmp_path / "run.json")]) == 0
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert [row["rows"] for row in written["rows"]] == [1, 3] and min(written["first token"].values()) > 0
+    assert all(row["batch"] > 0 and row["join"] > 0 for row in written["rows"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("over one memory of 2048 tokens, random weights.")
+    assert len({line.count("|") for line in lines[4:]}) == 1 and lines[-1].startswith("| 3 |")
+    if not torch.cuda.is_available():
+        assert bench_questions.main(["--rows", "1"]) == 2
 
 
 def test_kernels_are_sorted_by_what_they_are_for() -> None:

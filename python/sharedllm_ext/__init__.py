@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 _MODEL_NAMES = (
     "ContextIndex",
     "ContextMemory",
+    "ContinuousBatch",
     "Conversation",
     "MemoryTiers",
     "SharedLLMConfig",
@@ -26,6 +27,7 @@ _MODEL_NAMES = (
 __all__ = [
     "ContextIndex",
     "ContextMemory",
+    "ContinuousBatch",
     "Conversation",
     "MemoryTiers",
     "SharedLLMConfig",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from .model import (
         ContextIndex,
         ContextMemory,
+        ContinuousBatch,
         Conversation,
         MemoryTiers,
         SharedLLMConfig,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharedllm_ext import ContextMemory, SharedLLMForCausalLM, decoding_obstacle, ops
+from sharedllm_ext import ContextMemory, ContinuousBatch, SharedLLMForCausalLM, decoding_obstacle, ops
 from sharedllm_ext.model import fp8_linear, layer_math
 from sharedllm_ext.model.decoder_precision import _linear_places
 from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, support
@@ -103,6 +103,29 @@ def test_steps_of_rows_in_bfloat16(steps: list[int], rows: int) -> None:
     with torch.no_grad():
         expected = twin(got.sequences[:, :-1], memory=twin.compress(context)).logits[:, 8:]
     assert error(torch.stack(got.logits, 1), expected) < 0.05
+
+
+def test_rows_beyond_the_kernels(steps: list[int]) -> None:
+    model = builders.model()
+    text = builders.ids(17, 5)
+    assert decoding_obstacle(model, rows=17) is None
+    settings: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    before = model.generate(text[:2], **settings)
+    # what is known of the model is known anew
+    model.quantize_decoder()
+    assert decoding_obstacle(model, rows=16) is None
+    assert decoding_obstacle(model, rows=17) == "input_ids: expected at most 16 rows of a decoder in 8 bits, got 17"
+    steps.clear()
+    many = model.generate(text, **settings)
+    assert not steps and many.shape == (17, 8)
+    assert model.generate(text[:2], **settings).shape == before.shape and steps
+    batch = ContinuousBatch(model, rows=17, tokens=16)
+    with pytest.raises(ValueError, match="at most 16 rows of a decoder in 8 bits, got 17"):
+        batch.add(text[0])
+    batch = ContinuousBatch(model, rows=4, tokens=16)
+    answers = batch.answer(list(text[:6]), max_new_tokens=3, eos_token_id=[])
+    alone = ContinuousBatch(model, rows=1, tokens=16)
+    assert answers == [alone.answer([row], max_new_tokens=3, eos_token_id=[])[0] for row in text[:6]]
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen3", "phi3", "gemma3_text"])

@@ -19,6 +19,7 @@ from sharedllm_ext.model import generation
 from sharedllm_ext.model.cache_name import CACHE_NAME
 from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, PreallocatedLayer, session, step, support
 from sharedllm_ext.model.decoding import cache as cache_module
+from sharedllm_ext.model.decoding import graph as graph_module
 
 from ..support import needs_cuda
 from . import builders
@@ -718,7 +719,7 @@ def test_generate_on_cuda_uses_a_graph() -> None:
 
 @needs_cuda
 def test_steps_ahead_on_cuda(ahead: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_LOADED", set())
+    monkeypatch.setattr(graph_module, "LOADED", set())
     base = builders.base("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
     model = builders.SharedLLMForCausalLM.from_base(base.to("cuda", torch.bfloat16), **builders.TREE)
     text = builders.ids(2, 9).cuda()

@@ -134,7 +134,7 @@ def test_other_modules_are_named() -> None:
         ({"cache_implementation": "static"}, "cache_implementation: expected None, got 'static'"),
         ({"disable_compile": True}, "disable_compile: expected False, got True"),
         ({"output_attentions": True}, "output_attentions: expected False, got True"),
-        ({"rows": 9}, "input_ids: expected at most 8 rows, got 9"),
+        ({"rows": 257}, "input_ids: expected at most 256 rows, got 257"),
         (
             {"attention_mask": HOLE},
             "attention_mask: expected padding on the left alone, got a zero after a token",
@@ -189,7 +189,7 @@ def test_of_the_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, 1, None),
         ({"num_beams": 2}, 1, "beam_search"),
-        ({}, 9, "at most 8 rows, got 9"),
+        ({}, 257, "at most 256 rows, got 257"),
         ({"use_cache": False}, 1, "use_cache"),
         ({"disable_compile": True}, 1, "disable_compile"),
         ({"past_key_values": True}, 1, "got DynamicCache"),

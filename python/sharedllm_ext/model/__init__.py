@@ -7,7 +7,7 @@ from .collator import SharedLLMDataCollator
 from .configuration import SharedLLMConfig
 from .context_index import ContextIndex
 from .conversation import Conversation
-from .decoding import decoding_obstacle
+from .decoding import ContinuousBatch, decoding_obstacle
 from .memory import ContextMemory
 from .memory_tiers import MemoryTiers
 from .modeling import SharedLLMForCausalLM
@@ -22,6 +22,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sharedllm"] = SharedLLMForCausalLM.__name__
 __all__ = [
     "ContextIndex",
     "ContextMemory",
+    "ContinuousBatch",
     "Conversation",
     "MemoryTiers",
     "SharedLLMConfig",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .chunks import cut_into_chunks
+from .examined import examined
+from .injection import InjectedContext
 from .inputs import check_embeds, check_ids, check_mask
 from .lower_model import LowerModel, embed_tokens, query_vectors
 from .managed_layers import check_whole, refuse_plan
@@ -266,6 +268,18 @@ class ContextCompression:
         """The layers that read the memory; a slice of the module list would be another module, made anew."""
         return list(itertools.islice(self.model.layers, self.config.injection_layers))
 
+    def _context_of(self: Any, memory: ContextMemory, inputs: Tensor) -> InjectedContext:
+        """What the injected blocks of a forward pass of ``inputs [B, L, ...]`` read."""
+        return InjectedContext.of(
+            memory,
+            inputs.shape[0],
+            inputs.shape[1],
+            inputs.device,
+            offset=self.config.query_position_offset,
+            tables=self._rope_tables,
+            layers=self._reading_layers(),
+        )
+
     def _rotations(self: Any, layers: Iterable[Any] | None = None) -> dict[str, Rotation]:
         """The rotations of decoder layers by name; default: those that read the memory."""
         own = self._reading_layers() if layers is None else layers
@@ -289,8 +303,9 @@ class ContextCompression:
         subject = Subject(
             self.lower_model, self._rotations(), self._rope_tables, self.config.chunk_size, self.config.slot_position
         )
+        facts = None if torch.compiler.is_compiling() else examined(self).facts
         if fingerprint:
-            return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details))
+            return memory_signature(self.config, subject, self._fingerprint.of(subject, details=details, facts=facts))
         return memory_signature(self.config, subject, {"weights": self._training_mark.of(subject)})
 
     def check_memory(self: Any, memory: ContextMemory | TieredMemory, *, tiered: bool = False) -> None:

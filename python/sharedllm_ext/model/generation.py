@@ -5,10 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import (
-    GenerationMixin,
-    MaxLengthCriteria,
-)
+from transformers.generation import GenerationMixin, MaxLengthCriteria
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from .cache_name import CACHE_NAME, take_cache
@@ -23,6 +20,7 @@ from .decoding.session import (
     offer_call,
     removed_tokens,
     take_call,
+    was_examined,
 )
 from .decoding.support import is_single, obstacle_in_cache, obstacle_in_model, obstacle_in_settings, say_slow
 from .inputs import check_ids, check_not_empty, check_running_text, query_of, say_past_window, trusted_ids
@@ -178,7 +176,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         try:
             # other loops may check criteria for tokens that they do not keep
             may_run_ahead = kwargs.get("custom_generate") is None
-            generating = begin_generate(may_run_ahead, 0 if prompt is None else prompt.removed)
+            removed = 0 if prompt is None else prompt.removed
+            generating = begin_generate(self, may_run_ahead, removed, memory, made=context_ids is not None)
             alike = choosing_alike(memory, text, generation_config or self.generation_config, args, kwargs)
             with trusted_ids(self if input_ids is not None else None), alike:
                 result = parent.generate(input_ids, generation_config, *args, **kwargs)
@@ -402,7 +401,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         cache = model_kwargs.get(CACHE_NAME)
         single = is_single(generation_mode)
         obstacle = obstacle_in_settings(generation_config, generation_mode) or obstacle_in_cache(cache)
-        obstacle = obstacle or obstacle_in_model(self)
+        obstacle = obstacle or obstacle_in_model(self, just_examined=was_examined(self))
         if obstacle is not None:
             say_slow(obstacle)
         result = None

@@ -1,12 +1,20 @@
 """What a call of a module does besides its class's forward: hooks, its own or of all modules, and replaced forwards."""
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.nn.modules import module as _torch
 
 _FORWARD = (("forward hook", "_forward_hooks"), ("forward pre-hook", "_forward_pre_hooks"))
 _BACKWARD = (("backward hook", "_backward_hooks"), ("backward pre-hook", "_backward_pre_hooks"))
+
+
+def keep_signatures(*functions: Callable[..., Any]) -> None:
+    """Keep what ``inspect.signature`` says of functions: Transformers' generate asks five times a call."""
+    function: Any
+    for function in functions:
+        function.__signature__ = inspect.signature(function)
 
 
 def is_untouched(module: Any) -> bool:

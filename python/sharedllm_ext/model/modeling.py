@@ -25,11 +25,13 @@ from .cache_name import CACHE_NAME, cache_of, one_cache
 from .cached_memory import forget_memory, has_read, remember_memory, remembered_memory
 from .configuration import SharedLLMConfig, lower_config
 from .decoder_precision import DecoderPrecision
-from .decoding.session import removed_tokens
+from .decoding.prefill import read_short
+from .decoding.session import removed_tokens, was_checked
 from .families import FAMILIES, projection
 from .generation import ContextGeneration
+from .hooks import keep_signatures
 from .indexing import ContextIndexing
-from .injection import InjectedAttention, InjectedContext, install_injection, install_steps
+from .injection import InjectedAttention, install_injection, install_steps
 from .inputs import (
     check_embeds,
     check_ids,
@@ -431,36 +433,35 @@ class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, 
                 query_attention_mask,
                 query_embeds=query if embedded else None,
             )
-        elif memory is not None and not compiling and (fresh or not has_read(past_key_values, memory)):
+        elif memory is None or compiling or was_checked(self, memory):
+            pass
+        elif fresh or not has_read(past_key_values, memory):
             self.check_memory(memory)
         if memory is not None and fresh and not compiling:
             say_if_it_cannot_read(self)
         if split is None and split_window and not compiling and not self._said_past_window:
             say_past_window(self, inputs.shape[1], attention_mask, None if fresh else past_key_values)
 
-        injected = {}
         if memory is not None:
             memory.expect_same(**{inputs_name: inputs}, attention_mask=attention_mask)
-            injected["injected_context"] = InjectedContext.of(
-                memory,
-                inputs.shape[0],
-                inputs.shape[1],
-                inputs.device,
-                offset=self.config.query_position_offset,
-                tables=self._rope_tables,
-                layers=self._reading_layers(),
+        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        outputs: Any = None
+        if fresh and split is None and labels is None:
+            text = (input_ids, attention_mask, position_ids)
+            outputs = read_short(self, *text, past_key_values, memory, use_cache, kwargs)
+        if outputs is None:
+            injected = {} if memory is None else {"injected_context": self._context_of(memory, inputs)}
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE_NAME: past_key_values},
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                return_dict=True,
+                **injected,
+                **kwargs,
             )
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: past_key_values},
-            inputs_embeds=inputs_embeds,
-            use_cache=self.config.text_config.use_cache if use_cache is None else use_cache,
-            return_dict=True,
-            **injected,
-            **kwargs,
-        )
         used_cache = cache_of(outputs)
         if used_cache is not None and not compiling:
             if memory is not None:
@@ -495,3 +496,4 @@ class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, 
 
 # this shows whether a subclass reads its inputs in another way
 SharedLLMForCausalLM._own_forward = SharedLLMForCausalLM.forward
+keep_signatures(SharedLLMForCausalLM.forward, SharedLLMForCausalLM.prepare_inputs_for_generation)

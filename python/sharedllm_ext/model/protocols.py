@@ -20,6 +20,7 @@ class Decoder(Protocol):
     config: Any
     model: Any
     lm_head: Any
+    compressor: Any
     training: bool
     _said_past_window: bool
 

@@ -15,8 +15,10 @@ from ..memory import ContextMemory
 from ..outputs import SharedLLMOutput
 from ..protocols import Decoder
 from ..rotary import TablesOf
+from . import graph as graphs
 from . import support
 from .cache import PreallocatedCache
+from .prompt import release_prompts
 from .step import RUNNERS, DecodeRunner, state_of_step
 from .support import (
     MAX_BATCH,
@@ -24,6 +26,7 @@ from .support import (
     obstacle_in_call,
     obstacle_in_model,
     obstacle_in_outputs,
+    obstacle_in_rows,
     padding_of,
     say_slow,
 )
@@ -43,6 +46,7 @@ class DecodeCall:
         tables: gives cos and sin for a number of positions on a device.
         memory: what its injected layers read, or ``None``.
         first: left padding of each row in tokens, ``[B]`` int64, or ``None``.
+        just_examined: whether nothing has happened to the model since this ``generate`` examined it.
         cache: the cache over which the next call is probably a step, or ``None``.
     """
 
@@ -50,6 +54,7 @@ class DecodeCall:
     tables: TablesOf
     memory: ContextMemory | None
     first: Tensor | None
+    just_examined: bool = False
     runner: DecodeRunner | None = None
     state: tuple[Any, ...] | None = None
     usual_positions: bool | None = None
@@ -65,7 +70,11 @@ class DecodeCall:
                 say_slow(obstacle)
             self.drop()
             self.cache = None
-            return self.model(**inputs)
+            try:
+                return self.model(**inputs)
+            finally:
+                # the loop goes on to what others wrote
+                self.just_examined = False
         assert tokens is not None and isinstance(cache, PreallocatedCache)
         cache.reserve(cache.get_seq_length() + 1)
         runner = self._runner(cache, tokens.shape[0])
@@ -74,6 +83,12 @@ class DecodeCall:
         self.cache, self.next_length = cache, cache.get_seq_length()
         output: dict[str, Any] = {CACHE_NAME: cache}
         return SharedLLMOutput(logits=logits.unsqueeze(1), memory=self.memory, **output)
+
+    def state_of_model(self) -> tuple[Any, ...]:
+        """What a step's graph fixes of model and memory, looked up once a generate."""
+        if self.state is None:
+            self.state = state_of_step(self.model, self.memory, just_examined=self.just_examined)
+        return self.state
 
     def run_ahead(self, tokens: Tensor) -> None:
         """Start the next step with these tokens ``[B]``, if a step over :attr:`cache` is what comes next."""
@@ -100,8 +115,9 @@ class DecodeCall:
         length = cache.get_seq_length()
         if new != 1 or length == 0:
             return _PROMPT
-        if rows > MAX_BATCH:
-            return f"input_ids: expected at most {MAX_BATCH} rows, got {rows}"
+        obstacle = obstacle_in_rows(self.model, rows)
+        if obstacle is not None:
+            return obstacle
         for name in ("output_attentions", "output_hidden_states"):
             if inputs.get(name):
                 return f"{name}: expected False, got True"
@@ -143,22 +159,20 @@ class DecodeCall:
         return self.usual_positions
 
     def _runner(self, cache: PreallocatedCache, batch: int) -> DecodeRunner:
-        if self.state is None:
-            self.state = state_of_step(self.model, self.memory)
+        state = self.state_of_model()
         fresh = self.runner is None
         runner = self.runner or RUNNERS.get(cache)
-        if runner is None or not runner.fits(cache, self.state, batch):
+        if runner is None or not runner.fits(cache, state, batch):
             if runner is not None:
                 runner.drop()
             # the old graph goes before the new one comes
             self.runner = runner = None
             RUNNERS.pop(cache, None)
-            on_cuda = cache.layers[0].storage[0].is_cuda
-            runner = self._new_runner(cache, batch, on_cuda, self.state)
+            runner = self._new_runner(cache, batch, graphs.uses_graphs(self.model.device), state)
             fresh = True
         elif fresh:
             # the same object, because every token compares them
-            runner.state = self.state
+            runner.state = state
             runner.hold(self.model, self.memory)
         if fresh:
             runner.set_padding(torch.zeros_like(runner._first) if self.first is None else self.first)
@@ -196,18 +210,26 @@ class Generating:
     """State shared by the hooks of one ``generate`` call; owned by that call.
 
     Attributes:
+        model: the model that generates.
         may_run_ahead: whether steps may start before they are called.
         outer: state of the ``generate`` inside which this one runs.
         removed: columns of its prompt that became context.
+        examined: whether nothing in the model speaks against steps, as found by this ``generate`` before its loop.
+        checked: the memory that this ``generate`` has checked or made, until its first forward.
+        just_examined: whether it has looked at the model to do so, before its loop.
         cache: made by :func:`new_cache`.
         stepped: the cache over which tokens will be chosen one by one.
         ahead: the criterion that starts steps.
         call: made by :func:`offer_call`, until it is taken.
     """
 
+    model: Decoder
     may_run_ahead: bool
     outer: "Generating | None"
     removed: int = 0
+    examined: bool = False
+    checked: ContextMemory | None = None
+    just_examined: bool = False
     cache: PreallocatedCache | None = None
     stepped: PreallocatedCache | None = None
     ahead: "RunAhead | None" = None
@@ -225,11 +247,41 @@ def _generating() -> Generating | None:
     return None if _thread.generating is None else _thread.generating()
 
 
-def begin_generate(may_run_ahead: bool, removed: int = 0) -> Generating:
-    """At the beginning of a ``generate``, for :func:`end_generate`; ``removed`` columns of its prompt are context."""
-    own = Generating(may_run_ahead, _generating(), removed)
+def begin_generate(
+    model: Decoder,
+    may_run_ahead: bool,
+    removed: int = 0,
+    memory: ContextMemory | None = None,
+    made: bool = False,
+) -> Generating:
+    """At the beginning of a ``generate``, for :func:`end_generate`.
+
+    ``removed`` columns of its prompt are context. Its ``memory`` was made or checked just now.
+    """
+    own = Generating(model, may_run_ahead, _generating(), removed)
+    if may_run_ahead:
+        # a loop of the caller's may change the model first; a check examines the model
+        own.checked, own.just_examined = memory, memory is not None and not made
     _thread.generating = weakref.ref(own)
     return own
+
+
+def was_examined(model: Decoder) -> bool:
+    """Whether the ``generate`` that runs in this thread has examined the model, and has not come to its loop yet."""
+    generating = _generating()
+    if generating is None or generating.model is not model:
+        return False
+    just, generating.just_examined = generating.just_examined, False
+    return just
+
+
+def was_checked(model: Decoder, memory: ContextMemory) -> bool:
+    """Whether the ``generate`` that runs in this thread has just checked the memory of its first forward."""
+    generating = _generating()
+    if generating is None or generating.model is not model:
+        return False
+    checked, generating.checked = generating.checked, None
+    return checked is memory
 
 
 def removed_tokens() -> int:
@@ -249,7 +301,10 @@ def expect_steps(cache: PreallocatedCache) -> None:
 
 
 def new_cache(model: Decoder, limit: int | None) -> PreallocatedCache:
-    """A cache for one ``generate``, in the storage of the last one where that fits; see :func:`end_generate`."""
+    """A cache for one ``generate``, in the storage of the last one where that fits; see :func:`end_generate`.
+
+    Its model has been examined: :func:`~.support.obstacle_in_model` has found nothing.
+    """
     storages, runner = _SPARES.pop(model, (None, None))
     cache = PreallocatedCache(model.config.text_config, limit, storages)
     if runner is not None:
@@ -258,6 +313,8 @@ def new_cache(model: Decoder, limit: int | None) -> PreallocatedCache:
     generating = _generating()
     if generating is not None:
         generating.cache = cache
+        # a loop of the caller's may change the model before it asks
+        generating.examined = generating.may_run_ahead
     return cache
 
 
@@ -326,7 +383,8 @@ def end_generate(model: Decoder, seen: bool, own: Generating | None) -> None:
 
 
 def release(model: Decoder) -> None:
-    """Free the storage that is kept for the model's next ``generate``."""
+    """Free what is kept for the model's next texts: the storage of a ``generate``, and steps of short prompts."""
+    release_prompts(model)
     _SPARES.pop(model, None)
 
 
@@ -341,22 +399,42 @@ def offer_call(model: Decoder, tables: TablesOf, model_kwargs: dict[str, Any], g
         # the reason has been logged already
         return False
     memory, mask = model_kwargs.get("memory"), model_kwargs.get("attention_mask")
-    obstacle = _obstacle_to_call(model, cache, memory, mask, generation_config)
+    examined, generating.examined = generating.examined, False
+    obstacle = _obstacle_to_call(model, cache, memory, mask, generation_config, examined)
     if obstacle is not None:
         say_slow(obstacle)
         return False
     first = None if mask is None else padding_of(mask)
-    generating.call = DecodeCall(model, tables, memory, first)
+    generating.call = DecodeCall(model, tables, memory, first, just_examined=examined)
     return True
 
 
-def _obstacle_to_call(model: Decoder, cache: Any, memory: Any, mask: Tensor | None, config: Any) -> str | None:
+def _obstacle_to_call(
+    model: Decoder, cache: Any, memory: Any, mask: Tensor | None, config: Any, examined: bool
+) -> str | None:
     return (
         obstacle_in_outputs(lambda name: getattr(config, name, None))
         or obstacle_in_cache(cache)
-        or obstacle_in_model(model)
+        or (None if examined else obstacle_in_model(model))
         or obstacle_in_call(model, 1, memory, mask)
     )
+
+
+def known_state(model: Decoder, memory: ContextMemory | None, cache: Any) -> tuple[bool, tuple[Any, ...] | None]:
+    """Whether a ``generate`` of this thread has decided how the model reads a text, and what a step then fixes.
+
+    The latter is as :func:`state_of_step` gives it, or ``None`` where that generate does not decode by steps.
+    """
+    generating = _generating()
+    if generating is None or generating.model is not model:
+        return False, None
+    call = None if generating.ahead is None else generating.ahead.call
+    if call is None:
+        return True, None
+    # other texts that something reads meanwhile are not its prompt
+    if call.memory is not memory or call.cache is not cache or call.runner is not None:
+        return False, None
+    return True, call.state_of_model()
 
 
 def take_call() -> DecodeCall | None:

@@ -1,40 +1,26 @@
 """One decoding step by its own operators, as a CUDA graph after the first time."""
 
-import dataclasses
-import functools
-import threading
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...ops import decode_append, decode_linear, decode_linear_fp8, injected_attention
-from ..families import (
-    attention_norm,
-    embedding_factor,
-    family_of,
-    mlp_norm,
-    projection,
-    residual_factor,
-    rotation_of,
-    sliding_window,
-)
-from ..fp8_linear import Fp8Linear, is_fp8, stored_weight
+from ..examined import Fixed, examined
+from ..families import attention_norm, embedding_factor, mlp_norm, residual_factor, rotation_of, sliding_window
 from ..injection import InjectedContext
 from ..layer_math import version_of
 from ..memory import ContextMemory
 from ..protocols import Decoder
 from ..rotary import Tables, rotations_of
+from . import graph as graphs
 from .cache import BEFORE_UPDATE, PreallocatedCache
-
-#: Bytes of the output projection's weights that are prefetched into L2 before an attention. More delays the attention's
-#: own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
-PREFETCH_BYTES = 6 << 20
+from .layers import StepLayer, weights_of
+from .token_step import TokenStep
 
 
-class DecodeRunner:
+class DecodeRunner(TokenStep):
     """One decoding step of a model over a cache, as a CUDA graph after the first time.
 
     Holds the tensors that the graph's kernels read: parameters, storage of the cache, memory.
@@ -66,33 +52,18 @@ class DecodeRunner:
         state: tuple[Any, ...],
     ) -> None:
         device = model.device
+        super().__init__(model, [layer.storage for layer in cache.layers], batch, context=context, tables=tables)
         self.state = state
-        self.batch = batch
         self.length_on_host = -1
-        self._model = weakref.ref(model)
         self._parameters: list[Tensor] = []
         self._memory: ContextMemory | None = None
-        self._storages = [layer.storage for layer in cache.layers]
-        self._context = context
-        self._tables = tables
-        size = model.model.layers[0].self_attn.head_dim
-        # queries are rotated when the cache gets their key
-        # not in the default dtype, which may be different
-        angle = torch.zeros(1, size // 2, dtype=torch.float32, device=device)
-        self._no_rotation = (angle.cos(), angle.sin())
-        self._no_position = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._cu_q = torch.arange(batch + 1, device=device)
-        self._length = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._first = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._vocabulary = model.model.embed_tokens.num_embeddings
         self._use_graph = graph
-        self._kernels = _kernels_of(self.state, batch, device, self._storages[0][0], self._tables[0][0])
+        self._kernels = kernels_of(self.state, batch, device, self._storages[0][0].shape[2:], self._tables[0][0])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._watched: list[Tensor] = []
-        self._layers: list[_Layer] = []
         self._ahead_of: tuple[int, int] | None = None
         self.hold(model, memory)
 
@@ -109,13 +80,13 @@ class DecodeRunner:
 
     def hold(self, model: Decoder, memory: ContextMemory | None) -> None:
         """Keep alive what the graph reads: parameters and memory of :attr:`state`."""
-        self._parameters = [weight.detach() for weight in _weights_of(model)]
+        self._parameters = [weight.detach() for weight in weights_of(model)]
         self._memory = memory
         if self._context is not None and memory is not None:
             self._context.keys, self._context.values = memory.keys, memory.values
         read = [*self._parameters, *(x for pair in self._storages for x in pair)]
         read += [] if memory is None else [*memory.keys, *memory.values]
-        self._layers = [_Layer.of(layer) for layer in model.model.layers]
+        self._layers = [StepLayer.of(layer) for layer in model.model.layers]
         self._watched = [tensor for tensor in read if not tensor.is_inference()]
 
     def release(self) -> None:
@@ -144,18 +115,18 @@ class DecodeRunner:
         self._put(tokens, cache.get_seq_length())
         if self._graph is not None:
             self._graph.replay()
-        elif self._use_graph and self._kernels in _LOADED:
+        elif self._use_graph and self._kernels in graphs.LOADED:
             self._capture().replay()
         else:
             # the first run also loads the kernels, which a capture must not do
-            self._logits = self._step()
-            _LOADED.add(self._kernels)
+            self._logits = self.step()
+            graphs.LOADED.add(self._kernels)
         return self._end(cache)
 
     @property
     def can_run_ahead(self) -> bool:
         """Whether :meth:`run_ahead` can be called: if a graph is used, only once it can be captured."""
-        return self._graph is not None or not self._use_graph or self._kernels in _LOADED
+        return self._graph is not None or not self._use_graph or self._kernels in graphs.LOADED
 
     def run_ahead(self, tokens: Tensor, cache: PreallocatedCache) -> None:
         """Start the step that :meth:`run` would make, concurrently with the current stream's next work.
@@ -168,16 +139,18 @@ class DecodeRunner:
         # there is nothing to take before it is started, but something to wait for
         self._ahead_of = (-1, -1)
         if not self._use_graph:
-            self._logits = self._step()
+            self._logits = self.step()
         else:
             # captured here it costs nothing while the device still reads the prompt
-            graph = self._graph or self._capture()
-            device = self._length.device
-            self._stream = _side_stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(self._stream):
-                graph.replay()
+            self._replay_aside(self._graph or self._capture())
         self._ahead_of = (cache.get_seq_length(), self._version())
+
+    def _replay_aside(self, graph: torch.cuda.CUDAGraph) -> None:
+        device = self._length.device
+        self._stream = graphs.side_stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            graph.replay()
 
     def is_ahead(self, cache: PreallocatedCache) -> bool:
         """Whether :meth:`run_ahead` has started the next step, and what it reads has not changed since."""
@@ -231,168 +204,32 @@ class DecodeRunner:
         return self._logits
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        device = self._length.device
-        graph = torch.cuda.CUDAGraph()
-        stream = _side_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._logits = self._step()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = graph
-        return graph
-
-    def _step(self) -> Tensor:
-        model: Any = self._model()
-        x = nn.functional.embedding(self._tokens, model.model.embed_tokens.weight)
-        factor = embedding_factor(model.model.layers[0])
-        x = x if factor == 1.0 else x * factor
-        for layer, storage, tables in zip(self._layers, self._storages, self._tables, strict=True):
-            x = self._attend(x, layer, storage, tables)
-            if layer.injection is not None and self._context is not None:
-                x = self._inject(x, layer.injection)
-            hidden = _product(x, layer.gate_up, layer.mlp_norm, gated=True)
-            x = _sum(x, hidden, layer.down, layer.residual)
-        logits = _product(x, (model.lm_head,), model.model.norm)
-        logits = family_of(model.model.layers[0]).logits(logits, model.config.text_config)
-        self._length.add_(1)
-        return logits
-
-    def _attend(self, x: Tensor, layer: "_Layer", storage: tuple[Tensor, Tensor], tables: Tables) -> Tensor:
-        keys, values = storage
-        qkv = _product(x, layer.qkv, layer.attention_norm)
-        q_norm, k_norm, output = layer.q_norm, layer.k_norm, layer.output
-        q, slot_range = decode_append(
-            qkv,
-            keys,
-            values,
-            self._length,
-            self._first,
-            *tables,
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
-            eps=0.0 if q_norm is None else q_norm.variance_epsilon,
-            window=layer.window,
-            overlap=True,
-            prefetch=stored_weight(output[0]),
-            prefetch_bytes=PREFETCH_BYTES,
-        )
-        out, _ = injected_attention(
-            q,
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            self._cu_q,
-            slot_range,
-            self._no_position,
-            *self._no_rotation,
-            scale=layer.scaling,
-        )
-        return _sum(x, out.flatten(1), output, layer.residual)
-
-    def _inject(self, x: Tensor, injection: Any) -> Tensor:
-        context: Any = self._context
-        query = _product(x, (injection.q_proj,), injection.norm, prefetch=stored_weight(injection.o_proj))
-        query = query.view(self.batch, -1, injection.head_dim)
-        if injection.q_norm is not None:
-            query = injection.q_norm(query)
-        index = injection.layer_index
-        out = context.attend(query, context.keys[index], context.values[index], layer=index, scale=injection.scaling)
-        return _product(out.flatten(1), (injection.o_proj,), residual=x)
+        self._graph, self._logits = graphs.capture(self.step, self._length.device)
+        return self._graph
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """What a step reads of a decoder layer, looked up once a generate.
+def state_of_step(model: Decoder, memory: ContextMemory | None, *, just_examined: bool = False) -> tuple[Any, ...]:
+    """What a graph has fixed: addresses of parameters and memory, which rows read what, the layers' constants.
 
-    Attributes:
-        qkv, output, gate_up, down: projections.
-        attention_norm, mlp_norm, q_norm, k_norm: norms; those of heads may be ``None``.
-        injection: the injected block, or ``None``.
-        window: tokens to look back on, 0 for all.
-        scaling: of the attention.
-        residual: factor of what attention and MLP add.
+    Args:
+        model: the model.
+        memory: what it reads, or ``None``.
+        just_examined: see ``just_now`` of :func:`~..examined.examined`.
     """
-
-    qkv: tuple[Any, ...]
-    output: tuple[Any, ...]
-    gate_up: tuple[Any, ...]
-    down: tuple[Any, ...]
-    attention_norm: Any
-    mlp_norm: Any
-    q_norm: Any
-    k_norm: Any
-    injection: Any
-    window: int
-    scaling: float
-    residual: float
-
-    @classmethod
-    def of(cls, layer: Any) -> "_Layer":
-        """Of a decoder layer."""
-        attention = layer.self_attn
-        return cls(
-            qkv=tuple(projection(attention, name) for name in "qkv"),
-            output=(projection(attention, "o"),),
-            gate_up=(projection(layer.mlp, "gate"), projection(layer.mlp, "up")),
-            down=(projection(layer.mlp, "down"),),
-            attention_norm=attention_norm(layer),
-            mlp_norm=mlp_norm(layer),
-            q_norm=getattr(attention, "q_norm", None),
-            k_norm=getattr(attention, "k_norm", None),
-            injection=getattr(layer, "injection", None),
-            window=sliding_window(layer) or 0,
-            scaling=attention.scaling,
-            residual=residual_factor(layer),
-        )
+    known = examined(model, just_now=just_examined)
+    if known.fixed is None:
+        parameters = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in weights_of(model))
+        known.fixed = Fixed((Fixed(parameters), _constants_of(model)))
+    found = rotations_of(model.model.rotary_emb, model.model.layers)
+    rotations = tuple((x.frequencies.data_ptr(), version_of(x.frequencies), x.scaling) for x in found.values())
+    if memory is None:
+        return (id(model), known.fixed, rotations)
+    tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
+    rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
+    return (id(model), known.fixed, rotations, tensors, rows, model.config.query_position_offset)
 
 
-def _product(
-    x: Tensor,
-    modules: tuple[Any, ...],
-    norm: Any = None,
-    *,
-    residual: Tensor | None = None,
-    gated: bool = False,
-    prefetch: Tensor | None = None,
-) -> Tensor:
-    """Norm, linear modules and residual in one kernel."""
-    biases = [module.bias for module in modules]
-    if is_fp8(modules[0]):
-        scales = [module.scale for module in modules]
-        multiply = functools.partial(decode_linear_fp8, x, [module.codes for module in modules], scales, biases)
-    else:
-        multiply = functools.partial(decode_linear, x, [module.weight for module in modules], biases)
-    return multiply(
-        norm_weight=None if norm is None else norm.weight,
-        eps=0.0 if norm is None else norm.variance_epsilon,
-        residual=residual,
-        gated=gated,
-        # nothing writes parameters between the kernels of a step, and its first kernel does not overlap
-        overlap=True,
-        prefetch=prefetch,
-        prefetch_bytes=PREFETCH_BYTES if prefetch is not None else 0,
-    )
-
-
-def _sum(hidden: Tensor, x: Tensor, modules: tuple[Any, ...], factor: float) -> Tensor:
-    """``hidden`` and a layer's last linear module of ``x``, added as the layer does."""
-    if factor == 1.0:
-        return _product(x, modules, residual=hidden)
-    return hidden.add(_product(x, modules), alpha=factor)
-
-
-def _weights_of(model: Decoder) -> list[Tensor]:
-    """Parameters, and weights in 8 bits."""
-    codes = [x for module in model.modules() if type(module) is Fp8Linear for x in (module.codes, module.scale)]
-    return [*model.parameters(), *codes]
-
-
-def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ...]:
-    """What a graph has fixed: addresses of parameters and memory, which rows read what, the layers' constants."""
-    parameters = tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in _weights_of(model))
+def _constants_of(model: Decoder) -> tuple[Any, ...]:
     numbers = []
     for layer in model.model.layers:
         attention, injection = layer.self_attn, getattr(layer, "injection", None)
@@ -401,45 +238,28 @@ def state_of_step(model: Decoder, memory: ContextMemory | None) -> tuple[Any, ..
         numbers += [attention.scaling, sliding_window(layer), None if injection is None else injection.scaling]
         numbers += [None if norm is None else norm.variance_epsilon for norm in norms]
         numbers += [rotation_of(layer), residual_factor(layer)]
-    numbers += [model.model.norm.variance_epsilon, embedding_factor(model.model.layers[0])]
-    for rotation in rotations_of(model.model.rotary_emb, model.model.layers).values():
-        numbers += [rotation.frequencies.data_ptr(), version_of(rotation.frequencies), rotation.scaling]
-    if memory is None:
-        return (id(model), parameters, tuple(numbers))
-    tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
-    rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
-    return (id(model), parameters, tuple(numbers), tensors, rows, model.config.query_position_offset)
+    return (*numbers, model.model.norm.variance_epsilon, embedding_factor(model.model.layers[0]))
 
 
-def _kernels_of(
-    state: tuple[Any, ...], batch: int, device: torch.device, storage: Tensor, table: Tensor
+def kernels_of(
+    state: tuple[Any, ...], batch: int, device: torch.device, heads: torch.Size, table: Tensor
 ) -> tuple[Any, ...]:
-    """The kernels that a step of this state runs, as chosen by shapes, dtypes, strides and alignment."""
-    _, parameters, _, *memory = state
+    """The kernels that a step of this state runs, as chosen by shapes, dtypes, strides and alignment.
+
+    Args:
+        state: what :func:`state_of_step` gives.
+        batch, device: of the step.
+        heads: of the cache, number and size.
+        table: cos of a layer.
+    """
+    _, (parameters, _), _, *memory = state
     weights = tuple((pointer % 16, *rest) for pointer, *rest in parameters)
     slots = tuple((pointer % 16, shape[1:], stride) for pointer, shape, stride in memory[0]) if memory else None
-    return (device, batch, weights, slots, storage.shape[2:], table.shape[1])
+    return (device, batch, weights, slots, heads, table.shape[1])
 
 
-# kernels (see _kernels_of) that a step has run outside a capture in this process
-_LOADED: set[tuple[Any, ...]] = set()
 #: Runners by cache: a graph lives as long as the cache that it writes to.
 RUNNERS: "weakref.WeakKeyDictionary[Cache, DecodeRunner]" = weakref.WeakKeyDictionary()
-
-
-class _Streams(threading.local):
-    def __init__(self) -> None:
-        self.by_device: dict[torch.device, torch.cuda.Stream] = {}
-
-
-_streams = _Streams()
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The thread's stream for captures and for steps that start ahead; CUDA has only a few."""
-    if device not in _streams.by_device:
-        _streams.by_device[device] = torch.cuda.Stream(device)
-    return _streams.by_device[device]
 
 
 def _drop_step_ahead(cache: Cache) -> None:

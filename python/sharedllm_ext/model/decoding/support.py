@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from ..._library import cpu_kernels, cuda_kernels
 from ...ops.injected_attention import head_size_obstacle
 from ..cache_name import CACHE_NAME, one_cache
+from ..examined import examined
 from ..families import attention_norm, family_of, mlp_norm
 from ..fp8_linear import Fp8Linear
 from ..hooks import forward_hook, global_hook, own_forward
 from ..protocols import Decoder
 from .cache import PreallocatedCache
+from .layers import MOST_FP8_ROWS
 
-#: Most rows of one step; with more, matmuls and not memory are the limit.
-MAX_BATCH = 8
+#: Most rows of one step; with more, its matmuls and not its launches are the limit.
+MAX_BATCH = 256
 #: Rope types whose frequencies do not follow the sequence length.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 #: For tests: on the CPU run steps of every dtype, and start them ahead too, which gains nothing there.
@@ -132,8 +134,9 @@ def obstacle_in_call(model: Decoder, rows: int, memory: Any, mask: Tensor | None
     if mask is not None and mask.dim() != 2:
         return f"attention_mask: expected shape [batch, tokens], got {tuple(mask.shape)}"
     rows = rows if mask is None else max(rows, mask.shape[0])
-    if rows > MAX_BATCH:
-        return f"input_ids: expected at most {MAX_BATCH} rows, got {rows}"
+    obstacle = obstacle_in_rows(model, rows)
+    if obstacle is not None:
+        return obstacle
     if mask is not None:
         total = mask.shape[1]
         is_padding = torch.arange(total, device=mask.device) < padding_of(mask)[:, None]
@@ -147,12 +150,12 @@ def padding_of(mask: Tensor) -> Tensor:
     return mask.shape[1] - mask.long().sum(1)
 
 
-def obstacle_in_model(model: Decoder) -> str | None:
+def obstacle_in_model(model: Decoder, *, just_examined: bool = False) -> str | None:
     """What speaks against steps in the model as it is now.
 
     There is nothing for the supported families with plain modules without hooks, in evaluation mode, all on one CUDA
     device in bfloat16 or float16 with head sizes that the attention has fast kernels for, or on the CPU in float32 or
-    bfloat16.
+    bfloat16. For ``just_examined`` see :func:`~..examined.examined`.
     """
     if model.training:
         return "model: expected evaluation mode (model.eval()), got training mode"
@@ -161,7 +164,7 @@ def obstacle_in_model(model: Decoder) -> str | None:
     kind: Any = type(model)
     if kind.forward is not kind._own_forward:
         return f"model: expected the forward of {kind._own_forward.__qualname__.partition('.')[0]}, got another one"
-    return _obstacle_in_place(model) or _obstacle_in_settings_of(model) or _obstacle_in_modules(model)
+    return _obstacle_in_place(model) or _obstacle_in_settings_of(model) or _obstacle_in_modules(model, just_examined)
 
 
 def _obstacle_in_place(model: Decoder) -> str | None:
@@ -191,8 +194,21 @@ def _obstacle_on_cpu(dtype: torch.dtype, model: Decoder) -> str | None:
     return _missing_kernels("CPU", _CPU_KERNELS, cpu_kernels(), model)
 
 
+def obstacle_in_rows(model: Decoder, rows: int) -> str | None:
+    """What speaks against steps of so many rows."""
+    if in_8_bits(model):
+        most = MOST_FP8_ROWS[model.model.embed_tokens.weight.device.type]
+        return None if rows <= most else f"input_ids: expected at most {most} rows of a decoder in 8 bits, got {rows}"
+    return None if rows <= MAX_BATCH else f"input_ids: expected at most {MAX_BATCH} rows, got {rows}"
+
+
+def in_8_bits(model: Decoder) -> bool:
+    """Whether the decoder's weights are in 8 bits."""
+    return bool(getattr(model, "_decoder_is_fp8", False))
+
+
 def _missing_kernels(place: str, names: tuple[str, ...], there: frozenset[str], model: Decoder) -> str | None:
-    needed = (*names, "decode_linear_fp8") if getattr(model, "_decoder_is_fp8", False) else names
+    needed = (*names, "decode_linear_fp8") if in_8_bits(model) else names
     missing = [name for name in needed if name not in there]
     return (
         f"{place} library: expected kernels of {', '.join(needed)}, got none of {', '.join(missing)}"
@@ -214,12 +230,23 @@ def _obstacle_in_settings_of(model: Decoder) -> str | None:
     return next((f"config.{name}: expected False, got True" for name in watching), None)
 
 
-def _obstacle_in_modules(model: Decoder) -> str | None:
+def _obstacle_in_modules(model: Decoder, just_examined: bool) -> str | None:
     everywhere = global_hook(backward=False)
     if everywhere is not None:
         return f"all modules: {_NO_HOOK}, got {everywhere}; {_HOOK_ENDS}"
+    own, known = _obstacle_in_forward(model), examined(model, just_now=just_examined)
+    if own is not None:
+        return f"model: {own}"
+    if known.plain:
+        return None
+    obstacle = _obstacle_below(model)
+    known.plain = obstacle is None
+    return obstacle
+
+
+def _obstacle_below(model: Decoder) -> str | None:
     inner: Any = model.model
-    named = [("model", model), *((f"model.{name}", one) for name, one in inner.named_modules() if name)]
+    named = [(f"model.{name}", one) for name, one in inner.named_modules() if name]
     for name, one in (*named, ("model", inner), ("lm_head", model.lm_head)):
         obstacle = _obstacle_in_forward(one)
         if obstacle is not None:
@@ -264,6 +291,9 @@ def _obstacle_in_modules(model: Decoder) -> str | None:
 
 def _obstacle_in_forward(module: Any) -> str | None:
     """What a call of a module does besides its class's forward."""
+    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
+        # spelled out: hundreds of modules are asked
+        return None
     hook, replaced, kind = forward_hook(module), own_forward(module), type(module).__name__
     if hook is not None:
         return f"{_NO_HOOK}, got {hook} on {kind}; {_HOOK_ENDS}"
