@@ -16,9 +16,10 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
-from sharedllm_ext import decoding_obstacle
+from sharedllm_ext import ContextMemory, decoding_obstacle
 from sharedllm_ext.model.decoding import support
 from sharedllm_ext.model.decoding.step import DecodeRunner
+from sharedllm_ext.model.sources import Source
 from sharedllm_ext.model.split_prompt import SplitPrompt, without_padding
 
 from . import builders
@@ -91,6 +92,29 @@ def test_one_call_equals_three_steps(model: Any, context: Tensor) -> None:
         other = model.generate(question, passages=1, tokenizer=Letters(), context_ids=context, **STEPS)
         answers.add(tuple(other[0, question.shape[1] :].tolist()))
     assert len(answers) > 4
+
+
+@torch.no_grad()
+def test_a_memory_that_has_kept_its_tokens_needs_no_context(model: Any, context: Tensor) -> None:
+    other = tokens(1, 2 * CHUNK + 5, seed=2)
+    known = [model.compress(text).with_sources([Source.of_ids(text[0])]) for text in (context, other)]
+    questions = torch.cat([tokens(1, 6, seed=20), tokens(1, 6, seed=21)])
+    # one memory for all questions
+    one = at_once(model, questions, memory=known[0])
+    assert torch.equal(one, at_once(model, questions, memory=known[0], context_ids=context))
+    # a document for each, beside one that nobody reads and whose tokens are not known
+    third = model.compress(tokens(1, 9, seed=5))
+    memory = ContextMemory.concat([*known, third]).select([1, 0])
+    both = at_once(model, questions, memory=memory)
+    for row, text in enumerate((other, context)):
+        assert torch.equal(both[row, 6:], in_steps(model, questions[row : row + 1], text)[0])
+    # passages that were found before
+    found = model.find_passages(questions[:1], memory=known[0], count=COUNT)
+    again = model.generate(questions[:1], passages=found, memory=known[0], tokenizer=Letters(), **STEPS)
+    assert torch.equal(again, one[:1])
+    for unknown in (third, ContextMemory.concat([*known, third]).select([0, 2])):
+        with pytest.raises(ValueError, match=r"passages: expected context_ids with it, .* kept its token ids"):
+            at_once(model, questions, memory=unknown)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class PassageRequest:
             model: with a pick.
             input_ids: ``[B, L]`` the questions' own tokens.
             mask: ``[B, L]``, 0 for padding.
-            context: ids ``[B or 1, C]`` and mask of the text.
+            context: ids ``[B or 1, C]`` and mask of the text; not needed by a memory that has kept them.
             memory: of the text; compressed here by default.
             query: ids ``[B, Q]`` and mask of what passages are found for, in place of ``input_ids``.
             cached: tokens of the caller's cache.
@@ -86,12 +86,14 @@ class PassageRequest:
                 "passages that it holds"
             )
         context_ids, context_mask = context
-        known = memory is not None and all(
-            source is not None and source.token_ids is not None for source in memory.sources or [None]
-        )
+        # of the documents that are read: a memory may hold others
+        read = [] if memory is None or memory.sources is None else [memory.sources[i] for i in memory.memory_index]
+        known = bool(read) and all(source is not None and source.token_ids is not None for source in read)
         if input_ids is None or (context_ids is None and not known):
             name = "input_ids" if input_ids is None else "context_ids"
-            what = "the questions" if input_ids is None else "the text of the passages, also beside its memory"
+            what = "the questions"
+            if input_ids is not None:
+                what = "the text of the passages, or a memory that has kept its token ids (with_sources)"
             raise ValueError(f"passages: expected {name} with it, {what}, got none")
         if context_ids is not None:
             check_ids(model, "context_ids", context_ids, range_too=True)
