@@ -37,6 +37,7 @@ model.signature, model.training_mark, model.storage
 model.memory_fields
 model.memory, model.inputs
 model.cached_memory, model.injection, model.micro_batches, model.split, model.loading, model.outputs, model.pick_index
+model.file_description
 model.context_index, model.picked_memory, model.tiered_document
 model.tiered_memory
 model.tiered_appending
@@ -78,6 +79,7 @@ LATE = {
     "training.sharding": "PyTorch's sharding modules take a second to import, and few runs need them",
     "cli._adapter": HELP,
     "cli._common": HELP,
+    "cli._contexts": HELP,
     "cli._eval_report": "matplotlib is an optional package",
     "cli._processes": HELP,
     "cli._standard_library": HELP,

@@ -1,23 +1,95 @@
-"""``sharedllm info``: versions, libraries, device, and what is wrong if something is."""
+"""``sharedllm info``: versions, libraries, device, and what is wrong; or what the file of a memory holds."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from sharedllm_ext.cli._common import add_json_option
+from sharedllm_ext.cli._common import add_json_option, mebibytes, some_path
+from sharedllm_ext.cli._output import UsageError, emit, print_json
+
+#: Documents that are listed; --json lists all.
+DOCUMENTS = 20
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "print versions, libraries, architectures and device, and what is wrong if something is"
-    parser = commands.add_parser("info", help=text, description=text)
+    parser = commands.add_parser("info", help=text, description=f"{text}; or what a saved memory holds")
+    parser.add_argument(
+        "file",
+        type=some_path,
+        nargs="?",
+        metavar="FILE_OR_FOLDER",
+        help="say what this memory or conversation holds: its file, or the folder that has it and its shards",
+    )
+    parser.add_argument("--verify", action="store_true", help="read all of FILE and compare its checksums")
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from sharedllm_ext import info
+    if args.file is None:
+        if args.verify:
+            raise UsageError("--verify: expected a FILE with it, got none")
+        from sharedllm_ext import info
 
-    return info.main(["--json"] if args.json else [])
+        return info.main(["--json"] if args.json else [])
+    from sharedllm_ext.model.file_description import describe_file, find_memory_file
+
+    path = find_memory_file(args.file) if Path(args.file).is_dir() else args.file
+    report = {**describe_file(path, verify=args.verify), "verified": args.verify}
+    if args.json:
+        print_json(report)
+    else:
+        emit("\n".join(_lines(report)))
+    return 0
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    model, shards = report["model"], len(report["shards"])
+    beside = f" with {shards} shards" if shards else ""
+    lines = [
+        f"file            {report['file']}{beside}, {mebibytes(report['file_bytes'])}",
+        f"format          {report['format']} version {report['version']}"
+        f"{', all checksums are right' if report['verified'] else ''}",
+        f"model           {model['model_type']}, hidden size {model['hidden_size']}, weights {model['weights']}",
+        f"tree            chunks of {model['chunk_size']} tokens, depth {model['tree_depth']}",
+        f"memory          {report['tokens']:,} tokens in {report['chunks']:,} chunks, {report['slots']:,} slots in "
+        f"{report['layers']} layers, {report['dtype']}",
+        f"bytes           keys {mebibytes(report['key_bytes'])}, values {mebibytes(report['value_bytes'])}, sources "
+        f"{mebibytes(report['source_bytes'])}",
+    ]
+    if "running_tokens" in report:
+        first = f", the first {report['keep_first']} stay" if report["keep_first"] else ""
+        lines.append(f"running text    {report['running_tokens']:,} of {report['window']:,} tokens{first}")
+        if report["tokenizer"] is not None:
+            lines.append(f"tokenizer       SHA-256 {report['tokenizer']}")
+    count, rows = len(report["documents"]), report["rows"]
+    lines.append(f"documents       {count}{f', read by {rows} rows' if rows != count else ''}")
+    for number, document in enumerate(report["documents"][:DOCUMENTS], 1):
+        lines += _document(number, document)
+    if count > DOCUMENTS:
+        lines.append(f"                {count - DOCUMENTS} more (--json lists all)")
+    return lines
+
+
+def _document(number: int, document: dict[str, Any]) -> list[str]:
+    name = "without a name" if document["name"] is None else document["name"]
+    kept = [what for what, has in (("token ids", "token_ids"), ("characters of tokens", "places")) if document[has]]
+    lines = [
+        f"document {number:<6} {name}: {document['tokens']:,} tokens in {document['chunks']:,} chunks, "
+        f"{' and '.join(kept) or 'no token ids'} kept"
+    ]
+    if document["tokenizer"] is not None:
+        lines.append(f"  tokenizer     SHA-256 {document['tokenizer']}")
+    texts = list(zip(document["sha256"] or (), document["characters"] or (), strict=True))
+    for digest, characters in texts[:DOCUMENTS]:
+        if digest is not None:
+            of = "" if characters is None else f"{characters:,} characters, "
+            lines.append(f"  text          {of}SHA-256 {digest}")
+    if len(texts) > DOCUMENTS:
+        lines.append(f"                {len(texts) - DOCUMENTS} more stretches of text (--json lists all)")
+    return lines

@@ -1,5 +1,6 @@
 """A text without an end in bounded state: what passes the window moves into the memory by itself."""
 
+import os
 import time
 from typing import Any
 
@@ -10,9 +11,14 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 from transformers.generation.streamers import BaseStreamer
 
 from .appending import tail_of
+from .file_description import running_shape
 from .inputs import check_ids
 from .memory import ContextMemory
+from .memory_fields import describe_origin
+from .memory_file import CONVERSATION, MemoryFile
+from .memory_writer import write_tensors
 from .modeling import SharedLLMForCausalLM
+from .sources import check_tokenizer, tokenizer_digest
 from .split_prompt import SplitPrompt
 
 #: Arguments of the model's generate that the conversation gives itself.
@@ -131,6 +137,73 @@ class Conversation:
             self._absorb(running[:, first:end])
             running = torch.cat((running[:, :first], running[:, end:]), 1)
         self._running = running
+
+    def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Write memory, running text, ``window`` and ``keep_first`` to one safetensors file.
+
+        The file appears, or replaces an older one, when it is complete.
+
+        Args:
+            path: the file.
+            tokenizer: the one that has made the tokens; its digest is written too, and compared by :meth:`load`.
+
+        Raises:
+            ValueError: ``path`` is a folder or a device.
+            OSError: the file cannot be written.
+        """
+        # a memory of no tokens stands for none
+        memory = self.model.compress(self._running[:, :0], training=False) if self._memory is None else self._memory
+        fields, tensors = memory.contents()
+        told, integers = describe_origin("memory", memory.tails, memory.sources, fields)
+        own = {"window": self.window, "keep_first": self.keep_first, "tokenizer": None}
+        if tokenizer is not None:
+            own["tokenizer"] = tokenizer_digest(tokenizer)
+        running = {"running_ids": self._running[0].to("cpu", torch.int32)}
+        write_tensors(path, {**fields, **told, **own}, {**tensors, **integers, **running}, CONVERSATION)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: SharedLLMForCausalLM,
+        tokenizer: Any = None,
+        *,
+        query_ids: Tensor | None = None,
+        verify: bool = True,
+    ) -> "Conversation":
+        """Go on with a conversation that :meth:`save` has written.
+
+        Args:
+            path: the file.
+            model: the one that it was held with; the memory is converted to its dtype and device.
+            tokenizer: compared with the digests in the file, where there are any.
+            query_ids: as before, the file has none.
+            verify: whether to compare checksums.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, damaged or no conversation, or it was held with another model or
+                another tokenizer.
+        """
+        with MemoryFile(path, CONVERSATION) as file:
+            shape = running_shape(file)
+            if tokenizer is not None:
+                check_tokenizer(file.name, [file.header["tokenizer"]], tokenizer)
+            memory = ContextMemory.read(file, model, model.device, verify=verify, others=shape).to(model.dtype)
+            running = file.read(list(shape), lambda tensor: tensor.to(model.device).unsqueeze(0), verify=verify)[0]
+            own = {name: file.header[name] for name in ("window", "keep_first")}
+            try:
+                absorbed = memory if any(memory.num_tokens) else None
+                conversation = cls(model, absorbed, **own, query_ids=query_ids)
+                conversation.add(running)
+            except ValueError as error:
+                raise ValueError(f"{file.name}: {error}") from None
+        if tokenizer is not None:
+            sources = [source for source in memory.sources or () if source is not None]
+            check_tokenizer(file.name, [source.tokenizer for source in sources], tokenizer)
+        # nobody else has it
+        conversation._is_given = False
+        return conversation
 
     def _absorb(self, ids: Tensor) -> None:
         if self._memory is None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from .memory_fields import (
     restore_origin,
     shape_of,
 )
-from .memory_file import DTYPES, tensor_names
+from .memory_file import DTYPES, MemoryFile, tensor_names
 from .memory_writer import shards_of, write_tensors
 from .protocols import Decoder
 from .signature import describe_difference
@@ -295,6 +295,21 @@ class ContextMemory:
             ValueError: ``path`` is a folder or a device, or the memory's fields contradict each other.
             OSError: the file cannot be written.
         """
+        fields, tensors = self.contents()
+        shards = [] if max_shard_size is None else shards_of(tensors, max_shard_size)
+        if not shards and not has_origin(self.tails, self.sources):
+            # as older versions of this package read it
+            write_tensors(path, fields, tensors, version=2)
+            return
+        told, integers = describe_origin("memory", self.tails, self.sources, fields)
+        write_tensors(path, {**fields, **told}, {**({} if shards else tensors), **integers}, version=3, shards=shards)
+
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A file's fields, and keys and values by their names in it.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
         fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
         check_fields("memory", fields)
         names, shape = tensor_names(KINDS, fields["signature"]["injection_layers"]), shape_of(fields)
@@ -307,13 +322,7 @@ class ContextMemory:
                     f"memory: expected {name} of shape {shape} and one floating-point dtype, got "
                     f"{tuple(tensor.shape)} and {tensor.dtype}"
                 )
-        shards = [] if max_shard_size is None else shards_of(tensors, max_shard_size)
-        if not shards and not has_origin(self.tails, self.sources):
-            # as older versions of this package read it
-            write_tensors(path, fields, tensors, version=2)
-            return
-        told, integers = describe_origin("memory", self.tails, self.sources, fields)
-        write_tensors(path, {**fields, **told}, {**({} if shards else tensors), **integers}, version=3, shards=shards)
+        return fields, tensors
 
     @classmethod
     def load(
@@ -345,23 +354,55 @@ class ContextMemory:
         """
         target = torch.device(device) if device is not None else (model.device if model is not None else "cpu")
         with open_memory(path) as file:
-            fields = {name: file.header[name] for name in FIELDS}
-            check_fields(file.name, fields)
-            told = check_origin(file.name, file.header, fields)
-            layers = fields["signature"]["injection_layers"]
-            shape, integers = shape_of(fields), integer_shapes(file.header, fields)
-            names, dtype = file.expect(KINDS, layers, shape, integers)
-            if model is not None:
-                # before another model's gigabytes are read
-                outline = [torch.empty(shape, dtype=dtype, device="meta")] * layers
-                try:
-                    model.check_memory(cls(keys=outline, values=outline, **fields))
-                except ValueError as error:
-                    raise ValueError(f"{file.name}: {error}") from None
-            found = file.read(list(integers), lambda tensor: tensor, verify=verify)
-            tensors = file.read(names, lambda tensor: tensor.to(target), verify=verify, mapped=mmap)
-            origin = restore_origin(told, dict(zip(integers, found, strict=True)), fields, torch.device(target))
+            return cls.read(file, model, torch.device(target), verify=verify, mmap=mmap)
+
+    @classmethod
+    def read(
+        cls,
+        file: MemoryFile,
+        model: Decoder | None,
+        target: torch.device,
+        *,
+        verify: bool = True,
+        mmap: bool = False,
+        others: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "ContextMemory":
+        """The memory in an open file, which may hold ``others`` of these shapes beside it; see :meth:`load`."""
+        outline = cls.outline(file, others)
+        if model is not None:
+            # before another model's gigabytes are read
+            try:
+                model.check_memory(outline)
+            except ValueError as error:
+                raise ValueError(f"{file.name}: {error}") from None
+        fields = {name: getattr(outline, name) for name in FIELDS}
+        layers, integers = len(outline.keys), integer_shapes(file.header, fields)
+        found = file.read(list(integers), lambda tensor: tensor, verify=verify)
+        names = tensor_names(KINDS, layers)
+        tensors = file.read(names, lambda tensor: tensor.to(target), verify=verify, mapped=mmap)
+        origin = restore_origin(file.header, dict(zip(integers, found, strict=True)), fields, target)
         return cls(keys=tensors[:layers], values=tensors[layers:], **fields, **origin)
+
+    @classmethod
+    def outline(cls, file: MemoryFile, others: Mapping[str, tuple[int, ...]] | None = None) -> "ContextMemory":
+        """The memory in an open file without its data: tensors on the device ``meta``.
+
+        Args:
+            file: with its shards.
+            others: shapes of what it holds beside the memory.
+
+        Raises:
+            ValueError: the file's fields and tensors contradict each other.
+        """
+        fields = {name: file.header[name] for name in FIELDS}
+        check_fields(file.name, fields)
+        told = check_origin(file.name, file.header, fields)
+        layers, shape = fields["signature"]["injection_layers"], shape_of(fields)
+        integers, meta = integer_shapes(file.header, fields), torch.device("meta")
+        _, dtype = file.expect(KINDS, layers, shape, {**integers, **(others or {})})
+        part = [torch.empty(shape, dtype=dtype, device=meta)] * layers
+        none = {name: torch.empty(size, dtype=torch.int32, device=meta) for name, size in integers.items()}
+        return cls(keys=part, values=part, **fields, **restore_origin(told, none, fields, meta))
 
 
 def choosing_alike(memory: ContextMemory | None, *call: Any) -> contextlib.AbstractContextManager[None]:

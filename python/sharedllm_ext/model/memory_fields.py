@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .memory_file import MemoryFile, are_sizes, shorten
+from .memory_file import MEMORY, FileFormat, MemoryFile, are_sizes, shorten
 from .signature import check_signature
 from .sources import Source, SourceText
 
@@ -84,6 +84,10 @@ def describe_documents(memory: Any) -> dict[str, Any]:
             "chunks": chunks,
             "sha256": None if source is None else source.sha256,
             "tokenizer": None if source is None else source.tokenizer,
+            "characters": None if source is None else [text.characters for text in source.texts],
+            # whether passages are found without the context, and say where they stand
+            "token_ids": _have(source, "token_ids"),
+            "places": _have(source, "offsets"),
         }
         for source, tokens, chunks in zip(sources, memory.num_tokens, memory.num_chunks, strict=True)
     ]
@@ -103,6 +107,11 @@ def describe_documents(memory: Any) -> dict[str, Any]:
             name: signature[name] for name in ("model_type", "hidden_size", "chunk_size", "tree_depth", "weights")
         },
     }
+
+
+def _have(source: Source | None, what: str) -> bool:
+    """Whether all of a document's texts have token ids, or offsets."""
+    return source is not None and all(getattr(text, what) is not None for text in source.texts)
 
 
 def describe_memory(memory: Any) -> dict[str, Any]:
@@ -280,8 +289,12 @@ def _is_text(value: Any) -> bool:
 # -- shards -----------------------------------------------------------------------------------------------------------
 
 
-def open_memory(path: str | os.PathLike[str]) -> MemoryFile:
+def open_memory(path: str | os.PathLike[str], *others: FileFormat) -> MemoryFile:
     """Open a memory's file and its shards.
+
+    Args:
+        path: the file.
+        others: other kinds that it may be.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -289,7 +302,7 @@ def open_memory(path: str | os.PathLike[str]) -> MemoryFile:
     """
     seen: set[str | None] = set()
     while True:
-        file = MemoryFile(path)
+        file = MemoryFile(path, MEMORY, *others)
         try:
             for shard in _shards(file):
                 try:

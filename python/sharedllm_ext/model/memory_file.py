@@ -53,6 +53,13 @@ MEMORY = FileFormat(
     {1: _FIELDS, 2: _FIELDS | {"checksums"}, 3: _FIELDS_3},
     frozenset(("tail_ids", "token_ids", "offsets")),
 )
+#: A conversation: its memory, and its running text.
+CONVERSATION = FileFormat(
+    "sharedllm-conversation",
+    "conversation",
+    {1: (_FIELDS_3 - {"shards"}) | {"window", "keep_first", "tokenizer"}},
+    MEMORY.integers | {"running_ids"},
+)
 #: One of the files beside a memory's own that hold its keys and values.
 SHARD = FileFormat("sharedllm-context-memory-shard", "context memory shard", {1: {"format", "version", "checksums"}})
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -103,16 +110,18 @@ class MemoryFile:
 
     Attributes:
         name: as the caller wrote it.
+        form: the kind that it is, one of those that were expected.
         header: the header's fields; their values are not checked.
         digest: SHA-256 of the header, where the file has one.
+        size: bytes, without those of shards.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
         ValueError: no regular file, none of this kind, of another version, truncated, or a header that was changed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], form: FileFormat = MEMORY) -> None:
-        self.name, self._form = (name := os.fsdecode(path)), form
+    def __init__(self, path: str | os.PathLike[str], form: FileFormat = MEMORY, *others: FileFormat) -> None:
+        self.name, self.form = (name := os.fsdecode(path)), form
         self.digest: str | None = None
         self._shards: list[MemoryFile] = []
         self._maps: dict[int, mmap.mmap] = {}
@@ -136,7 +145,8 @@ class MemoryFile:
                     f"{form.noun} file: expected a regular file, got {name!r}, which is "
                     f"{_KINDS.get(stat.S_IFMT(status.st_mode), 'none')}"
                 )
-            self.header, self._entries = self._read_head(status.st_size)
+            self.header, self._entries = self._read_head(status.st_size, (form, *others))
+            self.size = status.st_size
             self._owners: dict[str, MemoryFile] = dict.fromkeys(self._entries, self)
         except BaseException:
             os.close(self._descriptor)
@@ -149,6 +159,26 @@ class MemoryFile:
         # mapped tensors keep their map
         for file in (self, *self._shards):
             os.close(file._descriptor)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._entries)
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of the file and its shards."""
+        return sum(file.size for file in (self, *self._shards))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in self._entries:
+            raise self._error(f"a tensor {name}", "none")
+        return self._entries[name].shape
 
     def attach(self, name: str, digest: str) -> None:
         """Take the tensors of a shard for this file's own.
@@ -325,7 +355,7 @@ class MemoryFile:
             done += count
         return tensor, crc
 
-    def _read_head(self, size: int) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    def _read_head(self, size: int, forms: Sequence[FileFormat]) -> tuple[dict[str, Any], dict[str, _Entry]]:
         prefix = os.pread(self._descriptor, 8, 0)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
@@ -339,11 +369,12 @@ class MemoryFile:
             raise self._foreign("a safetensors file without that header")
         text = metadata["header"]
         header = self._json(text, "the header")
-        form, found = self._form, header.get("format")
-        if found != form.name:
+        found = header.get("format")
+        form = next((one for one in forms if one.name == found), None)
+        if form is None:
             ours = isinstance(found, str) and found.startswith("sharedllm-")
             raise self._foreign(f"a {shorten(found)} file" if ours else "a safetensors file without that header")
-        version = header.get("version")
+        self.form, version = form, header.get("version")
         if not isinstance(version, int) or version not in form.fields:
             versions = "version 1" if form.version == 1 else f"version 1 to {form.version}"
             raise ValueError(f"{self.name}: expected {form.name} {versions}, got {shorten(version)}")
@@ -372,7 +403,7 @@ class MemoryFile:
         dtype_name, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not (are_sizes(shape) and are_sizes(offsets) and len(offsets) == 2 and isinstance(dtype_name, str)):
             raise self._error(f"dtype, shape and data_offsets of {name!r}", shorten(value))
-        dtypes = {"I32": torch.int32} if name in self._form.integers else _DTYPES
+        dtypes = {"I32": torch.int32} if name in self.form.integers else _DTYPES
         if dtype_name not in dtypes:
             which = f"one of the dtypes {', '.join(dtypes)}" if len(dtypes) > 1 else "dtype I32"
             raise self._error(f"{which} for {name!r}", shorten(dtype_name))
@@ -403,12 +434,12 @@ class MemoryFile:
 
     def _truncated(self, expected: str, got: str) -> ValueError:
         return ValueError(
-            f"{self.name}: expected a complete {self._form.name} file, got a truncated or foreign one (expected "
+            f"{self.name}: expected a complete {self.form.name} file, got a truncated or foreign one (expected "
             f"{expected}, got {got})"
         )
 
     def _foreign(self, got: str) -> ValueError:
-        return ValueError(f"{self.name}: expected a {self._form.name} file, got {got}")
+        return ValueError(f"{self.name}: expected a {self.form.name} file, got {got}")
 
 
 def tensor_names(kinds: Sequence[str], layers: int) -> list[str]:

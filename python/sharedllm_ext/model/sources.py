@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +167,28 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizer(name: str, digests: Iterable[str | None], tokenizer: Any) -> None:
+    """Compare a tokenizer with those by which texts were tokenised, as far as that is known.
+
+    Args:
+        name: of what holds the texts, for the error.
+        digests: of :func:`tokenizer_digest`, or ``None``.
+        tokenizer: the one at hand.
+
+    Raises:
+        ValueError: 'name: expected …, got …'.
+    """
+    known = {digest for digest in digests if digest is not None}
+    if not known:
+        return
+    own = tokenizer_digest(tokenizer)
+    for digest in sorted(known - {own}):
+        raise ValueError(
+            f"{name}: expected text in the tokens of the model's tokenizer (SHA-256 {own[:12]}…), got tokens of "
+            f"another tokenizer ({digest[:12]}…)"
+        )
 
 
 # pickles of memories are read without trust
