@@ -1,5 +1,6 @@
 """Passages on the command line: ``ask`` by a model with a pick, adapters and their bases."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -74,9 +75,56 @@ def test_a_saved_memory_is_asked_beside_its_text(cli: Cli, picking: Path, text: 
     assert again["seconds"]["compress"] is None and again["memory_slots"] == first["memory_slots"]
     result = cli("ask", picking, QUESTION, "--context", text, "--memory", memory, "--passages", 1)
     assert result.code == 0 and "memory saved" not in result.err
+    # it has kept its tokens, so the text is not needed
+    kept = ask(cli, picking, "--memory", memory)
+    assert (kept["answer"], kept["passages"]) == (first["answer"], first["passages"])
+    assert kept["passages"][0]["places"][0]["first"] is not None
     alone = cli("ask", picking, QUESTION, "--memory", memory, "--passages", 0, "--json")
     assert alone.code == 0 and alone.json["passages"] is None
     assert alone.json["question_tokens"] == len(AutoTokenizer.from_pretrained(picking)(QUESTION).input_ids)
+
+
+def test_a_memory_of_several_texts_names_them(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
+    folder, memory = tmp_path / "folder", tmp_path / "memory.safetensors"
+    folder.mkdir()
+    for name, seed in (("a.txt", 4), ("b.txt", 5)):
+        (folder / name).write_text(sentences(10, seed=seed))
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": sentences(3, seed=seed)}) + "\n" for seed in (6, 7)))
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    for contexts, name, texts in (
+        ((text,), f"{text}", 1),
+        ((folder, text), f"{folder}, {text}", 3),
+        ((folder, lines), f"{folder}, {lines}", 1),
+    ):
+        options = [part for path in contexts for part in ("--context", path)]
+        first = ask(cli, picking, *options, "--save-memory", memory)
+        document = cli("info", memory, "--json").json["documents"][0]
+        assert (document["name"], document["token_ids"], len(document["sha256"])) == (name, True, texts)
+        assert (document["sha256"] == [digest]) == (contexts == (text,))
+        kept = ask(cli, picking, "--memory", memory)
+        assert kept["answer"] == first["answer"]
+        assert [row["tokens"] for row in kept["passages"]] == [row["tokens"] for row in first["passages"]]
+        # lines are those of one text
+        where = kept["passages"][0]["places"][0]
+        assert where["source"] == name and (where["first"] is None) == (len(contexts) > 1)
+
+
+def test_a_memory_of_another_tokenizer_is_refused(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
+    memory, other = tmp_path / "memory.safetensors", tmp_path / "other"
+    ask(cli, picking, "--context", text, "--save-memory", memory)
+    shutil.copytree(picking, other)
+    rules = json.loads((other / "tokenizer.json").read_text())
+    rules["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(rules))
+    for more in ((), ("--context", text), ("--passages", 0)):
+        result = cli("ask", other, QUESTION, "--memory", memory, *more)
+        assert (result.code, result.out) == (1, "")
+        assert re.fullmatch(
+            rf"sharedllm: error: {memory}: expected text in the tokens of the model's tokenizer \(SHA-256 \w{{12}}…\), "
+            r"got tokens of another tokenizer \(\w{12}…\)\n",
+            result.err,
+        ), result.err
 
 
 def test_places_name_files_and_their_own_lines(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
@@ -109,7 +157,7 @@ def test_a_passage_over_two_texts_has_two_places(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("{picking}", "--memory", "{memory}"), 2, "--memory: expected --context with it, the text of the memory"),
+        (("{picking}", "--memory", "{bare}"), 2, "--memory: expected --context with it, the text of the memory"),
         (
             ("{picking}", "--memory", "{memory}", "--context", "{other}"),
             1,
@@ -163,6 +211,9 @@ def test_errors_are_one_line(
     paths["other"].write_text("another text")
     zipfile.ZipFile(paths["empty"], "w").close()
     paths["damaged"].write_bytes(b"no archive")
+    paths["bare"] = tmp_path / "bare.safetensors"
+    if "{bare}" in options:
+        SharedLLMForCausalLM.from_pretrained(picking).compress(torch.arange(1, 100).unsqueeze(0)).save(paths["bare"])
     if "{memory}" in options:
         assert cli("ask", picking, "--context", text, "--save-memory", paths["memory"]).code == 0
     model, *rest = (option.format(**paths) for option in options)

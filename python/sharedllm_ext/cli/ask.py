@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from sharedllm_ext.cli import _processes
-from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES, load_adapted
+from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES
 from sharedllm_ext.cli._common import (
     EXIT_ERROR,
     add_model_options,
-    characters,
     count,
-    load_model,
-    load_tokenizer,
     mebibytes,
-    model_path,
     one_line,
     pick_device,
-    positive,
     seconds,
     some_path,
-    warn_if_silent,
     writable_target,
+)
+from sharedllm_ext.cli._contexts import (
+    add_sampling_options,
+    check_characters,
+    kept_context,
+    knows_tokens,
+    load_memory,
+    load_pair,
+    read_contexts,
+    source_of,
+    tokenise,
 )
 from sharedllm_ext.cli._output import CommandError, UsageError, print_error, print_json, say
 from sharedllm_ext.cli._progress import Progress
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 
     from sharedllm_ext.cli._places import Places
     from sharedllm_ext.distributed import Ranks
-    from sharedllm_ext.evaluation.texts import Texts, Tokens
     from sharedllm_ext.model.passages import Passage
 
 
@@ -60,7 +62,7 @@ def add_parser(commands: Any) -> None:
         "--memory",
         type=some_path,
         metavar="FILE",
-        help="use this saved memory instead of a context; to read passages, beside the context it was made of",
+        help="use this saved memory instead of a context",
     )
     parser.add_argument(
         "--save-memory", type=some_path, metavar="FILE", help="save the context's memory (.safetensors)"
@@ -90,11 +92,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help=f"passages to find and read, by a model with a pick; 0 reads the memory alone (default: {PASSAGES})",
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=_temperature, metavar="T", help="sample; 0 is greedy (default)")
-    parser.add_argument(
-        "--top-p", type=_top_p, metavar="P", help="sample from the most likely tokens (default: greedy)"
-    )
+    add_sampling_options(parser)
     parser.add_argument(
         "--chat-template",
         action=argparse.BooleanOptionalAction,
@@ -103,24 +101,6 @@ def add_parser(commands: Any) -> None:
     _processes.add_options(parser)
     add_model_options(parser)
     parser.set_defaults(run=run)
-
-
-def _number(text: str, low: float, high: float, expected: str, *, low_too: bool = False) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (low < value <= high or (low_too and value == low)):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
-
-
-def _temperature(text: str) -> float:
-    return _number(text, 0, 100, "a number from 0 (greedy) to 100", low_too=True)
-
-
-def _top_p(text: str) -> float:
-    return _number(text, 0, 1, "a number above 0 and at most 1")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -141,7 +121,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.question is not None and not args.question.strip():
         raise UsageError("QUESTION: expected text, got an empty one")
     if args.question is not None:
-        _check_characters(args.question)
+        check_characters(args.question)
     if args.context is not None and args.context.count("-") > 1:
         raise UsageError(f"--context: expected - once, got it {args.context.count('-')} times")
     if target is not None:
@@ -156,18 +136,6 @@ def _check(args: argparse.Namespace) -> None:
 def _target(args: argparse.Namespace) -> tuple[str, str | None]:
     """The option that names a file to write, and the file."""
     return ("--save-memory", args.save_memory) if args.save_index is None else ("--save-index", args.save_index)
-
-
-def _check_characters(question: str) -> None:
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        code = ord(question[error.start])
-        # bytes of the command line that Python cannot decode arrive in this form
-        came = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
-        raise UsageError(
-            f"QUESTION: expected text in {sys.getfilesystemencoding()}, got {came} at character {error.start}"
-        ) from None
 
 
 def _question_ids(tokenizer: Any, question: str, chat: bool | None, *, plain: bool) -> list[int]:
@@ -194,32 +162,6 @@ def _question_ids(tokenizer: Any, question: str, chat: bool | None, *, plain: bo
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _read_contexts(paths: list[str], progress: Progress) -> list[Texts]:
-    """Every ``--context``; a file stands under a line with its path where it is not the only one."""
-    from sharedllm_ext.evaluation.texts import read_texts, size_of, under_heading
-
-    found = []
-    for path in paths:
-        with progress.bar(f"reading {path}", size_of(path), "B") as update:
-            texts = read_texts(path, progress=update)
-        if len(paths) > 1 and texts.kind == "text":
-            texts = dataclasses.replace(texts, documents=[under_heading(texts.source, str(texts.documents[0]))])
-        found.append(texts)
-    return found
-
-
-def _load(args: argparse.Namespace, device: torch.device, progress: Progress) -> tuple[Any, Any]:
-    """Model and tokenizer."""
-    if args.adapter is not None:
-        model, tokenizer = load_adapted(args.adapter, args.model, args.dtype, device, progress=progress)
-    else:
-        path = model_path(args.model)
-        model = load_model(path, args.dtype, device, progress=progress)
-        tokenizer = load_tokenizer(path)
-    warn_if_silent(model, args.model)
-    return model, tokenizer
-
-
 def _passages_to_read(args: argparse.Namespace, model: Any) -> int:
     """How many passages to find and read; 0 answers from the memory alone.
 
@@ -235,10 +177,10 @@ def _passages_to_read(args: argparse.Namespace, model: Any) -> int:
     reads = PASSAGES if args.passages is None else int(args.passages)
     if not reads and args.context is not None and args.memory is not None:
         raise UsageError("--context, --memory: expected exactly one of them with --passages 0, got both")
-    if reads and args.question is not None and args.context is None:
+    if reads and args.question is not None and args.context is None and not knows_tokens(args.memory):
         raise UsageError(
-            "--memory: expected --context with it, the text of the memory, in which passages are read (--passages 0 "
-            "reads the memory alone)"
+            "--memory: expected --context with it, the text of the memory, in which passages are read, or a memory "
+            "that has kept its tokens (--passages 0 reads the memory alone)"
         )
     if reads and model.config.passage_prompt is None:
         raise CommandError(
@@ -248,29 +190,6 @@ def _passages_to_read(args: argparse.Namespace, model: Any) -> int:
     if reads and args.chat_template is not None:
         raise UsageError("--chat-template: expected it with --passages 0 alone, since passages have their own prompt")
     return reads
-
-
-def _tokenise(contexts: list[Texts], tokenizer: Any, vocabulary: int, progress: Progress) -> tuple[Tokens, Places]:
-    """Token ids of all contexts, joined, and where each text stands in them."""
-    import numpy as np
-
-    from sharedllm_ext.cli._places import Places
-    from sharedllm_ext.evaluation.tokenising import join_documents, read_tokens
-
-    parts: list[Tokens] = []
-    spans: list[tuple[Texts, list[Tokens], int, int]] = []
-    with progress.bar("tokenising", sum(map(characters, contexts)), "characters") as update:
-        for texts in contexts:
-            documents = read_tokens(texts, tokenizer, vocabulary, join=False, progress=update)
-            joined, gap = join_documents(texts, documents, tokenizer)
-            spans.append((texts, documents, sum(len(part) for part in parts), gap))
-            parts.append(joined)
-    tokens = np.concatenate(parts)
-    places = Places(tokenizer, tokens)
-    for texts, documents, start, gap in spans:
-        headings = texts.kind == "folder" or (len(contexts) > 1 and texts.kind == "text")
-        places.add_texts(texts, documents, start, headings=headings, only=len(contexts) == 1, gap=gap)
-    return tokens, places
 
 
 def _prompt_length(
@@ -299,7 +218,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if _processes.are_several():
         quiet = Progress(False)
-        return _processes.run_together(args, lambda ranks: _run(args, ranks), lambda device: _load(args, device, quiet))
+        return _processes.run_together(
+            args, lambda ranks: _run(args, ranks), lambda device: load_pair(args, device, quiet)
+        )
     _processes.check(args)
     return _run(args)
 
@@ -309,15 +230,15 @@ def _run(args: argparse.Namespace, ranks: Ranks | None = None) -> int:
     _check(args)
     # read the text before the model: a wrong path must not cost the loading of gigabytes
     progress = Progress(not args.json)
-    contexts = None if args.context is None else _read_contexts(args.context, progress)
+    contexts = None if args.context is None else read_contexts(args.context, progress)
 
     import torch
 
-    from sharedllm_ext.model import ContextIndex, ContextMemory
+    from sharedllm_ext.model import ContextIndex
 
     device = pick_device(args.device) if ranks is None else ranks.device
     begin = time.perf_counter()
-    model, tokenizer = _load(args, device, progress)
+    model, tokenizer = load_pair(args, device, progress)
     load_seconds = time.perf_counter() - begin
     reads = _passages_to_read(args, model)
     if reads and args.sharded_memory:
@@ -342,19 +263,18 @@ def _run(args: argparse.Namespace, ranks: Ranks | None = None) -> int:
     context = index = None
     if contexts is not None:
         begin = time.perf_counter()
-        tokens, places = _tokenise(contexts, tokenizer, model.config.vocab_size, progress)
+        tokens, places = tokenise(contexts, tokenizer, model.config.vocab_size, progress)
         tokenize_seconds = time.perf_counter() - begin
         context = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)
     if args.memory is not None:
-        # saved by a run in another dtype, it is still this model's
-        memory = ContextMemory.load(args.memory, model).to(model.dtype)
-        if memory.batch_size != 1:
-            raise CommandError(f"{args.memory}: expected a memory of one document, got {memory.batch_size}")
+        memory = load_memory(args.memory, model, tokenizer)
         if context is not None and context.shape[1] != memory.num_tokens[0]:
             raise CommandError(
                 f"--context, --memory: expected the text of the memory, {memory.num_tokens[0]} tokens, got one of "
                 f"{context.shape[1]}"
             )
+        if reads and context is None:
+            context, places = kept_context(memory, tokenizer)
     elif args.index is not None:
         index = ContextIndex.load(args.index, model).to(model.dtype)
         if index.num_documents != 1:
@@ -376,6 +296,9 @@ def _run(args: argparse.Namespace, ranks: Ranks | None = None) -> int:
             memory = model.memory_for(index, question)
             chosen = model.last_timings
         timings["retrieve"] = chosen["retrieve"] + chosen["compress"]
+    if args.save_memory is not None:
+        assert contexts is not None  # checked above
+        memory = memory.with_sources([source_of(contexts, tokens, tokenizer, places)])
     failure: str | None = None
     option, target = _target(args)
     if target is not None:
