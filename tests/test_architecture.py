@@ -84,6 +84,8 @@ LATE = {
     "cli._processes": HELP,
     "cli._standard_library": HELP,
     "cli.ask": HELP,
+    # also readline, which some systems lack
+    "cli.chat": HELP,
     "cli.demo": HELP,
     "cli.eval": HELP,
     "cli.info": HELP,

@@ -13,22 +13,26 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sharedllm_ext import __version__
-from sharedllm_ext.cli import ask, demo, info, init, perplexity, train
+from sharedllm_ext.cli import ask, chat, demo, info, init, perplexity, train
 from sharedllm_ext.cli import eval as evaluation
 from sharedllm_ext.cli._common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, one_line
 from sharedllm_ext.cli._output import UsageError, abandon_stdout, emit, flush_stdout, print_error, say
 
-COMMANDS = (init, train, ask, perplexity, evaluation, demo, info)
+COMMANDS = (init, train, ask, chat, perplexity, evaluation, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Find an optional positional also after the options, where argparse no longer looks for it."""
+        """Find optional positionals also after the options, where argparse no longer looks for them."""
         namespace, rest = super().parse_known_args(args, namespace)
         for action in self._get_positional_actions():
             missed = action.nargs == argparse.OPTIONAL and getattr(namespace, action.dest, None) is None
             if missed and rest and not rest[0].startswith("-"):
                 setattr(namespace, action.dest, rest.pop(0))
+            while action.nargs == argparse.ZERO_OR_MORE and rest and (rest[0] == "-" or not rest[0].startswith("-")):
+                # a new list: the old one may be the default
+                value = self._get_values(action, [rest.pop(0)])
+                setattr(namespace, action.dest, [*(getattr(namespace, action.dest, None) or ()), *value])
         return namespace, rest
 
     def _print_message(self, message: str, file: Any = None) -> None:

@@ -89,8 +89,8 @@ def share(text: str) -> float:
     return value
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--dtype``, ``--device``, ``--json``."""
+def add_model_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """``--dtype``, ``--device`` and, unless ``json`` is false, ``--json``."""
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -99,7 +99,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         " instructions for it",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where torch has it)")
-    add_json_option(parser)
+    if json:
+        add_json_option(parser)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

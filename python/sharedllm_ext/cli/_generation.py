@@ -1,4 +1,4 @@
-"""Streamed generation with its times, used by ``ask`` and ``demo``."""
+"""Streamed generation with its times, used by ``ask``, ``chat`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,28 @@ def question_ids(tokenizer: Any, question: str) -> list[int]:
     return list(tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
+def settings(model: Any, tokenizer: Any, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """Keywords of ``generate``: how to choose tokens, and the tokens that end an answer and fill rows.
+
+    Greedy without ``temperature`` and ``top_p``, and at temperature 0.
+    """
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature != 0 and (temperature is not None or top_p is not None):
+        sampling = {
+            "do_sample": True,
+            "temperature": 1.0 if temperature is None else temperature,
+            "top_p": 1.0 if top_p is None else top_p,
+            "top_k": 0,
+        }
+    end = model.generation_config.eos_token_id
+    if end is None:
+        end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end
+    return {**sampling, "eos_token_id": end, "pad_token_id": pad}
+
+
 @dataclass
 class Answer:
     """Generated text and its times in seconds."""
@@ -65,34 +87,20 @@ def generate(
     passages: Any = None,
     context: Any = None,
 ) -> Answer:
-    """Generate after ``input_ids`` ``[1, L]`` with a memory (or none); greedy without ``temperature`` and ``top_p``,
-    and at temperature 0. ``passages`` that were found in ``context`` ``[1, C]`` are read in front of it."""
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature != 0 and (temperature is not None or top_p is not None):
-        sampling = {
-            "do_sample": True,
-            "temperature": 1.0 if temperature is None else temperature,
-            "top_p": 1.0 if top_p is None else top_p,
-            "top_k": 0,
-        }
-    end = model.generation_config.eos_token_id
-    if end is None:
-        end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = end[0] if isinstance(end, list) else end
+    """Generate after ``input_ids`` ``[1, L]`` with a memory (or none), by :func:`settings`.
+
+    ``passages`` that were found in ``context`` ``[1, C]`` are read in front of it.
+    """
     reading = {} if passages is None else {"passages": [passages], "context_ids": context, "tokenizer": tokenizer}
     streamer = TimedStreamer(tokenizer, show=show)
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
-        eos_token_id=end,
-        pad_token_id=pad,
         streamer=streamer,
         **({} if memory is None else {"memory": memory}),
         **reading,
-        **sampling,
+        **settings(model, tokenizer, temperature, top_p),
     )
     new = output[0, input_ids.shape[1] :]
     times = streamer.times

@@ -9,8 +9,8 @@ from typing import Any
 from sharedllm_ext.cli._common import add_json_option, mebibytes, some_path
 from sharedllm_ext.cli._output import UsageError, emit, print_json
 
-#: Documents that are listed; --json lists all.
-DOCUMENTS = 20
+#: Documents that are listed, and stretches of text of each; --json lists all.
+DOCUMENTS, TEXTS = 20, 3
 
 
 def add_parser(commands: Any) -> None:
@@ -86,10 +86,10 @@ def _document(number: int, document: dict[str, Any]) -> list[str]:
     if document["tokenizer"] is not None:
         lines.append(f"  tokenizer     SHA-256 {document['tokenizer']}")
     texts = list(zip(document["sha256"] or (), document["characters"] or (), strict=True))
-    for digest, characters in texts[:DOCUMENTS]:
+    for digest, characters in texts[:TEXTS]:
         if digest is not None:
             of = "" if characters is None else f"{characters:,} characters, "
             lines.append(f"  text          {of}SHA-256 {digest}")
-    if len(texts) > DOCUMENTS:
-        lines.append(f"                {len(texts) - DOCUMENTS} more stretches of text (--json lists all)")
+    if len(texts) > TEXTS:
+        lines.append(f"                {len(texts) - TEXTS} more stretches of text (--json lists all)")
     return lines

@@ -1,0 +1,165 @@
+"""One conversation with a model: questions, streamed answers, and the passages that are read for them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+from sharedllm_ext.cli._common import mebibytes
+from sharedllm_ext.cli._generation import TimedStreamer, question_ids
+from sharedllm_ext.cli._output import say
+from sharedllm_ext.cli._places import Places
+from sharedllm_ext.cli._turns import Turns
+from sharedllm_ext.model import Conversation
+from sharedllm_ext.model.passages import Passage, PassagePrompt
+
+#: Passages of a question that are named.
+SHOWN = 3
+
+
+class CtrlC(StoppingCriteria):
+    """A context manager in which the first Ctrl-C ends an answer after its next token, and the third one the program.
+
+    So the text is never left in the middle of a change.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: Any = None
+
+    def __enter__(self) -> CtrlC:
+        # only there a handler can be set, and only there Ctrl-C arrives
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._came)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
+        """Whether to stop, for each row."""
+        return torch.full((input_ids.shape[0],), self.count > 0, dtype=torch.bool, device=input_ids.device)
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 2:
+            say("\nstopping after the next token; Ctrl-C once more ends the program, and the conversation is lost")
+        elif self.count > 2:
+            raise KeyboardInterrupt
+
+
+class Dialogue:
+    """Questions and answers in a conversation.
+
+    Args:
+        conversation: holds the text, from its begin or from a file.
+        tokenizer: the model's.
+        turns: gives each turn's tokens.
+        passages: how many to find and read for a question, where the memory has kept its tokens; 0: none.
+        settings: keywords of ``generate``.
+        places: of the documents that were read first, if they were.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        tokenizer: Any,
+        turns: Turns,
+        *,
+        passages: int,
+        settings: dict[str, Any],
+        places: Places | None = None,
+    ) -> None:
+        self.conversation, self.model, self.tokenizer = conversation, conversation.model, tokenizer
+        self.turns, self.passages, self.places = turns, passages, places
+        ends = settings["eos_token_id"]
+        ends = {*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *turns.stop_ids}
+        self.settings = {**settings, "eos_token_id": sorted(ends) or None}
+
+    @property
+    def reads(self) -> bool:
+        """Whether passages are found for the next question."""
+        memory = self.conversation.memory
+        source = None if memory is None or memory.sources is None else memory.sources[memory.memory_index[0]]
+        return self.passages > 0 and source is not None and source.token_ids is not None
+
+    def answer(self, question: str) -> None:
+        """Stream the answer to a question; both become part of the conversation.
+
+        Raises:
+            ValueError: passages and question do not fit the window; the conversation is as before.
+        """
+        running = self.conversation.running_ids
+        last = int(running[0, -1]) if running.shape[1] else None
+        first = running.shape[1] <= self.conversation.keep_first
+        turn = self._tensor(self.turns.question(question, last, first=first))
+        with CtrlC() as stop:
+            if self.reads:
+                # read beside the conversation, so that passages do not become part of it
+                beside = self._with_passages(question, self.turns.closing(last, first=first))
+                answer = self._generate(beside, stop)
+                self.conversation.add(torch.cat((turn, answer), 1))
+            else:
+                self.conversation.add(turn)
+                self._generate(self.conversation, stop)
+        if stop.count:
+            say("interrupted; the conversation goes on after what was written")
+
+    def _generate(self, conversation: Conversation, stop: CtrlC) -> torch.Tensor:
+        streamer = TimedStreamer(self.tokenizer, show=True)
+        criteria = StoppingCriteriaList([stop])
+        return conversation.generate(streamer=streamer, stopping_criteria=criteria, **self.settings)
+
+    def _with_passages(self, question: str, closing: list[int]) -> Conversation:
+        """The conversation so far and, at its end, passages and the question."""
+        memory, window = self.conversation.memory, self.conversation.window
+        assert memory is not None and memory.sources is not None  # see reads
+        asked = question_ids(self.tokenizer, question)
+        found = self.model.find_passages(self._tensor(asked), memory=memory, count=self.passages)[0]
+        ids = memory.sources[memory.memory_index[0]].token_ids  # type: ignore[union-attr]
+        assert ids is not None
+        prompt = PassagePrompt(self.model.config, self.tokenizer).ids(ids, found, asked, [])
+        if len(prompt) > window:
+            raise ValueError(
+                f"--passages: expected passages and question of at most {window} tokens (the model's window), got "
+                f"{len(prompt)} by {len(found)} passages"
+            )
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        say(f"passages: {'; '.join(map(self._place, found[:SHOWN]))}{more}")
+        beside = Conversation(self.model, memory, window=window, keep_first=self.conversation.keep_first)
+        beside.add(torch.cat((self.conversation.running_ids, self._tensor([*closing, *prompt])), 1))
+        return beside
+
+    def _place(self, passage: Passage) -> str:
+        documents = [] if self.places is None else self.places.documents
+        # of several that it touches, the one that has most of it
+        shares = [(min(passage.end, one.end) - max(passage.start, one.start), one.source) for one in documents]
+        name = f"{max(shares)[1]} " if shares and max(shares)[0] > 0 else ""
+        return f"{name}tokens {passage.start:,} to {passage.end - 1:,}"
+
+    def _tensor(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor([ids], dtype=torch.int64, device=self.model.device)
+
+    def state(self) -> list[str]:
+        """What is held, in lines for people."""
+        conversation, memory = self.conversation, self.conversation.memory
+        running, tokens = conversation.running_ids.shape[1], conversation.num_tokens
+        first = f", the first {conversation.keep_first} stay" if conversation.keep_first else ""
+        lines = [f"running text: {running:,} of {conversation.window:,} tokens{first}"]
+        if memory is None:
+            return [*lines, "memory: none yet"]
+        name = None if memory.sources is None or memory.sources[0] is None else memory.sources[0].name
+        lines.append(
+            f"memory: {tokens - running:,} tokens{f' ({name}, and what followed)' if name else ''} in "
+            f"{sum(memory.num_chunks):,} chunks, {memory.num_slots:,} slots in {len(memory.keys)} layers, "
+            f"{mebibytes(memory.nbytes)}"
+        )
+        if self.reads:
+            lines.append(f"passages: up to {self.passages} for a question")
+        return lines
