@@ -285,7 +285,7 @@ class _Input:
         parts: list[str] = []
         while True:
             try:
-                line = self._line("… " if parts else "> ")
+                line = self._line("... " if parts else "> ")
                 interrupted = False
             except KeyboardInterrupt:
                 if interrupted or not self.terminal:
