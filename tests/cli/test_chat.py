@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,15 +286,25 @@ def test_another_tokenizer_is_refused(chat: Chat, checkpoint: Path, spoken: Path
 
 
 @pytest.fixture
-def started(checkpoint: Path) -> Any:
-    """Start the program with pipes, and end it."""
+def started(checkpoint: Path, tmp_path: Path) -> Any:
+    """Start the program with pipes, with a model that ends no answer by itself; it is ended after two minutes."""
+    model, tokenizer = pair(checkpoint)
+    with torch.no_grad():
+        # the end token is never the likeliest
+        model.lm_head.weight[0] = 0
+    model.save_pretrained(tmp_path / "endless")
+    tokenizer.save_pretrained(tmp_path / "endless")
     running: list[subprocess.Popen[str]] = []
 
     def start(*args: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "sharedllm_ext", "chat", str(checkpoint), *args]
+        command = [sys.executable, "-m", "sharedllm_ext", "chat", str(tmp_path / "endless"), *args]
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        running.append(subprocess.Popen(command, env=environment_of_package(), text=True, bufsize=1, **pipes))
-        return running[-1]
+        process = subprocess.Popen(command, env=environment_of_package(), text=True, bufsize=1, **pipes)
+        timer = threading.Timer(120, process.kill)
+        timer.daemon = True
+        timer.start()
+        running.append(process)
+        return process
 
     yield start
     for process in running:
@@ -301,9 +312,9 @@ def started(checkpoint: Path) -> Any:
         process.communicate()
 
 
-def test_an_interrupted_answer_loses_nothing(started: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_interrupted_answer_loses_nothing(started: Any, tmp_path: Path) -> None:
     path = tmp_path / "talk.safetensors"
-    process = started("--max-new-tokens", "1m", "--temperature", "1", "--top-p", "0.9")
+    process = started("--max-new-tokens", "1m")
     process.stdin.write("alpha Beta\n")
     begun = process.stdout.read(200)
     process.send_signal(signal.SIGINT)
@@ -318,7 +329,7 @@ def test_an_interrupted_answer_loses_nothing(started: Any, checkpoint: Path, tmp
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.endswith("sharedllm: interrupted\n")
-    model, tokenizer = pair(checkpoint)
+    model, tokenizer = pair(tmp_path / "endless")
     conversation = Conversation.load(path, model, tokenizer)
     # a token is at most a word of this vocabulary, and what it printed is there
     assert conversation.memory is not None and conversation.num_tokens * 8 > len(begun) + len(out)
