@@ -37,6 +37,13 @@ def environment_of_package(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
+def environment_of_tests() -> dict[str, str]:
+    """The same, of a program that imports ``tests``, too."""
+    environment = environment_of_package()
+    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).resolve().parents[1])
+    return environment
+
+
 def end_of_rank() -> NoReturn:
     """The end of a program of several processes: all results are out, and no thread outlives its interpreter.
 
