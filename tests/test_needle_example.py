@@ -26,6 +26,7 @@ import batches
 import export
 import models as needle_models
 import more_wordings
+import package_form
 import prepare
 import questions
 import retriever as needle
@@ -91,12 +92,11 @@ def tiny_base() -> LlamaForCausalLM:
     return model
 
 
-def tiny_retriever(model: LlamaForCausalLM, layout: Layout) -> needle.Retriever:
+def tiny_retriever(model: LlamaForCausalLM, layout: Layout, runs: Any = shared_words.RUNS) -> needle.Retriever:
     weights = {n.removeprefix("model."): p.detach() for n, p in model.named_parameters()}
     torch.manual_seed(1)
-    return needle.Retriever(
-        needle.Shape.of(model.config.to_dict(), 2), layout, weights, byte_classes(), needle.Ranks(4, 4, 4, 2)
-    )
+    shape = needle.Shape.of(model.config.to_dict(), 2)
+    return needle.Retriever(shape, layout, weights, byte_classes(), needle.Ranks(4, 4, 4, 2), runs)
 
 
 @pytest.fixture
@@ -227,21 +227,21 @@ def test_score_does_not_depend_on_where_a_chunk_is() -> None:
         )
 
 
-def shared_runs(documents: Tensor, question: Tensor, used: Tensor, layout: Layout, length: int) -> Tensor:
+def shared_runs(documents: Tensor, question: Tensor, used: Tensor, layout: Layout, run: Any) -> Tensor:
     """``[segments, L]`` by counting: how rare the run that ends at each token is, where a segment holds it."""
-    runs = []
+    runs, length = [], run.length
     for document in documents.tolist():
         for start in range(0, len(document), layout.segment):
-            end = min(len(document), start + layout.segment + shared_words.WORD_MARGIN)
-            text = document[max(0, start - shared_words.WORD_MARGIN) : end]
+            end = min(len(document), start + layout.segment + run.margin)
+            text = document[max(0, start - run.margin) : end]
             runs.append({tuple(text[i : i + length]) for i in range(len(text) - length + 1)})
     expected = torch.zeros(len(runs), len(question))
     for place in range(length - 1, len(question)):
-        run = tuple(question[place - length + 1 : place + 1].tolist())
-        if used[place] and 0 not in run:
-            holding = sum(run in held for held in runs)
+        tokens = tuple(question[place - length + 1 : place + 1].tolist())
+        if used[place] and 0 not in tokens:
+            holding = sum(tokens in held for held in runs)
             rarity = math.log(1 + (len(runs) - holding + 0.5) / (holding + 0.5))
-            expected[:, place] = torch.tensor([rarity * (run in held) for held in runs])
+            expected[:, place] = torch.tensor([rarity * (tokens in held) for held in runs])
     return expected
 
 
@@ -251,11 +251,12 @@ def test_shared_words_are_counted_and_weighed_by_rarity() -> None:
     documents = torch.randint(0, 40, (2, 256))
     asked = torch.stack((documents[0, 70:82], documents[1, 250:].repeat(2)))
     used = torch.arange(12) < torch.tensor([[12], [9]])
-    found = shared_words.WordIndex.of(documents, layout, 40).evidence(asked, used)
-    assert found.shape == (len(shared_words.GRAMS), 16, 2, 12)
-    for i, length in enumerate(shared_words.GRAMS):
+    runs = (*shared_words.RUNS, shared_words.WIDE)
+    found = shared_words.WordIndex.of(documents, layout, 40, runs).evidence(asked, used)
+    assert found.shape == (len(runs), 16, 2, 12)
+    for i, run in enumerate(runs):
         for j in range(2):
-            expected = shared_runs(documents, asked[j], used[j], layout, length)
+            expected = shared_runs(documents, asked[j], used[j], layout, run)
             torch.testing.assert_close(found[i, :, j], expected)
             assert expected.any()
 
@@ -513,9 +514,10 @@ def test_training_lowers_the_pick_loss_and_goes_on_exactly(data: Path, tmp_path:
         assert continued.retriever.state_dict()[name].equal(tensor), name
 
 
-def test_an_adapter_names_its_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), (shared_words.WIDE,)])
+def test_an_adapter_names_its_base(tmp_path: Path, more: tuple[Any, ...]) -> None:
     model = tiny_base()
-    ours = tiny_retriever(model, HALF)
+    ours = tiny_retriever(model, HALF, (*shared_words.RUNS, *more))
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.normal_()
@@ -524,6 +526,10 @@ def test_an_adapter_names_its_base(tmp_path: Path) -> None:
     adapter.save_adapter(path, ours, base, {"steps": 3})
     loaded = adapter.load_adapter(path, base)
     assert loaded.layout == HALF and loaded.ranks == ours.ranks and loaded.shape == ours.shape
+    assert loaded.runs == ours.runs
+    if more:
+        with pytest.raises(ValueError, match=r"words: expected .* as in the package, got .*margin=64"):
+            package_form.fields_of(loaded)
     for name, tensor in ours.state_dict().items():
         stored = tensor.to(torch.bfloat16).float() if tensor.dim() > 1 else tensor
         torch.testing.assert_close(loaded.state_dict()[name], stored, rtol=0, atol=0)

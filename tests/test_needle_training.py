@@ -18,6 +18,7 @@ from .test_needle_example import (
     frame_of,
     needle,
     questions,
+    shared_words,
     source_of,
     tiny_base,
     tiny_retriever,
@@ -180,6 +181,12 @@ def test_training_begins_with_an_adapter() -> None:
     assert all(a.equal(b) for a, b in zip(ours.parameters(), other.parameters(), strict=True))
     ours.pick.beta.data.zero_()
     assert other.pick.beta.all()
+    # a retriever with more words begins without them
+    wide = tiny_retriever(base, layout, (*shared_words.RUNS, shared_words.WIDE))
+    train.begin_with(wide, other)
+    assert wide.pick.word_beta[:, :3].equal(other.pick.word_beta) and not wide.pick.word_beta[:, 3:].any()
+    with pytest.raises(SystemExit, match=r"--init: expected an adapter with words .*got one with .*margin=64"):
+        train.begin_with(ours, wide)
     smaller = tiny_retriever(base, dataclasses.replace(layout, tree_depth=1))
     with pytest.raises(SystemExit, match=r"--init: expected an adapter with Layout\(.*tree_depth=2.*tree_depth=1"):
         train.begin_with(ours, smaller)

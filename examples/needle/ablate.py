@@ -24,6 +24,7 @@ RUNS: dict[str, list[str]] = {
     "run E": [],
     "run C": ["--mix", "c", "--hidden-weight", "0", "--question-tokens", "96"],
     "texts and windows of run C": ["--mix", "c"],
+    "words of 64 tokens around": ["--wide"],
     "pick with its words only": ["--hidden-weight", "0"],
     "pick without words only": ["--hidden-weight", "1"],
     "memory read by the top layers": ["--reading", "top"],

@@ -14,6 +14,7 @@ from layout import Layout
 from retriever import READING, Ranks, Retriever, Shape, Weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shared_words import RUNS, Run
 
 WEIGHTS, CONFIG, SOURCE, CLASSES = "model.safetensors", "config.json", "source.json", "classes.npy"
 
@@ -66,6 +67,7 @@ def save_adapter(path: Path, retriever: Retriever, base: Base, training: dict[st
         "reading": retriever.shape.reading,
         "layout": dataclasses.asdict(retriever.layout),
         "ranks": list(retriever.ranks),
+        "runs": [list(run) for run in retriever.runs],
     }
     metadata = {
         "format": "pt",
@@ -98,6 +100,7 @@ def load_adapter(path: Path, base: Base) -> Retriever:
         base.weights,
         base.classes,
         Ranks(*settings["ranks"]),
+        [Run(*run) for run in settings.get("runs", RUNS)],
     )
     retriever.load_state_dict(load_file(path))
     return retriever

@@ -12,6 +12,7 @@ from layout import Layout
 from retriever import Ranks, Retriever, Shape
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shared_words import RUNS
 
 # names of sharedllm_ext.model.adapter
 FORMAT, DOWN, UP = "sharedllm_adapter", ":down", ":up"
@@ -39,8 +40,14 @@ PROMPT = {
 
 
 def fields_of(retriever: Retriever) -> dict[str, Any]:
-    """The package's configuration of the same memory and pick."""
+    """The package's configuration of the same memory and pick.
+
+    Raises:
+        ValueError: its search by words is not the package's.
+    """
     layout = retriever.layout
+    if retriever.runs != RUNS:
+        raise ValueError(f"words: expected {RUNS} as in the package, got {retriever.runs}")
     return {
         "injection_layers": retriever.shape.memory_layers,
         "chunk_size": layout.chunk_size,

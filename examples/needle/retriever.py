@@ -7,14 +7,14 @@ them in modules; ``compressor_weights`` and ``decoder_weights`` make the diction
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from layout import Layout
-from shared_words import GRAMS, WordIndex
+from shared_words import RUNS, Run, WordIndex
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
@@ -161,7 +161,7 @@ class InjectedBlocks(nn.Module):
 class Pick(nn.Module):
     """What asks the memory's keys: a query in each layer, a weight for each token, a factor for the layer."""
 
-    def __init__(self, shape: Shape, base: Weights) -> None:
+    def __init__(self, shape: Shape, base: Weights, runs: int) -> None:
         super().__init__()
         layers, device = shape.pick_layers, base["norm.weight"].device
         self.query = _copies(base, [f"layers.{i}.self_attn.q_proj.weight" for i in layers])
@@ -170,7 +170,7 @@ class Pick(nn.Module):
         self.beta = nn.Parameter(torch.full((len(layers),), 0.5, device=device))
         self.word_weight = nn.ParameterList([nn.Parameter(torch.zeros(shape.hidden, device=device)) for _ in layers])
         self.word_bias = nn.Parameter(torch.zeros(len(layers), device=device))
-        self.word_beta = nn.Parameter(torch.full((len(layers), len(GRAMS)), 0.15, device=device))
+        self.word_beta = nn.Parameter(torch.full((len(layers), runs), 0.15, device=device))
 
 
 def _copies(base: Weights, names: list[str]) -> nn.ParameterList:
@@ -225,17 +225,25 @@ class Retriever(nn.Module):
         base: the base's weights; their dtype is the one that is computed in.
         classes: ``[vocabulary]`` int64, the class of each token for the search by words; 0 has no part in it.
         ranks: of the low-rank updates.
+        runs: what the search by words looks for.
     """
 
     def __init__(
-        self, shape: Shape, layout: Layout, base: Weights, classes: Tensor, ranks: Ranks | None = None
+        self,
+        shape: Shape,
+        layout: Layout,
+        base: Weights,
+        classes: Tensor,
+        ranks: Ranks | None = None,
+        runs: Sequence[Run] = RUNS,
     ) -> None:
         super().__init__()
         self.shape, self.layout, self.base, self.ranks = shape, layout, base, ranks or Ranks()
+        self.runs = tuple(runs)
         self.classes, self.class_count = classes.to(base["norm.weight"].device), int(classes.max()) + 1
         lower, upper = range(shape.memory_layers), range(shape.memory_layers, shape.layers)
         self.injected = InjectedBlocks(shape, base, self.ranks.injected)
-        self.pick = Pick(shape, base)
+        self.pick = Pick(shape, base, len(self.runs))
         self.lower = LowRankUpdates(base, lower, PROJECTIONS, self.ranks.compressor)
         self.upper = LowRankUpdates(base, upper, ATTENTION, self.ranks.attention)
         self.mlp = LowRankUpdates(base, upper, MLP, self.ranks.mlp)
@@ -340,7 +348,7 @@ class Retriever(nn.Module):
 
     def word_index(self, documents: Tensor) -> WordIndex:
         """The index of ``documents [D, tokens]``, whole segments each."""
-        return WordIndex.of(self.classes[documents], self.layout, self.class_count)
+        return WordIndex.of(self.classes[documents], self.layout, self.class_count, self.runs)
 
     def scores(
         self, weights: Weights, questions: Tensor, used: Tensor, raw_keys: RawKeys, words: WordIndex | None
@@ -375,7 +383,7 @@ class Retriever(nn.Module):
         rotation = self.rotation(torch.arange(questions.shape[1], device=self.device)[None])
         x, layers = self.embed(questions), self.shape.pick_layers
         total = torch.zeros((), device=self.device)
-        word_weight = torch.zeros(len(GRAMS), 1, 1, device=self.device)
+        word_weight = torch.zeros(len(self.runs), 1, 1, device=self.device)
         for layer in range(self.shape.memory_layers):
             h = self._norm(x, weights[f"layers.{layer}.input_layernorm.weight"])
             if layer in layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,15 +10,23 @@ import torch.nn.functional as F
 from layout import Layout
 from torch import Tensor
 
-# lengths of the runs of tokens that the search by words looks for
-GRAMS = (1, 2, 4)
 RUN_CODES = 32768
-# tokens on both sides of a segment that its words are taken from, too
-WORD_MARGIN = 16
+
+
+class Run(NamedTuple):
+    """What the search by words looks for: runs of so many tokens, in a segment with so many tokens on both sides."""
+
+    length: int
+    margin: int
+
+
+RUNS = (Run(1, 16), Run(2, 16), Run(4, 16))
+# all that is read with a segment: words of a paragraph that stand around its answer
+WIDE = Run(1, 64)
 
 
 class WordIndex(NamedTuple):
-    """The runs of tokens in each segment, read with a margin: for each length in GRAMS ``[segments, places]`` codes.
+    """The runs of tokens in each segment, read with a margin: for each of ``runs`` ``[segments, places]`` codes.
 
     Single tokens are told apart by their class (case and leading space do not count; there are ``class_count``), runs
     of several by a hash. 0 is no run.
@@ -25,6 +34,7 @@ class WordIndex(NamedTuple):
 
     held: list[Tensor]
     class_count: int
+    runs: Sequence[Run] = RUNS
 
     @staticmethod
     def codes(classes: Tensor, length: int) -> Tensor:
@@ -38,22 +48,24 @@ class WordIndex(NamedTuple):
         return code if length == 1 else torch.where(code > 0, code % (RUN_CODES - 1) + 1, code)
 
     @classmethod
-    def of(cls, classes: Tensor, layout: Layout, count: int) -> WordIndex:
+    def of(cls, classes: Tensor, layout: Layout, count: int, runs: Sequence[Run] = RUNS) -> WordIndex:
         """The index of documents ``classes [documents, tokens]``, whose segments follow each other.
 
         ``count`` is the number of classes.
         """
-        size, margin = layout.segment, WORD_MARGIN
-        windows = F.pad(classes, (margin, margin)).unfold(-1, size + 2 * margin, size).flatten(0, 1)
-        return cls([cls.codes(windows, length) for length in GRAMS], count)
+        size, held = layout.segment, []
+        for length, margin in runs:
+            windows = F.pad(classes, (margin, margin)).unfold(-1, size + 2 * margin, size).flatten(0, 1)
+            held.append(cls.codes(windows, length))
+        return cls(held, count, runs)
 
     def evidence(self, classes: Tensor, used: Tensor) -> Tensor:
-        """How rare what a segment shares with a question is: ``[lengths, segments, R, L]`` for questions ``[R, L]``.
+        """How rare what a segment shares with a question is: ``[runs, segments, R, L]`` for questions ``[R, L]``.
 
         Its sizes depend on no value, so a CUDA graph can hold it: a table gives each code that is asked for a column.
         """
         parts, last = [], classes.numel()
-        for length, held in zip(GRAMS, self.held, strict=True):
+        for (length, _), held in zip(self.runs, self.held, strict=True):
             codes = self.codes(classes, length)
             asked = codes.flatten()
             # equal codes share a column; what is not asked for, and what is no run, has the last one

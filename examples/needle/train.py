@@ -24,6 +24,7 @@ from mix import Mix
 from package_form import any_adapter
 from questions import QuestionSource
 from retriever import READING, Retriever, Shape, picked_passages
+from shared_words import RUNS, WIDE
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -248,7 +249,7 @@ def train(trainer: Trainer, batches: BatchQueue, seconds: float, stop: float, ma
 
 
 def begin_with(retriever: Retriever, other: Retriever) -> None:
-    """Take over the trained weights of another retriever.
+    """Take over the trained weights of another retriever, which may look for fewer kinds of words.
 
     Raises:
         SystemExit: it has another shape, layout or ranks.
@@ -257,7 +258,13 @@ def begin_with(retriever: Retriever, other: Retriever) -> None:
         wanted, got = getattr(retriever, name), getattr(other, name)
         if wanted != got:
             raise SystemExit(f"--init: expected an adapter with {wanted}, got one with {got}")
-    retriever.load_state_dict(other.state_dict())
+    count = len(other.runs)
+    if retriever.runs[:count] != other.runs:
+        raise SystemExit(f"--init: expected an adapter with words {retriever.runs}, got one with {other.runs}")
+    state = other.state_dict()
+    # what the other one does not look for begins at nothing
+    state["pick.word_beta"] = F.pad(state["pick.word_beta"], (0, len(retriever.runs) - count))
+    retriever.load_state_dict(state)
 
 
 def main() -> None:
@@ -283,6 +290,7 @@ def main() -> None:
         "--mix", choices=("d", "c"), default="d", help="texts and windows: run C's, or those since run D (mix.py)"
     )
     changed.add_argument("--hidden-weight", type=float, default=0.5, help="of the pick without words, 0 to 1")
+    changed.add_argument("--wide", action="store_true", help="words of all that is read with a segment count, too")
     changed.add_argument("--text-weight", type=float, default=TEXT_WEIGHT, help="of the running text")
     changed.add_argument("--rate", type=float, default=1e-3, help="peak of the learning rate")
     changed.add_argument("--memory-layers", type=int, default=8)
@@ -315,7 +323,8 @@ def main() -> None:
     try:
         torch.manual_seed(arguments.seed)
         shape = Shape.of(base.config, arguments.memory_layers, arguments.reading)
-        retriever = Retriever(shape, layout, base.weights, base.classes)
+        runs = (*RUNS, WIDE) if arguments.wide else RUNS
+        retriever = Retriever(shape, layout, base.weights, base.classes, runs=runs)
         if arguments.init:
             begin_with(retriever, any_adapter(arguments.init, base))
         if device.type == "cuda":
