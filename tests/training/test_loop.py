@@ -21,6 +21,7 @@ from sharedllm_ext.training import Options, Report, Trained, Trainer, TrainingEr
 from sharedllm_ext.training.checkpoint import read_checkpoint
 from sharedllm_ext.training.loop import CHECKPOINT
 
+from ..distributed.processes import free_port
 from ..support import environment_of_package
 
 OPTIONS = Options(steps=6, warmup=2, report_seconds=0.0)
@@ -200,10 +201,14 @@ def script(tmp_path: Path, base: Path, folder: str, *args: object, **environment
 
 
 def test_two_processes_are_one_with_twice_the_batches(base: Path, tmp_path: Path) -> None:
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     running = [script(tmp_path, base, "two", 1, 3, 10, RANK=str(rank), **port) for rank in range(2)]
     running.append(script(tmp_path, base, "one", 2, 3, 10))
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    try:
+        assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    finally:
+        for process in running:
+            process.kill()
     (two, _, header), (one, *_) = (read_checkpoint(tmp_path / name / CHECKPOINT) for name in ("two", "one"))
     assert header["step"] == 3 and two.keys() == one.keys()
     for name, tensor in two.items():
