@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from sharedllm_ext import ContextMemory, ContinuousBatch, SharedLLMForCausalLM, decoding_obstacle, ops
 from sharedllm_ext.model import fp8_linear, layer_math
+from sharedllm_ext.model.cache_name import CACHE_NAME
 from sharedllm_ext.model.decoder_precision import _linear_places
-from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, support
+from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, session, support
 from sharedllm_ext.model.fp8_linear import Fp8Linear
 
 from . import builders
@@ -118,6 +119,13 @@ def test_rows_beyond_the_kernels(steps: list[int]) -> None:
     steps.clear()
     many = model.generate(text, **settings)
     assert not steps and many.shape == (17, 8)
+    # nor is a step started ahead, where no mask has told the rows before
+    cache = PreallocatedCache(model.config.text_config)
+    with torch.no_grad():
+        model(input_ids=text, use_cache=True, **{CACHE_NAME: cache})
+        call = session.DecodeCall(model, model._rope_tables, None, None, cache=cache)
+        call.run_ahead(text[:, -1])
+    assert call.runner is None
     assert model.generate(text[:2], **settings).shape == before.shape and steps
     batch = ContinuousBatch(model, rows=17, tokens=16)
     with pytest.raises(ValueError, match="at most 16 rows of a decoder in 8 bits, got 17"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import decode_linear, decode_linear_fp8, rms_norm, silu_product
+from ...ops.decode_step import MAX_CPU_ROWS
 from ..families import (
     attention_norm,
     embedding_factor,
@@ -18,14 +19,15 @@ from ..families import (
     residual_factor,
     sliding_window,
 )
+from ..fp8_linear import FEW_ROWS as FEW_FP8_ROWS
 from ..fp8_linear import Fp8Linear, is_fp8, stored_weight
 
 #: Most rows for which kernels that stream the weights once, with norm, gate and residual fused, beat matmuls of a
 #: library; on the CPU they have instances for no more. On CUDA they are bound by reads of x from there on: 4 rows take
 #: 5.76 ms a step, with matmuls 6.13, and 8 rows 7.49 and 6.30 (Llama-3.1-8B, 16384 slots, H200).
-FEW_ROWS = {"cuda": 4, "cpu": 16}
+FEW_ROWS = {"cuda": 4, "cpu": MAX_CPU_ROWS}
 #: Most rows of weights in 8 bits, which have these kernels alone.
-MOST_FP8_ROWS = {"cuda": 8, "cpu": 16}
+MOST_FP8_ROWS = {"cuda": FEW_FP8_ROWS, "cpu": MAX_CPU_ROWS}
 #: Bytes of the output projection's weights that are prefetched into L2 before an attention. More delays the attention's
 #: own loads: 6.58 ms a token with 0 and 6 MB, 6.72 with 12, 6.92 with 33 (Llama-3.1-8B, 16384 slots, H100).
 PREFETCH_BYTES = 6 << 20

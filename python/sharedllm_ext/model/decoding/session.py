@@ -21,7 +21,6 @@ from .cache import PreallocatedCache
 from .prompt import release_prompts
 from .step import RUNNERS, DecodeRunner, state_of_step
 from .support import (
-    MAX_BATCH,
     obstacle_in_cache,
     obstacle_in_call,
     obstacle_in_model,
@@ -140,7 +139,7 @@ class DecodeCall:
         """Whether all layers of the cache hold equally many tokens of ``batch`` rows, as a step expects."""
         weight = self.model.model.embed_tokens.weight
         length, dtype, device = cache.get_seq_length(), weight.dtype, weight.device
-        if length == 0 or batch > MAX_BATCH:
+        if length == 0 or obstacle_in_rows(self.model, batch) is not None:
             return False
         for layer in cache.layers:
             keys = layer._key_storage
