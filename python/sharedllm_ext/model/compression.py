@@ -268,13 +268,13 @@ class ContextCompression:
         """The layers that read the memory; a slice of the module list would be another module, made anew."""
         return list(itertools.islice(self.model.layers, self.config.injection_layers))
 
-    def _context_of(self: Any, memory: ContextMemory, inputs: Tensor) -> InjectedContext:
-        """What the injected blocks of a forward pass of ``inputs [B, L, ...]`` read."""
+    def _context_of(self: Any, memory: ContextMemory, shape: Sequence[int], device: torch.device) -> InjectedContext:
+        """What the injected blocks read for inputs of a shape ``[B, L, ...]``."""
         return InjectedContext.of(
             memory,
-            inputs.shape[0],
-            inputs.shape[1],
-            inputs.device,
+            shape[0],
+            shape[1],
+            device,
             offset=self.config.query_position_offset,
             tables=self._rope_tables,
             layers=self._reading_layers(),

@@ -450,7 +450,8 @@ class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, 
             text = (input_ids, attention_mask, position_ids)
             outputs = read_short(self, *text, past_key_values, memory, use_cache, kwargs)
         if outputs is None:
-            injected = {} if memory is None else {"injected_context": self._context_of(memory, inputs)}
+            context = None if memory is None else self._context_of(memory, inputs.shape, inputs.device)
+            injected = {} if context is None else {"injected_context": context}
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..model.injection import InjectedContext
 from ..model.memory import ContextMemory
 from ..model.passages import passage_span
 from ..model.pick import SlotPlaces, rotated, slot_places, unrotated
@@ -278,15 +277,7 @@ def _rotated(keys: Tensor, tables: Tables, positions: Tensor) -> Tensor:
 def _hidden(model: Any, ids: Tensor, memory: ContextMemory) -> Tensor:
     """The decoder's last normed output ``[B, L, d]`` of texts ``[B, L]`` on the host that end with padding."""
     ids = upload(ids, model.device)
-    context = InjectedContext.of(
-        memory,
-        ids.shape[0],
-        ids.shape[1],
-        ids.device,
-        offset=model.config.query_position_offset,
-        tables=model._rope_tables,
-        layers=model.model.layers[: model.config.injection_layers],
-    )
+    context = model._context_of(memory, ids.shape, ids.device)
     hidden: Tensor = model.model(input_ids=ids, use_cache=False, injected_context=context).last_hidden_state
     return hidden
 

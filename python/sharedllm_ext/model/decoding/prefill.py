@@ -8,7 +8,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache_name import CACHE_NAME
-from ..injection import InjectedContext
 from ..memory import ContextMemory
 from . import graph, support
 from .cache import PreallocatedCache
@@ -123,23 +122,12 @@ def _counts_tokens(tokens: Tensor, mask: Tensor | None, positions: Tensor | None
 @torch.no_grad()
 def _new_step(model: Any, memory: ContextMemory | None, batch: int, columns: int) -> ShortPrompt:
     layers, device = model.model.layers, model.device
-    found, context = model._rope_tables(columns, device, layers), None
-    if memory is not None:
-        context = InjectedContext.of(
-            memory,
-            batch,
-            columns,
-            device,
-            offset=model.config.query_position_offset,
-            tables=model._rope_tables,
-            layers=list(layers)[: model.config.injection_layers],
-        )
-    tables = [found.of(layer) for layer in layers]
+    found = model._rope_tables(columns, device, layers)
     return ShortPrompt(
         model,
         batch,
         columns,
-        context=context,
-        tables=tables,
+        context=None if memory is None else model._context_of(memory, (batch, columns), device),
+        tables=[found.of(layer) for layer in layers],
         graph=graph.uses_graphs(device),
     )

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from ..cache_name import CACHE_NAME
-from ..injection import InjectedContext
 from ..memory import ContextMemory
 from ..outputs import SharedLLMOutput
 from ..protocols import Decoder
@@ -183,17 +182,8 @@ class DecodeCall:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _new_runner(self, cache: PreallocatedCache, batch: int, graph: bool, state: tuple[Any, ...]) -> DecodeRunner:
-        model, context, device, layers = self.model, None, self.model.device, self.model.model.layers
-        if self.memory is not None:
-            context = InjectedContext.of(
-                self.memory,
-                batch,
-                1,
-                device,
-                offset=model.config.query_position_offset,
-                tables=self.tables,
-                layers=layers[: model.config.injection_layers],
-            )
+        model, device, layers = self.model, self.model.device, self.model.model.layers
+        context = None if self.memory is None else model._context_of(self.memory, (batch, 1), device)
         found = self.tables(cache.layers[0].capacity, device, layers)
         tables = [found.of(layer) for layer in layers]
         return DecodeRunner(model, cache, self.memory, batch, context=context, tables=tables, graph=graph, state=state)
