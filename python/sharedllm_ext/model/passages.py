@@ -8,12 +8,11 @@ from torch import Tensor
 
 from .inputs import check_ids, check_mask
 from .memory import ContextMemory
-from .pick import slot_places, unrotated
-from .pick_index import PickIndex, check_text
+from .pick import slot_places
+from .pick_index import PickIndex, check_text, unrotated_keys
 from .picked_memory import PickedMemory
 from .sources import Place, Source
 from .tiered_memory import TieredMemory
-from .word_index import WordIndex
 
 #: Chunks of a tiered memory that a question reads by default: 128K tokens in chunks of 1024.
 CHUNKS = 128
@@ -254,20 +253,8 @@ class PassageRetrieval:
         places = slot_places(ids.numel(), config)
         values = memory.values[0][slots]
         check_text(lower, ids, places, lambda chosen: values[chosen.to(values.device)])
-        position = places.position.to(memory.device)
-        tables = self._rope_tables(int(places.position.max()) + 1 if ids.numel() else 1, memory.device)
-        keys = [
-            unrotated(memory.keys[layer][slots], tables.of(lower.layers[layer]), position).to(self.dtype)
-            for layer in pick.layers
-        ]
-        index = PickIndex(
-            # a copy: the caller may change its own
-            ids=ids.to(torch.int32, copy=True),
-            keys=keys,
-            segment=(places.token // config.segment_size).to(memory.device),
-            count=-(-ids.numel() // config.segment_size),
-            words=WordIndex.of(pick.token_class[ids].long(), config.segment_size),
-        )
+        keys = [unrotated_keys(self, layer, memory.keys[layer][slots], places.position) for layer in pick.layers]
+        index = PickIndex.of(ids, keys, places, pick.token_class, config)
         self._pick_indexes.put(memory, slots, index, pick, self.dtype)
         return index
 

@@ -15,7 +15,7 @@ from .layer_math import version_of
 from .lower_model import LowerModel, embed_tokens, project
 from .managed_layers import is_managed
 from .memory import ContextMemory
-from .pick import SlotPlaces
+from .pick import SlotPlaces, unrotated
 from .word_index import WordIndex
 
 #: Bytes of all indexes that a model keeps. One of the shipped adapter has 323 bytes a token in float32, so these are
@@ -43,6 +43,26 @@ class PickIndex:
     segment: Tensor
     count: int
     words: WordIndex
+
+    @classmethod
+    def of(cls, ids: Tensor, keys: list[Tensor], places: SlotPlaces, token_class: Tensor, config: Any) -> "PickIndex":
+        """The index of a document.
+
+        Args:
+            ids: ``[T]`` its tokens; copied, the caller may change its own.
+            keys: for each of the pick's layers ``[S, Hkv, D]``, not rotated.
+            places: of its slots.
+            token_class: the pick's.
+            config: the model's.
+        """
+        size = config.segment_size
+        return cls(
+            ids=ids.to(torch.int32, copy=True),
+            keys=keys,
+            segment=(places.token // size).to(ids.device),
+            count=-(-ids.numel() // size),
+            words=WordIndex.of(token_class[ids].long(), size),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +169,15 @@ def _version(tensor: Tensor) -> int:
     whole = rows.shape[1] * rows.element_size() % 8 == 0
     sums = rows.view(torch.int64 if whole else _INTEGERS[rows.element_size()]).sum(1, dtype=torch.int64)
     return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
+
+
+def unrotated_keys(model: Any, layer: int, keys: Tensor, positions: Tensor) -> Tensor:
+    """A layer's keys ``[S, Hkv, D]`` without their rotation by ``positions [S]``, in the model's dtype."""
+    if not positions.numel():
+        return keys.to(model.dtype)
+    tables = model._rope_tables(int(positions.max()) + 1, keys.device)
+    place = positions.to(keys.device)
+    return unrotated(keys, tables.of(model.lower_model.layers[layer]), place).to(model.dtype)
 
 
 def check_text(lower: LowerModel, ids: Tensor, places: SlotPlaces, values_of: Callable[[Tensor], Tensor]) -> None:

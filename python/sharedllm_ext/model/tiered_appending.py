@@ -14,8 +14,9 @@ from .memory_fields import Tail
 from .memory_tiers import MemoryTiers
 from .pages import Page, PageForm
 from .pick import slot_places
+from .pick_index import unrotated_keys
 from .sources import Source
-from .tiered_document import TieredDocument, chunk_slots, document_of, unrotated_keys
+from .tiered_document import TieredDocument, chunk_slots, document_of
 from .tiered_memory import TieredMemory
 
 #: Tokens that are compressed before their pages go to the tiers; what they take is all that is held beside the tiers.

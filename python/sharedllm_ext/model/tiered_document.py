@@ -10,11 +10,10 @@ from torch import Tensor
 from .layer_math import version_of
 from .memory_fields import Tail
 from .pages import Page
-from .pick import slot_places, unrotated
-from .pick_index import PickIndex, check_text
+from .pick import slot_places
+from .pick_index import PickIndex, check_text, unrotated_keys
 from .sources import Source
 from .storage import Version, grow
-from .word_index import WordIndex
 
 # slots whose keys lose their rotation at a time
 _SLOTS = 1 << 16
@@ -70,13 +69,7 @@ class PickKeys:
                 known[2].wait()
             return known[1]
         places = slot_places(ids.numel(), config)
-        index = PickIndex(
-            ids=ids.to(torch.int32),
-            keys=[key.to(dtype) for key in self.keys],
-            segment=(places.token // config.segment_size).to(ids.device),
-            count=-(-ids.numel() // config.segment_size),
-            words=WordIndex.of(token_class[ids].long(), config.segment_size),
-        )
+        index = PickIndex.of(ids, [key.to(dtype) for key in self.keys], places, token_class, config)
         self._index = state, index, torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
         return index
 
@@ -156,15 +149,6 @@ def document_of(
             parts.append(unrotated_keys(model, layer, part, places.position[first:end]))
         keys.append(torch.cat(parts))
     return TieredDocument(tuple(pages), num_tokens, slots, tail, source, PickKeys(keys))
-
-
-def unrotated_keys(model: Any, layer: int, keys: Tensor, positions: Tensor) -> Tensor:
-    """A layer's keys ``[S, Hkv, D]`` without their rotation by ``positions [S]``, in the model's dtype."""
-    if not positions.numel():
-        return keys.to(model.dtype)
-    tables = model._rope_tables(int(positions.max()) + 1, keys.device)
-    place = positions.to(keys.device)
-    return unrotated(keys, tables.of(model.lower_model.layers[layer]), place).to(model.dtype)
 
 
 def chunk_slots(config: Any) -> int:
