@@ -368,13 +368,8 @@ class ContextMemory:
         others: Mapping[str, tuple[int, ...]] | None = None,
     ) -> "ContextMemory":
         """The memory in an open file, which may hold ``others`` of these shapes beside it; see :meth:`load`."""
-        outline = cls.outline(file, others)
-        if model is not None:
-            # before another model's gigabytes are read
-            try:
-                model.check_memory(outline)
-            except ValueError as error:
-                raise ValueError(f"{file.name}: {error}") from None
+        # before another model's gigabytes are read
+        outline = cls.outline(file, others, model)
         fields = {name: getattr(outline, name) for name in FIELDS}
         layers, integers = len(outline.keys), integer_shapes(file.header, fields)
         found = file.read(list(integers), lambda tensor: tensor, verify=verify)
@@ -384,15 +379,18 @@ class ContextMemory:
         return cls(keys=tensors[:layers], values=tensors[layers:], **fields, **origin)
 
     @classmethod
-    def outline(cls, file: MemoryFile, others: Mapping[str, tuple[int, ...]] | None = None) -> "ContextMemory":
+    def outline(
+        cls, file: MemoryFile, others: Mapping[str, tuple[int, ...]] | None = None, model: Decoder | None = None
+    ) -> "ContextMemory":
         """The memory in an open file without its data: tensors on the device ``meta``.
 
         Args:
             file: with its shards.
             others: shapes of what it holds beside the memory.
+            model: the one that must have made it, if any.
 
         Raises:
-            ValueError: the file's fields and tensors contradict each other.
+            ValueError: the file's fields and tensors contradict each other, or another model made it.
         """
         fields = {name: file.header[name] for name in FIELDS}
         check_fields(file.name, fields)
@@ -402,7 +400,13 @@ class ContextMemory:
         _, dtype = file.expect(KINDS, layers, shape, {**integers, **(others or {})})
         part = [torch.empty(shape, dtype=dtype, device=meta)] * layers
         none = {name: torch.empty(size, dtype=torch.int32, device=meta) for name, size in integers.items()}
-        return cls(keys=part, values=part, **fields, **restore_origin(told, none, fields, meta))
+        outline = cls(keys=part, values=part, **fields, **restore_origin(told, none, fields, meta))
+        if model is not None:
+            try:
+                model.check_memory(outline)
+            except ValueError as error:
+                raise ValueError(f"{file.name}: {error}") from None
+        return outline
 
 
 def choosing_alike(memory: ContextMemory | None, *call: Any) -> contextlib.AbstractContextManager[None]:

@@ -16,12 +16,12 @@ from .memory_fields import (
     KINDS,
     Tail,
     check_fields,
-    check_origin,
     describe_documents,
     describe_origin,
     integer_shapes,
     open_memory,
     restore_origin,
+    shape_of,
 )
 from .memory_file import bytes_of, tensor_names
 from .memory_tiers import MemoryTiers
@@ -347,7 +347,7 @@ class TieredMemory:
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
         check_fields("memory", fields)
-        shape = (self.num_slots, self.form.heads, self.form.size)
+        shape = shape_of(fields)
 
         def parts(index: int) -> Iterator[Tensor]:
             return (self.tiers.part(page, index) for document in self.documents for page in document.pages)
@@ -383,21 +383,14 @@ class TieredMemory:
         """
         file = open_memory(path)
         try:
-            fields = {name: file.header[name] for name in FIELDS}
-            check_fields(file.name, fields)
-            told = check_origin(file.name, file.header, fields)
-            layers, (heads, size) = fields["signature"]["injection_layers"], _sizes(fields)
-            shape, integers = (fields["cu_slots"][-1], heads, size), integer_shapes(file.header, fields)
-            names, dtype = file.expect(KINDS, layers, shape, integers)
-            outline = [torch.empty(shape, dtype=dtype, device="meta")] * layers
-            try:
-                model.check_memory(ContextMemory(keys=outline, values=outline, **fields))
-            except ValueError as error:
-                raise ValueError(f"{file.name}: {error}") from None
+            outline = ContextMemory.outline(file, model=model)
+            fields = {name: getattr(outline, name) for name in FIELDS}
+            layers, (_, heads, size), dtype = len(outline.keys), outline.keys[0].shape, outline.dtype
+            integers = integer_shapes(file.header, fields)
             found = file.read(list(integers), lambda tensor: tensor, verify=False)
             if verify:
-                file.verify([*names, *integers])
-            origin = restore_origin(told, dict(zip(integers, found, strict=True)), fields, torch.device("cpu"))
+                file.verify([*tensor_names(KINDS, layers), *integers])
+            origin = restore_origin(file.header, dict(zip(integers, found, strict=True)), fields, torch.device("cpu"))
         except BaseException:
             file.__exit__()
             raise
@@ -422,7 +415,3 @@ class TieredMemory:
             own = functools.partial(rows, begin)
             memory.documents.append(document_of(model, tiers.device, memory.chunk_slots, pages, *held, own))
         return memory
-
-
-def _sizes(fields: dict[str, Any]) -> tuple[int, int]:
-    return fields["signature"]["num_key_value_heads"], fields["signature"]["head_dim"]
