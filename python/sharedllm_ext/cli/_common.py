@@ -323,6 +323,15 @@ def characters(texts: Texts) -> int:
     return sum(len(document) for document in texts.documents)
 
 
+def say_left_out(name: str, texts: Texts) -> None:
+    """Say how many files of a folder ``name`` are no text or could not be read, if there are any."""
+    if texts.skipped:
+        say(f"{name}: {texts.skipped} files are not text and were left out")
+    if texts.unreadable:
+        number, first = len(texts.unreadable), texts.unreadable[0]
+        say(f"{name}: {number} files cannot be read and were left out, the first is {first}")
+
+
 def warn_if_silent(model: Any, path: str) -> None:
     """Warn if no injected block can add anything: such a model answers as if there were no context."""
     from sharedllm_ext.model.reading import can_read_context

@@ -9,13 +9,15 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sharedllm_ext.cli._adapter import load_adapted
+from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES, load_adapted
 from sharedllm_ext.cli._common import (
     characters,
+    count,
     load_model,
     load_tokenizer,
     model_path,
     positive,
+    some_path,
     warn_if_silent,
 )
 from sharedllm_ext.cli._output import CommandError, UsageError
@@ -33,12 +35,28 @@ if TYPE_CHECKING:
 NAMES = 8
 
 
-def add_sampling_options(parser: Any) -> None:
-    """``--max-new-tokens``, ``--temperature``, ``--top-p``."""
+def add_answer_options(parser: Any, *, wrapped: str, passages: str) -> None:
+    """``--adapter``, ``--passages``, ``--max-new-tokens``, ``--temperature``, ``--top-p``, ``--chat-template``.
+
+    ``wrapped`` is what the chat template is put around, ``passages`` the help of that option without its default.
+    """
+    parser.add_argument(
+        "--adapter",
+        type=some_path,
+        metavar="NAME_OR_FILE",
+        help="put this adapter on MODEL, its base checkpoint: a folder, a hub name, a GGUF file, or "
+        f"{BASE_PACKAGE}, the Python package of the base of {ADAPTER}",
+    )
+    parser.add_argument("--passages", type=count, metavar="N", help=f"{passages} (default: {PASSAGES})")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=_temperature, metavar="T", help="sample; 0 is greedy (default)")
     parser.add_argument(
         "--top-p", type=_top_p, metavar="P", help="sample from the most likely tokens (default: greedy)"
+    )
+    parser.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help=f"wrap {wrapped} in the tokenizer's chat template (default: where there is one)",
     )
 
 

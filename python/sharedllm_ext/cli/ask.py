@@ -9,11 +9,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sharedllm_ext.cli import _processes
-from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES
+from sharedllm_ext.cli._adapter import PASSAGES
 from sharedllm_ext.cli._common import (
     EXIT_ERROR,
     add_model_options,
-    count,
     mebibytes,
     one_line,
     pick_device,
@@ -22,7 +21,7 @@ from sharedllm_ext.cli._common import (
     writable_target,
 )
 from sharedllm_ext.cli._contexts import (
-    add_sampling_options,
+    add_answer_options,
     check_characters,
     kept_context,
     knows_tokens,
@@ -79,24 +78,10 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="save the context's index (.safetensors), from which every question chooses, in a query-aware model",
     )
-    parser.add_argument(
-        "--adapter",
-        type=some_path,
-        metavar="NAME_OR_FILE",
-        help="put this adapter on MODEL, its base checkpoint: a folder, a hub name, a GGUF file, or "
-        f"{BASE_PACKAGE}, the Python package of the base of {ADAPTER}",
-    )
-    parser.add_argument(
-        "--passages",
-        type=count,
-        metavar="N",
-        help=f"passages to find and read, by a model with a pick; 0 reads the memory alone (default: {PASSAGES})",
-    )
-    add_sampling_options(parser)
-    parser.add_argument(
-        "--chat-template",
-        action=argparse.BooleanOptionalAction,
-        help="wrap the question in the tokenizer's chat template (default: where there is one)",
+    add_answer_options(
+        parser,
+        wrapped="the question",
+        passages="passages to find and read, by a model with a pick; 0 reads the memory alone",
     )
     _processes.add_options(parser)
     add_model_options(parser)

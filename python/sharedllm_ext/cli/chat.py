@@ -9,19 +9,19 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES
+from sharedllm_ext.cli._adapter import PASSAGES
 from sharedllm_ext.cli._common import (
     EXIT_ERROR,
     add_model_options,
-    count,
     mebibytes,
     one_line,
     pick_device,
+    say_left_out,
     some_path,
     writable_target,
 )
 from sharedllm_ext.cli._contexts import (
-    add_sampling_options,
+    add_answer_options,
     check_characters,
     load_memory,
     load_pair,
@@ -68,25 +68,11 @@ def add_parser(commands: Any) -> None:
         "--memory", type=some_path, metavar="FILE", help="begin with a memory that ask --save-memory wrote"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message, which stays in sight as long as there is one")
-    parser.add_argument(
-        "--adapter",
-        type=some_path,
-        metavar="NAME_OR_FILE",
-        help="put this adapter on MODEL, its base checkpoint: a folder, a hub name, a GGUF file, or "
-        f"{BASE_PACKAGE}, the Python package of the base of {ADAPTER}",
-    )
-    parser.add_argument(
-        "--passages",
-        type=count,
-        metavar="N",
-        help="passages to find and read for a question, by a model with a pick that has read documents; 0 reads the "
-        f"memory alone (default: {PASSAGES})",
-    )
-    add_sampling_options(parser)
-    parser.add_argument(
-        "--chat-template",
-        action=argparse.BooleanOptionalAction,
-        help="wrap messages in the tokenizer's chat template (default: where there is one)",
+    add_answer_options(
+        parser,
+        wrapped="messages",
+        passages="passages to find and read for a question, by a model with a pick that has read documents; 0 reads "
+        "the memory alone",
     )
     add_model_options(parser, json=False)
     parser.set_defaults(run=run)
@@ -203,11 +189,7 @@ def _read(
     with progress.compression(context.shape[1]) as tell, torch.no_grad():
         memory = model.compress(context, training=False, progress=tell)
     for texts in contexts:
-        if texts.skipped:
-            say(f"{texts.source}: {texts.skipped} files are not text and were left out")
-        if texts.unreadable:
-            number, first = len(texts.unreadable), texts.unreadable[0]
-            say(f"{texts.source}: {number} files cannot be read and were left out, the first is {first}")
+        say_left_out(texts.source, texts)
     return memory.with_sources([source_of(contexts, tokens, tokenizer, places)]), places
 
 

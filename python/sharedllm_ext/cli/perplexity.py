@@ -20,6 +20,7 @@ from sharedllm_ext.cli._common import (
     one_line,
     pick_device,
     positive,
+    say_left_out,
     seconds,
     some_path,
     warn_if_silent,
@@ -177,13 +178,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_text(args: argparse.Namespace, texts: Texts, sizes: list[int], points: int) -> None:
-    if texts.skipped:
-        say(f"{args.text}: {texts.skipped} files are not text and were left out")
-    if texts.unreadable:
-        say(
-            f"{args.text}: {len(texts.unreadable)} files cannot be read and were left out, "
-            f"the first is {texts.unreadable[0]}"
-        )
+    say_left_out(args.text, texts)
     if points < args.points:
         say(f"{args.text}: {sum(sizes):,} tokens have room for {points} of {args.points} points")
 
