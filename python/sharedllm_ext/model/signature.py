@@ -279,20 +279,22 @@ def _identity(tensor: Tensor) -> tuple[int, int]:
 
 
 def _digest(lower: LowerModel) -> str:
-    picks = []
+    picks: list[Tensor] = []
+
+    def pick(tensor: Tensor) -> None:
+        flat = tensor.reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+        picks.append(flat[index.to(flat.device)].to(torch.bfloat16).cpu())
+
     for module in (lower.embed_tokens, lower.norm, *lower.layers):
         # the injected block is the decoder's, not the compressor's
         for parameter in stored_parameters(module, skip="injection"):
-            flat = parameter.detach().reshape(-1)
-            index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-            picks.append(flat[index.to(flat.device)].to(torch.bfloat16).cpu())
+            pick(parameter.detach())
     for layer in lower.layers:
         # weights in 8 bits are no parameters; the injected block is the decoder's
         for name, child in layer.named_modules():
             if type(child) is Fp8Linear and not name.startswith("injection."):
-                flat = child.codes.reshape(-1).view(torch.uint8)
-                index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-                picks.append(flat[index.to(flat.device)].to(torch.bfloat16).cpu())
+                pick(child.codes.view(torch.uint8))
     sample = torch.cat(picks).view(torch.int16).numpy().tobytes()
     return hashlib.sha256(sample).hexdigest()[:32]
 

@@ -380,8 +380,7 @@ def _linear_fake(
     prefetch: Tensor | None,
     prefetch_bytes: int,
 ) -> Tensor:
-    outputs = [matrix.shape[0] for matrix in (weight, weight2, weight3) if matrix is not None]
-    return x.new_empty((x.shape[0], outputs[0] if gated else sum(outputs)))
+    return _empty_linear(x, (weight, weight2, weight3), gated)
 
 
 @torch.library.register_fake("sharedllm::decode_linear_fp8")
@@ -404,7 +403,11 @@ def _linear_fp8_fake(
     prefetch: Tensor | None,
     prefetch_bytes: int,
 ) -> Tensor:
-    outputs = [matrix.shape[0] for matrix in (weight, weight2, weight3) if matrix is not None]
+    return _empty_linear(x, (weight, weight2, weight3), gated)
+
+
+def _empty_linear(x: Tensor, matrices: Sequence[Tensor | None], gated: bool) -> Tensor:
+    outputs = [matrix.shape[0] for matrix in matrices if matrix is not None]
     return x.new_empty((x.shape[0], outputs[0] if gated else sum(outputs)))
 
 
