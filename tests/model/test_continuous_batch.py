@@ -240,6 +240,9 @@ def test_what_is_refused(pool: Pool) -> None:
     cases: list[tuple[list[Any], dict[str, Any], str]] = [
         ([text] * 3, {}, r"texts: expected at most 2 \(the free rows of 2\), got 3"),
         ([text[:0]], {}, r"text: expected token ids of shape \[tokens\], got torch.int64 \(0,\)"),
+        ([[]], {}, r"text: expected token ids of shape \[tokens\], got torch.int64 \(0,\)"),
+        (["def f("], {}, r"text: expected token ids of shape \[tokens\], got 'def f\('; a tokenizer makes them"),
+        ([["f", None]], {}, r"text: expected token ids of shape \[tokens\], got \['f', None\]"),
         ([text.float()], {}, r"got torch.float32 \(5,\)"),
         ([text], {"max_new_tokens": 6}, "text: expected at most 10 tokens with its answer, got 5 and 6 more"),
         ([text], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
@@ -250,6 +253,8 @@ def test_what_is_refused(pool: Pool) -> None:
     for texts, settings, error in cases:
         with pytest.raises(ValueError, match=error):
             batch.add_all(texts, **settings)
+    with pytest.raises(ValueError, match=r"text: expected token ids of shape \[tokens\], got 'def f\('"):
+        batch.add("def f(")  # type: ignore[arg-type]
     assert batch.free == 2 and not batch.step()
     handle = model.model.norm.register_forward_hook(print)
     with pytest.raises(ValueError, match=r"model: expected one that decodes by steps; model.norm: expected no hook"):

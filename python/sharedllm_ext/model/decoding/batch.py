@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..cache_name import CACHE_NAME
 from ..memory import ContextMemory
+from ..memory_file import shorten
 from ..upload import upload
 from . import support
 from .cache import PreallocatedCache
@@ -124,7 +125,7 @@ class ContinuousBatch:
         Raises:
             ValueError: no row is free, the text has no room, or the model cannot decode by steps.
         """
-        ids = torch.as_tensor(text)
+        ids = _ids_of(text)
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
         return self.add_all([ids[0] if ids.dim() == 2 and ids.shape[0] == 1 else ids], memory, **settings)[0]
 
@@ -144,7 +145,7 @@ class ContinuousBatch:
             memory: of as many rows, or of one for all.
             max_new_tokens, eos_token_id: of each.
         """
-        ids = [torch.as_tensor(text) for text in texts]
+        ids = [_ids_of(text) for text in texts]
         if not ids:
             return []
         lengths = self._check(ids, memory, max_new_tokens)
@@ -463,6 +464,18 @@ class ContinuousBatch:
             tables=[found.of(layer) for layer in layers],
             kernels=("rows", rows, groups, shapes, self._state, self._storages[0][0].shape),
         )
+
+
+def _ids_of(text: Any) -> Tensor:
+    if isinstance(text, Sequence) and not len(text):
+        # torch takes it for a tensor of floating point
+        return torch.zeros(0, dtype=torch.int64)
+    try:
+        return torch.as_tensor(text)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"text: expected token ids of shape [tokens], got {shorten(text)}; a tokenizer makes them of text"
+        ) from None
 
 
 def _rounded(count: int, most: int) -> int:
