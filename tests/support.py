@@ -47,8 +47,9 @@ def environment_of_tests() -> dict[str, str]:
 def end_of_rank() -> NoReturn:
     """The end of a program of several processes: all results are out, and no thread outlives its interpreter.
 
-    Python's own ending has aborted such a program once after its last result ("terminate called without an active
-    exception"), while threads of the process groups still ran.
+    Python's own ending can abort such a program after its last result ("terminate called without an active
+    exception"): threads of a destroyed process group live on where PyTorch itself keeps the group, and one
+    that frees the last exchange's tensors needs Python for it.
     """
     dist.barrier()
     dist.destroy_process_group()

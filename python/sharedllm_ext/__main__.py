@@ -1,7 +1,5 @@
 """``python -m sharedllm_ext``: the command line."""
 
-import sys
+from sharedllm_ext.cli import program
 
-from sharedllm_ext.cli import main
-
-sys.exit(main())
+program()

@@ -14,6 +14,7 @@ import torch
 from sharedllm_ext.cli import main
 
 from ..distributed.processes import free_port
+from ..support import environment_of_package
 from .conftest import sentences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,3 +140,34 @@ def test_what_does_not_go_with_several_processes(
     monkeypatch.setenv("RANK", "0")
     assert main(["ask", str(checkpoint), "alpha?", "--context", str(text), *options]) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_without_pythons_ending(processes: int) -> None:
+    """A thread of a process group that frees a tensor while Python ends aborts the process after its last result."""
+    script = """
+import atexit, sys
+from sharedllm_ext.cli import program
+
+class Last:
+    def __del__(self):
+        print("Python has ended")
+
+last = Last()
+atexit.register(print, "registered")
+sys.argv = ["sharedllm", *sys.argv[1:]]
+program()
+"""
+    for arguments, code in (["--version"], 0), (["nothing"], 2):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env=environment_of_package(WORLD_SIZE=str(processes), RANK="1"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[-1:] == ["Python has ended" if processes == 1 else "registered"]
+        assert "registered" in lines and (code == 0) == any(line.startswith("sharedllm_ext ") for line in lines)
+        assert (code == 2) == ("sharedllm: error: " in done.stderr)

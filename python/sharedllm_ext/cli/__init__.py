@@ -6,6 +6,8 @@ torch and Transformers are imported by the commands that need them, so that help
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import os
 import sys
 import warnings
@@ -106,3 +108,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print_error(one_line(error))
         return EXIT_ERROR
+
+
+def program() -> NoReturn:
+    """Run one command as a process's whole life, and end the process with its exit code.
+
+    One of several processes ends without Python's own ending, but for what was registered to run at exit: a thread of
+    a process group can still hold the last exchange's tensors then, and aborts the process when Python no longer lets
+    it free them. Such threads can outlive a destroyed group, which PyTorch itself keeps in default arguments.
+    """
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            stream.flush()
+    os._exit(code)
