@@ -20,6 +20,7 @@ reference.*
 ops._autocast, ops._checks
 ops.*
 model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
+model.word_index
 model.hooks, model.sources, model.memory_writer, model.page_files
 model.pages, model.fp8_linear
 model.memory_tiers
@@ -31,7 +32,6 @@ model.lower_model
 model.tree
 model.compressor
 model.levels
-model.word_index
 model.pick
 model.signature, model.training_mark, model.storage
 model.memory_fields

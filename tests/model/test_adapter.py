@@ -38,10 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trained(folder: Path) -> Any:
+def trained(folder: Path, **fields: Any) -> Any:
     """A model of which the injected blocks, the pick and one layer's attention have been trained."""
     torch.manual_seed(1)
-    model: Any = SharedLLMForCausalLM.from_base(folder, **FIELDS)
+    model: Any = SharedLLMForCausalLM.from_base(folder, **FIELDS, **fields)
     with torch.no_grad():
         for block in model.injected_blocks:
             block.o_proj.weight.normal_(std=0.1)
@@ -80,6 +80,33 @@ def test_an_adapter_gives_the_model_back(folder: Path, tmp_path: Path) -> None:
     model.save_adapter(tmp_path / "again", again, name="tiny-llama", about="two steps")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_an_adapter_says_which_words_it_looks_for(folder: Path, tmp_path: Path) -> None:
+    path, runs = tmp_path / "adapter.safetensors", ((1, 16), (2, 16), (4, 16), (1, 64))
+    model = trained(folder, word_runs=[list(run) for run in runs])
+    assert model.config.word_runs == runs and model.pick.word_beta.shape == (1, 4)
+    model.save_adapter(path, folder)
+    assert read_header(path)["config"] == {**FIELDS, "word_runs": [list(run) for run in runs]}
+    loaded: Any = SharedLLMForCausalLM.from_adapter(path, folder)
+    assert loaded.config.word_runs == runs
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    question, context = ids(1, 6), ids(1, 96)
+    assert loaded.find_passages(question, context) == model.find_passages(question, context)
+    # without the field, as an adapter of three terms has it, and with fewer runs
+    tensors, header = load_file(path), read_header(path)
+    for other in ({}, {"word_runs": [[1, 16], [1, 64], [3, 5]]}):
+        config = {name: value for name, value in header["config"].items() if name != "word_runs"} | other
+        save_file(tensors, path, metadata={FORMAT: json.dumps({**header, "config": config})})
+        with pytest.raises(
+            ValueError,
+            match=r"adapter\.safetensors: expected 'pick.word_beta' to fit \(1, 3\), a column for each of word_runs "
+            r"\(\(1, 16\), .*\)\), got \(1, 4\)",
+        ):
+            SharedLLMForCausalLM.from_adapter(path, folder)
+    save_file(tensors, path, metadata={FORMAT: json.dumps({**header, "config": {**FIELDS, "word_runs": [[0, 16]]}})})
+    with pytest.raises(ValueError, match=r"word_runs: expected different pairs .*got \[\[0, 16\]\]"):
+        SharedLLMForCausalLM.from_adapter(path, folder)
 
 
 def test_low_rank_updates_are_merged(folder: Path, tmp_path: Path) -> None:

@@ -1,23 +1,32 @@
 """Finding passages: where slots stand, words, the pick's scores, batches, memories, bad input."""
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
-from sharedllm_ext import ContextMemory, SharedLLMConfig, SharedLLMForCausalLM
+from sharedllm_ext import ContextMemory, MemoryTiers, SharedLLMConfig, SharedLLMForCausalLM
 from sharedllm_ext.model.families import attention_norm, projection
 from sharedllm_ext.model.pick import slot_places, unrotated
-from sharedllm_ext.model.word_index import MARGIN, RUN_LENGTHS, WordIndex, run_codes
+from sharedllm_ext.model.sources import Source
+from sharedllm_ext.model.word_index import RUNS, Run, WordIndex, joint_evidence, run_codes
 
 from .builders import FAMILIES, base
 
 CHUNK, SEGMENT = 64, 8
+# as examples/needle trains them with --wide
+FOUR = (*RUNS, Run(1, 64))
+# without a margin, longer than a segment with its margins, wider than a text
+ODD = ((3, 5), (1, 0), (2, 0), (8, 1), (8, 3), (1, 200), (2, 7))
+ALL_RUNS = [pytest.param(RUNS, id="three"), pytest.param(FOUR, id="four"), pytest.param(ODD, id="odd")]
 FIELDS: dict[str, Any] = {
     "injection_layers": 3,
     "chunk_size": CHUNK,
@@ -134,52 +143,83 @@ def test_slot_position_is_part_of_the_memory() -> None:
     end.check_memory(end.compress(ids))
 
 
-def test_word_index_counts_as_a_search_by_hand() -> None:
+def evidence_by_hand(classes: list[int], question: list[int], runs: Sequence[tuple[int, int]]) -> Tensor:
+    """``[runs, n, L]`` float64: the rarity of each of the question's runs where the text of a segment holds it."""
+    segments = -(-len(classes) // SEGMENT)
+    evidence = torch.zeros(len(runs), segments, len(question), dtype=torch.float64)
+    for g, (length, margin) in enumerate(runs):
+        texts = [classes[max(0, s * SEGMENT - margin) : (s + 1) * SEGMENT + margin] for s in range(segments)]
+        for place in range(length - 1, len(question)):
+            run = question[place - length + 1 : place + 1]
+            held = [0 not in run and any(w[i : i + length] == run for i in range(len(w))) for w in texts]
+            rarity = math.log(1 + (segments - sum(held) + 0.5) / (sum(held) + 0.5))
+            evidence[g, :, place] = rarity * torch.tensor(held, dtype=torch.float64)
+    return evidence
+
+
+def test_the_default_runs_are_those_of_the_first_adapters() -> None:
+    config = SharedLLMConfig(text_config=LlamaConfig())
+    assert config.word_runs == RUNS == ((1, 16), (2, 16), (4, 16))
+
+
+@pytest.mark.parametrize("runs", ALL_RUNS)
+@pytest.mark.parametrize("length", [61, 64, 7, 1, 0])
+def test_word_index_counts_as_a_search_by_hand(runs: Sequence[tuple[int, int]], length: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    classes = torch.randint(0, 7, (61,), generator=generator)
+    classes = torch.randint(0, 7, (length,), generator=generator)
     question = torch.randint(0, 7, (9,), generator=generator)
-    segments = -(-61 // SEGMENT)
-    evidence = WordIndex.of(classes, SEGMENT).evidence(question)
-    assert evidence.shape == (len(RUN_LENGTHS), segments, 9)
-    padded = [0] * MARGIN + classes.tolist() + [0] * (MARGIN + segments * SEGMENT - 61)
-    windows = [padded[s * SEGMENT : s * SEGMENT + SEGMENT + 2 * MARGIN] for s in range(segments)]
-    asked = question.tolist()
-    for g, length in enumerate(RUN_LENGTHS):
-        for place in range(9):
-            run = asked[max(0, place - length + 1) : place + 1]
-            held = [False] * segments
-            if len(run) == length and 0 not in run:
-                held = [any(w[i : i + length] == run for i in range(len(w))) for w in windows]
-            count = sum(held)
-            rarity = math.log(1 + (segments - count + 0.5) / (count + 0.5))
-            expected = torch.tensor([rarity if h else 0.0 for h in held])
-            torch.testing.assert_close(evidence[g, :, place], expected, rtol=1e-6, atol=1e-6)
+    # a run that ends a segment's margin, one that begins it, and one that reaches over its begin
+    question[4:8] = torch.tensor([1, 2, 3, 4])
+    for start in (2 * SEGMENT + 14, SEGMENT - 1):
+        classes[start : start + 4] = question[4:8][: max(0, length - start)]
+    index = WordIndex.of(classes, SEGMENT, runs)
+    evidence = index.evidence(question)
+    assert evidence.shape == (len(runs), -(-length // SEGMENT), 9) and evidence.dtype == torch.float32
+    expected = evidence_by_hand(classes.tolist(), question.tolist(), runs)
+    torch.testing.assert_close(evidence.double(), expected, rtol=1e-6, atol=1e-6)
+    # the margins cost nothing
+    assert index.nbytes == 4 * length * len({run[0] for run in runs})
 
 
+def windows_evidence(documents: list[Tensor], question: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """The evidence by codes of every segment's own window, token by token."""
+    rows = []
+    for length, margin in runs:
+        held = []
+        for document in documents:
+            count = -(-document.numel() // SEGMENT)
+            padded = F.pad(document, (margin, margin + count * SEGMENT - document.numel()))
+            windows = [padded[s * SEGMENT : (s + 1) * SEGMENT + 2 * margin] for s in range(count)]
+            held += [run_codes(window, length) for window in windows]
+        found = torch.zeros(len(held), question.numel(), dtype=torch.bool)
+        for place, code in enumerate(run_codes(question, length).tolist()):
+            found[:, place] = torch.tensor([bool(code) and bool((codes == code).any()) for codes in held])
+        holding = found.sum(0, dtype=torch.float32)
+        rows.append(found * torch.log(1 + (len(held) - holding + 0.5) / (holding + 0.5)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("runs", ALL_RUNS)
 @pytest.mark.parametrize(
     ("tokens_", "classes", "asked"), [(0, 7, 5), (61, 7, 0), (61, 3, 40), (700, 40, 25), (5, 9, 9)]
 )
-def test_evidence_equals_a_loop_over_tokens(tokens_: int, classes: int, asked: int) -> None:
+def test_evidence_equals_that_of_windows_to_the_bit(
+    tokens_: int, classes: int, asked: int, runs: Sequence[tuple[int, int]]
+) -> None:
     generator = torch.Generator().manual_seed(tokens_ + asked)
-    document = torch.randint(0, classes, (tokens_,), generator=generator)
+    document, other = (torch.randint(0, classes, (n,), generator=generator) for n in (tokens_, 43))
     # also classes that the document does not have, and a run of it
     question = torch.randint(0, classes + 3, (asked,), generator=generator)
     question[: min(asked, tokens_) // 2] = document[: min(asked, tokens_) // 2]
-    index = WordIndex.of(document, SEGMENT)
-    rows = []
-    for length, codes in zip(RUN_LENGTHS, index.codes, strict=True):
-        found = torch.zeros(len(codes), asked, dtype=torch.bool)
-        for place, code in enumerate(run_codes(question.unsqueeze(0), length)[0].tolist()):
-            if code:
-                found[:, place] = (codes == code).any(1)
-        holding = found.sum(0, dtype=torch.float32)
-        rows.append(found * torch.log(1 + (len(codes) - holding + 0.5) / (holding + 0.5)))
-    got = index.evidence(question)
-    assert got.dtype == torch.float32 and got.equal(torch.stack(rows))
+    got = WordIndex.of(document, SEGMENT, runs).evidence(question)
+    assert got.dtype == torch.float32 and got.equal(windows_evidence([document], question, runs))
+    # two documents: rarities over both, no word from one in the margins of the other
+    indexes = [WordIndex.of(text, SEGMENT, runs) for text in (other, document)]
+    assert joint_evidence(indexes, question).equal(windows_evidence([other, document], question, runs))
 
 
 class Allocations(TorchDispatchMode):
-    """The calls of operators, and the most elements that one of their results has."""
+    """The calls of operators, and the most bytes that one of their results lies in."""
 
     calls = largest = 0
 
@@ -187,19 +227,20 @@ class Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.calls += 1
         if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel())
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
         return result
 
 
 def test_evidence_of_a_long_document_takes_few_calls_and_little_memory() -> None:
-    """A million tokens: neither a call for each token nor segments times tokens times words at once."""
+    """A million tokens: neither a call for each token, nor segments times tokens of their windows or of a question."""
     segments, counted = 8192, []
-    codes = torch.randint(0, 30_000, (segments, 128 + 2 * MARGIN))
+    index = WordIndex.of(torch.randint(0, 30_000, (128 * segments,)), 128, FOUR)
     for length in (5, 96):
         with Allocations() as seen:
-            WordIndex([codes] * len(RUN_LENGTHS)).evidence(torch.randint(0, 30_000, (length,)))
+            index.evidence(torch.randint(0, 30_000, (length,)))
         counted.append(seen.calls)
-        assert seen.largest <= max(codes.numel(), len(RUN_LENGTHS) * segments * length)
+        codes = 8 * (128 * segments + 2 * 64)
+        assert seen.largest <= max(codes, 4 * len(FOUR) * segments * length)
     assert counted[0] == counted[1]
 
 
@@ -208,7 +249,7 @@ def scores_by_hand(model: Any, ids: Tensor, question: Tensor, memory: ContextMem
     pick, config, lower = model.pick, model.config, model.compressor
     places, segments = slot_places(ids.numel(), config), -(-ids.numel() // SEGMENT)
     states = lower(input_ids=question[None], output_hidden_states=True, use_cache=False).hidden_states
-    evidence = WordIndex.of(pick.token_class[ids].long(), SEGMENT).evidence(pick.token_class[question].long()).double()
+    evidence = evidence_by_hand(pick.token_class[ids].tolist(), pick.token_class[question].tolist(), config.word_runs)
     total = torch.zeros(segments, dtype=torch.float64)
     for i, number in enumerate(pick.layers):
         layer = lower.layers[number]
@@ -234,8 +275,12 @@ def scores_by_hand(model: Any, ids: Tensor, question: Tensor, memory: ContextMem
 
 
 @torch.no_grad()
-def test_passages_are_those_of_the_formula(model: Any) -> None:
+@pytest.mark.parametrize("runs", ALL_RUNS)
+def test_passages_are_those_of_the_formula(runs: Sequence[tuple[int, int]]) -> None:
+    model = build(word_runs=runs)
     ids, question = tokens(2 * CHUNK + 21), tokens(7, seed=3)
+    # words that the wide margin alone reaches from some segments
+    ids[70:74], ids[-1] = question[:4], question[5]
     memory = model.compress(ids[None])
     expected = scores_by_hand(model, ids, question, memory)
     (found,) = model.find_passages(question[None], ids[None], memory=memory, count=100)
@@ -250,6 +295,10 @@ def test_passages_are_those_of_the_formula(model: Any) -> None:
         inside = (passage.segment * SEGMENT, min(ids.numel(), (passage.segment + 1) * SEGMENT))
         assert passage.start <= inside[0] and inside[1] <= passage.end
     assert model.find_passages(question[None], ids[None], count=3) == [found[:3]]
+    # the last term counts
+    model.pick.word_beta[:, -1] = 0
+    (without,) = model.find_passages(question[None], ids[None], memory=memory, count=100)
+    assert max(abs(p.score - found[[q.segment for q in found].index(p.segment)].score) for p in without) > 1e-2
 
 
 def test_shared_words_are_found(model: Any) -> None:
@@ -263,7 +312,7 @@ def test_shared_words_are_found(model: Any) -> None:
     ids[777:781] = question
     (found,) = plain.find_passages(question[None], ids[None])
     # a segment's margins are searched with it
-    assert abs(found[0].segment * SEGMENT + SEGMENT // 2 - 779) <= SEGMENT // 2 + MARGIN
+    assert abs(found[0].segment * SEGMENT + SEGMENT // 2 - 779) <= SEGMENT // 2 + RUNS[0].margin
 
 
 @torch.no_grad()
@@ -343,6 +392,54 @@ def test_a_model_keeps_its_pick(model: Any, tmp_path: Path) -> None:
         SharedLLMForCausalLM.from_pretrained(tmp_path)
 
 
+@torch.no_grad()
+def test_models_that_look_for_other_words_read_one_memory(model: Any, tmp_path: Path) -> None:
+    """A memory has no words: of its file, in tiers and after appending, each model finds by its own."""
+    four = build(word_runs=FOUR)
+    ids, question = tokens(1, 5 * CHUNK + 9), tokens(1, 9, seed=4)
+    ids[0, 100:104], ids[0, 270] = question[0, :4], question[0, 6]
+    memory = model.compress(ids).with_sources([Source.of_ids(ids[0])])
+    memory.save(tmp_path / "memory")
+    expected = {}
+    for own in (model, four):
+        loaded = ContextMemory.load(tmp_path / "memory", own)
+        (expected[own],) = own.find_passages(question, memory=loaded, count=41)
+        scores = scores_by_hand(own, ids[0], question[0], loaded)[[p.segment for p in expected[own]]]
+        got = torch.tensor([p.score for p in expected[own]]).double()
+        torch.testing.assert_close(got, scores, rtol=1e-4, atol=1e-4)
+    assert expected[four] != expected[model]
+    tiers = MemoryTiers("cpu")
+    short = model.compress(ids[:, : 3 * CHUNK + 5]).with_sources([Source.of_ids(ids[0, : 3 * CHUNK + 5])])
+    both = (model.offload(memory, tiers), four.append(four.offload(short, tiers), ids[:, 3 * CHUNK + 5 :]))
+    for tiered in both:
+        for own in (model, four, model):
+            (found,) = own.find_passages(question, memory=tiered, count=41)
+            assert [p.segment for p in found] == [p.segment for p in expected[own]]
+            torch.testing.assert_close([p.score for p in found], [p.score for p in expected[own]], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_words_of_another_number_are_refused(tmp_path: Path) -> None:
+    four = build(word_runs=FOUR)
+    four.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["word_runs"] == [[1, 16], [2, 16], [4, 16], [1, 64]]
+    loaded: Any = SharedLLMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.word_runs == FOUR
+    ids, question = tokens(1, 3 * CHUNK), tokens(1, 6, seed=9)
+    assert loaded.find_passages(question, ids) == four.find_passages(question, ids)
+    # as a checkpoint from before the field has it
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "word_runs"}))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        SharedLLMForCausalLM.from_pretrained(tmp_path)
+    build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "word_runs"}))
+    three: Any = SharedLLMForCausalLM.from_pretrained(tmp_path)
+    assert three.config.word_runs == RUNS
+    assert three.find_passages(question, ids) == build().find_passages(question, ids)
+
+
 def test_a_prompt_holds_the_passages_in_the_texts_order() -> None:
     parts = {"begin": "B", "passage": "[{rank}]", "question": "Q", "answer": "A"}
     model = build(passage_prompt=parts)
@@ -379,7 +476,7 @@ def test_empty_questions_and_contexts(model: Any) -> None:
 def test_questions_shorter_than_a_run_find_their_words(model: Any, length: int) -> None:
     ids, question = tokens(1, 2 * CHUNK), tokens(1, length, seed=5)
     ids[0, 40 : 40 + length] = question[0]
-    evidence = WordIndex.of(model.pick.token_class[ids[0]].long(), SEGMENT).evidence(
+    evidence = WordIndex.of(model.pick.token_class[ids[0]].long(), SEGMENT, RUNS).evidence(
         model.pick.token_class[question[0]].long()
     )
     assert evidence.shape == (3, 16, length) and bool((evidence[0, 5] > 0).all())
@@ -416,6 +513,19 @@ def test_bad_input_is_refused(model: Any) -> None:
         ({"slot_position": "middle"}, "slot_position: expected start or end, got 'middle'"),
         ({"segment_size": 0}, "segment_size: expected at least 1, got 0"),
         ({"segment_margin": -1}, "segment_margin: expected at least 0, got -1"),
+        ({"word_runs": []}, r"word_runs: expected different pairs of a length from 1 to 8 and a margin .*got \[\]"),
+        ({"word_runs": [[1, 16], [1, 16]]}, r"word_runs: .*got \[\[1, 16\], \[1, 16\]\]"),
+        ({"word_runs": [[1, 16], (1, 16)]}, r"word_runs: .*got \[\[1, 16\], \(1, 16\)\]"),
+        ({"word_runs": [[9, 16]]}, r"word_runs: .*got \[\[9, 16\]\]"),
+        ({"word_runs": [[0, 16]]}, "word_runs: "),
+        ({"word_runs": [[1, -1]]}, "word_runs: "),
+        ({"word_runs": [[1, 16, 2]]}, "word_runs: "),
+        ({"word_runs": [[1, 16.0]]}, "word_runs: "),
+        ({"word_runs": [[True, 16]]}, "word_runs: "),
+        ({"word_runs": [1, 2, 4]}, r"word_runs: .*got \[1, 2, 4\]"),
+        ({"word_runs": 3}, r"word_runs: .*got 3"),
+        ({"word_runs": None}, r"word_runs: .*got None"),
+        ({"word_runs": "wide"}, r"word_runs: .*got 'wide'"),
         ({"passage_prompt": {"begin": ""}}, "passage_prompt: expected texts begin, passage, question, answer, got"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sharedllm_ext.model import passages, pick_index
 from sharedllm_ext.model.pick_index import PickIndexes
+from sharedllm_ext.model.word_index import Run
 
 from .test_pick import CHUNK, build, tokens
 
@@ -46,8 +47,8 @@ def test_an_index_is_made_once(model: Any, made: list[int]) -> None:
         assert found == anew(model, question, ids, memory)
         made.pop()
     keys, slots = memory.keys[0], memory.num_slots
-    # two layers, 4 bytes a token, 8 a slot, three codes a token of a segment and its margins
-    words = 3 * 8 * (3 * CHUNK // 8) * (8 + 2 * 16)
+    # two layers, 4 bytes a token, 8 a slot, three codes of 4 bytes a token
+    words = 3 * 4 * 3 * CHUNK
     assert model._pick_indexes.nbytes == 2 * keys.nbytes + 4 * 3 * CHUNK + 8 * slots + words
 
 
@@ -79,7 +80,7 @@ def test_other_rows_read_the_same_index_and_other_tensors_their_own(model: Any, 
 
 
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("what", ["keys", "last keys", "values", "classes", "a new list entry"])
+@pytest.mark.parametrize("what", ["keys", "last keys", "values", "classes", "runs of words", "a new list entry"])
 def test_what_has_changed_is_made_again(model: Any, made: list[int], what: str, inference: bool) -> None:
     ids, question = tokens(1, 3 * CHUNK), tokens(1, 5, seed=2)
     with torch.inference_mode(inference):
@@ -96,6 +97,8 @@ def test_what_has_changed_is_made_again(model: Any, made: list[int], what: str, 
             memory.values[0] += 1.0
         elif what == "classes":
             model.pick.token_class.copy_(model.pick.token_class.flip(0))
+        elif what == "runs of words":
+            model.pick.word_runs = (Run(1, 16), Run(2, 1), Run(1, 40))
         else:
             memory.keys[2] = memory.keys[2] * -1
         if what == "values":

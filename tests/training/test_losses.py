@@ -15,6 +15,7 @@ from sharedllm_ext.model.adapter import base_digests, write_adapter
 from sharedllm_ext.model.families import attention_norm
 from sharedllm_ext.model.passages import Passage
 from sharedllm_ext.model.pick import slot_places
+from sharedllm_ext.model.word_index import RUNS
 from sharedllm_ext.training import Losses, Trained, Weights, merge_updates, parse_parts
 from sharedllm_ext.training.losses import Counts, count, pick_scores, placed_memory
 from sharedllm_ext.training.trained import SCALE, LowRankLinear, remove_lora
@@ -30,10 +31,11 @@ def closed(batch: Any, *, spread: bool = True) -> Any:
     return batch._replace(chunk_index=[torch.arange(6).numpy()] * len(batch.examples), end=6)
 
 
+@pytest.mark.parametrize("runs", [RUNS, (*RUNS, (1, 64))])
 @pytest.mark.parametrize("tied", [True, False])
-def test_scores_are_those_of_find_passages(build: Any, mix: Any, tied: bool) -> None:
+def test_scores_are_those_of_find_passages(build: Any, mix: Any, tied: bool, runs: Any) -> None:
     """One context alone: the same segments in the same order as the model finds without gradients."""
-    model = build(tie_compressor=tied).eval()
+    model = build(tie_compressor=tied, word_runs=runs).eval()
     batch = mix().batch(3, 0)
     batch = batch._replace(examples=batch.examples[:1])
     (example,) = batch.examples

@@ -203,7 +203,9 @@ def check_places(name: str, model: Any, tensors: Mapping[str, Tensor]) -> None:
             if pair is not None and place.dim() == len(shape) == pair.dim() == 2:
                 right = shape[side] == place.shape[side] and shape[1 - side] == pair.shape[side]
         if not right:
-            raise ValueError(f"{name}: expected {key!r} to fit {tuple(place.shape)}, got {shape}")
+            # of a field that is easily forgotten
+            runs = f", a column for each of word_runs {model.config.word_runs}" if target == "pick.word_beta" else ""
+            raise ValueError(f"{name}: expected {key!r} to fit {tuple(place.shape)}{runs}, got {shape}")
 
 
 @torch.no_grad()

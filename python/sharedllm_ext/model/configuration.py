@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .families import FAMILIES, check_family, check_settings
 from .peft_defaults import register_target_modules
+from .word_index import LONGEST_RUN, RUNS
 
 PRECISIONS = ("model", "fp8")
 SLOT_POSITIONS = ("start", "end")
@@ -67,6 +68,8 @@ class SharedLLMConfig(PreTrainedConfig):
             is a model without them. Needs ``query_aware=False``.
         segment_size: ``g``, tokens of the segments that it chooses from (a leaf's).
         segment_margin: tokens that are read on both sides of a segment.
+        word_runs: the words that are looked for beside the queries, each with a trained factor: pairs of the length of
+            a run of tokens, up to 8, and of the tokens on both sides of a segment that are searched with it.
         passage_prompt: the texts around what is read, see :meth:`SharedLLMForCausalLM.passage_prompt`: ``begin``,
             ``passage`` (before each passage, with ``{rank}``), ``question`` (before it), ``answer``.
         query_position_offset: queries are rotated by the number of chunks plus this offset (1 in the code that produced
@@ -104,6 +107,7 @@ class SharedLLMConfig(PreTrainedConfig):
     pick_layers: list[int] | None = None
     segment_size: int = 128
     segment_margin: int = 64
+    word_runs: tuple[tuple[int, int], ...] = RUNS
     passage_prompt: dict[str, str] | None = None
     query_position_offset: int = 1
     split_noise: float = 0.0
@@ -207,6 +211,7 @@ class SharedLLMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.slot_position not in SLOT_POSITIONS:
             raise ValueError(f"slot_position: expected {' or '.join(SLOT_POSITIONS)}, got {self.slot_position!r}")
+        self._check_runs()
         self._check_pick()
         for name in ("compressor_precision", "decoder_precision"):
             if getattr(self, name) not in PRECISIONS:
@@ -214,6 +219,19 @@ class SharedLLMConfig(PreTrainedConfig):
         noise = self.split_noise
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0.0 <= noise < float("inf"):
             raise ValueError(f"split_noise: expected a finite standard deviation of at least 0 tokens, got {noise!r}")
+
+    def _check_runs(self) -> None:
+        runs = self.word_runs
+        right = isinstance(runs, (list, tuple)) and all(isinstance(run, (list, tuple)) for run in runs)
+        right = right and all(len(run) == 2 and all(type(number) is int for number in run) for run in runs)
+        right = right and all(1 <= length <= LONGEST_RUN and margin >= 0 for length, margin in runs)
+        if not right or not runs or len(set(map(tuple, runs))) < len(runs):
+            raise ValueError(
+                f"word_runs: expected different pairs of a length from 1 to {LONGEST_RUN} and a margin of at least 0 "
+                f"tokens, got {runs!r}"
+            )
+        # JSON has no tuples, and a default has to be one
+        self.word_runs = tuple((length, margin) for length, margin in runs)
 
     def _check_pick(self) -> None:
         layers, most = self.pick_layers, self.injection_layers - 1

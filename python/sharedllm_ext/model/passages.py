@@ -254,7 +254,7 @@ class PassageRetrieval:
         values = memory.values[0][slots]
         check_text(lower, ids, places, lambda chosen: values[chosen.to(values.device)])
         keys = [unrotated_keys(self, layer, memory.keys[layer][slots], places.position) for layer in pick.layers]
-        index = PickIndex.of(ids, keys, places, pick.token_class, config)
+        index = PickIndex.of(ids, keys, places, pick, config)
         self._pick_indexes.put(memory, slots, index, pick, self.dtype)
         return index
 

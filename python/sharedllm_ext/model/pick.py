@@ -12,7 +12,7 @@ from .compressor import stride_ends
 from .families import attention_norm, projection
 from .layer_math import linear_weight
 from .rotary import Tables
-from .word_index import RUN_LENGTHS
+from .word_index import Run
 
 # numbers of one block of attention scores
 _BLOCK = 1 << 26
@@ -88,14 +88,15 @@ class Pick(nn.Module):
     the document. The mass of the softmax, averaged over the heads, is summed by segments, ``mass(t, s)``, and a segment
     scores ``sum over layers and tokens of beta · sigmoid(weight · h + bias) · log(mass(t, s) · n + 1)`` over ``n``
     segments, plus the words that it shares with the question (:class:`WordIndex`), each token with a weight of the same
-    form.
+    form and each kind of run of ``config.word_runs`` with a factor.
 
     Args:
         config: a :class:`SharedLLMConfig` with ``pick_layers``.
         query_features: output features of the base checkpoint's query projection.
 
     State: ``queries.i.weight [Hq * D, d]``, ``token_weight``, ``word_weight [layers, d]``, ``token_bias``,
-    ``word_bias``, ``beta [layers]``, ``word_beta [layers, 3]``, and the buffer ``token_class [vocabulary]`` int32.
+    ``word_bias``, ``beta [layers]``, ``word_beta [layers, len(word_runs)]``, and the buffer
+    ``token_class [vocabulary]`` int32.
     """
 
     token_class: Tensor
@@ -105,11 +106,12 @@ class Pick(nn.Module):
         text_config, count = config.text_config, len(config.pick_layers)
         hidden = text_config.hidden_size
         self.layers = list(config.pick_layers)
+        self.word_runs = tuple(Run(*run) for run in config.word_runs)
         self.queries: Any = nn.ModuleList([nn.Linear(hidden, query_features, bias=False) for _ in self.layers])
         self.token_weight, self.word_weight = (nn.Parameter(torch.empty(count, hidden)) for _ in range(2))
         self.token_bias, self.word_bias = (nn.Parameter(torch.empty(count)) for _ in range(2))
         self.beta = nn.Parameter(torch.empty(count))
-        self.word_beta = nn.Parameter(torch.empty(count, len(RUN_LENGTHS)))
+        self.word_beta = nn.Parameter(torch.empty(count, len(self.word_runs)))
         self.register_buffer("token_class", torch.zeros(text_config.vocab_size, dtype=torch.int32))
 
     @torch.no_grad()
@@ -133,13 +135,14 @@ class Pick(nn.Module):
             keys: for each of the pick's layers ``[S, Hkv, D]``, not rotated.
             segment: ``[S]`` int64, the segment of each slot.
             count: ``n``, how many segments there are.
-            words: ``[3, n, L]`` evidence of the words that question and segments share, see :class:`WordIndex`.
+            words: ``[len(word_runs), n, L]`` evidence of the words that question and segments share, see
+                :class:`WordIndex`.
 
         Returns:
             ``[n]`` float32.
         """
         total = torch.zeros(count, device=segment.device, dtype=torch.float32)
-        word_weight = torch.zeros(len(RUN_LENGTHS), inputs[0].shape[0], device=segment.device, dtype=torch.float32)
+        word_weight = torch.zeros(len(self.word_runs), inputs[0].shape[0], device=segment.device, dtype=torch.float32)
         for i, (layer, query, key) in enumerate(zip(self.layers, self.queries, keys, strict=True)):
             normed = attention_norm(compressor[layer])(inputs[layer])
             mass = self._mass(query(normed), key, segment, count)

@@ -18,7 +18,7 @@ from .memory import ContextMemory
 from .pick import SlotPlaces, unrotated
 from .word_index import WordIndex
 
-#: Bytes of all indexes that a model keeps. One of the shipped adapter has 323 bytes a token in float32, so these are
+#: Bytes of all indexes that a model keeps. One of the shipped adapter has 305 bytes a token in float32, so these are
 #: three memories of 1M tokens; a larger index is made anew for each call.
 KEPT_BYTES = 1 << 30
 # slots of a document that are compared with its text, and how far rounding may take their values
@@ -45,14 +45,14 @@ class PickIndex:
     words: WordIndex
 
     @classmethod
-    def of(cls, ids: Tensor, keys: list[Tensor], places: SlotPlaces, token_class: Tensor, config: Any) -> "PickIndex":
+    def of(cls, ids: Tensor, keys: list[Tensor], places: SlotPlaces, pick: Any, config: Any) -> "PickIndex":
         """The index of a document.
 
         Args:
             ids: ``[T]`` its tokens; copied, the caller may change its own.
             keys: for each of the pick's layers ``[S, Hkv, D]``, not rotated.
             places: of its slots.
-            token_class: the pick's.
+            pick: the model's :class:`Pick`, for its classes and its runs of words.
             config: the model's.
         """
         size = config.segment_size
@@ -61,13 +61,13 @@ class PickIndex:
             keys=keys,
             segment=(places.token // size).to(ids.device),
             count=-(-ids.numel() // size),
-            words=WordIndex.of(token_class[ids].long(), size),
+            words=WordIndex.of(pick.token_class[ids].long(), size, pick.word_runs),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.ids, *self.keys, self.segment, *self.words.codes))
+        return sum(tensor.nbytes for tensor in (self.ids, *self.keys, self.segment)) + self.words.nbytes
 
 
 @dataclasses.dataclass
@@ -119,7 +119,9 @@ class PickIndexes:
             kept = self._kept.get(memory.keys[pick.layers[0]], {}).get((slots.start, slots.stop))
             if kept is not None:
                 kept.used = next(self._clock)
-        if kept is None or kept.dtype != dtype or not torch.equal(kept.index.ids, ids.to(torch.int32)):
+        if kept is None or kept.dtype != dtype or kept.index.words.runs != pick.word_runs:
+            return None
+        if not torch.equal(kept.index.ids, ids.to(torch.int32)):
             return None
         sources = _sources(memory, pick)
         same = len(sources) == len(kept.sources) and all(

@@ -49,19 +49,20 @@ class PickKeys:
         version, total = grow(self.keys, new, [(0, 0, kept), (1, 0, new[0].shape[0])], self._version, keep=keep)
         return PickKeys([tensor[:total] for tensor in version.storage.tensors], version)
 
-    def index(self, ids: Tensor, config: Any, token_class: Tensor, dtype: torch.dtype) -> PickIndex:
+    def index(self, ids: Tensor, config: Any, pick: Any, dtype: torch.dtype) -> PickIndex:
         """What a question is compared with; what does not depend on the question is kept.
 
         Args:
             ids: ``[T]`` the document's tokens, on the keys' device.
             config: the model's.
-            token_class: the pick's.
+            pick: the model's :class:`Pick`.
             dtype: the model's.
         """
         if self._version is not None:
             self._version.check()
+        classes = pick.token_class
         # what was made in inference mode counts no changes
-        state = None if token_class.is_inference() else (id(token_class), version_of(token_class), dtype)
+        state = None if classes.is_inference() else (id(classes), version_of(classes), pick.word_runs, dtype)
         known = self._index
         if known is not None and state is not None and known[0] == state:
             if known[2] is not None:
@@ -69,7 +70,7 @@ class PickKeys:
                 known[2].wait()
             return known[1]
         places = slot_places(ids.numel(), config)
-        index = PickIndex.of(ids, [key.to(dtype) for key in self.keys], places, token_class, config)
+        index = PickIndex.of(ids, [key.to(dtype) for key in self.keys], places, pick, config)
         self._index = state, index, torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
         return index
 

@@ -294,7 +294,7 @@ class TieredMemory:
             raise ValueError(f"memory: expected a TieredMemory with {what}, got one without for document {document}")
         if not torch.equal(held.to(ids.device), ids.to(torch.int32)):
             raise ValueError("context_ids: expected the text that the memory was made of, got another")
-        return own.pick.index(ids, model.config, model.pick.token_class, model.dtype)
+        return own.pick.index(ids, model.config, model.pick, model.dtype)
 
     # -- tiers --------------------------------------------------------------------------------------------------------
 

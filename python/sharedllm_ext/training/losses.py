@@ -13,7 +13,7 @@ from ..model.passages import passage_span
 from ..model.pick import SlotPlaces, rotated, slot_places, unrotated
 from ..model.rotary import Tables
 from ..model.upload import upload
-from ..model.word_index import WordIndex
+from ..model.word_index import WordIndex, joint_evidence
 from .data import Batch, Example, needed_segments, segments_of
 from .prompt import PromptTokens
 
@@ -215,17 +215,16 @@ def pick_scores(model: Any, memory: ContextMemory, places: list[SlotPlaces], bat
 
 @torch.no_grad()
 def _evidence(model: Any, batch: Batch, ids: Tensor, used: Tensor) -> Tensor:
-    """Evidence ``[3, S, Q * (L + 1)]`` of the words that questions and segments share, rarities over the batch."""
-    classes = model.pick.token_class
+    """Evidence ``[runs, S, Q * (L + 1)]`` of the words that questions and segments share, rarities over the batch."""
+    classes, runs = model.pick.token_class, model.pick.word_runs
     size = model.config.segment_size
-    indices = [
-        WordIndex.of(classes[upload(torch.from_numpy(example.context), ids.device)].long(), size)
+    indexes = [
+        WordIndex.of(classes[upload(torch.from_numpy(example.context), ids.device)].long(), size, runs)
         for example in batch.examples
     ]
-    codes = [torch.cat(parts) for parts in zip(*(index.codes for index in indices), strict=True)]
     # a class of 0 between questions keeps their words apart
     asked = F.pad(torch.where(used, classes[ids].long(), 0), (0, 1)).flatten()
-    return WordIndex(codes).evidence(asked)
+    return joint_evidence(indexes, asked)
 
 
 def pick_loss(scores: Tensor, examples: list[Example], size: int, best: int) -> tuple[Tensor, Tensor]:
