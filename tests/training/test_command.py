@@ -151,6 +151,25 @@ def test_a_stopped_training_goes_on(number: int, code: int, cli: Run, base: Path
     assert (out / "adapter.safetensors").is_file()
 
 
+def test_the_words_of_the_pick_are_chosen(cli: Run, base: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", text_file(tmp_path)
+    runs = ["--word-runs", "1:16,2:16,4:16,1:64"]
+    result = cli("train", base, "--data", data, "--out", out, "--steps", 1, *runs, *SMALL)
+    assert result.code == 0, result.err
+    assert load_file(out / "adapter.safetensors")["pick.word_beta"].shape == (1, 4)
+    other = cli("train", base, "--data", data, "--out", out, "--steps", 2, "--resume", *SMALL)
+    assert other.code == 1 and "'word_runs': [[1, 16], [2, 16], [4, 16], [1, 64]]" in other.err
+    result = cli("train", base, "--data", data, "--out", out, "--steps", 2, "--resume", *runs, *SMALL)
+    assert result.code == 0, result.err
+    whole = tmp_path / "whole"
+    assert cli("train", base, "--data", data, "--out", whole, "--steps", 2, *runs, *SMALL).code == 0
+    resumed, expected = (load_file(folder / "adapter.safetensors") for folder in (out, whole))
+    assert set(resumed) == set(expected) and all(torch.equal(resumed[name], expected[name]) for name in resumed)
+    model: Any = SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
+    assert model.config.word_runs == ((1, 16), (2, 16), (4, 16), (1, 64))
+    assert bool((model.pick.word_beta != 0.15).all())
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path, sharding: str) -> None:
     out, data = tmp_path / "out", text_file(tmp_path)
@@ -183,6 +202,8 @@ def test_torchrun_trains_in_two_processes(base: Path, tmp_path: Path, sharding: 
         (["--steps", "1", "--sharding", "fsdp"], 2, "--sharding fsdp: expected several processes (torchrun"),
         (["--steps", "1", "--pick-layers", "x"], 2, "expected layers such as 1,4,7, or none, got 'x'"),
         (["--steps", "1", "--pick-layers", "1,5"], 1, "pick_layers: expected rising layers from 0 to 1, got [1, 5]"),
+        (["--steps", "1", "--word-runs", "1,2"], 2, "expected lengths and margins such as 1:16,2:16, got '1,2'"),
+        (["--steps", "1", "--word-runs", "9:16"], 1, "word_runs: expected different pairs of a length from 1 to 8 and"),
         (["--steps", "1", "--chunks", "900"], 1, "data: expected plain text of at least 57632 tokens"),
         (["--steps", "1", "--resume"], 1, "checkpoint.safetensors: expected a checkpoint to go on from, found none"),
         (["--steps", "1", "--data", "gone.txt"], 1, "gone.txt: no such file or folder"),

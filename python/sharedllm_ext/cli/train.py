@@ -40,6 +40,7 @@ FIELDS = (
     "window",
     "segment_size",
     "segment_margin",
+    "word_runs",
     "slot_position",
 )
 # tokens of a window that question and answer take, and of a mark before a passage, at most
@@ -108,6 +109,13 @@ def add_parser(commands: Any) -> None:
     model.add_argument("--slot-position", choices=["start", "end"], default="end", help="in its stride (default: end)")
     model.add_argument("--segment-size", type=positive, metavar="G", help="tokens of what the pick chooses from")
     model.add_argument("--segment-margin", type=int, metavar="N", help="tokens that are read on both sides of it")
+    model.add_argument(
+        "--word-runs",
+        type=_word_runs,
+        metavar="L:N,L:N",
+        help="words that the pick looks for: runs of L tokens, in a segment with N tokens on both sides (default: "
+        "1:16,2:16,4:16)",
+    )
     model.add_argument("--window", type=positive, metavar="W", help="running text in tokens")
     run_on = parser.add_argument_group("running")
     run_on.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where torch has it)")
@@ -153,6 +161,13 @@ def _layers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected layers such as 1,4,7, or none, got {text!r}") from None
+
+
+def _word_runs(text: str) -> list[list[int]]:
+    runs = [part.split(":") for part in text.split(",")]
+    if not all(len(run) == 2 and all(number.isascii() and number.isdigit() for number in run) for run in runs):
+        raise argparse.ArgumentTypeError(f"expected lengths and margins such as 1:16,2:16, got {text!r}")
+    return [[int(number) for number in run] for run in runs]
 
 
 def run(args: argparse.Namespace) -> int:
