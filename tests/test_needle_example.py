@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.model.word_index import LONGEST_RUN, RUNS, WordIndex, joint_evidence
 from sharedllm_ext.ops import context_tree_layout, context_tree_select, context_tree_split
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "needle"))
@@ -259,6 +260,33 @@ def test_shared_words_are_counted_and_weighed_by_rarity() -> None:
             expected = shared_runs(documents, asked[j], used[j], layout, run)
             torch.testing.assert_close(found[i, :, j], expected)
             assert expected.any()
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+@pytest.mark.parametrize("count", [6, 40])
+def test_the_package_counts_the_same_words_to_the_bit(chunks: int, count: int) -> None:
+    """Several documents, runs that reach over edges of segments, chunks and documents, classes of 0."""
+    assert shared_words.RUNS == RUNS
+    layout = Layout(chunk_size=128, tree_depth=2, slots_per_node=4)
+    torch.manual_seed(chunks)
+    documents = torch.randint(0, count, (3, 128 * chunks))
+    edges = [documents[0, -9:], documents[1, :9], documents[2, 27:36], documents[0, 59:68]]
+    asked = torch.stack((*edges, torch.randint(0, count, (9,))))
+    used = torch.arange(9) < torch.tensor([[9], [9], [7], [9], [3]])
+    # also a margin wider than a document, none, and the longest run
+    odd = (shared_words.Run(3, 700), shared_words.Run(1, 0), shared_words.Run(2, 0), shared_words.Run(LONGEST_RUN, 5))
+    for runs in (shared_words.RUNS, (*shared_words.RUNS, shared_words.WIDE), odd):
+        expected = shared_words.WordIndex.of(documents, layout, count, runs).evidence(asked, used)
+        indexes = [WordIndex.of(document, layout.segment, runs) for document in documents]
+        for row, question in enumerate(asked):
+            length = int(used[row].sum())
+            got = joint_evidence(indexes, question[:length])
+            assert got.dtype == torch.float32 and got.equal(expected[:, :, row, :length])
+            assert not expected[:, :, row, length:].any()
+            assert got.any() or row == 4
+            # of one document its rarities are its own
+            alone = shared_words.WordIndex.of(documents[1:2], layout, count, runs).evidence(asked, used)
+            assert indexes[1].evidence(question[:length]).equal(alone[:, :, row, :length])
 
 
 def test_words_add_their_rarity_to_the_score() -> None:
@@ -527,9 +555,7 @@ def test_an_adapter_names_its_base(tmp_path: Path, more: tuple[Any, ...]) -> Non
     loaded = adapter.load_adapter(path, base)
     assert loaded.layout == HALF and loaded.ranks == ours.ranks and loaded.shape == ours.shape
     assert loaded.runs == ours.runs
-    if more:
-        with pytest.raises(ValueError, match=r"words: expected .* as in the package, got .*margin=64"):
-            package_form.fields_of(loaded)
+    assert package_form.fields_of(loaded)["word_runs"] == ours.runs
     for name, tensor in ours.state_dict().items():
         stored = tensor.to(torch.bfloat16).float() if tensor.dim() > 1 else tensor
         torch.testing.assert_close(loaded.state_dict()[name], stored, rtol=0, atol=0)
@@ -543,10 +569,11 @@ def test_an_adapter_names_its_base(tmp_path: Path, more: tuple[Any, ...]) -> Non
 
 
 @torch.no_grad()
-def test_the_package_finds_and_reads_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), (shared_words.WIDE,)])
+def test_the_package_finds_and_reads_the_same(tmp_path: Path, more: tuple[Any, ...]) -> None:
     """Exported, the model picks the same segments with the same scores, and writes the same logits after them."""
     base, layout = tiny_base(), HALF
-    ours = tiny_retriever(base, layout)
+    ours = tiny_retriever(base, layout, (*shared_words.RUNS, *more))
     for parameter in ours.parameters():
         parameter.copy_((torch.randn_like(parameter) * 0.2).bfloat16())
     path = tmp_path / "adapter.safetensors"

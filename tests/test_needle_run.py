@@ -33,6 +33,7 @@ from .test_needle_example import (
     models_of,
     prepare,
     questions,
+    shared_words,
     tiny_base,
     tiny_retriever,
     train,
@@ -53,11 +54,12 @@ __all__ = ["data"]
 
 
 @torch.no_grad()
-def test_an_adapter_of_the_package_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), (shared_words.WIDE,)])
+def test_an_adapter_of_the_package_is_read(tmp_path: Path, more: tuple[Any, ...]) -> None:
     assert (package_form.DOWN, package_form.UP, package_form.FORMAT) == (DOWN, UP, FORMAT)
     assert {name: getattr(SharedLLMConfig, name) for name in package_form.DEFAULTS} == package_form.DEFAULTS
     model = tiny_base()
-    ours = tiny_retriever(model, HALF)
+    ours = tiny_retriever(model, HALF, (*shared_words.RUNS, *more))
     for parameter in ours.parameters():
         parameter.copy_((torch.randn_like(parameter) * 0.2).bfloat16())
     path = tmp_path / "adapter.safetensors"
@@ -65,6 +67,7 @@ def test_an_adapter_of_the_package_is_read(tmp_path: Path) -> None:
     base = adapter.Base(tmp_path, model.config.to_dict(), {"file": "tiny"}, "0" * 64, ours.base, ours.classes)
     read = package_form.any_adapter(path, base)
     assert read.classes.equal(ours.classes) and read.layout == ours.layout and read.ranks == ours.ranks
+    assert read.runs == ours.runs
     for name, tensor in ours.state_dict().items():
         assert read.state_dict()[name].equal(tensor), name
     adapter.save_adapter(path, ours, base, {})
@@ -201,6 +204,52 @@ def test_a_run_goes_on_from_stage_to_stage(data: Path, tmp_path: Path, monkeypat
         called(run, monkeypatch, [*flags, "--seconds", 300, *end])
     with pytest.raises(SystemExit, match=r"--: expected .* as this run was begun with, got \['--rate', '2'\]"):
         called(run, monkeypatch, [*flags, "--", "--rate", 2])
+
+
+def test_words_of_all_that_is_read_are_trained_and_exported(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--wide``: training, the package's form, training on from it, and the scores of both codes."""
+    saved_base(data)
+    flags = ["--data", data, *SMALL_TRAINING, "--memory-layers", 2, "--seconds", 300, "--device", "cpu"]
+    flags += ["--workers", 1, "--rate", 1e-2, "--wide"]
+    narrow, first, second, package = (tmp_path / f"{name}.safetensors" for name in ("narrow", "1", "2", "package"))
+    assert called(train, monkeypatch, [*flags, "--max-steps", 3, "--out", first]) == 0
+    assert called(export, monkeypatch, ["--data", data, "--adapter", first, "--out", package]) == 0
+    # begin with the package's form of it, and without a step lose nothing
+    assert called(train, monkeypatch, [*flags, "--max-steps", 0, "--init", package, "--out", second]) == 0
+    base = adapter.load_base(data / "base", torch.device("cpu"))
+    ours = adapter.load_adapter(second, base)
+    state = adapter.load_adapter(first, base).state_dict()
+    # the package's form has vectors in bfloat16, too
+    assert all(tensor.bfloat16().equal(state[name].bfloat16()) for name, tensor in ours.state_dict().items())
+    assert ours.pick.word_beta.equal(state["pick.word_beta"])
+    assert ours.runs == (*shared_words.RUNS, shared_words.WIDE) and ours.pick.word_beta.shape == (1, 4)
+    assert ours.pick.word_beta.std() > 0
+    with pytest.raises(SystemExit, match=r"--init: expected an adapter with words .*got one with .*margin=64"):
+        called(train, monkeypatch, [*flags[:-1], "--max-steps", 0, "--init", package, "--out", narrow])
+    # what the package makes of it
+    shared: Any = SharedLLMForCausalLM.from_adapter(package, data / "base")
+    assert shared.config.word_runs == ours.runs
+    text = torch.from_numpy(np.load(data / "test.npy").astype(np.int64))
+    document, question = text[None, : 3 * 1024], text[None, 1000:1040]
+    with torch.no_grad():
+        keys = ours.compress(ours.compressor_weights(), document.view(3, 1024))[1]
+        used = torch.ones_like(question, dtype=torch.bool)
+        words = ours.word_index(document)
+        scores = ours.scores(ours.compressor_weights(), question, used, keys, words)[0]
+        (found,) = shared.find_passages(question, document, count=24)
+        got = torch.empty(24)
+        got[[passage.segment for passage in found]] = torch.tensor([passage.score for passage in found])
+        torch.testing.assert_close(got, scores, rtol=1e-4, atol=1e-4)
+        # the term counts
+        ours.pick.word_beta[:, 3] = 0
+        without = ours.scores(ours.compressor_weights(), question, used, keys, words)[0]
+        assert (without - scores).abs().max() > 1e-2
+    # and it is not lost where the package saves
+    shared.save_adapter(package, data / "base")
+    again: Any = SharedLLMForCausalLM.from_adapter(package, data / "base")
+    assert again.find_passages(question, document, count=24) == [found]
 
 
 def test_ablations_are_one_file(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from layout import Layout
 from retriever import Ranks, Retriever, Shape
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shared_words import RUNS
+from shared_words import RUNS, Run
 
 # names of sharedllm_ext.model.adapter
 FORMAT, DOWN, UP = "sharedllm_adapter", ":down", ":up"
@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "pick_layers": None,
     "segment_size": 128,
     "segment_margin": 64,
+    "word_runs": RUNS,
     "passage_prompt": None,
 }
 # the texts that questions.py puts around passages and questions
@@ -40,14 +41,8 @@ PROMPT = {
 
 
 def fields_of(retriever: Retriever) -> dict[str, Any]:
-    """The package's configuration of the same memory and pick.
-
-    Raises:
-        ValueError: its search by words is not the package's.
-    """
+    """The package's configuration of the same memory and pick."""
     layout = retriever.layout
-    if retriever.runs != RUNS:
-        raise ValueError(f"words: expected {RUNS} as in the package, got {retriever.runs}")
     return {
         "injection_layers": retriever.shape.memory_layers,
         "chunk_size": layout.chunk_size,
@@ -59,6 +54,7 @@ def fields_of(retriever: Retriever) -> dict[str, Any]:
         "pick_layers": retriever.shape.pick_layers,
         "segment_size": layout.segment,
         "segment_margin": layout.margin,
+        "word_runs": retriever.runs,
         "passage_prompt": PROMPT,
     }
 
@@ -72,6 +68,7 @@ def imported(path: Path, base: Base) -> Retriever:
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         config = DEFAULTS | json.loads(file.metadata()[FORMAT])["config"]
+    config["word_runs"] = tuple(Run(*run) for run in config["word_runs"])
     layout = Layout(
         config["chunk_size"], config["tree_depth"], config["slots_per_node"], config["slot_position"] == "end"
     )
@@ -87,7 +84,7 @@ def imported(path: Path, base: Base) -> Retriever:
         rank(f"model.layers.{layers}.mlp.up_proj"),
     )
     classes = tensors["pick.token_class"].to(torch.int64)
-    retriever = Retriever(Shape.of(base.config, layers), layout, base.weights, classes, ranks)
+    retriever = Retriever(Shape.of(base.config, layers), layout, base.weights, classes, ranks, config["word_runs"])
     expected = fields_of(retriever)
     if config != expected:
         raise ValueError(f"{path}: expected an adapter with the fields {expected}, got {config}")
