@@ -257,7 +257,7 @@ def test_commands_and_lines(chat: Chat, checkpoint: Path, tmp_path: Path) -> Non
         (("--load", "{nothing}"), 1, "conversation file: expected a file, got '.*', which does not exist"),
         (("--load", "{memory}"), 1, "expected a sharedllm-conversation file, got a 'sharedllm-context-memory' file"),
         (("{nothing}",), 1, "no such file or folder"),
-        (("--json",), 2, "unrecognized arguments: --json"),
+        (("--json",), 2, "unknown option --json"),
     ],
 )
 def test_errors_are_one_line(

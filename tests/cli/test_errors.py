@@ -84,8 +84,8 @@ ASK = ("ask", "{model}", "why?")
 PERPLEXITY = ("perplexity", "{model}", "{text}")
 CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ("no command", (), 2, r"the following arguments are required: COMMAND \(try: sharedllm --help\)"),
-    ("unknown command", ("compress",), 2, r"invalid choice: 'compress'"),
-    ("unknown option", (*PERPLEXITY, "--window", "3"), 2, r"unrecognized arguments: --window 3"),
+    ("unknown command", ("compress",), 2, r"COMMAND: expected init, .* or info, got 'compress' .try"),
+    ("unknown option", (*PERPLEXITY, "--window", "3"), 2, r"unknown option --window \(try"),
     ("missing context", (*ASK, "--context", "{nothing}"), 1, r"{nothing}: no such file or folder"),
     ("empty context", (*ASK, "--context", "{empty.txt}"), 1, r"{empty.txt}: expected text, got an empty file"),
     (
@@ -286,7 +286,12 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
     ),
     ("other device", (*ASK, "--context", "{text}", "--device", "meta"), 1, r"--device: expected cpu, cuda or cuda:N"),
     ("device far away", (*ASK, "--context", "{text}", "--device", "cuda:99"), 1, r"--device: expected (cpu|cuda:0)"),
-    ("bad dtype", (*ASK, "--context", "{text}", "--dtype", "int8"), 2, r"invalid choice: 'int8'"),
+    (
+        "bad dtype",
+        (*ASK, "--context", "{text}", "--dtype", "int8"),
+        2,
+        r"--dtype: expected auto, .*, got 'int8'",
+    ),
     ("missing text", ("perplexity", "{model}", "{nothing}"), 1, r"{nothing}: no such file or folder"),
     (
         "short text",

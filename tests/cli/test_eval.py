@@ -346,7 +346,7 @@ BAD: list[tuple[str, tuple[object, ...], int, str]] = [
     ),
     ("suite without files", ("--suite", "ruler", "--data", "{folder}"), 1, "{folder}: expected files of ruler tasks"),
     ("suite that is nowhere", ("--suite", "ruler", "--data", "{nothing}"), 1, "{nothing}: no such file or folder"),
-    ("unknown suite", ("--suite", "x", "--data", "{folder}"), 2, "invalid choice: 'x'"),
+    ("unknown suite", ("--suite", "x", "--data", "{folder}"), 2, "--suite: expected .*, got 'x'"),
     ("haystack that is nowhere", ("--haystack", "{nothing}"), 1, "{nothing}: no such file or folder"),
     ("haystack of bytes", ("--haystack", "{bytes}"), 1, "{bytes}: expected UTF-8 text, got byte 0xff"),
     ("squad that is none", ("--squad", "{text}"), 1, "{text}: expected a JSON object with SQuAD's data, got"),

@@ -18,41 +18,15 @@ from sharedllm_ext import __version__
 from sharedllm_ext.cli import ask, chat, demo, info, init, perplexity, train
 from sharedllm_ext.cli import eval as evaluation
 from sharedllm_ext.cli._common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, one_line
-from sharedllm_ext.cli._output import UsageError, abandon_stdout, emit, flush_stdout, print_error, say
+from sharedllm_ext.cli._output import UsageError, abandon_stdout, flush_stdout, print_error, say
+from sharedllm_ext.cli._parser import Parser
 
 COMMANDS = (init, train, ask, chat, perplexity, evaluation, demo, info)
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Find optional positionals also after the options, where argparse no longer looks for them."""
-        namespace, rest = super().parse_known_args(args, namespace)
-        for action in self._get_positional_actions():
-            missed = action.nargs == argparse.OPTIONAL and getattr(namespace, action.dest, None) is None
-            if missed and rest and not rest[0].startswith("-"):
-                setattr(namespace, action.dest, rest.pop(0))
-            while action.nargs == argparse.ZERO_OR_MORE and rest and (rest[0] == "-" or not rest[0].startswith("-")):
-                # a new list: the old one may be the default
-                value = self._get_values(action, [rest.pop(0)])
-                setattr(namespace, action.dest, [*(getattr(namespace, action.dest, None) or ()), *value])
-        return namespace, rest
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        """Help and version are results, whose loss argparse would not tell."""
-        if file is sys.stdout and message:
-            emit(message, end="")
-        else:
-            super()._print_message(message, file)
-
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the whole usage first."""
-        print_error(f"{message} (try: {self.prog} --help)")
-        sys.exit(EXIT_USAGE)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = _Parser(
+    parser = Parser(
         prog="sharedllm",
         description="Long contexts for short-context language models by multi-scale self-injection.",
         epilog="exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted; SHAREDLLM_DEBUG=1 shows tracebacks",
