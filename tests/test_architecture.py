@@ -21,7 +21,7 @@ ops._autocast, ops._checks
 ops.*
 model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
 model.word_index
-model.hooks, model.sources, model.memory_writer, model.page_files
+model.signature_fields, model.hooks, model.sources, model.memory_writer, model.page_files
 model.pages, model.fp8_linear
 model.memory_tiers
 model.families
@@ -48,6 +48,7 @@ model.indexing, model.decoder_precision
 model.generation, model.slow_paths
 model.modeling
 model.conversation, model.published
+model.registered
 model.__init__
 __init__
 distributed.ranks, distributed.shares
@@ -74,6 +75,7 @@ LATE = {
     "info": "it reports what cannot be imported",
     "evaluation.passage_search": "sentence-transformers is an optional package",
     "evaluation.peak_memory": "the system's resource module is there on Unix alone",
+    "model.__init__": "what describes a file of a memory needs no Transformers, which takes seconds to import",
     "model.gguf_checkpoint": "gguf and accelerate are optional packages",
     "training.trained": "peft is an optional package",
     "training.sharding": "PyTorch's sharding modules take a second to import, and few runs need them",

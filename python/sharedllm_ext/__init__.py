@@ -73,4 +73,4 @@ def __dir__() -> list[str]:
 # The package's own programs (`sharedllm`, `python -m sharedllm_ext…`: Python locates those with argv[0] == "-m") import
 # what they need themselves: their help is instant, and `info` reports a broken installation instead of failing on it.
 if os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") not in ("-m", "sharedllm"):
-    importlib.import_module(".model", __name__)
+    importlib.import_module(".model.registered", __name__)

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from sharedllm_ext import ContextMemory, Conversation, SharedLLMForCausalLM
 from sharedllm_ext.model.memory_file import MemoryFile
 from sharedllm_ext.model.sources import Source
 
+from ..support import environment_of_package
 from .conftest import Result, sentences
 
 Cli = Callable[..., Result]
@@ -116,3 +119,16 @@ def test_changed_data_are_found_by_checksums(cli: Cli, place: Path) -> None:
     assert (result.code, result.out) == (1, "")
     assert re.search(r"changed\.safetensors: expected \S+ with CRC-32 .*: the data were changed\n$", result.err)
     assert "--verify: expected a FILE with it" in cli("info", "--verify").err
+
+
+def test_a_file_is_described_without_transformers(place: Path) -> None:
+    """Its import takes seconds, as long as all the rest."""
+    code = (
+        "import sys; sys.argv = ['sharedllm', 'info', *sys.argv[1:]]; from sharedllm_ext.cli import main;"
+        "code = main(); found = {name.split('.')[0] for name in sys.modules} & {'transformers', 'huggingface_hub'};"
+        "print(code, *found)"
+    )
+    for path in (place / "one", place / "two" / "talk.safetensors"):
+        command = [sys.executable, "-c", code, str(path)]
+        done = subprocess.run(command, env=environment_of_package(), capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1:] == ["0"], done.stdout + done.stderr

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from sharedllm_ext import ContextMemory, SharedLLMForCausalLM
-from sharedllm_ext.model.signature import describe_difference
+from sharedllm_ext.model.signature_fields import describe_difference
 
 from . import builders
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sharedllm_ext
 from sharedllm_ext import ContextMemory, SharedLLMForCausalLM
 from sharedllm_ext.model import signature
+from sharedllm_ext.model.signature_fields import check_signature
 
 from . import builders
 
@@ -411,6 +412,6 @@ def test_threads_agree() -> None:
 )
 def test_signatures_are_checked(name: str, value: Any, message: str) -> None:
     memory = builders.model().compress(builders.ids(1, 40))
-    signature.check_signature("file", memory.signature)
+    check_signature("file", memory.signature)
     with pytest.raises(ValueError, match=f"file: expected .*{message}|file: {message}"):
-        signature.check_signature("file", {**memory.signature, name: value})
+        check_signature("file", {**memory.signature, name: value})

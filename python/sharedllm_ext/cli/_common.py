@@ -287,6 +287,9 @@ def find_tokenizer(path: str) -> Any:
     """The tokenizer beside a checkpoint, or ``None``."""
     from transformers import AutoTokenizer
 
+    # some tokenizers are found by the checkpoint's model type, which this registers
+    import sharedllm_ext.model.registered  # noqa: F401
+
     folder = Path(path)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if folder.is_dir() and not any((folder / name).is_file() for name in names):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model.inputs import check_ids, check_mask
 from ..model.memory import ContextMemory
-from ..model.signature import describe_difference
+from ..model.signature_fields import describe_difference
 from .ranks import Ranks
 from .sharded_memory import ShardedMemory
 from .shares import shares_of

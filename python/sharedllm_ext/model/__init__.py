@@ -1,23 +1,25 @@
-"""The SharedLLM model: configuration, context memory, compressor and decoder, registered with Transformers."""
+"""The SharedLLM model: configuration, context memory, compressor and decoder, registered with Transformers.
 
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+The names come with the first use of one: what describes a file of a memory needs no Transformers.
+"""
 
-from .collator import SharedLLMDataCollator
-from .configuration import SharedLLMConfig
-from .context_index import ContextIndex
-from .conversation import Conversation
-from .decoding import ContinuousBatch, decoding_obstacle
-from .memory import ContextMemory
-from .memory_tiers import MemoryTiers
-from .modeling import SharedLLMForCausalLM
-from .published import load_published_checkpoint
-from .tiered_memory import TieredMemory
+import importlib
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register("sharedllm", SharedLLMConfig, exist_ok=True)
-AutoModelForCausalLM.register(SharedLLMConfig, SharedLLMForCausalLM, exist_ok=True)
-# Trainer shifts labels for its label smoothing only where it knows the class by name
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["sharedllm"] = SharedLLMForCausalLM.__name__
+if TYPE_CHECKING:
+    from .registered import (
+        ContextIndex,
+        ContextMemory,
+        ContinuousBatch,
+        Conversation,
+        MemoryTiers,
+        SharedLLMConfig,
+        SharedLLMDataCollator,
+        SharedLLMForCausalLM,
+        TieredMemory,
+        decoding_obstacle,
+        load_published_checkpoint,
+    )
 
 __all__ = [
     "ContextIndex",
@@ -32,3 +34,9 @@ __all__ = [
     "decoding_obstacle",
     "load_published_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module(".registered", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,8 @@ from .managed_layers import check_whole, refuse_plan
 from .memory import ContextMemory
 from .micro_batches import Work, compress_in_micro_batches, tree_shape
 from .rotary import LayerTables, Rotation, rotations_of
-from .signature import Subject, describe_difference, has_details, memory_signature
+from .signature import Subject, memory_signature
+from .signature_fields import describe_difference, has_details
 from .stopwatch import Stopwatch
 from .tiered_memory import TieredMemory
 from .training_mark import is_training_mark

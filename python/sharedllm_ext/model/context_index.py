@@ -15,7 +15,7 @@ from .memory_fields import Tail
 from .memory_file import DTYPES, FileFormat, MemoryFile, are_sizes, shorten, tensor_names
 from .memory_writer import write_tensors
 from .protocols import Decoder
-from .signature import check_signature
+from .signature_fields import check_signature
 from .tree import ContextTree, TreeShape, kept_tokens
 from .upload import upload
 

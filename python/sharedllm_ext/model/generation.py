@@ -29,7 +29,7 @@ from .outputs import with_memory
 from .passage_reading import PassageRequest
 from .reading import say_if_it_cannot_read
 from .rotary import switch_of
-from .signature import describe_difference
+from .signature_fields import describe_difference
 from .slow_paths import say_slow_parts
 from .split import Split, split_rows
 from .split_prompt import (

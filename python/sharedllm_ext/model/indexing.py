@@ -18,7 +18,7 @@ from .managed_layers import check_whole
 from .memory import ContextMemory
 from .micro_batches import Work, in_micro_batches, memory_store, products_of, tree_shape
 from .passages import CHUNKS
-from .signature import describe_difference, has_details
+from .signature_fields import describe_difference, has_details
 from .stopwatch import Stopwatch
 from .tiered_memory import TieredMemory
 

@@ -28,7 +28,7 @@ from .memory_fields import (
 from .memory_file import DTYPES, MemoryFile, tensor_names
 from .memory_writer import shards_of, write_tensors
 from .protocols import Decoder
-from .signature import describe_difference
+from .signature_fields import describe_difference
 from .sources import Source
 from .storage import Version, join, runs_of
 

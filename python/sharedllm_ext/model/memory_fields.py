@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .memory_file import MEMORY, FileFormat, MemoryFile, are_sizes, shorten
-from .signature import check_signature
+from .signature_fields import check_signature
 from .sources import Source, SourceText
 
 KINDS = ("keys", "values")

@@ -30,7 +30,7 @@ from .page_files import FilePlace, OpenFile
 from .pages import Page, PageForm
 from .pick_index import PickIndex
 from .picked_memory import PickedMemory
-from .signature import describe_difference
+from .signature_fields import describe_difference
 from .sources import Source
 from .tiered_document import TieredDocument, chunk_slots, document_of
 
