@@ -14,7 +14,7 @@ PACKAGE = Path(sharedllm_ext.__file__).parent
 LONGEST = 500
 #: Modules from the lowest to the highest: each may import those of lines above its own, and of its own line.
 ORDER = """
-_C
+_C, counted
 _library, cpu
 reference.*
 ops._autocast, ops._checks

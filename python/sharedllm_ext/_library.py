@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .counted import counted
 
 PACKAGE = Path(__file__).resolve().parent
 CPU_LIBRARY = PACKAGE / "lib" / "libsharedllm_cpu.so"
@@ -164,7 +165,7 @@ def _truncated(path: Path) -> str | None:
         (table,) = struct.unpack_from("<Q", header, 40)
         entry, entries = struct.unpack_from("<HH", header, 58)
         whole = table + entry * entries
-    return None if size >= whole else f"file truncated: {size} of {whole} bytes"
+    return None if size >= whole else f"file truncated: {size} of {counted(whole, 'byte')}"
 
 
 def _load_library(path: Path, info: dict[str, Any]) -> None:

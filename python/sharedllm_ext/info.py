@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .counted import counted
+
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton")
 OPERATORS = (
     "context_tree_split",
@@ -168,7 +170,7 @@ def _devices() -> list[str]:
         memory = properties.total_memory / 2**30
         found.append(
             f"{properties.name}, compute capability {properties.major}.{properties.minor},"
-            f" {properties.multi_processor_count} multiprocessors, {memory:.0f} GiB"
+            f" {counted(properties.multi_processor_count, 'multiprocessor')}, {memory:.0f} GiB"
         )
     return found
 

@@ -99,7 +99,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
         "folder without text",
         (*ASK, "--context", "{folder}"),
         1,
-        r"{folder}: expected a folder with text files, found none \(1 other files\)",
+        r"{folder}: expected a folder with text files, found none \(1 other file\)",
     ),
     (
         "context and memory",
@@ -274,7 +274,7 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
         "a tensor is missing",
         (*PERPLEXITY[:1], "{lacking}", "{text}"),
         1,
-        r"lacks 1 tensors, the first is model.norm.weight",
+        r"lacks 1 tensor, the first is model.norm.weight",
     ),
     ("no tokenizer", ("ask", "{bare}", "why?", "--context", "{text}"), 1, r"expected a tokenizer beside the model"),
     ("text, no tokenizer", ("perplexity", "{bare}", "{text}"), 1, r"the model has no tokenizer; got text"),

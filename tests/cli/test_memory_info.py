@@ -41,6 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, tokenizer:
     talk.add(torch.arange(1, 90).unsqueeze(0))
     talk.save(root / "two" / "talk.safetensors", tokenizer)
     (root / "none" / "notes.txt").write_text("words")
+    (root / "empty.safetensors").touch()
     (root / "none" / "weights.safetensors").write_text("words")
     shutil.copy(checkpoint / "model.safetensors", root / "foreign.safetensors")
     data = bytearray((root / "two" / "a.safetensors").read_bytes())
@@ -97,7 +98,8 @@ def test_a_conversation(cli: Cli, place: Path) -> None:
     [
         ("nothing", "expected a file, got '.*nothing', which does not exist"),
         ("foreign.safetensors", "expected a sharedllm-context-memory file, got a safetensors file without that header"),
-        ("none/notes.txt", "expected a complete sharedllm-context-memory file, got a truncated or foreign one"),
+        ("empty.safetensors", "empty.safetensors: expected a sharedllm-context-memory file, got an empty one\n$"),
+        ("none/notes.txt", r"got a truncated or foreign one \(expected a file of at least 10 bytes, got 5\)"),
         ("cut.safetensors", r"got a truncated or foreign one \(expected a file of \d+ bytes, got \d+\)"),
         ("shard", "expected its shard 'both.safetensors.*-00002-of-.*' beside it, got none"),
         ("none", "expected a folder with one memory or conversation, got none in 1 .safetensors files; "),

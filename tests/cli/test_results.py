@@ -301,10 +301,27 @@ def test_perplexity_of_a_short_text_needs_no_options(cli: Cli, checkpoint: Path,
     assert result.json["results"][1]["context_tokens"] > 0
 
 
+def test_one_of_a_thing_is_no_plural(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    folder, memory = tmp_path / "folder", tmp_path / "memory.safetensors"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "b.bin").write_bytes(b"\x7fELF\0\0")
+    answered = cli("ask", checkpoint, "--context", folder, "--save-memory", memory, "x", "--max-new-tokens", 1)
+    assert answered.code == 0, answered.err
+    assert " tokens -> 1 chunk -> " in answered.err and " memory slots in 2 layers" in answered.err
+    assert "\n         left out 1 file of other kinds than text\n" in answered.err
+    assert re.search(r"\nrunning text: 1 token of question, window 64\n", answered.err), answered.err
+    assert answered.err.count("\nrunning text: 1 + 1 answered token\n") == 1
+    assert " tokens in 1 chunk, " in cli("info", memory).out
+    (tmp_path / "long.txt").write_text(sentences(60))
+    shown = cli("perplexity", checkpoint, tmp_path / "long.txt", "--context-lengths", "0,64", "--points", 1)
+    assert re.search(r"^1 point of \d+ running tokens, the last \d+ scored", shown.out, re.MULTILINE), shown.out
+
+
 def test_unreadable_files_of_a_folder_are_told(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(sentences(60))
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    told = f"1 files cannot be read and were left out, the first is {tmp_path}/gone.txt: no such file or directory"
+    told = f"left out 1 file that cannot be read, the first is {tmp_path}/gone.txt: no such file or directory"
     result = cli("ask", checkpoint, "--context", tmp_path, *ANSWER)
     assert result.code == 0 and told in result.err
     assert told in cli("perplexity", checkpoint, tmp_path, "--context-lengths", "0,64", "--points", 1).err

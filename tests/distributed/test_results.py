@@ -101,7 +101,7 @@ REFUSED = {
     "to": "ValueError: to: expected a process from 0 to ",
     "context_ids": "ValueError: compress: expected the same context_ids in all processes, got another in process 1",
     "vocabulary": "ValueError: context_ids: expected token ids from 0 to 127, got 255",
-    "query": "ValueError: query_ids: expected 1 rows, one for each row of context_ids, got 2",
+    "query": "ValueError: query_ids: expected 1 row, one for each row of context_ids, got 2",
     "model": "ValueError: compress: expected the same model in all processes, got another in process 1; weights: ",
     "input_ids of forward": "ValueError: forward: expected the same input_ids in all processes, got another in process",
     "input_ids of generate": "ValueError: generate: expected the same input_ids in all processes, got another in proc",

@@ -89,7 +89,7 @@ def test_a_checkpoint_that_lacks_tensors(folder: Path) -> None:
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"got one that lacks 1 tensors, the first is model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"got one that lacks 1 tensor, the first is model\.layers\.1\.mlp\.up_proj"):
         build(folder)
 
 

@@ -309,7 +309,7 @@ CASES: dict[str, tuple[Callable[[SharedLLMForCausalLM, ContextIndex], Any], type
     "no rows": (
         lambda m, i: m.memory_for(m.index(builders.ids(1, 40)), builders.ids(0, 4)),
         ValueError,
-        "query_ids: expected 1 rows, .* got 0",
+        "query_ids: expected 1 row, .* got 0",
     ),
     "mask": (
         lambda m, i: m.memory_for(i, builders.ids(2, 4), torch.ones(2, 5)),

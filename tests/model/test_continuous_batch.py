@@ -227,6 +227,24 @@ def test_default_ends(pool: Pool) -> None:
     assert question.finished == "end" and question.tokens == answer[: answer.index(answer[3]) + 1]
 
 
+def test_a_full_batch_says_what_makes_room(pool: Pool) -> None:
+    text = pool.texts[4]
+    batch = ContinuousBatch(pool.model, rows=2, tokens=10)
+    batch.add(text)
+    with pytest.raises(ValueError, match=r"texts: expected at most 1 \(the free rows of 2\); got 2"):
+        batch.add_all([text] * 2)
+    other = batch.add(text)
+    with pytest.raises(
+        ValueError,
+        match="texts: expected none while all rows are taken: step until a question ends, or remove one; got 1",
+    ):
+        batch.add(text)
+    # as it says
+    batch.remove(other)
+    batch.add(text)
+    assert batch.free == 0
+
+
 def test_what_is_refused(pool: Pool) -> None:
     model, text = pool.model, pool.texts[4]
     for settings, error in (
@@ -238,7 +256,7 @@ def test_what_is_refused(pool: Pool) -> None:
             ContinuousBatch(model, **settings)
     batch = ContinuousBatch(model, rows=2, tokens=10)
     cases: list[tuple[list[Any], dict[str, Any], str]] = [
-        ([text] * 3, {}, r"texts: expected at most 2 \(the free rows of 2\), got 3"),
+        ([text] * 3, {}, r"texts: expected at most 2 \(the free rows of 2\); got 3"),
         ([text[:0]], {}, r"text: expected token ids of shape \[tokens\], got torch.int64 \(0,\)"),
         ([[]], {}, r"text: expected token ids of shape \[tokens\], got torch.int64 \(0,\)"),
         (["def f("], {}, r"text: expected token ids of shape \[tokens\], got 'def f\('; a tokenizer makes them"),

@@ -200,7 +200,7 @@ def test_shapes_other_than_the_file_says(tmp_path: Path) -> None:
 def test_a_file_without_a_tensor(tmp_path: Path) -> None:
     base = builders.base()
     del base.model.layers[2].mlp.up_proj
-    with pytest.raises(ValueError, match=r"got one that lacks 1 tensors, the first is model\.layers\.2\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"got one that lacks 1 tensor, the first is model\.layers\.2\.mlp\.up_proj"):
         load(write_gguf(base, tmp_path / "model.gguf"))
 
 

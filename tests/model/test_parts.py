@@ -79,5 +79,5 @@ def test_a_part_far_into_a_document() -> None:
 @pytest.mark.parametrize(("first", "got"), [([0, 0], r"\[0, 0\]"), ([-1], r"\[-1\]"), ([], r"\[\]")])
 def test_first_chunks_are_checked(first: Any, got: str) -> None:
     model = builders.model()
-    with pytest.raises(ValueError, match=f"first_chunks: expected 1 integers of at least 0, got {got}"):
+    with pytest.raises(ValueError, match=f"first_chunks: expected 1 integer of at least 0, got {got}"):
         model._compress_part(builders.ids(1, 40), first_chunks=first)

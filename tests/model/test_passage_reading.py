@@ -342,13 +342,13 @@ BAD = [
     Bad(lambda m, c: {"passages": True}, "passages: expected an integer of at least 1, or .* got True"),
     Bad(lambda m, c: {"passages": "8"}, "passages: expected an integer of at least 1, or .* got '8'"),
     Bad(lambda m, c: {"passages": [[1]]}, r"passages: expected an integer of at least 1, or .* got \[\[1\]\]"),
-    Bad(lambda m, c: {"passages": [[], []]}, "passages: expected those of 1 rows as in input_ids, got those of 2"),
+    Bad(lambda m, c: {"passages": [[], []]}, "passages: expected those of 1 row as in input_ids, got those of 2"),
     Bad(
         lambda m, c: {"passages": m.find_passages(LONG[:, :5], torch.cat((c, c), 1), count=40)},
         r"expected ones within the \d+ tokens of row 0's text, got one up to",
     ),
     Bad(lambda m, c: {"passages": [[]], "query_ids": c[:, :3]}, "query_ids: expected none with passages that"),
-    Bad(lambda m, c: {"query_ids": c[:, :3].expand(2, -1)}, "query_ids: expected 1 rows as in input_ids, got 2"),
+    Bad(lambda m, c: {"query_ids": c[:, :3].expand(2, -1)}, "query_ids: expected 1 row as in input_ids, got 2"),
     Bad(lambda m, c: {"tokenizer": None}, "passages: expected tokenizer with it, for the texts of config.passage_pro"),
     Bad(lambda m, c: {"context_ids": None, "memory": m.compress(c)}, "passages: expected context_ids with it, the tex"),
     Bad(lambda m, c: {"input_ids": None}, "passages: expected input_ids with it, the questions, got none"),
@@ -361,7 +361,7 @@ BAD = [
     Bad(lambda m, c: {"token_healing": True}, "token_healing: expected False where .* or passages are read, got True"),
     Bad(lambda m, c: {"context_ids": c[:, 1:], "memory": m.compress(c)}, "expected the 201 tokens of the memory's doc"),
     Bad(lambda m, c: {"context_ids": c.flip(1), "memory": m.compress(c)}, "expected the text that the memory was made"),
-    Bad(lambda m, c: {"context_ids": c.expand(2, -1)}, "context_ids: expected 1 rows as in question_ids, or 1, got 2"),
+    Bad(lambda m, c: {"context_ids": c.expand(2, -1)}, "context_ids: expected 1 row as in question_ids, or 1, got 2"),
 ]
 
 

@@ -298,7 +298,7 @@ def test_the_cache_of_a_split_prompt_goes_on(model, text: Tensor, own_cache: boo
     with pytest.raises(ValueError, match=r"attention_mask: expected 35 columns .*, or 71 .*, got 50"):
         go_on(new, attention_mask=torch.ones(1, 50))
 
-    with pytest.raises(ValueError, match=rf"input_ids: expected 1 rows as in {CACHE_NAME}, got 2"):
+    with pytest.raises(ValueError, match=rf"input_ids: expected 1 row as in {CACHE_NAME}, got 2"):
         go_on(turn.expand(2, -1))
 
     second = model.generate(turn, **{CACHE_NAME: cache_of(first)}, return_dict_in_generate=True, **STEPS)

@@ -514,7 +514,7 @@ class TestTrouble:
                 refused()
         with pytest.raises(IndexError, match=r"chunks\[0\]: expected chunks 0 to 2 of document 0, got 3"):
             memory.select_chunks([[3]])
-        with pytest.raises(ValueError, match="chunks: expected 1 lists, one for each batch row, got 2"):
+        with pytest.raises(ValueError, match="chunks: expected 1 list, one for each batch row, got 2"):
             memory.select_chunks([[0], [0]])
         with pytest.raises(ValueError, match="chunks: expected an integer of at least 1, got 0"):
             model.memory_for(memory, text, chunks=0)

@@ -57,7 +57,7 @@ def test_trains_and_writes_an_adapter(cli: Run, base: Path, tmp_path: Path) -> N
     assert result.code == 0, result.err
     assert result.out.startswith(f"{out}/adapter.safetensors: ") and ", 3 steps in " in result.out
     assert "answer " in result.out and "found " in result.out
-    assert "step 3 of 3, " in result.err and "tokens/s" in result.err and "1 records" in result.err
+    assert "step 3 of 3, " in result.err and "tokens/s" in result.err and "1 record" in result.err
     assert f"sharedllm ask {base} --adapter {out}/adapter.safetensors --context FILE" in result.err
     model: Any = SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", base)
     stored = load_file(out / CHECKPOINT)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharedllm_ext.cli._output import CommandError, UsageError, say
+from sharedllm_ext.counted import counted
 
 if TYPE_CHECKING:
     import torch
@@ -237,13 +238,13 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: Progres
     if unknown:
         # Transformers would leave them out
         raise CommandError(
-            f"{path}: the checkpoint has {len(unknown)} tensors for which its configuration has no place, the first is "
-            f"{unknown[0]}"
+            f"{path}: the checkpoint has {counted(len(unknown), 'tensor')} for which its configuration has no place, "
+            f"the first is {unknown[0]}"
         )
     missing = sorted(report["missing_keys"])
     if missing:
         # Transformers would go on with random weights in their place
-        raise CommandError(f"{path}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}")
+        raise CommandError(f"{path}: the checkpoint lacks {counted(len(missing), 'tensor')}, the first is {missing[0]}")
     return ready_model(path, model, dtype, device)
 
 
@@ -329,10 +330,10 @@ def characters(texts: Texts) -> int:
 def say_left_out(name: str, texts: Texts) -> None:
     """Say how many files of a folder ``name`` are no text or could not be read, if there are any."""
     if texts.skipped:
-        say(f"{name}: {texts.skipped} files are not text and were left out")
+        say(f"{name}: left out {counted(texts.skipped, 'file')} of other kinds than text")
     if texts.unreadable:
         number, first = len(texts.unreadable), texts.unreadable[0]
-        say(f"{name}: {number} files cannot be read and were left out, the first is {first}")
+        say(f"{name}: left out {counted(number, 'file')} that cannot be read, the first is {first}")
 
 
 def warn_if_silent(model: Any, path: str) -> None:

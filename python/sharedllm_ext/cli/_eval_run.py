@@ -24,6 +24,7 @@ from sharedllm_ext.cli._eval_report import EvaluationTable, document_of, plot
 from sharedllm_ext.cli._eval_systems import identity_of, load_system_model, systems_of
 from sharedllm_ext.cli._output import CommandError, UsageError, print_error, print_json, say
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.counted import counted
 from sharedllm_ext.evaluation.exchange import GivenAnswers, export_records
 from sharedllm_ext.evaluation.generators import DEFAULT_DEPTHS, generate_records
 from sharedllm_ext.evaluation.harness import PredictionFile, evaluate
@@ -106,7 +107,7 @@ def export_questions(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"export": args.export, "questions": count})
     else:
-        say(f"exported: {args.export}, {count} questions")
+        say(f"exported: {args.export}, {counted(count, 'question')}")
     return 0
 
 
@@ -143,7 +144,7 @@ def evaluate_systems(args: argparse.Namespace, begin: float) -> int:
             base, _, _ = load_system_model(args.base, args.dtype, device, progress)
             if base.config.vocab_size != model.config.vocab_size:
                 raise CommandError(
-                    f"--base: expected a vocabulary of {model.config.vocab_size} tokens as MODEL has, got "
+                    f"--base: expected a vocabulary of {counted(model.config.vocab_size, 'token')} as MODEL has, got "
                     f"{base.config.vocab_size}"
                 )
         if args.window is None:
@@ -165,7 +166,7 @@ def evaluate_systems(args: argparse.Namespace, begin: float) -> int:
     else:
         kept = sum(prediction.kept for prediction in result.predictions)
         also = f", {kept} of them kept from an earlier run" if kept else ""
-        say(f"predictions: {args.predictions}, {len(result.predictions)} answers{also}")
+        say(f"predictions: {args.predictions}, {counted(len(result.predictions), 'answer')}{also}")
     if args.plot is not None:
         try:
             plot(result, names, args.plot)

@@ -22,6 +22,7 @@ from sharedllm_ext.cli._common import (
 )
 from sharedllm_ext.cli._output import CommandError, UsageError
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.counted import counted
 from sharedllm_ext.evaluation.passage_search import EmbeddingSearch, PassageSearch, WordSearch
 from sharedllm_ext.evaluation.prompts import Prompts
 from sharedllm_ext.evaluation.systems import (
@@ -81,8 +82,8 @@ def systems_of(args: argparse.Namespace, names: Sequence[str], model: Any, base:
         factor = math.ceil(max(args.lengths) / positions)
         if factor == 1:
             raise UsageError(
-                f"--systems yarn: expected --rope-factor, or --lengths above the model's {positions} positions, got "
-                f"{max(args.lengths)}"
+                "--systems yarn: expected --rope-factor, or --lengths above the model's "
+                f"{counted(positions, 'position')}, got {max(args.lengths)}"
             )
     plain = plain_decoder(base) if set(names) & {"full", "window", "bm25", "embedding"} else None
     embedding: PassageSearch | None = None

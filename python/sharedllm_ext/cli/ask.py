@@ -33,6 +33,7 @@ from sharedllm_ext.cli._contexts import (
 )
 from sharedllm_ext.cli._output import CommandError, UsageError, print_error, print_json, say
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.counted import counted
 
 if TYPE_CHECKING:
     import torch
@@ -184,8 +185,8 @@ def _prompt_length(
     length = int(model.passage_prompt(tokenizer, context[0], passages, args.question).shape[1])
     if length > model.config.window:
         raise CommandError(
-            f"--passages: expected passages and question of at most {model.config.window} tokens (the model's window), "
-            f"got {length} by {len(passages)} passages"
+            f"--passages: expected passages and question of at most {counted(model.config.window, 'token')} (the "
+            f"model's window), got {length} by {counted(len(passages), 'passage')}"
         )
     return length
 
@@ -239,7 +240,7 @@ def _run(args: argparse.Namespace, ranks: Ranks | None = None) -> int:
         ids = _question_ids(tokenizer, args.question, args.chat_template, plain=reads > 0)
         if not 1 <= len(ids) <= model.config.window:
             raise CommandError(
-                f"QUESTION: expected 1 to {model.config.window} tokens (the model's window), got {len(ids)}"
+                f"QUESTION: expected 1 to {counted(model.config.window, 'token')} (the model's window), got {len(ids)}"
             )
         question = torch.tensor([ids], device=device)
 
@@ -255,8 +256,8 @@ def _run(args: argparse.Namespace, ranks: Ranks | None = None) -> int:
         memory = load_memory(args.memory, model, tokenizer)
         if context is not None and context.shape[1] != memory.num_tokens[0]:
             raise CommandError(
-                f"--context, --memory: expected the text of the memory, {memory.num_tokens[0]} tokens, got one of "
-                f"{context.shape[1]}"
+                f"--context, --memory: expected the text of the memory, {counted(memory.num_tokens[0], 'token')}, got "
+                f"one of {context.shape[1]}"
             )
         if reads and context is None:
             context, places = kept_context(memory, tokenizer)
@@ -372,21 +373,25 @@ def _say_context(report: dict[str, Any], model: Any) -> None:
     from sharedllm_ext.cli._places import in_words
 
     say(
-        f"context: {report['context_tokens']:,} tokens -> {report['chunks']:,} chunks -> {report['memory_slots']:,} "
-        f"memory slots in {model.config.injection_layers} layers, {mebibytes(report['memory_bytes'])}"
+        f"context: {counted(report['context_tokens'], 'token', ',')} -> {counted(report['chunks'], 'chunk', ',')} -> "
+        f"{counted(report['memory_slots'], 'memory slot', ',')} in {counted(model.config.injection_layers, 'layer')}, "
+        f"{mebibytes(report['memory_bytes'])}"
     )
     if report["files_skipped"]:
-        say(f"         {report['files_skipped']} files of the folder are not text and were left out")
+        say(f"         left out {counted(report['files_skipped'], 'file')} of other kinds than text")
     if report["files_unreadable"]:
         count, first = len(report["files_unreadable"]), report["files_unreadable"][0]
-        say(f"         {count} files cannot be read and were left out, the first is {first}")
+        say(f"         left out {counted(count, 'file')} that cannot be read, the first is {first}")
     for passage in report["passages"] or ():
         first, end = passage["tokens"]
         where = ", ".join(in_words(**place) for place in passage["places"])
         say(f"passage {passage['rank']}: score {passage['score']:.2f}, tokens {first:,} to {end - 1:,}, {where}")
     if report["question_tokens"]:
         what = "question" if report["passages"] is None else "passages and question"
-        say(f"running text: {report['question_tokens']:,} tokens of {what}, window {model.config.window:,}")
+        say(
+            f"running text: {counted(report['question_tokens'], 'token', ',')} of {what}, window "
+            f"{model.config.window:,}"
+        )
         say()
 
 
@@ -397,7 +402,7 @@ def _say_times(report: dict[str, Any]) -> None:
     say()
     say("times: " + ", ".join(parts))
     if "answer" in report:
-        say(f"running text: {report['question_tokens']:,} + {report['answer_tokens']:,} answered tokens")
+        say(f"running text: {report['question_tokens']:,} + {counted(report['answer_tokens'], 'answered token', ',')}")
     if report["seconds"]["compress"] is not None:
         if report["memory_file"]:
             say(f"memory saved: {report['memory_file']}")

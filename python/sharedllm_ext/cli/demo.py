@@ -24,6 +24,7 @@ from sharedllm_ext.cli._output import CommandError, emit, print_json, say
 from sharedllm_ext.cli._progress import Progress
 from sharedllm_ext.cli._standard_library import standard_library
 from sharedllm_ext.cli.perplexity import PerplexityTable, table_note
+from sharedllm_ext.counted import counted
 
 CONTEXT_LENGTHS = (0, 8192, 32768, 131072)
 POINTS = 4
@@ -95,14 +96,16 @@ def run(args: argparse.Namespace) -> int:
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int32)
     if len(tokens) < needed:
         raise CommandError(
-            f"{root}: this Python's standard library source has {len(tokens)} tokens, and {needed} are needed "
-            "(fewer --points or --context-lengths)"
+            f"{root}: this Python's standard library source has {counted(len(tokens), 'token')}, and {needed} are "
+            "needed (fewer --points or --context-lengths)"
         )
     if not args.json:
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        say(f"model: {path}, {parameters:,} parameters, window {running:,} tokens, {device}")
         say(
-            f"text:  {root} (asyncio, email, …), {len(tokens):,} tokens"
+            f"model: {path}, {counted(parameters, 'parameter', ',')}, window {counted(running, 'token', ',')}, {device}"
+        )
+        say(
+            f"text:  {root} (asyncio, email, …), {counted(len(tokens), 'token', ',')}"
             + ("" if args.model else "; the model was never trained on it")
         )
         say()
@@ -160,7 +163,8 @@ def _continue(args: argparse.Namespace, model: Any, tokenizer: Any, tokens: Any,
     if not args.json:
         say()
         say(
-            f"a continuation after {length:,} tokens of context and {len(prompt)} of running text (it begins at the ▶):"
+            f"a continuation after {counted(length, 'token', ',')} of context and {len(prompt)} of running text (it "
+            "begins at the ▶):"
         )
         emit("\n" + "\n".join(text.split("\n")[-SHOWN_LINES:]) + "▶", end="")
     answer = generate(

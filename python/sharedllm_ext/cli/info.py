@@ -8,6 +8,7 @@ from typing import Any
 
 from sharedllm_ext.cli._common import add_json_option, mebibytes, some_path
 from sharedllm_ext.cli._output import UsageError, emit, print_json
+from sharedllm_ext.counted import counted
 
 #: Documents that are listed, and stretches of text of each; --json lists all.
 DOCUMENTS, TEXTS = 20, 3
@@ -50,25 +51,28 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     model, shards = report["model"], len(report["shards"])
-    beside = f" with {shards} shards" if shards else ""
+    beside = f" with {counted(shards, 'shard')}" if shards else ""
     lines = [
         f"file            {report['file']}{beside}, {mebibytes(report['file_bytes'])}",
         f"format          {report['format']} version {report['version']}"
         f"{', all checksums are right' if report['verified'] else ''}",
         f"model           {model['model_type']}, hidden size {model['hidden_size']}, weights {model['weights']}",
-        f"tree            chunks of {model['chunk_size']} tokens, depth {model['tree_depth']}",
-        f"memory          {report['tokens']:,} tokens in {report['chunks']:,} chunks, {report['slots']:,} slots in "
-        f"{report['layers']} layers, {report['dtype']}",
+        f"tree            chunks of {counted(model['chunk_size'], 'token')}, depth {model['tree_depth']}",
+        f"memory          {counted(report['tokens'], 'token', ',')} in {counted(report['chunks'], 'chunk', ',')}, "
+        f"{counted(report['slots'], 'slot', ',')} in {counted(report['layers'], 'layer')}, {report['dtype']}",
         f"bytes           keys {mebibytes(report['key_bytes'])}, values {mebibytes(report['value_bytes'])}, sources "
         f"{mebibytes(report['source_bytes'])}",
     ]
     if "running_tokens" in report:
         first = f", the first {report['keep_first']} stay" if report["keep_first"] else ""
-        lines.append(f"running text    {report['running_tokens']:,} of {report['window']:,} tokens{first}")
+        lines.append(
+            f"running text    {report['running_tokens']:,} of {counted(report['window'], 'token', ',')}{first}"
+        )
         if report["tokenizer"] is not None:
             lines.append(f"tokenizer       SHA-256 {report['tokenizer']}")
     count, rows = len(report["documents"]), report["rows"]
-    lines.append(f"documents       {count}{f', read by {rows} rows' if rows != count else ''}")
+    read_by = f", read by {counted(rows, 'row')}" if rows != count else ""
+    lines.append(f"documents       {count}{read_by}")
     for number, document in enumerate(report["documents"][:DOCUMENTS], 1):
         lines += _document(number, document)
     if count > DOCUMENTS:
@@ -80,16 +84,16 @@ def _document(number: int, document: dict[str, Any]) -> list[str]:
     name = "without a name" if document["name"] is None else document["name"]
     kept = [what for what, has in (("token ids", "token_ids"), ("characters of tokens", "places")) if document[has]]
     lines = [
-        f"document {number:<6} {name}: {document['tokens']:,} tokens in {document['chunks']:,} chunks, "
-        f"{' and '.join(kept) or 'no token ids'} kept"
+        f"document {number:<6} {name}: {counted(document['tokens'], 'token', ',')} in "
+        f"{counted(document['chunks'], 'chunk', ',')}, {' and '.join(kept) or 'no token ids'} kept"
     ]
     if document["tokenizer"] is not None:
         lines.append(f"  tokenizer     SHA-256 {document['tokenizer']}")
     texts = list(zip(document["sha256"] or (), document["characters"] or (), strict=True))
     for digest, characters in texts[:TEXTS]:
         if digest is not None:
-            of = "" if characters is None else f"{characters:,} characters, "
+            of = "" if characters is None else f"{counted(characters, 'character', ',')}, "
             lines.append(f"  text          {of}SHA-256 {digest}")
     if len(texts) > TEXTS:
-        lines.append(f"                {len(texts) - TEXTS} more stretches of text (--json lists all)")
+        lines.append(f"                {counted(len(texts) - TEXTS, 'more stretch')} of text (--json lists all)")
     return lines

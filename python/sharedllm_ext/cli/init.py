@@ -21,6 +21,7 @@ from sharedllm_ext.cli._common import (
 )
 from sharedllm_ext.cli._output import CommandError, UsageError, emit, print_json, say
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.counted import counted
 
 FIELDS = (
     "injection_layers",
@@ -159,7 +160,10 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    emit(f"{out}: {total:,} parameters, {new:,} of them in the {config.injection_layers} injected blocks")
+    emit(
+        f"{out}: {counted(total, 'parameter', ',')}, {new:,} of them in the "
+        f"{counted(config.injection_layers, 'injected block')}"
+    )
     emit(", ".join(f"{name} {value}" for name, value in shown.items()))
     if tokenizer is None:
         say(f"sharedllm: warning: {args.base} has no tokenizer, so {out} has none either")

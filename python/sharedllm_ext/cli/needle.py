@@ -15,6 +15,7 @@ from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES, load_ada
 from sharedllm_ext.cli._common import pick_device, positive, seconds, share, some_path
 from sharedllm_ext.cli._output import CommandError, Table, UsageError, emit, print_json, say
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.counted import counted
 
 if TYPE_CHECKING:
     from sharedllm_ext.cli._places import Places
@@ -133,13 +134,16 @@ def _hide(tokenizer: Any, fact: str, texts: Texts, length: int, depth: float, pr
     line = encode(tokenizer, [f"{fact.strip()}\n"])[0]
     room = length - len(line)
     if room < 1:
-        raise CommandError(f"--context-length: expected more than the fact's {len(line)} tokens, got {length}")
+        raise CommandError(
+            f"--context-length: expected more than the fact's {counted(len(line), 'token')}, got {length}"
+        )
     with progress.bar("tokenising", None, "characters") as update:
         documents = encode(tokenizer, map(str, texts.documents), limit=room, progress=update, names=texts.names)
     tokens = np.concatenate(documents)
     if len(tokens) < room:
         raise CommandError(
-            f"{texts.source}: expected at least {room} tokens of text, got {len(tokens)} (a smaller --context-length)"
+            f"{texts.source}: expected at least {counted(room, 'token')} of text, got {len(tokens)} (a smaller "
+            "--context-length)"
         )
     places = Places(tokenizer, tokens)
     used = dataclasses.replace(texts, documents=texts.documents[: len(documents)], names=texts.names[: len(documents)])
@@ -199,8 +203,11 @@ def run(args: argparse.Namespace) -> int:
     tokenised = time.perf_counter()
     if not args.json:
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        say(f"model: {ADAPTER}, {parameters:,} parameters, window {model.config.window:,} tokens, {device}")
-        say(f"text:  {hidden.source}, {length:,} tokens; the fact is hidden at token {hidden.start:,}")
+        say(
+            f"model: {ADAPTER}, {counted(parameters, 'parameter', ',')}, window "
+            f"{counted(model.config.window, 'token', ',')}, {device}"
+        )
+        say(f"text:  {hidden.source}, {counted(length, 'token', ',')}; the fact is hidden at token {hidden.start:,}")
     context = torch.from_numpy(hidden.ids.astype("int64")).unsqueeze(0).to(device)
     asked = torch.tensor([question_ids(tokenizer, question)], device=device)
     with progress.compression(length) as tell, torch.inference_mode():
@@ -214,8 +221,8 @@ def run(args: argparse.Namespace) -> int:
     new, window = args.max_new_tokens or MAX_NEW_TOKENS, model.config.window
     if prompt + new > window:
         raise CommandError(
-            f"--passages, --max-new-tokens: expected passages, question and answer of at most {window} tokens (the "
-            f"model's window), got {prompt} + {new}"
+            "--passages, --max-new-tokens: expected passages, question and answer of at most "
+            f"{counted(window, 'token')} (the model's window), got {prompt} + {new}"
         )
     if not args.json:
         emit(f"fact:     {fact}\nquestion: {question}\n")

@@ -28,6 +28,7 @@ from sharedllm_ext.cli._common import (
 )
 from sharedllm_ext.cli._output import CommandError, Table, UsageError, print_error, print_json, say
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.counted import counted
 
 if TYPE_CHECKING:
     from sharedllm_ext.evaluation import LengthResult, PerplexityReport, Texts
@@ -180,7 +181,10 @@ def run(args: argparse.Namespace) -> int:
 def _say_text(args: argparse.Namespace, texts: Texts, sizes: list[int], points: int) -> None:
     say_left_out(args.text, texts)
     if points < args.points:
-        say(f"{args.text}: {sum(sizes):,} tokens have room for {points} of {args.points} points")
+        say(
+            f"{args.text}: {counted(sum(sizes), 'token', ',')} have room for {points} of "
+            f"{counted(args.points, 'point')}"
+        )
 
 
 class PerplexityTable:
@@ -215,8 +219,8 @@ class PerplexityTable:
 def table_note(report: PerplexityReport) -> str:
     """How the table was made, in one line."""
     return (
-        f"{len(report.points)} points of {report.running:,} running tokens, the last {report.scored:,} scored; "
-        f"peak: {report.peak_kind}"
+        f"{counted(len(report.points), 'point')} of {counted(report.running, 'running token', ',')}, the last "
+        f"{report.scored:,} scored; peak: {report.peak_kind}"
     )
 
 
@@ -245,7 +249,8 @@ def plot(report: PerplexityReport, path: str) -> None:
     axes.set_xlabel("context tokens")
     axes.set_ylabel("perplexity")
     axes.set_title(
-        f"{len(report.points)} points, {report.running:,} running tokens; 95% against {base.context_length:,}"
+        f"{counted(len(report.points), 'point')}, {counted(report.running, 'running token', ',')}; 95% against "
+        f"{base.context_length:,}"
     )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -25,6 +25,7 @@ from sharedllm_ext.cli._common import (
 )
 from sharedllm_ext.cli._output import CommandError, UsageError, emit, print_json, say
 from sharedllm_ext.cli._progress import Progress, amount, clock
+from sharedllm_ext.counted import counted
 
 if TYPE_CHECKING:
     import torch
@@ -350,8 +351,10 @@ def _train(
             raise CommandError(str(error)) from None
     if progress.enabled:
         say(
-            f"training {sum(p.numel() for p in trainer.parameters):,} parameters on {device}: {contexts} contexts of "
-            f"{args.chunks} chunks, {sum(map(len, sources.documents)):,} tokens of text, {len(sources.records)} records"
+            f"training {counted(sum(p.numel() for p in trainer.parameters), 'parameter', ',')} on {device}: "
+            f"{counted(contexts, 'context')} of {counted(args.chunks, 'chunk')}, "
+            f"{counted(sum(map(len, sources.documents)), 'token', ',')} of text, "
+            f"{counted(len(sources.records), 'record')}"
         )
     try:
         stopped = trainer.run()
@@ -376,7 +379,7 @@ def _write(
     from sharedllm_ext.training.trained import SCALE
 
     name = os.path.basename(os.path.normpath(args.base)) or args.base
-    about = f"sharedllm train: {trainer.step} steps of {args.trained}"
+    about = f"sharedllm train: {counted(trainer.step, 'step')} of {args.trained}"
     try:
         write_adapter(path, trainer.model, tensors, base=name, scale=SCALE, about=about, digests=digests)
     except Exception as error:
@@ -399,7 +402,10 @@ def _write(
             }
         )
         return
-    emit(f"{path}: {count:,} parameters, {mebibytes(size)}, {trainer.step} steps in {clock(trainer.seconds)}")
+    emit(
+        f"{path}: {counted(count, 'parameter', ',')}, {mebibytes(size)}, {counted(trainer.step, 'step')} in "
+        f"{clock(trainer.seconds)}"
+    )
     if last is not None:
         emit(_losses(last))
     say(f"To use it: sharedllm ask {args.base} --adapter {path} --context FILE 'question'")

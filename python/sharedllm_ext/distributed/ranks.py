@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..counted import counted
+
 _T = TypeVar("_T")
 #: Seconds that a process waits for the others at most, unless told otherwise.
 TIMEOUT = 600.0
@@ -178,7 +180,7 @@ class Ranks:
         lost = "no message" if "timed out" in str(error).lower() else "a connection that has ended"
         who = f"none of process {', '.join(map(str, silent))}" if silent else lost
         return RankError(
-            f"{step}: expected an answer of all {self.size} processes within {self.timeout:g} s, got {who}",
+            f"{step}: expected an answer of all {counted(self.size, 'process')} within {self.timeout:g} s, got {who}",
             silent,
             silent,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from ..counted import counted
 from ..model.memory import ContextMemory
 from ..model.memory_fields import Tail
 from .ranks import Ranks
@@ -82,14 +83,16 @@ class ShardedMemory(ContextMemory):
         ranks = self.ranks
         if args:
             raise ValueError(
-                f"generate: expected keywords after generation_config with a memory in {ranks.size} processes, got "
-                f"{len(args)} positional arguments"
+                "generate: expected keywords after generation_config with a memory in "
+                f"{counted(ranks.size, 'process')}, got {counted(len(args), 'positional argument')}"
             )
         for name, reason in _REFUSED.items():
             value = kwargs.get(name, getattr(config, name, None))
             if value is not None:
                 got = value if isinstance(value, (int, float, str)) else type(value).__name__
-                raise ValueError(f"{name}: expected None with a memory in {ranks.size} processes ({reason}), got {got}")
+                raise ValueError(
+                    f"{name}: expected None with a memory in {counted(ranks.size, 'process')} ({reason}), got {got}"
+                )
         ranks.expect_same("generate", {"input_ids": text, "attention_mask": kwargs.get("attention_mask")})
         _share_random_state(ranks)
         processors = LogitsProcessorList(kwargs.get("logits_processor") or ())

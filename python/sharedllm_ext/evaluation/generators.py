@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from sharedllm_ext.counted import counted
 from sharedllm_ext.evaluation.counting import common_words, frequent_words, tracking
 from sharedllm_ext.evaluation.needles import Needles, key_value, pass_key, repeated_digits
 from sharedllm_ext.evaluation.prompts import Prompts
@@ -142,7 +143,9 @@ def make_record(
     most = None if known.most is None else known.most(ask)
     units, used = _largest(lambda units: prompts.length(record(units)), length, known.least, most, guess)
     if used > length:
-        raise ValueError(f"length: expected at least {used} tokens for {task} with this tokenizer, got {length}")
+        raise ValueError(
+            f"length: expected at least {counted(used, 'token')} for {task} with this tokenizer, got {length}"
+        )
     return record(units), units
 
 

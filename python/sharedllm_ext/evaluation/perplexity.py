@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sharedllm_ext.counted import counted
 from sharedllm_ext.evaluation.peak_memory import measure_peak
 from sharedllm_ext.evaluation.texts import Tokens
 
@@ -118,7 +119,8 @@ def pick_points(
         longest = max(lengths, default=0)
         which = "the text has" if len(lengths) == 1 else "the longest document has"
         raise ValueError(
-            f"{which} {longest} tokens, and {context + running} are needed: {context} of context + {running} running"
+            f"{which} {counted(longest, 'token')}, and {context + running} are needed: {context} of context + "
+            f"{running} running"
         )
     step = running if stride is None else stride
     places = [(document, context + i * step) for document, room in enumerate(spare) for i in range(room // step + 1)]
@@ -152,9 +154,9 @@ def check_lengths(context_lengths: Sequence[int], running: int, scored: int | No
     if not context_lengths or min(context_lengths) < 0:
         raise ValueError(f"context_lengths: expected numbers of at least 0, got {list(context_lengths)}")
     if not 2 <= running <= window:
-        raise ValueError(f"running: expected 2 to {window} tokens (the model's window), got {running}")
+        raise ValueError(f"running: expected 2 to {counted(window, 'token')} (the model's window), got {running}")
     if not 1 <= scored < running:
-        raise ValueError(f"scored: expected 1 to {running - 1} tokens (one less than running), got {scored}")
+        raise ValueError(f"scored: expected 1 to {counted(running - 1, 'token')} (one less than running), got {scored}")
     return scored
 
 
@@ -249,7 +251,8 @@ def _measure(
                 losses.append(float(loss.double().mean()))
                 if not math.isfinite(losses[-1]):
                     raise ValueError(
-                        f"loss: expected a number, got {losses[-1]} at token {start} with {length} tokens of context"
+                        f"loss: expected a number, got {losses[-1]} at token {start} with {counted(length, 'token')} "
+                        "of context"
                     )
                 tell(length + running)
             seconds = time.perf_counter() - begin

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from sharedllm_ext.counted import counted
 from sharedllm_ext.evaluation import bm25
 from sharedllm_ext.evaluation.decoding_rows import Row, RowRotary, decode_rows, read_prompt
 from sharedllm_ext.evaluation.passage_search import PassageSearch, WordSearch
@@ -141,7 +142,9 @@ class _Generating:
 
 def _fits(record: Record, needed: int, window: int, what: str) -> None:
     if needed > window:
-        raise ValueError(f"{record.id}: expected at most {window} tokens in the window for {what}, got {needed}")
+        raise ValueError(
+            f"{record.id}: expected at most {counted(window, 'token')} in the window for {what}, got {needed}"
+        )
 
 
 class MemorySystem(_Generating):

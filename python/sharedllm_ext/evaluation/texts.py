@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from sharedllm_ext.counted import counted
 from sharedllm_ext.evaluation.formats import binary_format, encoding_hint, zero_byte_hint
 
 #: Bytes read at once: a binary file is refused after the first of them.
@@ -170,7 +171,7 @@ def _read_folder(folder: Path, progress: Progress | None) -> Texts:
             documents.append(under_heading(name, text))
             names.append(name)
     if not documents:
-        counts = [f"{skipped} other files"] if skipped else []
+        counts = [counted(skipped, "other file")] if skipped else []
         counts += [f"{len(unreadable)} that cannot be read, the first is {unreadable[0]}"] if unreadable else []
         also = f" ({', '.join(counts)})" if counts else ""
         raise TextError(f"{shown(folder)}: expected a folder with text files, found none{also}")

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from ..counted import counted
+
 FORMAT, VERSION = "sharedllm_adapter", 1
 UP, DOWN = ":up", ":down"
 # of a configuration: what the base checkpoint says
@@ -171,14 +173,15 @@ def check_base(name: str, header: Mapping[str, Any], model: Any) -> None:
     digests = header["digests"]
     if len(digests) != _DIGITS * len(got):
         raise ValueError(
-            f"{name}: expected the base {header['base']} of {len(digests) // _DIGITS} tensors, got one of {len(got)}"
+            f"{name}: expected the base {header['base']} of {counted(len(digests) // _DIGITS, 'tensor')}, got one of "
+            f"{len(got)}"
         )
     expected = [digests[i : i + _DIGITS] for i in range(0, len(digests), _DIGITS)]
     other = [tensor for tensor, digits in zip(got, expected, strict=True) if got[tensor] != digits]
     if other:
         raise ValueError(
-            f"{name}: expected the base {header['base']}, got one of which {len(other)} of {len(got)} tensors differ, "
-            f"the first is {other[0]}"
+            f"{name}: expected the base {header['base']}, got one of which {len(other)} of "
+            f"{counted(len(got), 'tensor')} differ, the first is {other[0]}"
         )
 
 

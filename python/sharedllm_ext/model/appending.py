@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .inputs import check_ids, check_mask, padded_rows
 from .memory import ContextMemory
 from .memory_fields import Tail
@@ -88,8 +89,8 @@ class ContextAppending:
         for name, query in (("query_ids", query_ids), ("query_embeds", query_embeds)):
             if isinstance(query, Tensor) and query.shape[:1] != context_ids.shape[:1]:
                 raise ValueError(
-                    f"{name}: expected {context_ids.shape[0]} rows, one for each row of context_ids, got shape "
-                    f"{tuple(query.shape)}"
+                    f"{name}: expected {counted(context_ids.shape[0], 'row')}, one for each row of context_ids, got "
+                    f"shape {tuple(query.shape)}"
                 )
         if memory.device != context_ids.device:
             raise ValueError(
@@ -159,12 +160,14 @@ def _documents(memory: ContextMemory | TieredMemory, lengths: list[int], rows: S
     """The documents that go on, in their order, and the row of ``context_ids`` that has the tokens of each."""
     if rows is None and len(lengths) != memory.batch_size:
         raise ValueError(
-            f"context_ids: expected {memory.batch_size} rows as in the memory, or rows=[…] that names theirs, got "
-            f"{len(lengths)}"
+            f"context_ids: expected {counted(memory.batch_size, 'row')} as in the memory, or rows=[…] that names "
+            f"theirs, got {len(lengths)}"
         )
     named = range(memory.batch_size) if rows is None else rows
     if len(named) != len(lengths):
-        raise ValueError(f"rows: expected {len(lengths)} batch rows, one for each row of context_ids, got {len(named)}")
+        raise ValueError(
+            f"rows: expected {counted(len(lengths), 'batch row')}, one for each row of context_ids, got {len(named)}"
+        )
     found: dict[int, int] = {}
     for source, (row, length) in enumerate(zip(named, lengths, strict=True)):
         if not 0 <= row < memory.batch_size:
@@ -214,8 +217,8 @@ def tail_of(memory: ContextMemory | TieredMemory, document: int, chunk_size: int
     tail = None if memory.tails is None else memory.tails[document]
     if tail is None:
         raise ValueError(
-            f"memory: expected the token ids of the last {rest} tokens of document {document} (tails), got none; "
-            "compress the whole text again"
+            f"memory: expected the token ids of the last {counted(rest, 'token')} of document {document} (tails), got "
+            "none; compress the whole text again"
         )
     return tail
 

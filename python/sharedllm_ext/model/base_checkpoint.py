@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..counted import counted
 from .configuration import SharedLLMConfig
 from .families import attention_norm, check_family
 from .gguf_checkpoint import complete_config, find_gguf, read_header
@@ -86,13 +87,14 @@ def load_base(
     if mismatched:
         name, there, expected = mismatched[0]
         raise ValueError(
-            f"{base}: expected {name} of shape {tuple(expected)} by its configuration, got {tuple(there)}; "
-            f"{len(mismatched)} tensors differ"
+            f"{base}: expected {name} of shape {tuple(expected)} by its configuration, got {tuple(there)}, the "
+            f"first of {counted(len(mismatched), 'tensor')} with another shape"
         )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
-            f"{base}: expected a whole checkpoint, got one that lacks {len(missing)} tensors, the first is {missing[0]}"
+            f"{base}: expected a whole checkpoint, got one that lacks {counted(len(missing), 'tensor')}, the first is "
+            f"{missing[0]}"
         )
     return model
 

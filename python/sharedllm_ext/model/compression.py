@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .chunks import cut_into_chunks
 from .examined import examined
 from .injection import InjectedContext
@@ -209,7 +210,7 @@ class ContextCompression:
         counts = [-(-length // size) for length in lengths]
         firsts = [0] * len(lengths) if first_chunks is None else list(first_chunks)
         if len(firsts) != len(lengths) or any(first < 0 for first in firsts):
-            raise ValueError(f"first_chunks: expected {len(lengths)} integers of at least 0, got {firsts}")
+            raise ValueError(f"first_chunks: expected {counted(len(lengths), 'integer')} of at least 0, got {firsts}")
         indices = (first + count for first, count in zip(firsts, counts, strict=True))
         queries = self._rows_with_query(query_ids, query_mask, query_embeds, len(lengths))
         longest = 0 if queries is None else max(queries[1], default=0)
@@ -257,7 +258,7 @@ class ContextCompression:
         else:
             check_embeds(self, name, query)
         if query.shape[0] != documents:
-            raise ValueError(f"{name}: expected {documents} rows, one for each {of}, got {query.shape[0]}")
+            raise ValueError(f"{name}: expected {counted(documents, 'row')}, one for each {of}, got {query.shape[0]}")
         used = check_mask("query_attention_mask", mask, name, query)
         if not self.config.query_aware:
             return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from ..ops import context_tree_select, topk_nodes
 from .chunks import Chunk, cut_into_chunks
 from .levels import NodeTable
@@ -170,7 +171,9 @@ class ContextIndex:
         _check_fields("index", fields)
         names, (shape, vectors) = tensor_names(_KINDS, fields["signature"]["injection_layers"]), _shapes(fields)
         if len(self.keys) + len(self.values) != len(names):
-            raise ValueError(f"index: expected {len(names)} keys and values, got {len(self.keys) + len(self.values)}")
+            raise ValueError(
+                f"index: expected {counted(len(names), 'key')} and values, got {len(self.keys) + len(self.values)}"
+            )
         tensors = dict(zip(names, (*self.keys, *self.values), strict=True))
         for name, tensor in {**tensors, "vectors": self.vectors}.items():
             expected, dtype = (vectors, tensor.dtype) if name == "vectors" else (shape, self.dtype)

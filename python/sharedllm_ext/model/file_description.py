@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from ..counted import counted
 from .memory import ContextMemory
 from .memory_fields import open_memory
 from .memory_file import CONVERSATION, MEMORY, MemoryFile, are_sizes, shorten
@@ -85,5 +86,7 @@ def running_shape(file: MemoryFile) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file.name}: expected a tokenizer that is null or a text, got {shorten(digest)}")
     shape = file.shape_of("running_ids")
     if len(shape) != 1 or shape[0] > window:
-        raise ValueError(f"{file.name}: expected running_ids of at most {window} tokens (window), got shape {shape}")
+        raise ValueError(
+            f"{file.name}: expected running_ids of at most {counted(window, 'token')} (window), got shape {shape}"
+        )
     return {"running_ids": shape}

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin, MaxLengthCriteria
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
+from ..counted import counted
 from .cache_name import CACHE_NAME, take_cache
 from .cached_memory import remembered_memory
 from .decoding.cache import PreallocatedCache
@@ -217,7 +218,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             return None
         rows, mask = prompt.whole.shape[0], kwargs.get("attention_mask")
         if input_ids.shape[0] != rows:
-            raise ValueError(f"input_ids: expected {rows} rows as in {CACHE_NAME}, got {input_ids.shape[0]}")
+            raise ValueError(f"input_ids: expected {counted(rows, 'row')} as in {CACHE_NAME}, got {input_ids.shape[0]}")
         if mask is not None and mask.shape[1] > input_ids.shape[1]:
             # only what is new; the mask says from where the caller counts
             new = input_ids.shape[1]
@@ -225,7 +226,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
                 kwargs["attention_mask"] = prompt.read_mask(mask, mask.shape[1] - prompt.whole.shape[1])
             elif mask.shape[1] != cached + new:
                 raise ValueError(
-                    f"attention_mask: expected {cached + new} columns (the cache and input_ids), or "
+                    f"attention_mask: expected {counted(cached + new, 'column')} (the cache and input_ids), or "
                     f"{prompt.removed + cached + new} with the context that was split from it, got {mask.shape[1]}"
                 )
             return None
@@ -238,8 +239,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         if chosen or prompt.begins_as_running_text(input_ids):
             return None
         raise ValueError(
-            f"input_ids: expected a text that begins with the {prompt.whole.shape[1]} tokens of the prompt that "
-            f"{CACHE_NAME} was split from, or with the last {prompt.running.shape[1]} of them, got another text"
+            f"input_ids: expected a text that begins with the {counted(prompt.whole.shape[1], 'token')} of the prompt "
+            f"that {CACHE_NAME} was split from, or with the last {prompt.running.shape[1]} of them, got another text"
         )
 
     def _give(self: Any, prompt: SplitPrompt, generation_config: Any, kwargs: dict[str, Any]) -> None:
@@ -342,8 +343,9 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
         partly = columns <= cached or (mask is not None and mask.shape[1] > columns)
         if switch is not None and cached <= switch and partly:
             raise ValueError(
-                f"input_ids: expected the whole text, which this base rotates otherwise beyond {switch} tokens "
-                f"(longrope), got {columns} tokens that follow the {cached} of {CACHE_NAME}"
+                "input_ids: expected the whole text, which this base rotates otherwise beyond "
+                f"{counted(switch, 'token')} (longrope), got {counted(columns, 'token')} that follow the {cached} of "
+                f"{CACHE_NAME}"
             )
 
     def _still_rotated(
@@ -364,8 +366,8 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             return cache
         if embeds is not None:
             raise ValueError(
-                f"inputs_embeds: expected at most {switch} tokens of prompt and answer, beyond which this base rotates "
-                f"all of them otherwise (longrope), got {now}; give input_ids, which can be read again"
+                f"inputs_embeds: expected at most {counted(switch, 'token')} of prompt and answer, beyond which this "
+                f"base rotates all of them otherwise (longrope), got {now}; give input_ids, which can be read again"
             )
         return None
 

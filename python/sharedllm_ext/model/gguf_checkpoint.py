@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from ..counted import counted
 from .families import FAMILIES, check_gguf_family
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+\.gguf)", re.IGNORECASE)
@@ -114,7 +115,7 @@ def read_header(path: Path) -> GgufHeader:
     header = GgufHeader(path, values, types, None if factors is None else torch.tensor(factors, dtype=torch.float32))
     if (values.get("split.count") or 1) > 1:
         raise ValueError(
-            f"{path}: expected a whole GGUF file, got one of {values['split.count']} parts "
+            f"{path}: expected a whole GGUF file, got one of {counted(values['split.count'], 'part')} "
             "(llama-gguf-split --merge joins them)"
         )
     check_gguf_family(str(path), header.architecture)
@@ -154,7 +155,7 @@ def complete_config(config: PreTrainedConfig, header: GgufHeader) -> None:
     elif window and not takes_window:
         raise ValueError(
             f"{header.path}: expected a {settings.model_type} file without a sliding window, which Transformers "
-            f"would lose, got one of {window} tokens; load the original checkpoint instead"
+            f"would lose, got one of {counted(window, 'token')}; load the original checkpoint instead"
         )
 
 

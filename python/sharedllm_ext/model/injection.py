@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..counted import counted
 from ..ops import injected_attention
 from .families import FAMILIES, Family, attention_norm, norm_eps, projection
 from .hooks import is_untouched
@@ -77,7 +78,9 @@ class InjectedContext:
         if memory.batch_size == 1 and batch > 1:
             memory = memory.expand(batch)
         if memory.batch_size != batch:
-            raise ValueError(f"memory: expected {batch} batch rows as in input_ids, or 1, got {memory.batch_size}")
+            raise ValueError(
+                f"memory: expected {counted(batch, 'batch row')} as in input_ids, or 1, got {memory.batch_size}"
+            )
         if memory.device != device:
             raise ValueError(
                 f"memory: expected device {device} as input_ids, got {memory.device}; use memory.to({str(device)!r})"

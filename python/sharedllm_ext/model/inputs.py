@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..counted import counted
 from .protocols import Decoder
 
 # Id tensors already range-checked, with tensor version and vocabulary size at the time.
@@ -117,7 +118,8 @@ def check_running_text(
     check_ids(model, "context_ids", context_ids, range_too=False)
     if inputs.shape[0] != context_ids.shape[0]:
         raise ValueError(
-            f"context_ids: expected {inputs.shape[0]} rows, one for each row of {name}, got {context_ids.shape[0]}"
+            f"context_ids: expected {counted(inputs.shape[0], 'row')}, one for each row of {name}, got "
+            f"{context_ids.shape[0]}"
         )
     if mask is not None and mask.dim() == 2:
         check_mask("attention_mask", mask, name, inputs)
@@ -227,8 +229,8 @@ def say_past_window(model: Decoder, tokens: int, mask: Tensor | None, past: Any)
             return
     model._said_past_window = True
     warnings.warn(
-        f"running text: expected at most {window} tokens (config.window), got {total}; the model was not made for more "
-        "of it, so give what is older as context_ids",
+        f"running text: expected at most {counted(window, 'token')} (config.window), got {total}; the model was not "
+        "made for more of it, so give what is older as context_ids",
         UserWarning,
         stacklevel=3,
     )

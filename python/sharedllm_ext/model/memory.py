@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..counted import counted
 from .memory_fields import (
     FIELDS,
     KINDS,
@@ -268,8 +269,8 @@ class ContextMemory:
         """
         if self.processes > 1:
             raise ValueError(
-                f"memory: expected all slots in this process, got those of one of {self.processes} processes; gather() "
-                "puts them together"
+                "memory: expected all slots in this process, got those of one of "
+                f"{counted(self.processes, 'process')}; gather() puts them together"
             )
 
     def expect_same(self, **inputs: Tensor | None) -> None:
@@ -314,7 +315,9 @@ class ContextMemory:
         check_fields("memory", fields)
         names, shape = tensor_names(KINDS, fields["signature"]["injection_layers"]), shape_of(fields)
         if len(self.keys) + len(self.values) != len(names):
-            raise ValueError(f"memory: expected {len(names)} keys and values, got {len(self.keys) + len(self.values)}")
+            raise ValueError(
+                f"memory: expected {counted(len(names), 'key')} and values, got {len(self.keys) + len(self.values)}"
+            )
         tensors = dict(zip(names, (*self.keys, *self.values), strict=True))
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES or tensor.dtype != self.dtype:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .memory_file import MEMORY, FileFormat, MemoryFile, are_sizes, shorten
 from .signature_fields import check_signature
 from .sources import Source, SourceText
@@ -54,21 +55,31 @@ def check_fields(name: str, fields: dict[str, Any]) -> None:
         expect(are_sizes(values), f"{field} to be a list of integers of at least 0", values)
     cu_slots, num_chunks, num_tokens = fields["cu_slots"], fields["num_chunks"], fields["num_tokens"]
     documents = len(num_chunks)
-    expect(len(num_tokens) == documents, f"num_tokens of {documents} documents as in num_chunks", len(num_tokens))
-    expect(len(cu_slots) == documents + 1, f"{documents + 1} cu_slots for {documents} documents", len(cu_slots))
+    expect(
+        len(num_tokens) == documents,
+        f"num_tokens of {counted(documents, 'document')} as in num_chunks",
+        len(num_tokens),
+    )
+    expect(
+        len(cu_slots) == documents + 1, f"{documents + 1} cu_slots for {counted(documents, 'document')}", len(cu_slots)
+    )
     expect(cu_slots[0] == 0, "cu_slots to begin with 0", cu_slots[0])
     size, node = signature["chunk_size"], signature["slots_per_node"]
     chunk = (signature["tree_depth"] + 1) * node
     for document, (chunks, tokens) in enumerate(zip(num_chunks, num_tokens, strict=True)):
         where = f"of document {document}"
         count = -(-tokens // size)
-        expect(chunks == count, f"num_chunks {where} to be {count} for {tokens} tokens in chunks of {size}", chunks)
+        expect(
+            chunks == count,
+            f"num_chunks {where} to be {count} for {counted(tokens, 'token')} in chunks of {size}",
+            chunks,
+        )
         slots = cu_slots[document + 1] - cu_slots[document]
         expect(slots >= 0, f"cu_slots to rise at document {document}", cu_slots[document : document + 2])
         # the nodes of a chunk hold each of its tokens once
         full, rest = divmod(tokens, size)
         least, most = (full * min(size, slots_of) + min(rest, slots_of) for slots_of in (node, chunk))
-        expect(least <= slots <= most, f"{least} to {most} slots {where} by its tokens and the tree", slots)
+        expect(least <= slots <= most, f"{least} to {counted(most, 'slot')} {where} by its tokens and the tree", slots)
     for row in fields["memory_index"]:
         expect(row < documents, f"memory_index from 0 to {documents - 1}", row)
 
@@ -188,7 +199,11 @@ def check_origin(name: str, header: Mapping[str, Any], fields: Mapping[str, Any]
         held = fields["cu_slots"][document + 1] - fields["cu_slots"][document]
         low, high = min(rest, 1), min(rest, most, held)
         right = slots is None or (type(slots) is int and low <= slots <= high)
-        expect(right, f"{low} to {high} slots in the last {rest} tokens of document {document}", slots)
+        expect(
+            right,
+            f"{low} to {counted(high, 'slot')} in the last {counted(rest, 'token')} of document {document}",
+            slots,
+        )
     for document, source in enumerate(sources or ()):
         if source is None:
             continue
@@ -208,7 +223,7 @@ def check_origin(name: str, header: Mapping[str, Any], fields: Mapping[str, Any]
             )
             expect(_is_text(text["sha256"]), f"the SHA-256 of a text {where} to be null or a text", text["sha256"])
         total, tokens = sum(text["tokens"] for text in source["texts"]), fields["num_tokens"][document]
-        expect(total == tokens, f"texts of {tokens} tokens {where}", total)
+        expect(total == tokens, f"texts of {counted(tokens, 'token')} {where}", total)
     return header
 
 

@@ -22,6 +22,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..counted import counted
+
 
 @dataclasses.dataclass(frozen=True)
 class FileFormat:
@@ -226,7 +228,7 @@ class MemoryFile:
         others = others or {}
         count = layers * len(kinds) + len(others)
         if len(self._entries) != count:
-            raise self._error(f"{count} tensors for {layers} layers", str(len(self._entries)))
+            raise self._error(f"{counted(count, 'tensor')} for {counted(layers, 'layer')}", str(len(self._entries)))
         names = tensor_names(kinds, layers)
         shapes = {**dict.fromkeys(names, shape), **others}
         for name, expected in shapes.items():
@@ -309,7 +311,9 @@ class MemoryFile:
         while done < data.nbytes:
             count = os.preadv(entry.descriptor, [data[done:]], begin + done)
             if not count:
-                raise self._owners[name]._truncated(f"{data.nbytes} bytes of {name} at byte {begin}", str(done))
+                raise self._owners[name]._truncated(
+                    f"{counted(data.nbytes, 'byte')} of {name} at byte {begin}", str(done)
+                )
             done += count
 
     def _sums(self) -> dict[str, Any]:
@@ -328,7 +332,7 @@ class MemoryFile:
         if not entry.nbytes or entry.begin % entry.dtype.itemsize:
             return self._read_tensor(name, summed)
         if entry.begin + entry.nbytes > os.fstat(entry.descriptor).st_size:
-            raise self._owners[name]._truncated(f"{name} of {entry.nbytes} bytes", "a shorter file")
+            raise self._owners[name]._truncated(f"{name} of {counted(entry.nbytes, 'byte')}", "a shorter file")
         with self._lock:
             if entry.descriptor not in self._maps:
                 # private: what is written to a tensor is not written to the file
@@ -350,7 +354,7 @@ class MemoryFile:
             piece = data[done : done + PIECE]
             count = os.preadv(entry.descriptor, [piece], entry.begin + done)
             if count == 0:
-                raise self._owners[name]._truncated(f"{entry.nbytes} bytes of {name}", str(done))
+                raise self._owners[name]._truncated(f"{counted(entry.nbytes, 'byte')} of {name}", str(done))
             crc = zlib.crc32(piece[:count], crc) if summed else 0
             done += count
         return tensor, crc
@@ -358,11 +362,13 @@ class MemoryFile:
     def _read_head(self, size: int, forms: Sequence[FileFormat]) -> tuple[dict[str, Any], dict[str, _Entry]]:
         prefix = os.pread(self._descriptor, 8, 0)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise self._truncated(
-                f"a header of 2 to {max(2, min(size - 8, _LONGEST_HEADER))} bytes",
-                f"{length}" if len(prefix) == 8 else f"a file of {len(prefix)} bytes",
-            )
+        if not prefix:
+            raise ValueError(f"{self.name}: expected a {self.form.name} file, got an empty one")
+        longest = min(size - 8, _LONGEST_HEADER)
+        if longest < 2:
+            raise self._truncated("a file of at least 10 bytes", str(size))
+        if not 2 <= length <= longest:
+            raise self._truncated(f"a header of 2 to {counted(longest, 'byte')}", str(length))
         head = self._json(os.pread(self._descriptor, length, 8), "the safetensors header")
         metadata = head.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not isinstance(metadata.get("header"), str):
@@ -395,7 +401,7 @@ class MemoryFile:
                 raise self._error(f"{name!r} to begin at byte {end - first} of the data", str(entry.begin - first))
             end += entry.nbytes
         if end != size:
-            raise self._truncated(f"a file of {end} bytes", str(size))
+            raise self._truncated(f"a file of {counted(end, 'byte')}", str(size))
         return entries
 
     def _entry(self, name: str, value: Any, first: int) -> _Entry:
@@ -412,7 +418,9 @@ class MemoryFile:
         for length in shape:
             nbytes *= length
         if nbytes != end - begin:
-            raise self._error(f"{nbytes} bytes of {name!r} by its shape and dtype", f"{end - begin} by its offsets")
+            raise self._error(
+                f"{counted(nbytes, 'byte')} of {name!r} by its shape and dtype", f"{end - begin} by its offsets"
+            )
         return _Entry(self._descriptor, dtype, tuple(shape), first + begin, nbytes)
 
     def _json(self, text: str | bytes, what: str) -> dict[str, Any]:

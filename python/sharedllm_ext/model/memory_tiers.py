@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .memory_file import bytes_of
 from .memory_writer import bytes_in
 from .page_files import Place, SpillFile
@@ -228,8 +229,8 @@ class MemoryTiers:
         if self._spill is None:
             tier = self._tiers[-1]
             raise MemoryError(
-                f"tiers: expected a folder for what exceeds host_bytes, got none; {tier.nbytes} bytes are in "
-                f"{tier.name!r}, of a budget of {tier.budget}"
+                f"tiers: expected a folder for what exceeds host_bytes, got none; {tier.name!r} holds "
+                f"{counted(tier.nbytes, 'byte')}, of a budget of {tier.budget}"
             )
         copies = [copy for copy in page.copies if copy is not None]
         page.place = self._spill.write(bytes_of(self._settled(page, copies[-1])))

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .chunks import Chunk, micro_batch
 from .compressor import compress_chunks
 from .families import projection
@@ -221,9 +222,9 @@ def memory_store(lower: LowerModel, slots: int, model_dtype: torch.dtype, device
     torch.cuda.empty_cache()
     needed = 2 * layers * slots * shape[1] * shape[2] * dtype.itemsize
     raise torch.OutOfMemoryError(
-        f"context memory: expected {needed / 1e9:.2f} GB of free device memory for {slots} slots in {layers} "
-        f"layers, got {_free_bytes(device) / 1e9:.2f} GB; fewer injection_layers, fewer slots_per_node, a larger "
-        "chunk_size or a shorter context needs less"
+        f"context memory: expected {needed / 1e9:.2f} GB of free device memory for {counted(slots, 'slot')} in "
+        f"{counted(layers, 'layer')}, got {_free_bytes(device) / 1e9:.2f} GB; fewer injection_layers, fewer "
+        "slots_per_node, a larger chunk_size or a shorter context needs less"
     )
 
 
@@ -250,9 +251,10 @@ def _out_of_memory(config: Any, token_bytes: int, ids: Tensor, store: list[Tenso
     kept = sum(tensor.nbytes for tensor in store or ())
     knob = f"micro_batch_tokens below {tokens}" if store is not None else "gradient checkpointing or a shorter context"
     return (
-        f"compress: expected about {needed / 1e9:.2f} GB of free device memory for the activations of {tokens} "
-        f"context tokens beside {kept / 1e9:.2f} GB of context memory, got {_free_bytes(device) / 1e9:.2f} GB; "
-        f"{knob} (config.micro_batch_tokens is {config.micro_batch_tokens}) needs less ({failure})"
+        f"compress: expected about {needed / 1e9:.2f} GB of free device memory for the activations of "
+        f"{counted(tokens, 'context token')} beside {kept / 1e9:.2f} GB of context memory, got "
+        f"{_free_bytes(device) / 1e9:.2f} GB; {knob} "
+        f"(config.micro_batch_tokens is {config.micro_batch_tokens}) needs less ({failure})"
     )
 
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
+from ..counted import counted
 from .memory_file import MemoryFile
 
 
@@ -66,8 +67,9 @@ class SpillFile:
             self.give(first, size)
             raise OSError(
                 error.errno,
-                f"tiers: expected room for a page of {size} bytes in {self.folder!r}, got: {error.strerror}. What the "
-                "memories hold stays as it is; make room on the disk, or give a larger host_bytes",
+                f"tiers: expected room for a page of {counted(size, 'byte')} in {self.folder!r}, got: "
+                f"{error.strerror}. What the memories hold stays as it is; make room on the disk, or give a larger "
+                "host_bytes",
             ) from None
         return SpillPlace(self, first, size)
 
@@ -79,8 +81,8 @@ class SpillFile:
             if not count:
                 raise OSError(
                     errno.EIO,
-                    f"tiers: expected {data.nbytes} bytes at byte {first} of the spill file in {self.folder!r}, got "
-                    f"{done}: the file was made shorter",
+                    f"tiers: expected {counted(data.nbytes, 'byte')} at byte {first} of the spill file in "
+                    f"{self.folder!r}, got {done}: the file was made shorter",
                 )
             done += count
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .inputs import check_ids, check_mask, check_not_empty
 from .memory import ContextMemory
 from .passages import NO_PICK, Passage, PassagePrompt, kept_ids
@@ -82,8 +83,8 @@ class PassageRequest:
             raise ValueError(f"passages: expected {NO_PICK}")
         if cached:
             raise ValueError(
-                f"passages: expected an empty cache, got one of {cached} tokens; what goes on from it reads the "
-                "passages that it holds"
+                f"passages: expected an empty cache, got one of {counted(cached, 'token')}; what goes on from it reads "
+                "the passages that it holds"
             )
         context_ids, context_mask = context
         # of the documents that are read: a memory may hold others
@@ -111,8 +112,8 @@ class PassageRequest:
             rows.append(layout.ids(texts[i], passages, question.tolist(), begin))
             if len(rows[-1]) > model.config.window:
                 raise ValueError(
-                    f"passages: expected passages and question of at most {model.config.window} tokens "
-                    f"(config.window), got {len(rows[-1])} by {len(passages)} passages in row {i}"
+                    f"passages: expected passages and question of at most {counted(model.config.window, 'token')} "
+                    f"(config.window), got {len(rows[-1])} by {counted(len(passages), 'passage')} in row {i}"
                 )
         longest = max(map(len, rows))
         # padding is masked; any token will do
@@ -139,7 +140,8 @@ class PassageRequest:
                 check_not_empty(query[0])
                 if query[0].shape[0] != input_ids.shape[0]:
                     raise ValueError(
-                        f"query_ids: expected {input_ids.shape[0]} rows as in input_ids, got {query[0].shape[0]}"
+                        f"query_ids: expected {counted(input_ids.shape[0], 'row')} as in input_ids, got "
+                        f"{query[0].shape[0]}"
                     )
             if isinstance(memory, TieredMemory):
                 picked: tuple[ContextMemory, list[list[Passage]]]
@@ -158,7 +160,9 @@ class PassageRequest:
                 f"passages: expected an integer of at least 1, or what find_passages returns, got {count!r}"
             )
         if len(count) != rows:
-            raise ValueError(f"passages: expected those of {rows} rows as in input_ids, got those of {len(count)}")
+            raise ValueError(
+                f"passages: expected those of {counted(rows, 'row')} as in input_ids, got those of {len(count)}"
+            )
         if query[0] is not None:
             raise ValueError("query_ids: expected none with passages that have been found, got some")
         if isinstance(memory, TieredMemory):
@@ -194,4 +198,6 @@ def _texts(model: Any, context: tuple[Tensor | None, Tensor | None], memory: Con
 def _check_within(passages: Sequence[Passage], length: int, row: int) -> None:
     end = max((passage.end for passage in passages), default=0)
     if end > length or any(passage.start < 0 for passage in passages):
-        raise ValueError(f"passages: expected ones within the {length} tokens of row {row}'s text, got one up to {end}")
+        raise ValueError(
+            f"passages: expected ones within the {counted(length, 'token')} of row {row}'s text, got one up to {end}"
+        )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .inputs import check_ids, check_mask
 from .memory import ContextMemory
 from .pick import slot_places
@@ -161,7 +162,9 @@ class PassageRetrieval:
                 f"{memory.device}; use memory.to(…)"
             )
         if memory.batch_size not in (1, rows):
-            raise ValueError(f"memory: expected {rows} batch rows as in question_ids, or 1, got {memory.batch_size}")
+            raise ValueError(
+                f"memory: expected {counted(rows, 'batch row')} as in question_ids, or 1, got {memory.batch_size}"
+            )
         found = []
         known: tuple[tuple[int, int], Tensor, PickIndex] | None = None
         for row in range(rows):
@@ -172,8 +175,8 @@ class PassageRetrieval:
                 ids = kept_ids(self, memory, document, device) if texts is None else texts[source]
                 if ids.numel() != memory.num_tokens[document]:
                     raise ValueError(
-                        f"context_ids: expected the {memory.num_tokens[document]} tokens of the memory's document "
-                        f"{document}, got {ids.numel()} in row {source}"
+                        f"context_ids: expected the {counted(memory.num_tokens[document], 'token')} of the memory's "
+                        f"document {document}, got {ids.numel()} in row {source}"
                     )
                 known = (source, document), ids, self._pick_index(ids, memory, document)
             origin = None if memory.sources is None else memory.sources[document]
@@ -284,7 +287,9 @@ def _rows_of(model: Any, context_ids: Tensor, mask: Tensor | None, rows: int) ->
     check_ids(model, "context_ids", context_ids, range_too=True)
     used = check_mask("context_attention_mask", mask, "context_ids", context_ids)
     if context_ids.shape[0] not in (1, rows):
-        raise ValueError(f"context_ids: expected {rows} rows as in question_ids, or 1, got {context_ids.shape[0]}")
+        raise ValueError(
+            f"context_ids: expected {counted(rows, 'row')} as in question_ids, or 1, got {context_ids.shape[0]}"
+        )
     return [ids if used is None else ids[used[row]] for row, ids in enumerate(context_ids)]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from ..counted import counted
 from .families import attention_norm
 from .layer_math import version_of
 from .lower_model import LowerModel, embed_tokens, project
@@ -207,5 +208,6 @@ def check_text(lower: LowerModel, ids: Tensor, places: SlotPlaces, values_of: Ca
         first = int(tokens[other.cpu()].min())
         raise ValueError(
             "context_ids: expected the text that the memory was made of, got another: "
-            f"{int(other.sum())} of {len(tokens)} tokens that were compared differ, the first is token {first}"
+            f"{int(other.sum())} of {counted(len(tokens), 'token')} that were compared differ, the first is token "
+            f"{first}"
         )

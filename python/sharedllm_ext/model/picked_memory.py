@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from ..counted import counted
 from .memory import ContextMemory
 
 
@@ -27,8 +28,8 @@ class PickedMemory(ContextMemory):
             ValueError: always.
         """
         raise ValueError(
-            f"memory: expected all chunks of its documents, got {sum(map(len, self.chunks))} picked ones; use the "
-            "TieredMemory that they are of"
+            f"memory: expected all chunks of its documents, got {counted(sum(map(len, self.chunks)), 'picked one')}; "
+            "use the TieredMemory that they are of"
         )
 
     def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:

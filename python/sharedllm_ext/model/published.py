@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .configuration import SharedLLMConfig
 from .modeling import SharedLLMForCausalLM
 
@@ -50,8 +51,8 @@ def load_published_checkpoint(state_dict: Mapping[str, Tensor], config: SharedLL
     unknown = sorted(renamed.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"state_dict: expected the {len(expected)} parameters that the configuration names, got {len(renamed)}; "
-            f"missing: {missing[:5]}, unknown: {unknown[:5]}"
+            f"state_dict: expected the {counted(len(expected), 'parameter')} that the configuration names, got "
+            f"{len(renamed)}; missing: {missing[:5]}, unknown: {unknown[:5]}"
         )
     for name, tensor in renamed.items():
         if tensor.shape != expected[name].shape:

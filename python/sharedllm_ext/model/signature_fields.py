@@ -8,6 +8,7 @@ tokens. Files of version 1 end with ``weights``, and so do memories of a model i
 import math
 from typing import Any
 
+from ..counted import counted
 from .memory_file import shorten
 
 _SIZES = (
@@ -89,7 +90,7 @@ def _are_numbers(values: Any, *, nothing: bool = False) -> bool:
 
 def _difference_of_rope(expected: list[float], got: Any) -> str | None:
     if not isinstance(got, list) or len(got) != len(expected):
-        return f"rope: expected {len(expected) - 1} frequencies, got {shorten(got)}"
+        return f"rope: expected {counted(len(expected) - 1, 'frequency')}, got {shorten(got)}"
     for index, (a, b) in enumerate(zip(expected, got, strict=True)):
         # two devices may differ in a float32's last digits
         if not math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-12):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..counted import counted
+
 
 class Place(NamedTuple):
     """Characters of a document.
@@ -141,7 +143,7 @@ class Source:
             ValueError: 'name: expected …, got …'.
         """
         if self.tokens != tokens:
-            raise ValueError(f"{name}: expected the source of {tokens} tokens, got one of {self.tokens}")
+            raise ValueError(f"{name}: expected the source of {counted(tokens, 'token')}, got one of {self.tokens}")
         for text in self.texts:
             for what, tensor, shape in (
                 ("token_ids", text.token_ids, (text.tokens,)),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .layer_math import version_of
 from .memory_fields import Tail
 from .pages import Page
@@ -122,8 +123,8 @@ def document_of(
     last = slots - full * slots_of_chunk
     if not 0 <= last <= slots_of_chunk or bool(last) != bool(rest) or (tail is not None and tail.slots != last):
         raise ValueError(
-            f"memory: expected {slots_of_chunk} slots in each of {full} full chunks of {num_tokens} tokens, got "
-            f"{slots} slots"
+            f"memory: expected {counted(slots_of_chunk, 'slot')} in each of {counted(full, 'full chunk')} of "
+            f"{counted(num_tokens, 'token')}, got {counted(slots, 'slot')}"
         )
     if source is None and not num_tokens:
         # the tokens of a document that begins here will be known
@@ -132,7 +133,7 @@ def document_of(
         return TieredDocument(tuple(pages), num_tokens, slots, tail, source, None)
     places = slot_places(num_tokens, model.config)
     if places.token.numel() != slots:
-        raise ValueError(f"memory: expected {places.token.numel()} slots for the pick, got {slots}")
+        raise ValueError(f"memory: expected {counted(places.token.numel(), 'slot')} for the pick, got {slots}")
     ids = None if source is None else source.token_ids
     if ids is not None:
         check_text(

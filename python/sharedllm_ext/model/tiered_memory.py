@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from .memory import ContextMemory
 from .memory_fields import (
     FIELDS,
@@ -206,7 +207,9 @@ class TieredMemory:
             ValueError: not one list for each row.
         """
         if len(chunks) != self.batch_size:
-            raise ValueError(f"chunks: expected {self.batch_size} lists, one for each batch row, got {len(chunks)}")
+            raise ValueError(
+                f"chunks: expected {counted(self.batch_size, 'list')}, one for each batch row, got {len(chunks)}"
+            )
         groups: dict[tuple[int, tuple[int, ...]], int] = {}
         for row, (document, own) in enumerate(zip(self.memory_index, chunks, strict=True)):
             count = self.num_chunks[document]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..counted import counted
+
 #: Element types of the data tensors.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Element types that the C++ CPU kernels take; the other two go to the reference.
@@ -69,7 +71,7 @@ def check_rotary(cos: Tensor, sin: Tensor, head_size: int, device: torch.device)
     """Check the half tables ``[P, R/2]`` of a rotary embedding, ``R <= D``."""
     check_tensor("cos", cos, ("P", "R/2"), torch.float32, device)
     check_tensor("sin", sin, (cos.shape[0], cos.shape[1]), torch.float32, device)
-    check_that(2 * cos.shape[1] <= head_size, "cos", f"at most D/2 = {head_size // 2} columns", cos.shape[1])
+    check_that(2 * cos.shape[1] <= head_size, "cos", f"at most D/2 = {counted(head_size // 2, 'column')}", cos.shape[1])
 
 
 def check_scale(scale: float) -> None:

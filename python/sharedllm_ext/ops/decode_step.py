@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._library import cpu_kernels, cuda_kernels
+from ..counted import counted
 from ..reference import decode_step as _reference
 from ._autocast import outside_autocast
 from ._checks import CPU_KERNEL_DTYPES, FLOATS, check_eps, check_rotary, check_tensor, check_that
@@ -166,7 +167,12 @@ def _check_linear(
     check_that(1 <= len(weights) <= MATRICES, name, f"1 to {MATRICES} matrices", len(weights))
     for what, entries in (("scales", scales), ("biases", offsets)):
         if entries is not None:
-            check_that(len(entries) == len(weights), what, f"{len(weights)} entries, one for each matrix", len(entries))
+            check_that(
+                len(entries) == len(weights),
+                what,
+                f"{counted(len(weights), 'entry')}, one for each matrix",
+                len(entries),
+            )
     for i, (weight, bias) in enumerate(zip(weights, offsets, strict=True)):
         check_tensor(f"{name}[{i}]", weight, (f"N{i}", x.shape[1]), dtype, x.device)
         if scales is not None:
@@ -262,7 +268,7 @@ def _check_append(
         size > 0 and qkv.shape[1] % size == 0 and qkv.shape[1] // size > 2 * heads,
         "qkv",
         f"whole heads of {size}, more than {2 * heads}",
-        f"{qkv.shape[1]} columns",
+        counted(qkv.shape[1], "column"),
     )
     for name, tensor in (("keys", keys), ("values", values)):
         stride = tensor.stride(3)

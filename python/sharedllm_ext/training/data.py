@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..counted import counted
 from .prompt import PromptTokens
 from .sources import Record, Sources, Tokens
 from .wordings import CONTINUE, facts
@@ -116,8 +117,8 @@ class Mix:
         if not long:
             total = sum(map(len, sources.documents))
             raise ValueError(
-                f"data: expected plain text of at least {needed} tokens ({sizes.chunks} chunks of {config.chunk_size} "
-                f"and {sizes.running} that follow), got {total}"
+                f"data: expected plain text of at least {counted(needed, 'token')} ({counted(sizes.chunks, 'chunk')} "
+                f"of {config.chunk_size} and {sizes.running} that follow), got {total}"
             )
         self.documents = long
         room = np.array([len(document) - needed + 1 for document in long], dtype=np.float64)
@@ -150,8 +151,8 @@ class Mix:
             if example is not None:
                 return example
         raise ValueError(
-            f"data: expected questions that fit {self.sizes.question_tokens} tokens, with answers of "
-            f"{self.sizes.answer_tokens}, in a context of {self.length}, got none in {_TRIES} tries"
+            f"data: expected questions that fit {counted(self.sizes.question_tokens, 'token')}, with answers of "
+            f"{self.sizes.answer_tokens}, in a context of {self.length}, got none in {counted(_TRIES, 'try')}"
         )
 
     def _draw(self, rng: np.random.Generator) -> Example | None:

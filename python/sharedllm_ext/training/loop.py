@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..counted import counted
 from .checkpoint import TrainingError, checkpoint_tensors, read_checkpoint, write_checkpoint
 from .data import Batch, Mix
 from .flops import StepFlops, batch_tokens, peak_flops
@@ -328,7 +329,7 @@ class Trainer:
         line = f"step {self.step + 1}: expected finite losses, got NaN or infinity in {', '.join(wrong)}"
         if self.skipped >= self.options.most_skipped:
             stands = f"{self.path} stands" if self.path.exists() else "there is no checkpoint"
-            raise TrainingError(f"{line}, as in {self.skipped} steps in a row; {stands}")
+            raise TrainingError(f"{line}, as in {counted(self.skipped, 'step')} in a row; {stands}")
         self.say(f"{line}; skipped")
 
     def _precision(self) -> Any:

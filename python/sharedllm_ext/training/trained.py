@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..counted import counted
 from ..model.adapter import DOWN, UP
 from ..model.families import attention_norm
 from ..model.managed_layers import is_sharded
@@ -239,7 +240,7 @@ def _modules(model: Any, part: str) -> list[Any]:
     elif part == "upper":
         if count == total:
             raise ValueError(
-                f"trained: expected injection_layers below the base's {total} layers for upper, got {count}"
+                f"trained: expected injection_layers below the base's {counted(total, 'layer')} for upper, got {count}"
             )
         found = [module for layer in model.model.layers[count:] for module in layer.self_attn.modules()]
     else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...counted import counted
 from ..cache_name import CACHE_NAME
 from ..memory import ContextMemory
 from ..memory_file import shorten
@@ -256,18 +257,20 @@ class ContinuousBatch:
     def _check(self, ids: list[Tensor], memory: ContextMemory | None, new: int | None) -> list[int]:
         """Lengths of texts that fit, into a model that takes steps."""
         if len(ids) > self.free:
-            raise ValueError(f"texts: expected at most {self.free} (the free rows of {self.rows}), got {len(ids)}")
+            most = f"at most {self.free} (the free rows of {self.rows})"
+            most = most if self.free else "none while all rows are taken: step until a question ends, or remove one"
+            raise ValueError(f"texts: expected {most}; got {len(ids)}")
         if memory is not None and memory.batch_size not in (1, len(ids)):
-            raise ValueError(f"memory: expected 1 or {len(ids)} rows, one for each text, got {memory.batch_size}")
+            rows = counted(len(ids), "row")
+            raise ValueError(f"memory: expected 1 or {rows}, one for each text, got {memory.batch_size}")
         if new is not None and new < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {new}")
         for text in ids:
             if text.dim() != 1 or not len(text) or text.is_floating_point():
                 raise ValueError(f"text: expected token ids of shape [tokens], got {text.dtype} {tuple(text.shape)}")
             if len(text) + (new or 1) > self.tokens:
-                raise ValueError(
-                    f"text: expected at most {self.tokens} tokens with its answer, got {len(text)} and {new or 1} more"
-                )
+                most, more = counted(self.tokens, "token"), new or 1
+                raise ValueError(f"text: expected at most {most} with its answer, got {len(text)} and {more} more")
         obstacle = obstacle_in_model(self.model) or obstacle_in_call(self.model, self.rows, memory, None)
         if obstacle is not None:
             raise ValueError(f"model: expected one that decodes by steps; {obstacle}")

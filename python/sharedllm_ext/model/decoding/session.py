@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from ...counted import counted
 from ..cache_name import CACHE_NAME
 from ..memory import ContextMemory
 from ..outputs import SharedLLMOutput
@@ -125,7 +126,8 @@ class DecodeCall:
             return "labels: expected none in a decoding step, got some"
         mask = inputs.get("attention_mask")
         if mask is not None and tuple(mask.shape) != (rows, length + 1):
-            return f"attention_mask: expected shape [batch, cached tokens + 1], got one of {mask.dim()} dimensions"
+            got = counted(mask.dim(), "dimension")
+            return f"attention_mask: expected shape [batch, cached tokens + 1], got one of {got}"
         if self.first is not None and self.first.shape[0] != rows:
             return "attention_mask: expected the rows that generate began with, got others"
         if not self._has_usual_positions(inputs.get("position_ids"), length):

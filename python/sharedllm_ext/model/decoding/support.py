@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._library import cpu_kernels, cuda_kernels
+from ...counted import counted
 from ...ops.injected_attention import head_size_obstacle
 from ..cache_name import CACHE_NAME, one_cache
 from ..examined import examined
@@ -128,7 +129,7 @@ def obstacle_in_cache(cache: Any) -> str | None:
 def obstacle_in_call(model: Decoder, rows: int, memory: Any, mask: Tensor | None) -> str | None:
     """What speaks against steps in rows, memory and mask of a ``generate``."""
     if memory is not None and memory.processes > 1:
-        return f"memory: expected all slots in this process, got those of one of {memory.processes} processes"
+        return f"memory: expected all slots in this process, got those of one of {counted(memory.processes, 'process')}"
     if memory is not None and (memory.dtype != model.dtype or memory.device != model.device):
         return f"memory: expected {model.dtype} on {model.device} as the model, got {memory.dtype} on {memory.device}"
     if mask is not None and mask.dim() != 2:
@@ -198,8 +199,10 @@ def obstacle_in_rows(model: Decoder, rows: int) -> str | None:
     """What speaks against steps of so many rows."""
     if in_8_bits(model):
         most = MOST_FP8_ROWS[model.model.embed_tokens.weight.device.type]
-        return None if rows <= most else f"input_ids: expected at most {most} rows of a decoder in 8 bits, got {rows}"
-    return None if rows <= MAX_BATCH else f"input_ids: expected at most {MAX_BATCH} rows, got {rows}"
+        if rows > most:
+            return f"input_ids: expected at most {counted(most, 'row')} of a decoder in 8 bits, got {rows}"
+        return None
+    return None if rows <= MAX_BATCH else f"input_ids: expected at most {counted(MAX_BATCH, 'row')}, got {rows}"
 
 
 def in_8_bits(model: Decoder) -> bool:
