@@ -1,6 +1,7 @@
 """``sharedllm chat``: turns, documents, files and interruptions, over pipes."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from sharedllm_ext import ContextMemory, Conversation, SharedLLMForCausalLM
 from sharedllm_ext.cli import main
 from sharedllm_ext.cli._output import CommandError
 from sharedllm_ext.cli._turns import Turns
+from sharedllm_ext.counted import counted
 from sharedllm_ext.model.passages import PassagePrompt
 
 from ..support import environment_of_package
@@ -71,7 +73,7 @@ def replies(model: Any, tokenizer: Any, conversation: Conversation, texts: list[
     for text in texts:
         conversation.add(ids(tokenizer, text))
         new = conversation.generate(max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=0)
-        out.append(tokenizer.decode(new[0], skip_special_tokens=True) + "\n")
+        out.append(tokenizer.decode(new[0], skip_special_tokens=True) + "\n\n")
     return "".join(out)
 
 
@@ -88,7 +90,8 @@ def test_lines_are_turns_of_one_conversation(chat: Chat, checkpoint: Path) -> No
     running = conversation.running_ids.shape[1]
     assert f"running text: {running} of 64 tokens\n" in result.err
     absorbed = conversation.num_tokens - running
-    assert f"memory: {absorbed} tokens in {absorbed // 32} chunks, {conversation.memory.num_slots} slots" in result.err
+    assert f"memory: {absorbed} tokens in {counted(absorbed // 32, 'chunk')}, " in result.err
+    assert f" {conversation.memory.num_slots} slots in 2 layers, " in result.err
     assert "running text: 0 of 64 tokens\nmemory: none yet\n" in result.err
 
 
@@ -100,7 +103,13 @@ def test_documents_are_read_first(chat: Chat, checkpoint: Path, text_file: Path,
     assert expected != replies(model, tokenizer, Conversation(model), texts)
     result = chat(checkpoint, text_file, lines=LINES[:2])
     assert (result.code, result.out) == (0, expected), result.err
-    assert f"memory: {memory.num_tokens[0]:,} tokens ({text_file}, and what followed) in" in result.err
+    assert f"memory: {memory.num_tokens[0]:,} tokens ({text_file}) in" in result.err
+    # only what has moved in follows it
+    assert "what followed" not in result.err
+    saved = tmp_path / "talk.safetensors"
+    long = chat(checkpoint, text_file, lines=[*LINES, *LINES, *LINES, "/info", f"/save {saved}"])
+    assert re.search(rf"\nmemory: [\d,]+ tokens \({text_file}, and what followed\) in ", long.err), long.err
+    assert f" ({text_file}, and what followed) in " in chat(checkpoint, "--load", saved, lines=()).err
     # the same from the memory that ask has saved; files may stand after the options
     saved = tmp_path / "memory.safetensors"
     memory.save(saved)
@@ -108,7 +117,7 @@ def test_documents_are_read_first(chat: Chat, checkpoint: Path, text_file: Path,
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.txt").write_text(sentences(9))
-    assert f"({folder}, {text_file}, and what" in chat(checkpoint, folder, "--top-p", "0.9", text_file, lines=()).err
+    assert f"({folder}, {text_file}) in" in chat(checkpoint, folder, "--top-p", "0.9", text_file, lines=()).err
 
 
 def test_a_saved_conversation_goes_on(chat: Chat, spoken: Path, text_file: Path, tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_passages_are_read_and_do_not_stay(chat: Chat, picking: Path, tmp_path: 
         beside = Conversation(model, memory)
         beside.add(torch.cat((conversation.running_ids, torch.tensor([prompt])), 1))
         new = beside.generate(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=0)
-        out.append(tokenizer.decode(new[0], skip_special_tokens=True) + "\n")
+        out.append(tokenizer.decode(new[0], skip_special_tokens=True) + "\n\n")
         conversation.add(torch.cat((ids(tokenizer, "\n" * number + question), new), 1))
         place = "; ".join(f"{text} tokens {p.start} to {p.end - 1}" for p in found)
         assert f"passages: {place}\n" in result.err
@@ -244,11 +253,32 @@ def test_commands_and_lines(chat: Chat, checkpoint: Path, tmp_path: Path) -> Non
     assert "error: stdin: expected UTF-8 text, got byte 0xe9 at offset 3 of line 2, which is left out\n" in wrong.err
 
 
+def test_json_has_a_line_for_each_message(chat: Chat, checkpoint: Path, picking: Path, text_file: Path) -> None:
+    plain = chat(checkpoint, lines=["alpha\\", "Beta", *LINES])
+    result = chat(checkpoint, "--json", lines=["alpha\\", "Beta", "/bogus", *LINES])
+    assert (result.code, result.err.count("\n")) == (1, 1) and "/bogus: expected /info" in result.err
+    rows = [json.loads(line) for line in result.out.split("\n")[:-1]]
+    assert [row["message"] for row in rows] == ["alpha\nBeta", *LINES]
+    assert "".join(f"{row['answer']}\n\n" for row in rows) == plain.out
+    assert all(1 <= row["answer_tokens"] <= 6 and not row["interrupted"] for row in rows)
+    assert rows[0]["passages"] is None and rows[0]["memory_tokens"] == 0 and rows[0]["seconds"]["first_token"] > 0
+    assert rows[-1]["running_tokens"] > rows[0]["running_tokens"] > rows[0]["answer_tokens"]
+    bad = chat(checkpoint, "--json", lines=b"caf\xe9\n")
+    assert bad.code == 1 and "expected UTF-8 text" in json.loads(bad.out)["error"]
+    found = chat(picking, text_file, "--json", "--passages", 3, lines=[QUESTION, "word " * 90])
+    first, second = map(json.loads, found.out.splitlines())
+    assert [passage["rank"] for passage in first["passages"]] == [1, 2, 3] and first["seconds"]["find"] > 0
+    assert all(passage["source"] == str(text_file) and len(passage["tokens"]) == 2 for passage in first["passages"])
+    assert (found.code, set(second)) == (1, {"message", "error"})
+    assert second["error"].startswith("--passages: expected passages and question of at most 128 tokens")
+    assert "passages: " not in found.err.replace(second["error"], "")
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("{text}", "--load", "x"), 2, "--load: expected no other begin with it, got FILE_OR_FOLDER"),
-        (("--memory", "x", "--load", "y"), 2, "--load: expected no other begin with it, got --memory"),
+        (("{text}", "--load", "x"), 2, "FILE_OR_FOLDER, --load: expected at most one of them to begin with, got 2"),
+        (("--memory", "x", "--load", "y"), 2, "--memory, --load: expected at most one of them to begin with, got 2"),
         (("--load", "x", "--system", "y"), 2, "--system: expected it at the begin of a conversation, got --load"),
         (("-",), 2, "got -: standard input is the conversation"),
         (("--system", " "), 2, "--system: expected text, got an empty one"),
@@ -257,7 +287,6 @@ def test_commands_and_lines(chat: Chat, checkpoint: Path, tmp_path: Path) -> Non
         (("--load", "{nothing}"), 1, "conversation file: expected a file, got '.*', which does not exist"),
         (("--load", "{memory}"), 1, "expected a sharedllm-conversation file, got a 'sharedllm-context-memory' file"),
         (("{nothing}",), 1, "no such file or folder"),
-        (("--json",), 2, "unknown option --json"),
     ],
 )
 def test_errors_are_one_line(
@@ -406,7 +435,8 @@ def test_the_terminal_is_prompted_and_warned(
                 raise KeyboardInterrupt
             return line
 
-    plain = chat(checkpoint, lines=LINES[:2]).out
+    # an empty line after each answer is for pipes
+    plain = chat(checkpoint, lines=LINES[:2]).out.replace("\n\n", "\n")
     for typed, code, out in (
         (f"{LINES[0]}\n^C\nhalf \\\n^C\n{LINES[1]}\n/bogus\n", 0, plain),
         (f"{LINES[0]}\n^C\n^C\n{LINES[1]}\n", 130, plain.split("\n")[0]),

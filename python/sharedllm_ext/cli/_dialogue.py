@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ from sharedllm_ext.cli._generation import TimedStreamer, question_ids
 from sharedllm_ext.cli._output import say
 from sharedllm_ext.cli._places import Places
 from sharedllm_ext.cli._turns import Turns
+from sharedllm_ext.counted import counted
 from sharedllm_ext.model import Conversation
 from sharedllm_ext.model.passages import Passage, PassagePrompt
 
@@ -64,6 +66,7 @@ class Dialogue:
         passages: how many to find and read for a question, where the memory has kept its tokens; 0: none.
         settings: keywords of ``generate``.
         places: of the documents that were read first, if they were.
+        show: whether an answer is printed while it comes; otherwise it is in the report alone.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class Dialogue:
         passages: int,
         settings: dict[str, Any],
         places: Places | None = None,
+        show: bool = True,
     ) -> None:
+        self.show = show
         self.conversation, self.model, self.tokenizer = conversation, conversation.model, tokenizer
         self.turns, self.passages, self.places = turns, passages, places
         ends = settings["eos_token_id"]
@@ -89,8 +94,11 @@ class Dialogue:
         source = None if memory is None or memory.sources is None else memory.sources[memory.memory_index[0]]
         return self.passages > 0 and source is not None and source.token_ids is not None
 
-    def answer(self, question: str) -> None:
-        """Stream the answer to a question; both become part of the conversation.
+    def answer(self, question: str) -> dict[str, Any]:
+        """Answer a question; both become part of the conversation.
+
+        Returns:
+            What ``--json`` says of it, but the question: answer, tokens, passages, times.
 
         Raises:
             ValueError: passages and question do not fit the window; the conversation is as before.
@@ -99,25 +107,41 @@ class Dialogue:
         last = int(running[0, -1]) if running.shape[1] else None
         first = running.shape[1] <= self.conversation.keep_first
         turn = self._tensor(self.turns.question(question, last, first=first))
+        streamer, find, found = TimedStreamer(self.tokenizer, show=self.show), None, None
         with CtrlC() as stop:
             if self.reads:
                 # read beside the conversation, so that passages do not become part of it
-                beside = self._with_passages(question, self.turns.closing(last, first=first))
-                answer = self._generate(beside, stop)
+                begin = time.perf_counter()
+                beside, found = self._with_passages(question, self.turns.closing(last, first=first))
+                find = time.perf_counter() - begin
+                answer = self._generate(beside, stop, streamer)
                 self.conversation.add(torch.cat((turn, answer), 1))
             else:
                 self.conversation.add(turn)
-                self._generate(self.conversation, stop)
+                answer = self._generate(self.conversation, stop, streamer)
         if stop.count:
             say("interrupted; the conversation goes on after what was written")
+        times, held = streamer.times, self.conversation.running_ids.shape[1]
+        return {
+            "answer": self.tokenizer.decode(answer[0], skip_special_tokens=True),
+            "answer_tokens": answer.shape[1],
+            "interrupted": stop.count > 0,
+            "passages": None if found is None else [self._described(passage) for passage in found],
+            "running_tokens": held,
+            "memory_tokens": self.conversation.num_tokens - held,
+            "seconds": {
+                "find": find,
+                "first_token": times[0],
+                "per_token": (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+            },
+        }
 
-    def _generate(self, conversation: Conversation, stop: CtrlC) -> torch.Tensor:
-        streamer = TimedStreamer(self.tokenizer, show=True)
+    def _generate(self, conversation: Conversation, stop: CtrlC, streamer: TimedStreamer) -> torch.Tensor:
         criteria = StoppingCriteriaList([stop])
         return conversation.generate(streamer=streamer, stopping_criteria=criteria, **self.settings)
 
-    def _with_passages(self, question: str, closing: list[int]) -> Conversation:
-        """The conversation so far and, at its end, passages and the question."""
+    def _with_passages(self, question: str, closing: list[int]) -> tuple[Conversation, list[Passage]]:
+        """The conversation so far and, at its end, passages and the question; and the passages."""
         memory, window = self.conversation.memory, self.conversation.window
         assert memory is not None and memory.sources is not None  # see reads
         asked = question_ids(self.tokenizer, question)
@@ -127,21 +151,29 @@ class Dialogue:
         prompt = PassagePrompt(self.model.config, self.tokenizer).ids(ids, found, asked, [])
         if len(prompt) > window:
             raise ValueError(
-                f"--passages: expected passages and question of at most {window} tokens (the model's window), got "
-                f"{len(prompt)} by {len(found)} passages"
+                f"--passages: expected passages and question of at most {counted(window, 'token')} (the model's "
+                f"window), got {len(prompt)} by {counted(len(found), 'passage')}"
             )
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        say(f"passages: {'; '.join(map(self._place, found[:SHOWN]))}{more}")
+        if self.show:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            say(f"passages: {'; '.join(map(self._place, found[:SHOWN]))}{more}")
         beside = Conversation(self.model, memory, window=window, keep_first=self.conversation.keep_first)
         beside.add(torch.cat((self.conversation.running_ids, self._tensor([*closing, *prompt])), 1))
-        return beside
+        return beside, found
+
+    def _source(self, passage: Passage) -> str | None:
+        """The document that a passage is of; of several that it touches, the one that has most of it."""
+        documents = [] if self.places is None else self.places.documents
+        shares = [(min(passage.end, one.end) - max(passage.start, one.start), one.source) for one in documents]
+        return max(shares)[1] if shares and max(shares)[0] > 0 else None
 
     def _place(self, passage: Passage) -> str:
-        documents = [] if self.places is None else self.places.documents
-        # of several that it touches, the one that has most of it
-        shares = [(min(passage.end, one.end) - max(passage.start, one.start), one.source) for one in documents]
-        name = f"{max(shares)[1]} " if shares and max(shares)[0] > 0 else ""
-        return f"{name}tokens {passage.start:,} to {passage.end - 1:,}"
+        name = self._source(passage)
+        return f"{f'{name} ' if name else ''}tokens {passage.start:,} to {passage.end - 1:,}"
+
+    def _described(self, passage: Passage) -> dict[str, Any]:
+        tokens = [passage.start, passage.end]
+        return {"rank": passage.rank + 1, "score": passage.score, "tokens": tokens, "source": self._source(passage)}
 
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self.model.device)
@@ -151,14 +183,19 @@ class Dialogue:
         conversation, memory = self.conversation, self.conversation.memory
         running, tokens = conversation.running_ids.shape[1], conversation.num_tokens
         first = f", the first {conversation.keep_first} stay" if conversation.keep_first else ""
-        lines = [f"running text: {running:,} of {conversation.window:,} tokens{first}"]
+        lines = [f"running text: {running:,} of {counted(conversation.window, 'token', ',')}{first}"]
         if memory is None:
             return [*lines, "memory: none yet"]
-        name = None if memory.sources is None or memory.sources[0] is None else memory.sources[0].name
+        source = None if memory.sources is None else memory.sources[0]
+        name = ""
+        if source is not None and source.name:
+            # what moved in from the running text is a stretch without a digest behind those that were read
+            followed = len(source.texts) > 1 and source.texts[-1].sha256 is None
+            name = f" ({source.name}{', and what followed' if followed else ''})"
         lines.append(
-            f"memory: {tokens - running:,} tokens{f' ({name}, and what followed)' if name else ''} in "
-            f"{sum(memory.num_chunks):,} chunks, {memory.num_slots:,} slots in {len(memory.keys)} layers, "
-            f"{mebibytes(memory.nbytes)}"
+            f"memory: {counted(tokens - running, 'token', ',')}{name} in "
+            f"{counted(sum(memory.num_chunks), 'chunk', ',')}, {counted(memory.num_slots, 'slot', ',')} in "
+            f"{counted(len(memory.keys), 'layer')}, {mebibytes(memory.nbytes)}"
         )
         if self.reads:
             lines.append(f"passages: up to {self.passages} for a question")

@@ -75,13 +75,14 @@ def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def print_json(value: Any) -> None:
-    """The one JSON document of ``--json``."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+def print_json(value: Any, *, lines: bool = False) -> None:
+    """The one JSON document of ``--json``, or one of many with a line each."""
+    indent = None if lines else 2
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(value, indent=2, allow_nan=False)
+        text = json.dumps(value, indent=indent, allow_nan=False)
     emit(text)
 
 

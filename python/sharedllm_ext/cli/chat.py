@@ -29,8 +29,9 @@ from sharedllm_ext.cli._contexts import (
     source_of,
     tokenise,
 )
-from sharedllm_ext.cli._output import CommandError, UsageError, print_error, say
+from sharedllm_ext.cli._output import CommandError, UsageError, emit, print_error, print_json, say
 from sharedllm_ext.cli._progress import Progress
+from sharedllm_ext.counted import counted
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,11 @@ def add_parser(commands: Any) -> None:
         "the memory alone",
     )
     add_model_options(parser, json=False)
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object on a line of stdout for each message, and no progress",
+    )
     parser.set_defaults(run=run)
 
 
@@ -85,7 +91,7 @@ def _check(args: argparse.Namespace) -> None:
         if value
     ]
     if len(given) > 1:
-        raise UsageError(f"{given[-1]}: expected no other begin with it, got {given[0]}")
+        raise UsageError(f"{', '.join(given)}: expected at most one of them to begin with, got {len(given)}")
     if args.load is not None and args.system is not None:
         raise UsageError("--system: expected it at the begin of a conversation, got --load")
     if "-" in args.files:
@@ -101,17 +107,18 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
-    progress = Progress(True)
+    progress = Progress(not args.json)
     contexts = read_contexts(args.files, progress) if args.files else None
     device = pick_device(args.device)
     model, tokenizer = load_pair(args, device, progress)
     dialogue = _begin(args, contexts, model, tokenizer, device, progress)
     terminal = sys.stdin.isatty()
-    for line in dialogue.state():
-        say(line)
-    if terminal:
-        say("/help lists commands")
-    say()
+    if not args.json:
+        for line in dialogue.state():
+            say(line)
+        if terminal:
+            say("/help lists commands")
+        say()
     return _converse(dialogue, args, terminal)
 
 
@@ -158,7 +165,7 @@ def _begin(
             memory = load_memory(args.memory, model, tokenizer)
         most = model.config.window - model.config.chunk_size
         if len(turns.begin_ids) > most:
-            raise CommandError(f"--system: expected at most {most} tokens, got {len(turns.begin_ids)}")
+            raise CommandError(f"--system: expected at most {counted(most, 'token')}, got {len(turns.begin_ids)}")
         conversation = Conversation(model, memory, keep_first=len(turns.begin_ids))
         if turns.begin_ids:
             conversation.add(torch.tensor([turns.begin_ids], device=device))
@@ -174,6 +181,7 @@ def _begin(
             "max_new_tokens": args.max_new_tokens,
         },
         places=places,
+        show=not args.json,
     )
 
 
@@ -200,6 +208,8 @@ def _converse(dialogue: Dialogue, args: argparse.Namespace, terminal: bool) -> i
     for text in _Input(terminal):
         try:
             if isinstance(text, CommandError):
+                if args.json:
+                    print_json({"message": None, "error": str(text)}, lines=True)
                 raise text
             if text.startswith("/") and not text.startswith("//"):
                 word, _, rest = text.partition(" ")
@@ -214,12 +224,18 @@ def _converse(dialogue: Dialogue, args: argparse.Namespace, terminal: bool) -> i
             print_error(str(error))
             failed = True
             continue
+        message = text.removeprefix("/") if text.startswith("//") else text
         try:
-            dialogue.answer(text.removeprefix("/") if text.startswith("//") else text)
+            told = dialogue.answer(message)
         except (ValueError, RuntimeError) as error:
             # a later question may go well; what was said stays
             print_error(one_line(error))
-            failed = True
+            failed, told = True, {"error": one_line(error)}
+        if args.json:
+            print_json({"message": message, **told}, lines=True)
+        elif not terminal and "answer" in told:
+            # nothing is typed there that would divide it from the next one
+            emit("")
     return EXIT_ERROR if failed and not terminal else 0
 
 
