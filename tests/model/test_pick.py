@@ -19,6 +19,7 @@ from sharedllm_ext.model.pick import slot_places, unrotated
 from sharedllm_ext.model.sources import Source
 from sharedllm_ext.model.word_index import RUNS, Run, WordIndex, joint_evidence, run_codes
 
+from ..support import needs_cuda
 from .builders import FAMILIES, base
 
 CHUNK, SEGMENT = 64, 8
@@ -216,6 +217,20 @@ def test_evidence_equals_that_of_windows_to_the_bit(
     # two documents: rarities over both, no word from one in the margins of the other
     indexes = [WordIndex.of(text, SEGMENT, runs) for text in (other, document)]
     assert joint_evidence(indexes, question).equal(windows_evidence([other, document], question, runs))
+
+
+@needs_cuda
+@pytest.mark.parametrize("runs", ALL_RUNS)
+def test_a_gpu_finds_the_same_words(runs: Sequence[tuple[int, int]]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    documents = [torch.randint(0, 40, (length,), generator=generator) for length in (700, 0, 43)]
+    question = torch.randint(0, 43, (25,), generator=generator)
+    question[:12] = documents[0][90:102]
+    got = joint_evidence([WordIndex.of(text.cuda(), SEGMENT, runs) for text in documents], question.cuda()).cpu()
+    expected = joint_evidence([WordIndex.of(text, SEGMENT, runs) for text in documents], question)
+    # the logarithm is rounded by each device
+    assert (got > 0).equal(expected > 0) and expected.any()
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
 class Allocations(TorchDispatchMode):
