@@ -4,7 +4,6 @@ import copy
 import gc
 import itertools
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sharedllm_ext import ContextMemory, ContinuousBatch, SharedLLMForCausalLM, 
 from sharedllm_ext.model import fp8_linear, layer_math
 from sharedllm_ext.model.cache_name import CACHE_NAME
 from sharedllm_ext.model.decoder_precision import _linear_places
-from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, session, support
+from sharedllm_ext.model.decoding import PreallocatedCache, session, support
 from sharedllm_ext.model.fp8_linear import Fp8Linear
 
 from . import builders
@@ -24,21 +23,6 @@ from . import builders
 #: Without experts, which stay as they are.
 FAMILIES = [family for family in builders.FAMILIES if family != "qwen3_moe"]
 STEPS = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Decoding steps on the CPU; lengths of the cache at which one ran."""
-    lengths: list[int] = []
-    end = DecodeRunner._end
-
-    def counting(self: DecodeRunner, cache: PreallocatedCache) -> Tensor:
-        lengths.append(cache.get_seq_length())
-        return end(self, cache)
-
-    monkeypatch.setattr(support, "RUN_ON_CPU", True)
-    monkeypatch.setattr(DecodeRunner, "_end", counting)
-    yield lengths
 
 
 @torch.no_grad()

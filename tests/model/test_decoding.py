@@ -5,7 +5,6 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sharedllm_ext.model import generation
 from sharedllm_ext.model.cache_name import CACHE_NAME
-from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, PreallocatedLayer, session, step, support
+from sharedllm_ext.model.decoding import DecodeRunner, PreallocatedCache, PreallocatedLayer, session, step
 from sharedllm_ext.model.decoding import cache as cache_module
 from sharedllm_ext.model.decoding import graph as graph_module
 
@@ -25,21 +24,6 @@ from ..support import needs_cuda
 from . import builders
 
 STEPS = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Turns the steps on for the CPU; lengths of the cache at which a step ran."""
-    lengths: list[int] = []
-    end = DecodeRunner._end
-
-    def counting(self: DecodeRunner, cache: PreallocatedCache) -> Tensor:
-        lengths.append(cache.get_seq_length())
-        return end(self, cache)
-
-    monkeypatch.setattr(support, "RUN_ON_CPU", True)
-    monkeypatch.setattr(DecodeRunner, "_end", counting)
-    yield lengths
 
 
 @pytest.fixture
@@ -68,7 +52,7 @@ def _ordinary(model: Any, *args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("family", builders.DECODED)
 @pytest.mark.parametrize("with_memory", [False, True])
 @pytest.mark.parametrize("padding", [0, 4])
-def test_greedy(counted: list[int], family: str, with_memory: bool, padding: int) -> None:
+def test_greedy(steps: list[int], family: str, with_memory: bool, padding: int) -> None:
     model = builders.model(family)
     text = builders.ids(3, 10)
     mask = torch.ones_like(text)
@@ -76,35 +60,35 @@ def test_greedy(counted: list[int], family: str, with_memory: bool, padding: int
     more = {"context_ids": builders.ids(3, 70)} if with_memory else {}
     settings = {"attention_mask": mask, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     expected = _ordinary(model, text, **settings, **more, **STEPS)
-    assert not counted
+    assert not steps
     got = model.generate(text, **settings, **more, **STEPS)
-    assert counted == list(range(10, 29))
+    assert steps == list(range(10, 29))
     assert torch.equal(got.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=2e-5)
     assert got.past_key_values.get_seq_length() == 29
 
 
-def test_layers_with_different_windows(counted: list[int]) -> None:
+def test_layers_with_different_windows(steps: list[int]) -> None:
     fields = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
     base = builders.base("qwen2", **fields)
     assert len(set(base.config.layer_types)) == 2
     model = builders.SharedLLMForCausalLM.from_base(base, **builders.TREE)
     text = builders.ids(2, 12)
     assert torch.equal(model.generate(text, do_sample=False, **STEPS), _ordinary(model, text, do_sample=False, **STEPS))
-    assert len(counted) == 19
+    assert len(steps) == 19
 
 
-def test_sampling(counted: list[int]) -> None:
+def test_sampling(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(2, 9)
     outs = []
     for generate in (lambda *a, **k: _ordinary(model, *a, **k), model.generate):
         torch.manual_seed(5)
         outs.append(generate(text, do_sample=True, num_return_sequences=2, **STEPS))
     assert torch.equal(*outs)
-    assert len(counted) == 19
+    assert len(steps) == 19
 
 
-def test_streamer_sees_every_token(counted: list[int]) -> None:
+def test_streamer_sees_every_token(steps: list[int]) -> None:
     class Keep(BaseStreamer):
         def __init__(self) -> None:
             self.tokens: list[int] = []
@@ -118,18 +102,18 @@ def test_streamer_sees_every_token(counted: list[int]) -> None:
     model, text, streamer = builders.model(), builders.ids(1, 9), Keep()
     out = model.generate(text, do_sample=False, streamer=streamer, **STEPS)
     assert streamer.tokens == out[0].tolist()
-    assert counted
+    assert steps
 
 
-def test_end_of_sequence(counted: list[int]) -> None:
+def test_end_of_sequence(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(3, 9)
     free = _ordinary(model, text, do_sample=False, **STEPS)
     settings = {**STEPS, "eos_token_id": [int(free[0, 14]), int(free[1, 11])], "do_sample": False}
     assert torch.equal(model.generate(text, **settings), _ordinary(model, text, **settings))
-    assert counted
+    assert steps
 
 
-def test_turns(counted: list[int]) -> None:
+def test_turns(steps: list[int]) -> None:
     model = builders.model()
     first, second, context = builders.ids(1, 8), builders.ids(1, 5), builders.ids(1, 70)
     memory = model.compress(context, query_ids=first)
@@ -140,7 +124,7 @@ def test_turns(counted: list[int]) -> None:
     turn = torch.cat((out.sequences, second), 1)
     got = model.generate(turn, past_key_values=cache, **settings)
     assert torch.equal(got, _ordinary(model, turn, **settings))
-    assert cache.get_seq_length() == 52 and len(counted) == 38
+    assert cache.get_seq_length() == 52 and len(steps) == 38
     # back to the end of the first turn
     cache.crop(-(52 - 28))
     again = model.generate(turn, past_key_values=cache, **settings)
@@ -171,7 +155,7 @@ class _Stop(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def test_steps_start_ahead(counted: list[int], ahead: list[str]) -> None:
+def test_steps_start_ahead(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(2, 10)
     expected = _ordinary(model, text, do_sample=False, **STEPS)
     assert torch.equal(model.generate(text, do_sample=False, **STEPS), expected)
@@ -180,7 +164,7 @@ def test_steps_start_ahead(counted: list[int], ahead: list[str]) -> None:
     assert session._generating() is None
 
 
-def test_a_step_that_nobody_wants_is_dropped(counted: list[int], ahead: list[str]) -> None:
+def test_a_step_that_nobody_wants_is_dropped(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(1, 10)
 
     def sampled(generate: Any, **settings: Any) -> Any:
@@ -199,7 +183,7 @@ def test_a_step_that_nobody_wants_is_dropped(counted: list[int], ahead: list[str
     assert torch.equal(again, _ordinary(model, longer, do_sample=False, **STEPS))
 
 
-def test_criteria_that_change_tokens_come_first(counted: list[int], ahead: list[str]) -> None:
+def test_criteria_that_change_tokens_come_first(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(1, 10)
     outs = []
     for generate in (lambda *a, **k: _ordinary(model, *a, **k), model.generate):
@@ -209,7 +193,7 @@ def test_criteria_that_change_tokens_come_first(counted: list[int], ahead: list[
     assert ahead.count("started") == ahead.count("taken") == 19
 
 
-def test_interrupted_with_a_step_on_its_way(counted: list[int], ahead: list[str]) -> None:
+def test_interrupted_with_a_step_on_its_way(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(1, 10)
     expected = _ordinary(model, text, do_sample=False, **STEPS)
     cache = PreallocatedCache(model.config.text_config)
@@ -233,7 +217,7 @@ def test_interrupted_with_a_step_on_its_way(counted: list[int], ahead: list[str]
     assert torch.equal(again[:, :30], expected)
 
 
-def test_generate_inside_generate(counted: list[int], ahead: list[str]) -> None:
+def test_generate_inside_generate(steps: list[int], ahead: list[str]) -> None:
     model, text, other = builders.model(), builders.ids(1, 10), builders.ids(1, 8)
     expected = [_ordinary(model, x, do_sample=False, **STEPS) for x in (text, other)]
     inner: list[Tensor] = []
@@ -244,7 +228,7 @@ def test_generate_inside_generate(counted: list[int], ahead: list[str]) -> None:
 
 
 @pytest.mark.parametrize("what", ["reads ahead", "asks", "weights"])
-def test_what_a_step_ahead_read_changes(counted: list[int], ahead: list[str], what: str) -> None:
+def test_what_a_step_ahead_read_changes(steps: list[int], ahead: list[str], what: str) -> None:
     base, text, probe = builders.model(), builders.ids(1, 10), builders.ids(1, 4)
     outs = []
     for ordinary in (True, False):
@@ -277,7 +261,7 @@ def test_what_a_step_ahead_read_changes(counted: list[int], ahead: list[str], wh
     assert ahead.count("taken") == 18 and ahead.count("run") == 1
 
 
-def test_other_loops_start_nothing_ahead(counted: list[int], ahead: list[str]) -> None:
+def test_other_loops_start_nothing_ahead(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(1, 10)
 
     def loop(self: Any, input_ids: Tensor, stopping_criteria: Any, generation_config: Any, **inputs: Any) -> Tensor:
@@ -299,19 +283,19 @@ def test_other_loops_start_nothing_ahead(counted: list[int], ahead: list[str]) -
 
     settings: dict[str, Any] = {"custom_generate": loop, "do_sample": False, **STEPS}
     expected = _ordinary(model, text, **settings)
-    assert not counted
+    assert not steps
     assert torch.equal(model.generate(text, **settings), expected)
-    assert len(counted) == 19 and set(ahead) == {"run"}
+    assert len(steps) == 19 and set(ahead) == {"run"}
 
 
-def test_prompt_in_pieces_and_steps_ahead(counted: list[int], ahead: list[str]) -> None:
+def test_prompt_in_pieces_and_steps_ahead(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(1, 14)
     expected = _ordinary(model, text, do_sample=False, **STEPS)
     got = model.generate(text, do_sample=False, prefill_chunk_size=4, **STEPS)
     assert torch.equal(got, expected) and ahead.count("taken") == 19
 
 
-def test_padding_outside_of_the_vocabulary(counted: list[int], ahead: list[str]) -> None:
+def test_padding_outside_of_the_vocabulary(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(1, 10)
 
     def mark(tokens: Tensor) -> None:
@@ -334,7 +318,7 @@ def test_padding_outside_of_the_vocabulary(counted: list[int], ahead: list[str])
     assert torch.equal(*outs) and outs[0][0, -1] == -1 and outs[0].shape[1] == 15
 
 
-def test_an_interrupted_generate_holds_nothing(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_generate_holds_nothing(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = builders.model(), builders.ids(1, 10)
     monkeypatch.setattr(generation, "end_generate", lambda *_: None)  # as if interrupted in front of it
     model.generate(text, do_sample=False, **STEPS)
@@ -343,7 +327,7 @@ def test_an_interrupted_generate_holds_nothing(counted: list[int], monkeypatch: 
     assert session._generating() is None
 
 
-def test_a_cache_cropped_on_the_way(counted: list[int], ahead: list[str]) -> None:
+def test_a_cache_cropped_on_the_way(steps: list[int], ahead: list[str]) -> None:
     model, text = builders.model(), builders.ids(1, 10)
     outs = []
     for generate in (lambda *a, **k: _ordinary(model, *a, **k), model.generate):
@@ -366,7 +350,7 @@ def test_a_cache_cropped_on_the_way(counted: list[int], ahead: list[str]) -> Non
     assert torch.equal(outs[0], outs[2]) and outs[1] == outs[3]
 
 
-def test_growing_beyond_the_capacity(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_beyond_the_capacity(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     reserve = PreallocatedLayer.reserve
     monkeypatch.setattr(cache_module, "CAPACITY_STEP", 1)
@@ -377,10 +361,10 @@ def test_growing_beyond_the_capacity(counted: list[int], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(PreallocatedLayer, "reserve", little)
     assert torch.equal(model.generate(text, do_sample=False, **STEPS), _ordinary(model, text, do_sample=False, **STEPS))
-    assert len(counted) == 19
+    assert len(steps) == 19
 
 
-def test_changed_weights_count(counted: list[int]) -> None:
+def test_changed_weights_count(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     settings = {"do_sample": False, "return_dict_in_generate": True, **STEPS}
     out = model.generate(text, **settings)
@@ -406,7 +390,7 @@ def test_changed_weights_count(counted: list[int]) -> None:
     assert step.RUNNERS[cache] is not runner
 
 
-def test_other_memory_counts(counted: list[int]) -> None:
+def test_other_memory_counts(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     settings = {"do_sample": False, "return_dict_in_generate": True, **STEPS}
     cache = PreallocatedCache(model.config.text_config)
@@ -417,7 +401,7 @@ def test_other_memory_counts(counted: list[int]) -> None:
         cache.reset()
 
 
-def test_graph_dies_with_its_cache(counted: list[int]) -> None:
+def test_graph_dies_with_its_cache(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     gc.collect()
     before = len(step.RUNNERS)
@@ -429,7 +413,7 @@ def test_graph_dies_with_its_cache(counted: list[int]) -> None:
     assert len(step.RUNNERS) == before and runner() is None
 
 
-def test_the_next_generate_goes_on_in_the_same_storage(counted: list[int]) -> None:
+def test_the_next_generate_goes_on_in_the_same_storage(steps: list[int]) -> None:
     model = builders.model()
     memory = model.compress(builders.ids(2, 70))
     settings = {"memory": memory, "do_sample": False, **STEPS}
@@ -453,7 +437,7 @@ def test_the_next_generate_goes_on_in_the_same_storage(counted: list[int]) -> No
     assert model not in session._SPARES
 
 
-def test_a_cache_that_others_hold_is_left_to_them(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_others_hold_is_left_to_them(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     out = model.generate(text, do_sample=False, return_dict_in_generate=True, **STEPS)
     assert model not in session._SPARES
@@ -484,19 +468,19 @@ def test_a_cache_that_others_hold_is_left_to_them(counted: list[int], monkeypatc
         {"output_hidden_states": True, "return_dict_in_generate": True},
     ],
 )
-def test_other_ways_take_the_ordinary_path(counted: list[int], settings: dict[str, Any]) -> None:
+def test_other_ways_take_the_ordinary_path(steps: list[int], settings: dict[str, Any]) -> None:
     model, text = builders.model(), builders.ids(1, 9)
     # without a cache, more than a window of text would become context
     few = {**STEPS, "max_new_tokens": 10}
     out = model.generate(text, do_sample=False, **settings, **few)
-    assert not counted
+    assert not steps
     if "num_beams" not in settings:
         sequences = out if isinstance(out, Tensor) else out.sequences
         assert torch.equal(sequences, model.generate(text, do_sample=False, **few))
-        assert counted
+        assert steps
 
 
-def test_foreign_modules_take_the_ordinary_path(counted: list[int]) -> None:
+def test_foreign_modules_take_the_ordinary_path(steps: list[int]) -> None:
     class Adapter(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
@@ -516,20 +500,20 @@ def test_foreign_modules_take_the_ordinary_path(counted: list[int]) -> None:
     model = builders.model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.generate(text, do_sample=False, **STEPS)
-    assert not counted
+    assert not steps
 
 
-def test_masks_and_positions_that_are_not_left_padding(counted: list[int]) -> None:
+def test_masks_and_positions_that_are_not_left_padding(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(2, 9)
     hole, shifted = torch.ones_like(text), torch.arange(9).expand(2, 9) + 3
     hole[0, 4] = 0
     for more in ({"attention_mask": hole}, {"position_ids": shifted}):
         got = model.generate(text, do_sample=False, **more, **STEPS)
         assert torch.equal(got, _ordinary(model, text, do_sample=False, **more, **STEPS))
-    assert not counted
+    assert not steps
 
 
-def test_a_cache_from_inference_mode(counted: list[int]) -> None:
+def test_a_cache_from_inference_mode(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(2, 9)
     memory = model.compress(builders.ids(2, 70))
     settings = {"memory": memory, "do_sample": False, **STEPS}
@@ -538,25 +522,25 @@ def test_a_cache_from_inference_mode(counted: list[int]) -> None:
     turn = torch.cat((out.sequences.clone(), text), 1)
     got = model.generate(turn, past_key_values=out.past_key_values, **settings)
     assert torch.equal(got, _ordinary(model, turn, **settings))
-    assert len(counted) == 38
+    assert len(steps) == 38
 
 
-def test_embeddings_as_prompt(counted: list[int]) -> None:
+def test_embeddings_as_prompt(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(2, 9)
     embeddings = model.get_input_embeddings()(text)
     got = model.generate(inputs_embeds=embeddings, do_sample=False, **STEPS)
     assert torch.equal(got, _ordinary(model, inputs_embeds=embeddings, do_sample=False, **STEPS))
-    assert len(counted) == 19
+    assert len(steps) == 19
 
 
-def test_chunked_prefill(counted: list[int]) -> None:
+def test_chunked_prefill(steps: list[int]) -> None:
     model, text = builders.model(), builders.ids(1, 13)
     got = model.generate(text, do_sample=False, prefill_chunk_size=4, **STEPS)
     assert torch.equal(got, _ordinary(model, text, do_sample=False, **STEPS))
-    assert counted
+    assert steps
 
 
-def test_bfloat16(counted: list[int]) -> None:
+def test_bfloat16(steps: list[int]) -> None:
     model, text = builders.model(dtype=torch.bfloat16), builders.ids(2, 9)
     memory = model.compress(builders.ids(2, 70), query_ids=text)
     settings = {"memory": memory, "do_sample": False, "return_dict_in_generate": True}
@@ -564,7 +548,7 @@ def test_bfloat16(counted: list[int]) -> None:
     expected = _ordinary(model, got.sequences[:, :10], output_logits=True, **settings, **{**STEPS, "max_new_tokens": 1})
     error = (got.logits[1] - expected.logits[0]).norm() / expected.logits[0].norm()
     assert error < 0.03
-    assert counted
+    assert steps
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
@@ -738,7 +722,7 @@ def test_steps_ahead_on_cuda(ahead: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert ahead.count("run") == 1 and ahead.count("taken") == 6 * 19 - 1
 
 
-def test_the_default_dtype_does_not_matter(counted: list[int]) -> None:
+def test_the_default_dtype_does_not_matter(steps: list[int]) -> None:
     model, context, text = builders.model(), builders.ids(1, 90), builders.ids(1, 9)
     outs = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -747,7 +731,7 @@ def test_the_default_dtype_does_not_matter(counted: list[int]) -> None:
             outs.append(model.generate(text, context_ids=context, do_sample=False, **STEPS))
         finally:
             torch.set_default_dtype(torch.float32)
-    assert torch.equal(*outs) and len(counted) == 38
+    assert torch.equal(*outs) and len(steps) == 38
 
 
 LONG_CACHE = """

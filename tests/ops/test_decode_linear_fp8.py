@@ -8,54 +8,22 @@ from torch import Tensor
 
 from sharedllm_ext.ops import decode_append, decode_linear_fp8, quantize_rows_fp8
 from sharedllm_ext.reference import decode_step as reference
+from tests.ops.linear_cases import EPS, KINDS, SHAPES, arguments, outputs_of, random_data, shape_for, wide
 from tests.support import needs_cuda
 from tests.tolerance import check_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = 1e-5
 
 
-def _data(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def _case(
-    generator: torch.Generator,
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    inner: int,
-    outputs: tuple[int, ...],
-    kind: str,
-) -> dict[str, Any]:
-    """Arguments of one product: kind holds n (norm), b (biases), r (residual), g (gated)."""
-    pairs = [
-        quantize_rows_fp8(_data(generator, device, torch.float32, n, inner) * max(inner, 1) ** -0.5) for n in outputs
-    ]
-    data: dict[str, Any] = {
-        "x": _data(generator, device, dtype, rows, inner),
-        "codes": [codes for codes, _ in pairs],
-        "scales": [scale for _, scale in pairs],
-    }
-    if "b" in kind:
-        # the second matrix has none
-        data["biases"] = [None if i == 1 else _data(generator, device, dtype, n) for i, n in enumerate(outputs)]
-    if "n" in kind:
-        data["norm_weight"], data["eps"] = _data(generator, device, dtype, inner), EPS
-    if "r" in kind:
-        data["residual"] = _data(generator, device, dtype, rows, sum(outputs))
-    data["gated"] = "g" in kind
-    return data
-
-
-def _wide(x: Any) -> Any:
-    if isinstance(x, list):
-        return [_wide(one) for one in x]
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.element_size() > 1 else x
+def _case(*sizes: Any) -> dict[str, Any]:
+    """Arguments of one product, by those of :func:`arguments`."""
+    weights, data = arguments(*sizes)
+    pairs = [quantize_rows_fp8(weight) for weight in weights]
+    return {**data, "codes": [codes for codes, _ in pairs], "scales": [scale for _, scale in pairs]}
 
 
 def _exact(data: dict[str, Any]) -> Tensor:
-    return reference.decode_linear_fp8(**{name: _wide(value) for name, value in data.items()})
+    return reference.decode_linear_fp8(**{name: wide(value) for name, value in data.items()})
 
 
 def _check(data: dict[str, Any], **more: Any) -> Tensor:
@@ -67,34 +35,14 @@ def _check(data: dict[str, Any], **more: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["", "n", "b", "r", "nb", "br", "nbr", "g", "ng", "nbg"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8])
 def test_linear(device: torch.device, generator: torch.Generator, dtype: torch.dtype, kind: str, rows: int) -> None:
-    outputs = (133, 133) if "g" in kind else (256, 33, 64) if "n" in kind else (300,)
-    _check(_case(generator, device, dtype, rows, 640, outputs, kind))
+    _check(_case(generator, device, dtype, rows, 640, outputs_of(kind), kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("rows", "inner", "outputs"),
-    [
-        (1, 1, (1,)),
-        (1, 7, (5, 3)),
-        (3, 2049, (17, 1, 2)),
-        (2, 2048, (1,)),
-        (2, 2064, (9,)),
-        (9, 257, (31,)),
-        (19, 512, (40, 24)),
-        (1, 1024, (20,)),
-        (4, 1040, (20,)),
-        (1, 4096, (3000,)),
-        (8, 14336, (64,)),
-        (5, 18944, (9,)),
-        (0, 64, (8,)),
-        (2, 64, (0, 8)),
-        (2, 0, (8,)),
-    ],
-)
+@pytest.mark.parametrize(("rows", "inner", "outputs"), [*SHAPES, (2, 2064, (9,)), (1, 1024, (20,)), (4, 1040, (20,))])
 @pytest.mark.parametrize("kind", ["", "nbr", "g"])
 def test_linear_shapes(
     device: torch.device,
@@ -105,11 +53,7 @@ def test_linear_shapes(
     outputs: tuple[int, ...],
     kind: str,
 ) -> None:
-    if "g" in kind:
-        outputs = (outputs[0], outputs[0])
-    if inner == 0 and "n" in kind:
-        pytest.skip("the mean of nothing")
-    _check(_case(generator, device, dtype, rows, inner, outputs, kind))
+    _check(_case(generator, device, dtype, rows, inner, shape_for(kind, inner, outputs), kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,20 +61,20 @@ def test_linear_strides_and_odd_addresses(device: torch.device, generator: torch
     for rows, inner in ((1, 512), (3, 512), (3, 510)):
         data = _case(generator, device, dtype, rows, inner, (96, 32), "nbr")
         _check(data)
-        wide, _ = quantize_rows_fp8(_data(generator, device, torch.float32, 96, inner + 16))
+        broad, _ = quantize_rows_fp8(random_data(generator, device, torch.float32, 96, inner + 16))
         for begin in (0, 1, 16):
-            data["codes"][0] = wide[:, begin : begin + inner]
+            data["codes"][0] = broad[:, begin : begin + inner]
             _check(data)
         # rows of a joined matrix
-        data["codes"][1], data["scales"][1] = wide[5:37, :inner], data["scales"][0][5:37]
+        data["codes"][1], data["scales"][1] = broad[5:37, :inner], data["scales"][0][5:37]
         _check(data)
-        data["codes"][0] = quantize_rows_fp8(_data(generator, device, torch.float32, inner, 96))[0].T
+        data["codes"][0] = quantize_rows_fp8(random_data(generator, device, torch.float32, inner, 96))[0].T
         _check(data)
-        data["x"] = _data(generator, device, dtype, rows, 2 * inner)[:, ::2]
+        data["x"] = random_data(generator, device, dtype, rows, 2 * inner)[:, ::2]
         _check(data)
-        data["residual"] = _data(generator, device, dtype, rows, 300)[:, 11 : 11 + 128]
+        data["residual"] = random_data(generator, device, dtype, rows, 300)[:, 11 : 11 + 128]
         _check(data)
-        data["norm_weight"] = _data(generator, device, dtype, inner + 1)[1:]
+        data["norm_weight"] = random_data(generator, device, dtype, inner + 1)[1:]
         _check(data)
 
 
@@ -298,8 +242,8 @@ def test_cuda_graph(generator: torch.Generator) -> None:
     first = _case(generator, device, torch.bfloat16, 2, 512, (1024, 256, 256), "n")
     angle = torch.rand(40, 64, generator=generator)
     data = {
-        "keys": _data(generator, device, torch.bfloat16, 2, 24, 2, 128),
-        "values": _data(generator, device, torch.bfloat16, 2, 24, 2, 128),
+        "keys": random_data(generator, device, torch.bfloat16, 2, 24, 2, 128),
+        "values": random_data(generator, device, torch.bfloat16, 2, 24, 2, 128),
         "length": torch.zeros(2, dtype=torch.int64, device=device),
         "first": torch.zeros(2, dtype=torch.int64, device=device),
         "cos": angle.cos().to(device),

@@ -8,52 +8,23 @@ from torch import Tensor
 
 from sharedllm_ext.ops import decode_append, decode_linear
 from sharedllm_ext.reference import decode_step as reference
+from tests.ops.linear_cases import EPS, KINDS, SHAPES, arguments, outputs_of, random_data, shape_for, wide
 from tests.support import needs_cuda
 from tests.tolerance import check_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = 1e-5
 
 
-def _data(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def _case(
-    generator: torch.Generator,
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    inner: int,
-    outputs: tuple[int, ...],
-    kind: str,
-) -> dict[str, Any]:
-    """Arguments of one product: kind holds n (norm), b (biases), r (residual), g (gated)."""
-    data = {
-        "x": _data(generator, device, dtype, rows, inner),
-        "weights": [_data(generator, device, dtype, n, inner) * max(inner, 1) ** -0.5 for n in outputs],
-    }
-    if "b" in kind:
-        # the second matrix has none
-        data["biases"] = [None if i == 1 else _data(generator, device, dtype, n) for i, n in enumerate(outputs)]
-    if "n" in kind:
-        data["norm_weight"], data["eps"] = _data(generator, device, dtype, inner), EPS
-    if "r" in kind:
-        data["residual"] = _data(generator, device, dtype, rows, sum(outputs))
-    data["gated"] = "g" in kind
-    return data
-
-
-def _wide(x: Any) -> Any:
-    if isinstance(x, list):
-        return [_wide(one) for one in x]
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _case(*sizes: Any) -> dict[str, Any]:
+    """Arguments of one product, by those of :func:`arguments`."""
+    weights, data = arguments(*sizes)
+    return {**data, "weights": [weight.to(data["x"].dtype) for weight in weights]}
 
 
 def _check(data: dict[str, Any], **more: Any) -> Tensor:
     """Error at most twice that of PyTorch in the same dtype."""
     got = decode_linear(**data, **more)
-    exact = reference.decode_linear(**{name: _wide(value) for name, value in data.items()})
+    exact = reference.decode_linear(**{name: wide(value) for name, value in data.items()})
     same = reference.decode_linear(**data)
     assert got.dtype == data["x"].dtype
     check_error("decode_linear", got, same, exact, worst=2)
@@ -61,31 +32,14 @@ def _check(data: dict[str, Any], **more: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["", "n", "b", "r", "nb", "br", "nbr", "g", "ng", "nbg"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
 def test_linear(device: torch.device, generator: torch.Generator, dtype: torch.dtype, kind: str, rows: int) -> None:
-    outputs = (133, 133) if "g" in kind else (256, 33, 64) if "n" in kind else (300,)
-    _check(_case(generator, device, dtype, rows, 640, outputs, kind))
+    _check(_case(generator, device, dtype, rows, 640, outputs_of(kind), kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("rows", "inner", "outputs"),
-    [
-        (1, 1, (1,)),
-        (1, 7, (5, 3)),
-        (3, 2049, (17, 1, 2)),
-        (2, 2048, (1,)),
-        (9, 257, (31,)),
-        (19, 512, (40, 24)),
-        (1, 4096, (3000,)),
-        (8, 14336, (64,)),
-        (5, 18944, (9,)),
-        (0, 64, (8,)),
-        (2, 64, (0, 8)),
-        (2, 0, (8,)),
-    ],
-)
+@pytest.mark.parametrize(("rows", "inner", "outputs"), SHAPES)
 @pytest.mark.parametrize("kind", ["", "nbr", "g"])
 def test_linear_shapes(
     device: torch.device,
@@ -96,11 +50,7 @@ def test_linear_shapes(
     outputs: tuple[int, ...],
     kind: str,
 ) -> None:
-    if "g" in kind:
-        outputs = (outputs[0], outputs[0])
-    if inner == 0 and "n" in kind:
-        pytest.skip("the mean of nothing")
-    _check(_case(generator, device, dtype, rows, inner, outputs, kind))
+    _check(_case(generator, device, dtype, rows, inner, shape_for(kind, inner, outputs), kind))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,18 +58,18 @@ def test_linear_strides_and_odd_addresses(device: torch.device, generator: torch
     for rows, inner in ((1, 512), (3, 512), (3, 510)):
         data = _case(generator, device, dtype, rows, inner, (96, 32), "nbr")
         _check(data)
-        wide = _data(generator, device, dtype, 96, inner + 8)
-        data["weights"][0] = wide[:, :inner]
+        broad = random_data(generator, device, dtype, 96, inner + 8)
+        data["weights"][0] = broad[:, :inner]
         _check(data)
-        data["weights"][0] = wide[:, 1 : inner + 1]
+        data["weights"][0] = broad[:, 1 : inner + 1]
         _check(data)
-        data["weights"][0] = _data(generator, device, dtype, inner, 96).T
+        data["weights"][0] = random_data(generator, device, dtype, inner, 96).T
         _check(data)
-        data["x"] = _data(generator, device, dtype, rows, 2 * inner)[:, ::2]
+        data["x"] = random_data(generator, device, dtype, rows, 2 * inner)[:, ::2]
         _check(data)
-        data["residual"] = _data(generator, device, dtype, rows, 300)[:, 11 : 11 + 128]
+        data["residual"] = random_data(generator, device, dtype, rows, 300)[:, 11 : 11 + 128]
         _check(data)
-        data["norm_weight"] = _data(generator, device, dtype, inner + 1)[1:]
+        data["norm_weight"] = random_data(generator, device, dtype, inner + 1)[1:]
         _check(data)
 
 
@@ -177,9 +127,9 @@ def _append_case(
     q_heads, kv_heads = heads
     angle = torch.rand(40, half, generator=generator)
     return {
-        "qkv": _data(generator, device, dtype, rows, (q_heads + 2 * kv_heads) * size),
-        "keys": _data(generator, device, dtype, rows, 24, kv_heads, size),
-        "values": _data(generator, device, dtype, rows, 24, kv_heads, size),
+        "qkv": random_data(generator, device, dtype, rows, (q_heads + 2 * kv_heads) * size),
+        "keys": random_data(generator, device, dtype, rows, 24, kv_heads, size),
+        "values": random_data(generator, device, dtype, rows, 24, kv_heads, size),
         "length": torch.randint(0, 24, (rows,), generator=generator).to(device),
         "first": torch.randint(0, 5, (rows,), generator=generator).to(device),
         "cos": angle.cos().to(device),
@@ -189,15 +139,15 @@ def _append_case(
 
 def _check_append(data: dict[str, Any]) -> None:
     copies = [{**data, "keys": data["keys"].clone(), "values": data["values"].clone()} for _ in range(2)]
-    exact = {name: _wide(value) for name, value in data.items()}
+    exact = {name: wide(value) for name, value in data.items()}
     exact["cos"], exact["sin"] = data["cos"], data["sin"]
     exact = {name: value.clone() if isinstance(value, Tensor) else value for name, value in exact.items()}
-    got, same, wide = decode_append(**copies[0]), reference.decode_append(**copies[1]), reference.decode_append(**exact)
-    assert torch.equal(got[1], wide[1])
+    got, same, best = decode_append(**copies[0]), reference.decode_append(**copies[1]), reference.decode_append(**exact)
+    assert torch.equal(got[1], best[1])
     for name, index in (("q", None), ("keys", 0), ("values", 0)):
         results = [
             result[0] if index is None else case[name]
-            for result, case in ((got, copies[0]), (same, copies[1]), (wide, exact))
+            for result, case in ((got, copies[0]), (same, copies[1]), (best, exact))
         ]
         check_error(name, *results, worst=2)
 
@@ -220,11 +170,14 @@ def test_append(
 ) -> None:
     data = _append_case(generator, device, dtype, rows, heads, size, half)
     _check_append({**data, "window": window})
-    norms = {"q_norm": _data(generator, device, dtype, size), "k_norm": _data(generator, device, dtype, size)}
+    norms = {
+        "q_norm": random_data(generator, device, dtype, size),
+        "k_norm": random_data(generator, device, dtype, size),
+    }
     _check_append({**data, **norms, "eps": EPS, "window": window})
     # storage of another order, and projections inside a wider tensor
-    data["keys"] = _data(generator, device, dtype, rows, heads[1], 24, size).transpose(1, 2)
-    data["qkv"] = _data(generator, device, dtype, rows, data["qkv"].shape[1] + 3)[:, 3:]
+    data["keys"] = random_data(generator, device, dtype, rows, heads[1], 24, size).transpose(1, 2)
+    data["qkv"] = random_data(generator, device, dtype, rows, data["qkv"].shape[1] + 3)[:, 3:]
     _check_append(data)
 
 
