@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from sharedllm_ext.cli._common import (
     checkpoint_type,
     gguf_tokenizer,
+    import_model,
     load_tokenizer,
     one_line,
     prepare_hub,
-    quiet_transformers,
     ready_model,
 )
 from sharedllm_ext.cli._output import CommandError, UsageError
@@ -93,12 +93,12 @@ def load_adapted(adapter: str, base: str, dtype: str, device: torch.device, *, p
         CommandError: no such adapter or base, damaged ones, or a base that the adapter was not trained on.
         UsageError: the base package is meant and not installed.
     """
+    import_model(progress)
     import torch
 
     from sharedllm_ext.model import SharedLLMForCausalLM
     from sharedllm_ext.model.adapter import find_adapter, read_header
 
-    quiet_transformers(progress.terminal)
     try:
         # before the base's weights are read
         read_header(find_adapter(adapter))

@@ -142,6 +142,14 @@ def quiet_transformers(progress: bool) -> None:
         logging.disable_progress_bar()
 
 
+def import_model(progress: Progress) -> None:
+    """Import the model and all that it needs, which takes seconds, under a bar."""
+    with progress.bar("importing torch and Transformers", None, ""):
+        import sharedllm_ext.model.registered  # noqa: F401
+
+        quiet_transformers(progress.terminal)
+
+
 def prepare_hub(name: str, file: str = "config.json") -> None:
     """Ask the model hub once whether it answers; without it, only what was fetched before is used.
 
@@ -218,11 +226,11 @@ def load_model(path: str, dtype: str, device: torch.device, *, progress: Progres
 
         advice = f" (make one from it: sharedllm init {path} OUT)" if family in FAMILIES else ""
         raise CommandError(f"{path}: expected a sharedllm checkpoint, got a {family} one{advice}")
+    import_model(progress)
     import torch
 
     from sharedllm_ext.model import SharedLLMForCausalLM
 
-    quiet_transformers(progress.terminal)
     if family is None:
         prepare_hub(path)
     try:
