@@ -20,7 +20,7 @@ reference.*
 ops._autocast, ops._checks
 ops.*
 model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
-model.word_index
+model.word_index, model.memory_rows, model.joins
 model.signature_fields, model.hooks, model.sources, model.memory_writer, model.page_files
 model.pages, model.fp8_linear
 model.memory_tiers

@@ -15,9 +15,17 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-baseline, cases, run_gpu, bench_end_to_end, bench_questions, bench_tiers = (
+baseline, cases, run_gpu, bench_end_to_end, bench_documents, bench_questions, bench_tiers = (
     importlib.import_module(name)
-    for name in ("baseline", "cases", "run_gpu", "bench_end_to_end", "bench_questions", "bench_tiers")
+    for name in (
+        "baseline",
+        "cases",
+        "run_gpu",
+        "bench_end_to_end",
+        "bench_documents",
+        "bench_questions",
+        "bench_tiers",
+    )
 )
 sys.path.remove(str(FOLDER))
 
@@ -362,6 +370,20 @@ def test_kernels_are_sorted_by_what_they_are_for() -> None:
     assert kind("nvjet_sm90_tst_192x192_64x4_1x2_h_bz_coopB_TNN") == "matrix products"
     assert kind("void sharedllm::sm90::injected_attention<__nv_bfloat16, 128>") == "this package's kernels"
     assert kind("Memcpy DtoD (Device -> Device)") == "others"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a tiny shape that the GPU's kernels do not take")
+def test_several_documents_on_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(bench_end_to_end.SHAPES, "tiny", {**tiny, **heads})
+    assert bench_documents.main(["--shape", "tiny"]) == 2
+    few = ["--layers", "2", "--context", "8192", "--documents", "1", "4", "--tokens", "2", "--repeats", "1"]
+    assert bench_documents.main(["--cpu", "--shape", "tiny", *few]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n\| 4 \| [\d.]+ \| [+-][\d.]+ % \|", printed)
+    found = json.loads(printed.splitlines()[-1])["found"]
+    assert [row["documents"] for row in found] == [1, 4] and found[1]["first"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a tiny shape that the GPU's kernels do not take")

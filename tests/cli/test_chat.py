@@ -207,7 +207,7 @@ def test_passages_are_read_and_do_not_stay(chat: Chat, picking: Path, tmp_path: 
     for number, question in enumerate((QUESTION, LINES[1])):
         asked = ids(tokenizer, question)
         found = model.find_passages(asked, context, memory=memory, count=3)[0]
-        prompt = PassagePrompt(model.config, tokenizer).ids(context[0], found, asked[0].tolist(), [])
+        prompt = PassagePrompt(model.config, tokenizer).ids([context[0]], found, asked[0].tolist(), [])
         beside = Conversation(model, memory)
         beside.add(torch.cat((conversation.running_ids, torch.tensor([prompt])), 1))
         new = beside.generate(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=0)

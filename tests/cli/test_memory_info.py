@@ -83,6 +83,20 @@ def test_a_memory_in_shards(cli: Cli, place: Path, monkeypatch: pytest.MonkeyPat
         assert part in result.out, result.out
 
 
+def test_rows_of_several_documents(cli: Cli, place: Path, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.safetensors"
+    memory = ContextMemory.load(place / "one" / "both.safetensors").with_rows([0, [1, 0]])
+    memory.save(path)
+    result = cli("info", path)
+    assert (result.code, result.err) == (0, "")
+    assert "documents       2, read by 2 rows\nrow 2           reads documents 2, 1\n" in result.out
+    assert cli("info", path, "--json").json["row_documents"] == [[0], [1, 0]]
+    # a command that asks about one document says so
+    memory.select([1]).save(path)
+    asked = cli("ask", checkpoint, "--memory", path, "--passages", "0", "where?")
+    assert asked.code == 1 and "expected a memory of one document, got a row that reads 2" in asked.err
+
+
 def test_a_conversation(cli: Cli, place: Path) -> None:
     path = place / "two" / "talk.safetensors"
     report = cli("info", path, "--json").json

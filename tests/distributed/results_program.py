@@ -141,6 +141,23 @@ def follow_up(ranks: Ranks) -> Any:
     return torch.equal(*results)
 
 
+def rows_of_several(ranks: Ranks) -> Any:
+    """Rows that read several documents, of which a process may hold no slots."""
+    model, inputs, rows = _model(), _inputs(), [[0, 2], [1], [2, 1, 0]]
+    sharded = compress(model, **inputs, ranks=ranks, gather="none")
+    assert isinstance(sharded, ShardedMemory)
+    sharded, whole = sharded.with_rows(rows), model.compress(**inputs).with_rows(rows)
+    assert isinstance(sharded, ShardedMemory)
+    text = builders.ids(3, 6)
+    with torch.no_grad():
+        error = (model(text, memory=sharded).logits - model(text, memory=whole).logits).abs().max().item()
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    got, want = (model.generate(text, memory=memory, **settings) for memory in (sharded, whole))
+    gathered = sharded.gather()
+    assert gathered is not None and gathered.memory_index == whole.memory_index
+    return [error, torch.equal(got, want)]
+
+
 def clocks(ranks: Ranks) -> Any:
     """A criterion that only the first process's clock fulfils, and one that only another's does."""
     model, text = _model(), builders.ids(1, 6)
@@ -257,6 +274,7 @@ def cases_of(folder: str) -> dict[str, Callable[[Ranks], Any]]:
         "exact": exact,
         "few chunks": more_processes_than_chunks,
         "follow-up": follow_up,
+        "rows of several": rows_of_several,
         "clocks": clocks,
         "other scores": other_scores,
         "saved": lambda ranks: saved(ranks, folder),

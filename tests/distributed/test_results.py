@@ -76,6 +76,10 @@ def test_generated_tokens_are_those_of_one_process(results: Results, mode: str) 
         assert same and different > 3
 
 
+def test_rows_that_read_several_documents(results: Results) -> None:
+    assert all(error < 1e-4 and same for error, same in results["rows of several"])
+
+
 def test_a_cache_keeps_the_sharded_memory(results: Results) -> None:
     assert all(results["follow-up"])
 

@@ -35,6 +35,10 @@ class Pool:
         documents = ContextMemory.concat([self.model.compress(builders.ids(1, tokens)) for tokens in (40, 100)])
         one, two = documents.select([0]), documents.select([1])
         self.memories = [None, one, two, self.model.compress(builders.ids(1, 70)), two]
+        # rows of several documents, which share tensors with rows of one, and of another memory
+        three = ContextMemory.concat([self.model.compress(builders.ids(1, tokens)) for tokens in (10, 64, 33)])
+        self.memories += [documents.with_rows([row]) for row in ([0, 1], [1, 0])]
+        self.memories += [three.with_rows([row]) for row in ([2, 0, 1], [1])]
         self._answers: dict[tuple[int, int], list[int]] = {}
 
     def answer(self, text: int, memory: int) -> list[int]:
@@ -51,7 +55,7 @@ def run_mix(pool: Pool, seed: int) -> int:
     choose = random.Random(seed)
     batch = ContinuousBatch(pool.model, rows=choose.choice([1, 2, 3, 5, 9, 20]), tokens=CAPACITY)
     asked: list[tuple[Question, int, int, int, set[int]]] = []
-    memories = choose.choice([[1], [0], [1, 2], list(range(5))])
+    memories = choose.choice([[1], [0], [1, 2], list(range(5)), [5], [1, 5, 6, 7], list(range(9))])
 
     def join() -> None:
         count = choose.randint(1, batch.free)
@@ -115,7 +119,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     assert (Recorded.replays > before) == ("graphs" in request.param)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(7, 19))
 def test_random_mixes(pool: Pool, way: str, seed: int) -> None:
     assert run_mix(pool, seed) > 0
 
@@ -131,10 +135,25 @@ def test_answers(pool: Pool, way: str) -> None:
         batch = ContinuousBatch(pool.model, rows=5, tokens=CAPACITY)
         got = batch.answer(pool.texts, pool.memories[memory], max_new_tokens=LONGEST, eos_token_id=[])
         assert got == [pool.answer(text, memory) for text in range(len(pool.texts))]
+    batch = ContinuousBatch(pool.model, rows=5, tokens=CAPACITY)
+    got = batch.answer(pool.texts, pool.memories[7], max_new_tokens=LONGEST, eos_token_id=[])
+    assert got == [pool.answer(text, 7) for text in range(len(pool.texts))]
     several = ContextMemory.concat([pool.memories[1 + text % 3] for text in range(12)])
     got = batch.answer([text.tolist() for text in pool.texts], several, max_new_tokens=LONGEST, eos_token_id=[])
     assert got == [pool.answer(text, 1 + text % 3) for text in range(12)]
     assert batch.free == 5
+
+
+def test_a_row_of_many_documents_beside_rows_of_one(pool: Pool, way: str) -> None:
+    """More reads than a step has rows, and tables for positions that no document alone has."""
+    many = ContextMemory.concat([pool.model.compress(builders.ids(1, 20 + number)) for number in range(40)])
+    memory = many.with_rows([list(range(40)), 3, [7, 2]])
+    batch = ContinuousBatch(pool.model, rows=3, tokens=CAPACITY)
+    got = batch.answer(pool.texts[4:7], memory, max_new_tokens=LONGEST, eos_token_id=[])
+    for row, answer in enumerate(got):
+        ids = pool.texts[4 + row][None]
+        alone = pool.model.generate(ids, memory=memory.select([row]), disable_compile=True, **ALONE)
+        assert answer == alone[0, ids.shape[1] :].tolist()
 
 
 def test_more_rows_than_the_kernels_are_made_for(pool: Pool, way: str) -> None:
@@ -316,6 +335,9 @@ def test_graphs_on_cuda(seed: int) -> None:
     for block in model.injected_blocks:
         nn.init.normal_(block.o_proj.weight, std=0.1)
     memories = [None, *(model.compress(builders.ids(1, tokens).cuda()) for tokens in (40, 100, 70))]
+    if seed > 1:
+        both = ContextMemory.concat(memories[1:])
+        memories += [both.with_rows([row]) for row in ([2, 0], [0, 1, 2], [1])]
     seen: dict[Question, list[Tensor]] = {}
 
     def choose(logits: Tensor, questions: list[Question]) -> Tensor:

@@ -131,7 +131,8 @@ def assert_same_answers(model: Any, memory: TieredMemory, texts: list[Tensor], g
 
 
 def _chunk_scores(model: Any, scored: Any) -> list[float]:
-    best = [-float("inf")] * -(-scored.length // CHUNK)
+    (part,) = scored.parts
+    best = [-float("inf")] * -(-part.length // CHUNK)
     for segment, score in enumerate(scored.scores.tolist()):
         chunk = segment * model.config.segment_size // CHUNK
         best[chunk] = max(best[chunk], score)

@@ -165,7 +165,7 @@ def load_memory(path: str, model: Any, tokenizer: Any) -> ContextMemory:
     """A saved memory of one document in the model's dtype.
 
     Raises:
-        CommandError: it has several documents.
+        CommandError: several documents are read.
         ValueError: the file is damaged, or another model or another tokenizer made it.
     """
     from sharedllm_ext.model import ContextMemory
@@ -175,6 +175,9 @@ def load_memory(path: str, model: Any, tokenizer: Any) -> ContextMemory:
     memory = ContextMemory.load(path, model).to(model.dtype)
     if memory.batch_size != 1:
         raise CommandError(f"{path}: expected a memory of one document, got {memory.batch_size}")
+    (row,) = memory.memory_index
+    if isinstance(row, tuple):
+        raise CommandError(f"{path}: expected a memory of one document, got a row that reads {len(row)}")
     check_tokenizer(path, [None if source is None else source.tokenizer for source in memory.sources or ()], tokenizer)
     return memory
 

@@ -18,7 +18,9 @@ from sharedllm_ext.cli._places import Places
 from sharedllm_ext.cli._turns import Turns
 from sharedllm_ext.counted import counted
 from sharedllm_ext.model import Conversation
+from sharedllm_ext.model.memory_rows import documents_of
 from sharedllm_ext.model.passages import Passage, PassagePrompt
+from sharedllm_ext.model.sources import Source
 
 #: Passages of a question that are named.
 SHOWN = 3
@@ -90,9 +92,16 @@ class Dialogue:
     @property
     def reads(self) -> bool:
         """Whether passages are found for the next question."""
+        known = [source is not None and source.token_ids is not None for source in self._sources]
+        return self.passages > 0 and bool(known) and all(known)
+
+    @property
+    def _sources(self) -> list[Source | None]:
+        """The sources of the documents that are read; empty where none is known."""
         memory = self.conversation.memory
-        source = None if memory is None or memory.sources is None else memory.sources[memory.memory_index[0]]
-        return self.passages > 0 and source is not None and source.token_ids is not None
+        if memory is None or memory.sources is None:
+            return []
+        return [memory.sources[document] for document in documents_of(memory.memory_index[0])]
 
     def answer(self, question: str) -> dict[str, Any]:
         """Answer a question; both become part of the conversation.
@@ -143,12 +152,11 @@ class Dialogue:
     def _with_passages(self, question: str, closing: list[int]) -> tuple[Conversation, list[Passage]]:
         """The conversation so far and, at its end, passages and the question; and the passages."""
         memory, window = self.conversation.memory, self.conversation.window
-        assert memory is not None and memory.sources is not None  # see reads
+        assert memory is not None  # see reads
         asked = question_ids(self.tokenizer, question)
         found = self.model.find_passages(self._tensor(asked), memory=memory, count=self.passages)[0]
-        ids = memory.sources[memory.memory_index[0]].token_ids  # type: ignore[union-attr]
-        assert ids is not None
-        prompt = PassagePrompt(self.model.config, self.tokenizer).ids(ids, found, asked, [])
+        texts: Any = [source.token_ids for source in self._sources if source is not None]
+        prompt = PassagePrompt(self.model.config, self.tokenizer).ids(texts, found, asked, [])
         if len(prompt) > window:
             raise ValueError(
                 f"--passages: expected passages and question of at most {counted(window, 'token')} (the model's "
@@ -163,6 +171,9 @@ class Dialogue:
 
     def _source(self, passage: Passage) -> str | None:
         """The document that a passage is of; of several that it touches, the one that has most of it."""
+        if len(self._sources) > 1:
+            source = self._sources[passage.document]
+            return source.name if source is not None and source.name else f"document {passage.document + 1}"
         documents = [] if self.places is None else self.places.documents
         shares = [(min(passage.end, one.end) - max(passage.start, one.start), one.source) for one in documents]
         return max(shares)[1] if shares and max(shares)[0] > 0 else None
@@ -186,9 +197,10 @@ class Dialogue:
         lines = [f"running text: {running:,} of {counted(conversation.window, 'token', ',')}{first}"]
         if memory is None:
             return [*lines, "memory: none yet"]
-        source = None if memory.sources is None else memory.sources[0]
-        name = ""
-        if source is not None and source.name:
+        source = self._sources[-1] if self._sources else None
+        names = [one.name for one in self._sources if one is not None and one.name]
+        name = f" ({', '.join(names)})" if len(names) > 1 else ""
+        if len(names) == 1 and source is not None and source.name:
             # what moved in from the running text is a stretch without a digest behind those that were read
             followed = len(source.texts) > 1 and source.texts[-1].sha256 is None
             name = f" ({source.name}{', and what followed' if followed else ''})"

@@ -71,8 +71,14 @@ def _lines(report: dict[str, Any]) -> list[str]:
         if report["tokenizer"] is not None:
             lines.append(f"tokenizer       SHA-256 {report['tokenizer']}")
     count, rows = len(report["documents"]), report["rows"]
-    read_by = f", read by {counted(rows, 'row')}" if rows != count else ""
+    several = [(number, own) for number, own in enumerate(report["row_documents"], 1) if len(own) > 1]
+    read_by = f", read by {counted(rows, 'row')}" if rows != count or several else ""
     lines.append(f"documents       {count}{read_by}")
+    for number, own in several[:DOCUMENTS]:
+        lines.append(f"row {number:<11} reads documents {', '.join(str(document + 1) for document in own)}")
+    if len(several) > DOCUMENTS:
+        more = counted(len(several) - DOCUMENTS, "more row")
+        lines.append(f"                {more} of several documents (--json lists all)")
     for number, document in enumerate(report["documents"][:DOCUMENTS], 1):
         lines += _document(number, document)
     if count > DOCUMENTS:

@@ -41,6 +41,7 @@ class ContextAppending:
         query_embeds: Tensor | None = None,
         *,
         rows: Sequence[int] | None = None,
+        documents: Sequence[int] | None = None,
         sources: Sequence[Source | None] | None = None,
         keep: bool = False,
         progress: Callable[[int], None] | None = None,
@@ -64,7 +65,9 @@ class ContextAppending:
             query_ids, query_attention_mask, query_embeds: as for :meth:`compress`; equal to compressing anew where they
                 are what the memory was made with.
             rows: batch rows of the memory, one for each row of ``context_ids``. A document that several batch rows read
-                may go on by one of them, and does for all.
+                may go on by one of them, and does for all. Of a row that reads several documents it is not known which
+                one goes on: it is refused.
+            documents: documents of the memory, one for each row of ``context_ids``, in place of ``rows``.
             sources: of each row of ``context_ids``, the source of what is appended. Without it, a memory that knows its
                 documents' token ids keeps knowing them; characters of later tokens are then not known.
             keep: whether the given memory must stay readable, if need be by copying it.
@@ -74,9 +77,9 @@ class ContextAppending:
             The longer memory; the same object if there is nothing to append.
 
         Raises:
-            IndexError: a row is not in the memory.
+            IndexError: a row or a document is not in the memory.
             ValueError: invalid inputs, or a memory of another model, of a model in training, without the token ids of
-                its last chunk, or used up.
+                its last chunk, or used up; or rows that read several documents.
         """
         self.check_memory(memory, tiered=True)
         memory.expect_whole()
@@ -97,7 +100,7 @@ class ContextAppending:
                 f"memory: expected device {context_ids.device} as context_ids, got {memory.device}; use memory.to(…)"
             )
         lengths = [context_ids.shape[1]] * context_ids.shape[0] if used is None else used.sum(1).tolist()
-        source_of = _documents(memory, lengths, rows)
+        source_of = _documents(memory, lengths, rows, documents)
         if not source_of:
             return memory
         size, texts = self.config.chunk_size, []
@@ -156,8 +159,15 @@ class ContextAppending:
         return offload(self, memory, tiers)
 
 
-def _documents(memory: ContextMemory | TieredMemory, lengths: list[int], rows: Sequence[int] | None) -> dict[int, int]:
+def _documents(
+    memory: ContextMemory | TieredMemory,
+    lengths: list[int],
+    rows: Sequence[int] | None,
+    documents: Sequence[int] | None,
+) -> dict[int, int]:
     """The documents that go on, in their order, and the row of ``context_ids`` that has the tokens of each."""
+    if documents is not None:
+        return _named_documents(memory, lengths, rows, documents)
     if rows is None and len(lengths) != memory.batch_size:
         raise ValueError(
             f"context_ids: expected {counted(memory.batch_size, 'row')} as in the memory, or rows=[…] that names "
@@ -174,7 +184,13 @@ def _documents(memory: ContextMemory | TieredMemory, lengths: list[int], rows: S
             raise IndexError(f"rows: expected batch rows 0 to {memory.batch_size - 1}, got {row}")
         if not length:
             continue
-        document = memory.memory_index[row]
+        own = memory.memory_index[row]
+        if isinstance(own, tuple):
+            raise ValueError(
+                f"rows: expected batch rows that read one document each, got row {row}, which reads documents "
+                f"{list(own)}; documents=[…] names the one that goes on"
+            )
+        document = own
         if document in found:
             raise ValueError(
                 f"rows: expected batch rows of different documents, got rows {named[found[document]]} and {row}, which "
@@ -182,6 +198,21 @@ def _documents(memory: ContextMemory | TieredMemory, lengths: list[int], rows: S
             )
         found[document] = source
     return dict(sorted(found.items()))
+
+
+def _named_documents(
+    memory: ContextMemory | TieredMemory, lengths: list[int], rows: Sequence[int] | None, documents: Sequence[int]
+) -> dict[int, int]:
+    if rows is not None:
+        raise ValueError("rows, documents: expected at most one of them, got both")
+    if len(documents) != len(lengths):
+        raise ValueError(f"documents: expected {len(lengths)}, one for each row of context_ids, got {len(documents)}")
+    for document in documents:
+        if not 0 <= document < memory.num_documents:
+            raise IndexError(f"documents: expected 0 to {memory.num_documents - 1}, got {document}")
+    if len(set(documents)) != len(documents):
+        raise ValueError(f"documents: expected different ones, got {list(documents)}")
+    return {document: row for document, row in sorted(zip(documents, range(len(lengths)), strict=True)) if lengths[row]}
 
 
 def _known_sources(

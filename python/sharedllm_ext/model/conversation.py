@@ -14,8 +14,9 @@ from .appending import tail_of
 from .file_description import running_shape
 from .inputs import check_ids
 from .memory import ContextMemory
-from .memory_fields import describe_origin
+from .memory_fields import describe_origin, has_rows_of_several
 from .memory_file import CONVERSATION, MemoryFile
+from .memory_rows import documents_of
 from .memory_writer import write_tensors
 from .modeling import SharedLLMForCausalLM
 from .sources import check_tokenizer, tokenizer_digest
@@ -55,7 +56,8 @@ class Conversation:
 
     Args:
         model: reads and generates; its mode does not matter.
-        memory: of what came before the text, of one batch row. It stays readable.
+        memory: of what came before the text, of one batch row. It stays readable. Of several documents the text goes
+            on in the last one, which may be empty: ``memory.with_rows([[0, 3, own]])``.
         window: the most tokens of running text; default: ``model.config.window``.
         keep_first: tokens at the begin of the text that stay running text, in front of the latest ones (a system
             prompt, an attention sink). They are part of the window.
@@ -95,7 +97,7 @@ class Conversation:
         if memory is not None:
             _check_can_go_on(memory, size)
             # nothing is appended; what cannot be appended to is refused
-            model.append(memory, self._running)
+            model.append(memory, self._running, documents=[_goes_on(memory)])
         self._memory, self._is_given = memory, memory is not None
 
     @property
@@ -114,7 +116,9 @@ class Conversation:
     @property
     def num_tokens(self) -> int:
         """Tokens of memory and running text together."""
-        absorbed = 0 if self._memory is None else self._memory.num_tokens[self._memory.memory_index[0]]
+        absorbed = 0
+        if self._memory is not None:
+            absorbed = sum(self._memory.num_tokens[document] for document in documents_of(self._memory.memory_index[0]))
         return absorbed + self._running.shape[1]
 
     @torch.no_grad()
@@ -159,7 +163,8 @@ class Conversation:
         if tokenizer is not None:
             own["tokenizer"] = tokenizer_digest(tokenizer)
         running = {"running_ids": self._running[0].to("cpu", torch.int32)}
-        write_tensors(path, {**fields, **told, **own}, {**tensors, **integers, **running}, CONVERSATION)
+        version = 2 if has_rows_of_several(memory.memory_index) else 1
+        write_tensors(path, {**fields, **told, **own}, {**tensors, **integers, **running}, CONVERSATION, version)
 
     @classmethod
     def load(
@@ -209,7 +214,10 @@ class Conversation:
         if self._memory is None:
             self._memory = self.model.compress(ids, query_ids=self._query_ids, training=False)
         else:
-            self._memory = self.model.append(self._memory, ids, query_ids=self._query_ids, keep=self._is_given)
+            own = [_goes_on(self._memory)]
+            self._memory = self.model.append(
+                self._memory, ids, query_ids=self._query_ids, documents=own, keep=self._is_given
+            )
         self._is_given = False
 
     def generate(self, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Tensor:
@@ -273,7 +281,12 @@ def _check_can_go_on(memory: ContextMemory, chunk_size: int) -> None:
     """Refuse now what append would refuse in the middle of an answer."""
     if memory.batch_size != 1:
         raise ValueError(f"memory: expected one batch row (a conversation is one text), got {memory.batch_size}")
-    tail_of(memory, memory.memory_index[0], chunk_size)
+    tail_of(memory, _goes_on(memory), chunk_size)
+
+
+def _goes_on(memory: ContextMemory) -> int:
+    """The document that the conversation's text goes on in: the last one that it reads."""
+    return documents_of(memory.memory_index[0])[-1]
 
 
 class _Settings:

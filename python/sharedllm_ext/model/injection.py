@@ -11,9 +11,11 @@ from ..counted import counted
 from ..ops import injected_attention
 from .families import FAMILIES, Family, attention_norm, norm_eps, projection
 from .hooks import is_untouched
+from .joins import Joins
 from .layer_math import add_linear, add_mlp, add_output, adds_plainly, linear_weight, version_of
 from .managed_layers import RunsSteps
 from .memory import ContextMemory
+from .memory_rows import Span
 from .rotary import TablesOf
 from .upload import upload
 
@@ -26,7 +28,8 @@ class InjectedContext:
 
     Batch rows that read the same slots from the same position are one row of the operator, which then reads those slots
     once for all of them: ``order`` are the batch rows in the operator's order, ``place`` says where each went; both are
-    ``None`` if that is the batch's own order.
+    ``None`` if that is the batch's own order. Where a batch row reads several documents, ``joins`` takes their place:
+    each document is then a row of the operator.
 
     No dataclass: FSDP descends into those and would round the rotary tables to its parameters' dtype.
     """
@@ -43,10 +46,13 @@ class InjectedContext:
         merge: Callable[[Tensor, Tensor], Tensor] | None = None,
         order: Tensor | None = None,
         place: Tensor | None = None,
+        joins: Joins | None = None,
+        length: int = 1,
     ) -> None:
         self.keys, self.values, self.merge = keys, values, merge
         self.cu_q, self.slot_range, self.q_position = cu_q, slot_range, q_position
         self.order, self.place = order, place
+        self.joins, self.length = joins, length
         self.cos, self.sin = cos, sin
 
     @classmethod
@@ -85,28 +91,42 @@ class InjectedContext:
             raise ValueError(
                 f"memory: expected device {device} as input_ids, got {memory.device}; use memory.to({str(device)!r})"
             )
-        positions = tuple(memory.num_chunks[i] + offset for i in memory.memory_index)
-        found = tables(max((0, *positions)) + 1, device, layers)
+        spans = tuple(memory.spans(offset))
+        found = tables(max((0, *(span.position for own in spans for span in own))) + 1, device, layers)
         cos, sin = ([found.of(layer)[side] for layer in layers] for side in (0, 1))
-        rows = _rows_on(device, batch, length, tuple(memory.slot_ranges()), positions)
-        return cls(memory.keys, memory.values, *rows[:3], cos, sin, memory.merge, *rows[3:])
+        rows = _rows_on(device, batch, length, spans)
+        return cls(memory.keys, memory.values, *rows[:3], cos, sin, memory.merge, *rows[3:], length=length)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, *, layer: int, scale: float) -> Tensor:
         """What the queries ``[B * L, Hq, D]`` of all batch rows read of a layer's keys and values; same shape."""
-        out, lse = injected_attention(
-            _rows_taken(query, self.order),
+        if self.joins is None:
+            out, lse = self.read(_rows_taken(query, self.order), keys, values, layer=layer, scale=scale)
+            out = _rows_taken(out, self.place)
+        else:
+
+            def read(part: Tensor, length: int) -> tuple[Tensor, Tensor]:
+                cu_q = self.cu_q if length == self.length else self.cu_q // self.length * length
+                return self.read(part, keys, values, layer=layer, scale=scale, cu_q=cu_q)
+
+            out, lse = self.joins.attend(query, self.length, read)
+        # other processes may have joined other rows
+        return out if self.merge is None else self.merge(out, _rows_taken(lse, self.place))
+
+    def read(
+        self, query: Tensor, keys: Tensor, values: Tensor, *, layer: int, scale: float, cu_q: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention and log-sum-exp of queries ``[T, Hq, D]`` that lie as the operator's rows do."""
+        return injected_attention(
+            query,
             keys,
             values,
-            self.cu_q,
+            self.cu_q if cu_q is None else cu_q,
             self.slot_range,
             self.q_position,
             self.cos[layer],
             self.sin[layer],
             scale=scale,
         )
-        out = _rows_taken(out, self.place)
-        # other processes may have joined other rows
-        return out if self.merge is None else self.merge(out, _rows_taken(lse, self.place))
 
 
 def _rows_taken(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -116,53 +136,57 @@ def _rows_taken(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.unflatten(0, (rows.shape[0], -1)).index_select(0, rows).flatten(0, 1)
 
 
-_OperatorRows = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+_OperatorRows = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Joins | None]
 
 
-def _rows_on(
-    device: torch.device, batch: int, length: int, ranges: tuple[tuple[int, int], ...], positions: tuple[int, ...]
-) -> _OperatorRows:
-    """``cu_q``, ``slot_range`` and ``q_position`` of the operator's rows, their order and its inverse, see
-    :class:`InjectedContext`; on the CPU the same tensors for the same rows."""
+def _rows_on(device: torch.device, batch: int, length: int, spans: tuple[tuple[Span, ...], ...]) -> _OperatorRows:
+    """``cu_q``, ``slot_range`` and ``q_position`` of the operator's rows, their order, its inverse and how they are
+    joined, see :class:`InjectedContext`; on the CPU the same tensors for the same rows."""
     global _last_rows
     # on CUDA another stream may ask next, and a graph may be captured
     if torch.compiler.is_compiling() or device.type != "cpu":
-        return _new_rows(device, batch, length, ranges, positions)
-    key = (torch.is_inference_mode_enabled(), batch, length, ranges, positions)
+        return _new_rows(device, batch, length, spans)
+    key = (torch.is_inference_mode_enabled(), batch, length, spans)
     known = _last_rows
     if known is not None and known[0] == key:
         return known[1]
-    rows = _new_rows(device, batch, length, ranges, positions)
+    rows = _new_rows(device, batch, length, spans)
+    joins = rows[5]
+    tensors = [*rows[:5], *(() if joins is None else (joins.rows, joins.place, *(place for _, place in joins.parts)))]
     # no stand-ins, by which others plan where a model's parts go
-    if all(tensor is None or type(tensor) is Tensor for tensor in rows):
+    if all(tensor is None or type(tensor) is Tensor for tensor in tensors):
         _last_rows = key, rows
     return rows
 
 
-def _new_rows(
-    device: torch.device, batch: int, length: int, ranges: tuple[tuple[int, int], ...], positions: tuple[int, ...]
-) -> _OperatorRows:
+def _new_rows(device: torch.device, batch: int, length: int, spans: tuple[tuple[Span, ...], ...]) -> _OperatorRows:
+    reads = [(row, span) for row, own in enumerate(spans) for span in own]
     sharing: dict[Any, list[int]] = {}
-    for row in range(batch):
+    for number, (_, span) in enumerate(reads):
         # an exported program must not be tied to who shares with whom
-        own: Any = row if torch.compiler.is_compiling() else (ranges[row], positions[row])
-        sharing.setdefault(own, []).append(row)
+        own: Any = number if torch.compiler.is_compiling() else span
+        sharing.setdefault(own, []).append(number)
     groups = list(sharing.values())
-    order = [row for rows in groups for row in rows]
-    firsts = [rows[0] for rows in groups]
-    cu_q = torch.arange(batch + 1, device=device) * length
-    if len(groups) < batch:
-        ends = itertools.accumulate((len(rows) for rows in groups), initial=0)
+    order = [number for numbers in groups for number in numbers]
+    firsts = [reads[numbers[0]][1] for numbers in groups]
+    cu_q = torch.arange(len(reads) + 1, device=device) * length
+    if len(groups) < len(reads):
+        ends = itertools.accumulate((len(numbers) for numbers in groups), initial=0)
         cu_q = cu_q.index_select(0, upload(torch.tensor(list(ends)), device))
     moved: list[Tensor | None] = [None, None]
-    if order != list(range(batch)):
+    joins = None
+    if len(reads) > batch:
+        joins = Joins.of([reads[number][0] for number in order], batch, device)
+    elif order != list(range(batch)):
         moved = [upload(torch.tensor(rows), device) for rows in (order, sorted(range(batch), key=order.__getitem__))]
+    slots = torch.tensor([span.slots for span in firsts], dtype=torch.int64).view(len(groups), 2)
     return (
         cu_q,
-        upload(torch.tensor([ranges[row] for row in firsts], dtype=torch.int64).view(len(groups), 2), device),
-        upload(torch.tensor([positions[row] for row in firsts], dtype=torch.int64), device),
+        upload(slots, device),
+        upload(torch.tensor([span.position for span in firsts], dtype=torch.int64), device),
         moved[0],
         moved[1],
+        joins,
     )
 
 

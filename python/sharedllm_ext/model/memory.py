@@ -20,13 +20,16 @@ from .memory_fields import (
     check_origin,
     describe_memory,
     describe_origin,
+    fields_of,
     has_origin,
+    has_rows_of_several,
     integer_shapes,
     open_memory,
     restore_origin,
     shape_of,
 )
 from .memory_file import DTYPES, MemoryFile, tensor_names
+from .memory_rows import Row, Span, beside, document_of, expect_document, rows_of, spans_of
 from .memory_writer import shards_of, write_tensors
 from .protocols import Decoder
 from .signature_fields import describe_difference
@@ -45,7 +48,7 @@ class ContextMemory:
         cu_slots: cumulative slots by document, ``documents + 1`` integers.
         num_chunks: chunks of each document.
         num_tokens: context tokens of each document.
-        memory_index: the document that each batch row reads; rows may share one.
+        memory_index: the document that each batch row reads, or a tuple of several; rows may share documents.
         signature: the memory's maker: model sizes, tree and a fingerprint of the compressor's weights.
         tails: the partial last chunk of each document, ``None`` where its token ids are not known (as in files of
             versions 1 and 2): such a document cannot go on. Without a partial chunk it can.
@@ -58,7 +61,7 @@ class ContextMemory:
     cu_slots: list[int]
     num_chunks: list[int]
     num_tokens: list[int]
-    memory_index: list[int]
+    memory_index: list[Row]
     signature: dict[str, Any]
     tails: list[Tail | None] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
     sources: list[Source | None] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
@@ -127,7 +130,7 @@ class ContextMemory:
 
     def expand(self, repeats: int) -> "ContextMemory":
         """Every batch row ``repeats`` times in a row (beams, returned sequences); keys and values are not copied."""
-        rows = [document for document in self.memory_index for _ in range(repeats)]
+        rows = [row for row in self.memory_index for _ in range(repeats)]
         return dataclasses.replace(self, memory_index=rows)
 
     def select(self, rows: Sequence[int]) -> "ContextMemory":
@@ -141,16 +144,36 @@ class ContextMemory:
                 raise IndexError(f"rows: expected batch rows 0 to {self.batch_size - 1}, got {row}")
         return dataclasses.replace(self, memory_index=[self.memory_index[row] for row in rows])
 
+    def with_rows(self, documents: Sequence[int | Sequence[int]]) -> "ContextMemory":
+        """The same documents, read by other batch rows; keys and values are not copied.
+
+        A row that reads several documents reads one text: the documents one after the other, in the order given, each
+        with its own last chunk. The softmax goes over the slots of all of them, and positions count the chunks of all
+        of them. Where each but the last ends with a full chunk, that equals :meth:`compress` of that text, if nodes do
+        not depend on a query.
+
+        Args:
+            documents: for each row a document or a list of documents: ``[[0, 3], 7, [1, 2, 4]]``.
+
+        Raises:
+            IndexError: a document is not in ``0 .. num_documents-1``.
+            TypeError: something that is no document and no list of documents.
+            ValueError: no row, a row without documents, or one that names a document twice.
+        """
+        return dataclasses.replace(self, memory_index=rows_of(documents, self.num_documents))
+
     def select_documents(self, documents: Sequence[int]) -> "ContextMemory":
-        """Some documents, in that order, each read by a row of its own.
+        """Some documents, in that order, each read by a row of its own; for rows of several see :meth:`with_rows`.
 
         Consecutive documents are a view of this memory: nothing is copied. Others are copied.
 
         Raises:
             IndexError: a document is not in ``0 .. num_documents-1``.
+            TypeError: a list of documents in place of one.
         """
         self.expect_whole()
         for document in documents:
+            expect_document(document)
             if not 0 <= document < self.num_documents:
                 raise IndexError(f"documents: expected 0 to {self.num_documents - 1}, got {document}")
         runs = runs_of([(self.cu_slots[document], self.cu_slots[document + 1]) for document in documents])
@@ -212,9 +235,9 @@ class ContextMemory:
             num_chunks=[chunks for memory in memories for chunks in memory.num_chunks],
             num_tokens=[tokens for memory in memories for tokens in memory.num_tokens],
             memory_index=[
-                begin + document
+                row
                 for memory, begin in zip(memories, documents, strict=False)
-                for document in memory.memory_index
+                for row in beside(memory.memory_index, begin)
             ],
             signature=first.signature,
             # dropped where the tensors are copies
@@ -258,8 +281,17 @@ class ContextMemory:
         return dataclasses.replace(self, sources=list(sources))
 
     def slot_ranges(self) -> list[tuple[int, int]]:
-        """First slot and end of every batch row's memory."""
-        return [(self.cu_slots[i], self.cu_slots[i + 1]) for i in self.memory_index]
+        """First slot and end of every batch row's memory.
+
+        Raises:
+            ValueError: a row reads several documents; :meth:`spans` has the slots of each.
+        """
+        read = (document_of(self.memory_index, row) for row in range(self.batch_size))
+        return [(self.cu_slots[document], self.cu_slots[document + 1]) for document in read]
+
+    def spans(self, offset: int) -> list[tuple[Span, ...]]:
+        """What every batch row reads, and from which positions; see :func:`~.memory_rows.spans_of`."""
+        return [spans_of(row, self.cu_slots, self.num_chunks, offset) for row in self.memory_index]
 
     def expect_whole(self) -> None:
         """Refuse a memory that is a part of one.
@@ -298,12 +330,14 @@ class ContextMemory:
         """
         fields, tensors = self.contents()
         shards = [] if max_shard_size is None else shards_of(tensors, max_shard_size)
-        if not shards and not has_origin(self.tails, self.sources):
+        version = 4 if has_rows_of_several(self.memory_index) else 3
+        if version == 3 and not shards and not has_origin(self.tails, self.sources):
             # as older versions of this package read it
             write_tensors(path, fields, tensors, version=2)
             return
         told, integers = describe_origin("memory", self.tails, self.sources, fields)
-        write_tensors(path, {**fields, **told}, {**({} if shards else tensors), **integers}, version=3, shards=shards)
+        written = {**({} if shards else tensors), **integers}
+        write_tensors(path, {**fields, **told}, written, version=version, shards=shards)
 
     def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A file's fields, and keys and values by their names in it.
@@ -395,7 +429,7 @@ class ContextMemory:
         Raises:
             ValueError: the file's fields and tensors contradict each other, or another model made it.
         """
-        fields = {name: file.header[name] for name in FIELDS}
+        fields = fields_of(file.header)
         check_fields(file.name, fields)
         told = check_origin(file.name, file.header, fields)
         layers, shape = fields["signature"]["injection_layers"], shape_of(fields)

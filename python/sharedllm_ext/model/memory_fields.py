@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..counted import counted
 from .memory_file import MEMORY, FileFormat, MemoryFile, are_sizes, shorten
+from .memory_rows import Row, documents_of
 from .signature_fields import check_signature
 from .sources import Source, SourceText
 
@@ -50,7 +51,7 @@ def check_fields(name: str, fields: dict[str, Any]) -> None:
 
     signature = fields["signature"]
     check_signature(name, signature)
-    for field in FIELDS[:-1]:
+    for field in ("cu_slots", "num_chunks", "num_tokens"):
         values = fields[field]
         expect(are_sizes(values), f"{field} to be a list of integers of at least 0", values)
     cu_slots, num_chunks, num_tokens = fields["cu_slots"], fields["num_chunks"], fields["num_tokens"]
@@ -80,8 +81,28 @@ def check_fields(name: str, fields: dict[str, Any]) -> None:
         full, rest = divmod(tokens, size)
         least, most = (full * min(size, slots_of) + min(rest, slots_of) for slots_of in (node, chunk))
         expect(least <= slots <= most, f"{least} to {counted(most, 'slot')} {where} by its tokens and the tree", slots)
-    for row in fields["memory_index"]:
-        expect(row < documents, f"memory_index from 0 to {documents - 1}", row)
+    rows = fields["memory_index"]
+    expect(isinstance(rows, list), "memory_index to be a list", rows)
+    for row in rows:
+        own = list(row) if isinstance(row, (list, tuple)) else [row]
+        right = are_sizes(own) and len(set(own)) == len(own) and (len(own) > 1 or type(row) is int)
+        expect(
+            right, "memory_index to be a list of integers of at least 0, or of two or more different ones a row", row
+        )
+        expect(max(own) < documents, f"memory_index from 0 to {documents - 1}", row)
+
+
+def has_rows_of_several(rows: Sequence[Row]) -> bool:
+    """Whether a batch row reads several documents, which files have since a later version."""
+    return any(isinstance(row, tuple) for row in rows)
+
+
+def fields_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A memory's fields from a header; not checked."""
+    fields = {name: header[name] for name in FIELDS}
+    if isinstance(fields["memory_index"], list):
+        fields["memory_index"] = [tuple(row) if isinstance(row, list) else row for row in fields["memory_index"]]
+    return fields
 
 
 def describe_documents(memory: Any) -> dict[str, Any]:
@@ -106,6 +127,7 @@ def describe_documents(memory: Any) -> dict[str, Any]:
     return {
         "documents": documents,
         "rows": memory.batch_size,
+        "row_documents": [list(documents_of(row)) for row in memory.memory_index],
         "tokens": sum(memory.num_tokens),
         "chunks": sum(memory.num_chunks),
         "slots": memory.num_slots,

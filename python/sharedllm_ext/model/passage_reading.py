@@ -10,7 +10,8 @@ from torch import Tensor
 from ..counted import counted
 from .inputs import check_ids, check_mask, check_not_empty
 from .memory import ContextMemory
-from .passages import NO_PICK, Passage, PassagePrompt, kept_ids
+from .memory_rows import documents_of
+from .passages import NO_PICK, Passage, PassagePrompt, check_documents, kept_ids
 from .split_prompt import SplitPrompt
 from .tiered_memory import TieredMemory
 
@@ -88,7 +89,9 @@ class PassageRequest:
             )
         context_ids, context_mask = context
         # of the documents that are read: a memory may hold others
-        read = [] if memory is None or memory.sources is None else [memory.sources[i] for i in memory.memory_index]
+        read = []
+        if memory is not None and memory.sources is not None:
+            read = [memory.sources[i] for row in memory.memory_index for i in documents_of(row)]
         known = bool(read) and all(source is not None and source.token_ids is not None for source in read)
         if input_ids is None or (context_ids is None and not known):
             name = "input_ids" if input_ids is None else "context_ids"
@@ -108,7 +111,7 @@ class PassageRequest:
         texts = _texts(model, context, memory, len(questions))
         begin, rows = layout.text(self.answer_begin), []
         for i, (question, passages) in enumerate(zip(questions, found, strict=True)):
-            _check_within(passages, texts[i].numel(), i)
+            _check_within(passages, texts[i], i)
             rows.append(layout.ids(texts[i], passages, question.tolist(), begin))
             if len(rows[-1]) > model.config.window:
                 raise ValueError(
@@ -183,21 +186,26 @@ class PassageRequest:
                 )
 
 
-def _texts(model: Any, context: tuple[Tensor | None, Tensor | None], memory: ContextMemory, rows: int) -> list[Tensor]:
-    """The tokens ``[T]`` of each row's text: the context's, or without one those that the memory has kept."""
+def _texts(
+    model: Any, context: tuple[Tensor | None, Tensor | None], memory: ContextMemory, rows: int
+) -> list[list[Tensor]]:
+    """The tokens ``[T]`` of each document that a row reads: the context's, or those that the memory has kept."""
     ids, mask = context
     if ids is None:
-        own = memory.memory_index * (rows if memory.batch_size == 1 else 1)
-        kept = {document: kept_ids(model, memory, document, model.device) for document in set(own)}
-        return [kept[document] for document in own]
+        own = [documents_of(row) for row in memory.memory_index] * (rows if memory.batch_size == 1 else 1)
+        kept = {i: kept_ids(model, memory, i, model.device) for documents in set(own) for i in documents}
+        return [[kept[document] for document in documents] for documents in own]
     used = check_mask("context_attention_mask", mask, "context_ids", ids)
     sources = [row if ids.shape[0] > 1 else 0 for row in range(rows)]
-    return [ids[source] if used is None else ids[source][used[source]] for source in sources]
+    return [[ids[source] if used is None else ids[source][used[source]]] for source in sources]
 
 
-def _check_within(passages: Sequence[Passage], length: int, row: int) -> None:
-    end = max((passage.end for passage in passages), default=0)
-    if end > length or any(passage.start < 0 for passage in passages):
-        raise ValueError(
-            f"passages: expected ones within the {counted(length, 'token')} of row {row}'s text, got one up to {end}"
-        )
+def _check_within(passages: Sequence[Passage], texts: Sequence[Tensor], row: int) -> None:
+    check_documents("passages", passages, len(texts))
+    for passage in passages:
+        length = texts[passage.document].numel()
+        if passage.end > length or passage.start < 0:
+            raise ValueError(
+                f"passages: expected ones within the {counted(length, 'token')} of row {row}'s text, got one up to "
+                f"{passage.end}"
+            )

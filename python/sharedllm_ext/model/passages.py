@@ -1,6 +1,9 @@
 """Finding the passages of a context that answer a question, and the prompt in which they are read."""
 
+import bisect
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +12,14 @@ from torch import Tensor
 from ..counted import counted
 from .inputs import check_ids, check_mask
 from .memory import ContextMemory
+from .memory_fields import has_rows_of_several
+from .memory_rows import documents_of
 from .pick import slot_places
 from .pick_index import PickIndex, check_text, unrotated_keys
 from .picked_memory import PickedMemory
 from .sources import Place, Source
 from .tiered_memory import TieredMemory
+from .word_index import joint_evidence
 
 #: Chunks of a tiered memory that a question reads by default: 128K tokens in chunks of 1024.
 CHUNKS = 128
@@ -31,6 +37,7 @@ class Passage:
         rank: 0 for the best of its question.
         score: the pick's; comparable within one question.
         place: its characters in the document, where the memory knows them: ``(name, first, end)``.
+        document: which of the documents that its question reads, from 0, in their order.
     """
 
     start: int
@@ -39,20 +46,33 @@ class Passage:
     rank: int
     score: float
     place: Place | None = None
+    document: int = 0
+
+
+class _Part(NamedTuple):
+    """A document that a question reads.
+
+    Attributes:
+        asked: what a question is compared with.
+        length: its tokens.
+        origin: where it comes from, if that is known.
+    """
+
+    asked: PickIndex
+    length: int
+    origin: Source | None
 
 
 class _Scored(NamedTuple):
     """One question's scores.
 
     Attributes:
-        scores: ``[n]`` of the document's segments.
-        length: its tokens.
-        origin: where it comes from, if that is known.
+        scores: ``[n]`` of all documents' segments, one document after the other.
+        parts: the documents that it reads.
     """
 
     scores: Tensor
-    length: int
-    origin: Source | None
+    parts: list[_Part]
 
 
 class PassagePrompt:
@@ -73,13 +93,13 @@ class PassagePrompt:
         return self._tokens(text, split_special_tokens=True)
 
     def ids(
-        self, context_ids: Tensor, passages: list[Passage], question: list[int], answer_begin: list[int]
+        self, texts: Sequence[Tensor], passages: list[Passage], question: list[int], answer_begin: list[int]
     ) -> list[int]:
-        """All tokens, passages in the order of the text ``context_ids [C]``."""
+        """All tokens, passages in the order of the documents ``[C]`` that ``texts`` has, and of each one's text."""
         ids = self._tokens(self._parts["begin"])
-        for passage in sorted(passages, key=lambda p: (p.start, p.segment)):
+        for passage in sorted(passages, key=lambda p: (p.document, p.start, p.segment)):
             ids += self._tokens(self._parts["passage"].format(rank=passage.rank + 1))
-            ids += context_ids[passage.start : passage.end].tolist()
+            ids += texts[passage.document][passage.start : passage.end].tolist()
         return (
             ids + self._tokens(self._parts["question"]) + question + self._tokens(self._parts["answer"]) + answer_begin
         )
@@ -114,7 +134,7 @@ class PassageRetrieval:
             context_attention_mask: ``[B, C]``, 0 for padding (on either side).
             question_attention_mask: ``[B, L]``, 0 for padding.
             memory: what :meth:`compress` has made of the context; compressed here by default. One of a single row
-                serves all questions.
+                serves all questions. The passages of several documents that a row reads are ranked together.
             count: passages for a question; fewer if the context has fewer segments.
 
         Returns:
@@ -165,22 +185,32 @@ class PassageRetrieval:
             raise ValueError(
                 f"memory: expected {counted(rows, 'batch row')} as in question_ids, or 1, got {memory.batch_size}"
             )
+        if texts is not None and has_rows_of_several(memory.memory_index):
+            raise ValueError(
+                "context_ids: expected none with batch rows that read several documents, whose memory has to know its "
+                "token ids (with_sources), got some"
+            )
         found = []
-        known: tuple[tuple[int, int], Tensor, PickIndex] | None = None
+        known: dict[tuple[int, int], _Part] = {}
         for row in range(rows):
-            document = memory.memory_index[row if memory.batch_size > 1 else 0]
-            source = document if texts is None else row if len(texts) > 1 else 0
+            before, known = known, {}
+            for document in documents_of(memory.memory_index[row if memory.batch_size > 1 else 0]):
+                source = document if texts is None else row if len(texts) > 1 else 0
+                part = before.get((source, document))
+                if part is None:
+                    ids = kept_ids(self, memory, document, device) if texts is None else texts[source]
+                    if ids.numel() != memory.num_tokens[document]:
+                        expected = counted(memory.num_tokens[document], "token")
+                        raise ValueError(
+                            f"context_ids: expected the {expected} of the memory's document {document}, got "
+                            f"{ids.numel()} in row {source}"
+                        )
+                    origin = None if memory.sources is None else memory.sources[document]
+                    part = _Part(self._pick_index(ids, memory, document), ids.numel(), origin)
+                known[source, document] = part
             question = question_ids[row] if asked is None else question_ids[row][asked[row]]
-            if known is None or known[0] != (source, document):
-                ids = kept_ids(self, memory, document, device) if texts is None else texts[source]
-                if ids.numel() != memory.num_tokens[document]:
-                    raise ValueError(
-                        f"context_ids: expected the {counted(memory.num_tokens[document], 'token')} of the memory's "
-                        f"document {document}, got {ids.numel()} in row {source}"
-                    )
-                known = (source, document), ids, self._pick_index(ids, memory, document)
-            origin = None if memory.sources is None else memory.sources[document]
-            found.append(_Scored(self._scores(known[2], question), known[1].numel(), origin))
+            parts = list(known.values())
+            found.append(_Scored(self._scores([part.asked for part in parts], question), parts))
         return found
 
     @torch.no_grad()
@@ -201,21 +231,31 @@ class PassageRetrieval:
         return rows.select_chunks([self._picked_chunks(one, chunks) for one in scored]), found
 
     def _picked_chunks(self: Any, scored: "_Scored", count: int) -> list[int]:
-        """The chunks of the best segments, at most so many."""
-        segments, size = scored.scores.numel(), self.config.chunk_size
-        if not segments:
+        """The chunks of the best segments, at most so many; counted over all documents."""
+        size, span, device = self.config.chunk_size, self.config.segment_size, scored.scores.device
+        if not scored.scores.numel():
             return []
-        first = torch.arange(segments, device=scored.scores.device) * self.config.segment_size
-        last = (first + self.config.segment_size).clamp(max=scored.length) - 1
-        best = torch.full((-(-scored.length // size),), -torch.inf, device=first.device)
-        # a segment may lie in two chunks
-        for token in (first, last):
-            best.scatter_reduce_(0, token // size, scored.scores, "amax")
-        chunks: list[int] = best.topk(min(count, best.numel())).indices.tolist()
-        return chunks
+        chunks = sum(-(-part.length // size) for part in scored.parts)
+        best = torch.full((chunks,), -torch.inf, device=device)
+        scores, begin = scored.scores, 0
+        for part in scored.parts:
+            own, scores = scores[: part.asked.count], scores[part.asked.count :]
+            first = torch.arange(part.asked.count, device=device) * span
+            last = (first + span).clamp(max=part.length) - 1
+            # a segment may lie in two chunks
+            for token in (first, last):
+                best.scatter_reduce_(0, begin + token // size, own, "amax")
+            begin += -(-part.length // size)
+        chosen: list[int] = best.topk(min(count, best.numel())).indices.tolist()
+        return chosen
 
     def passage_prompt(
-        self: Any, tokenizer: Any, context_ids: Tensor, passages: list[Passage], question: str, answer_begin: str = ""
+        self: Any,
+        tokenizer: Any,
+        context_ids: Tensor | Sequence[Tensor],
+        passages: list[Passage],
+        question: str,
+        answer_begin: str = "",
     ) -> Tensor:
         """The running text in which the model reads passages and answers: their text in the document's order.
 
@@ -223,7 +263,7 @@ class PassageRetrieval:
 
         Args:
             tokenizer: the base checkpoint's.
-            context_ids: ``[C]`` the document's tokens.
+            context_ids: ``[C]`` the document's tokens, or a list of those of each document that the question reads.
             passages: of :meth:`find_passages`.
             question: asked after the passages.
             answer_begin: the begin of the answer, which the model goes on with.
@@ -232,11 +272,13 @@ class PassageRetrieval:
             ``[1, L]`` int64 on the context's device, for ``generate(input_ids, memory=memory)``.
 
         Raises:
-            ValueError: the configuration has no ``passage_prompt``.
+            ValueError: the configuration has no ``passage_prompt``, or a passage is of a document that is not there.
         """
         layout = PassagePrompt(self.config, tokenizer)
-        ids = layout.ids(context_ids, passages, layout.text(question), layout.text(answer_begin))
-        return torch.tensor([ids], dtype=torch.int64, device=context_ids.device)
+        texts = [context_ids] if isinstance(context_ids, Tensor) else list(context_ids)
+        check_documents("passages", passages, len(texts))
+        ids = layout.ids(texts, passages, layout.text(question), layout.text(answer_begin))
+        return torch.tensor([ids], dtype=torch.int64, device=texts[0].device)
 
     def _layer_inputs(self: Any, ids: Tensor) -> list[Tensor]:
         """What comes into each of the compressor's layers, ``[B, L, d]`` each, at the tokens ``[B, L]`` of a text."""
@@ -261,25 +303,40 @@ class PassageRetrieval:
         self._pick_indexes.put(memory, slots, index, pick, self.dtype)
         return index
 
-    def _scores(self: Any, index: PickIndex, question: Tensor) -> Tensor:
-        """The scores ``[n]`` of a document's segments for the tokens ``[L]`` of a question."""
-        if not question.numel() or not index.count:
-            return torch.zeros(index.count, device=question.device, dtype=torch.float32)
+    def _scores(self: Any, documents: list[PickIndex], question: Tensor) -> Tensor:
+        """The scores ``[n]`` of all documents' segments for the tokens ``[L]`` of a question."""
+        begins = list(itertools.accumulate((index.count for index in documents), initial=0))
+        if not question.numel() or not begins[-1]:
+            return torch.zeros(begins[-1], device=question.device, dtype=torch.float32)
         inputs = [state[0] for state in self._layer_inputs(question.unsqueeze(0))]
-        evidence = index.words.evidence(self.pick.token_class[question].long())
-        scores: Tensor = self.pick(inputs, self.lower_model.layers, index.keys, index.segment, index.count, evidence)
+        evidence = joint_evidence([index.words for index in documents], self.pick.token_class[question].long())
+        segment = documents[0].segment
+        if len(documents) > 1:
+            segment = torch.cat([index.segment + begin for index, begin in zip(documents, begins, strict=False)])
+        keys = [index.keys for index in documents]
+        scores: Tensor = self.pick(inputs, self.lower_model.layers, keys, segment, begins[-1], evidence)
         return scores
 
     def _best(self: Any, scored: "_Scored", count: int) -> list[Passage]:
         size, margin = self.config.segment_size, self.config.segment_margin
-        scores, length, origin = scored
-        values, order = scores.topk(min(count, scores.numel()))
+        values, order = scored.scores.topk(min(count, scored.scores.numel()))
+        ends = list(itertools.accumulate(part.asked.count for part in scored.parts))
         found = []
-        for rank, (segment, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
-            start, end = passage_span(segment, length, size, margin)
-            place = None if origin is None else origin.place(start, end)
-            found.append(Passage(start, end, segment, rank, score, place))
+        for rank, (place_of_all, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
+            document = bisect.bisect_right(ends, place_of_all)
+            part = scored.parts[document]
+            segment = place_of_all - ends[document] + part.asked.count
+            start, end = passage_span(segment, part.length, size, margin)
+            place = None if part.origin is None else part.origin.place(start, end)
+            found.append(Passage(start, end, segment, rank, score, place, document))
         return found
+
+
+def check_documents(name: str, passages: Sequence[Passage], count: int) -> None:
+    """Refuse passages of other documents than the ``count`` that a question reads."""
+    for passage in passages:
+        if not 0 <= passage.document < count:
+            raise ValueError(f"{name}: expected passages of documents 0 to {count - 1}, got one of {passage.document}")
 
 
 def _rows_of(model: Any, context_ids: Tensor, mask: Tensor | None, rows: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,15 +126,21 @@ class Pick(nn.Module):
         self.word_beta.fill_(0.15)
 
     def forward(
-        self, inputs: list[Tensor], compressor: Any, keys: list[Tensor], segment: Tensor, count: int, words: Tensor
+        self,
+        inputs: list[Tensor],
+        compressor: Any,
+        keys: Sequence[list[Tensor]],
+        segment: Tensor,
+        count: int,
+        words: Tensor,
     ) -> Tensor:
-        """Scores of the segments of one document for one question.
+        """Scores of the segments of one document for one question, or of several documents as if they were one.
 
         Args:
             inputs: ``[L, d]`` what comes into each of the compressor's layers at the question's tokens.
             compressor: the compressor's layers.
-            keys: for each of the pick's layers ``[S, Hkv, D]``, not rotated.
-            segment: ``[S]`` int64, the segment of each slot.
+            keys: of each document, for each of the pick's layers ``[S_i, Hkv, D]``, not rotated.
+            segment: ``[S]`` int64, the segment of each slot of all documents, counted over all of them.
             count: ``n``, how many segments there are.
             words: ``[len(word_runs), n, L]`` evidence of the words that question and segments share, see
                 :class:`WordIndex`.
@@ -143,9 +150,9 @@ class Pick(nn.Module):
         """
         total = torch.zeros(count, device=segment.device, dtype=torch.float32)
         word_weight = torch.zeros(len(self.word_runs), inputs[0].shape[0], device=segment.device, dtype=torch.float32)
-        for i, (layer, query, key) in enumerate(zip(self.layers, self.queries, keys, strict=True)):
+        for i, (layer, query) in enumerate(zip(self.layers, self.queries, strict=True)):
             normed = attention_norm(compressor[layer])(inputs[layer])
-            mass = self._mass(query(normed), key, segment, count)
+            mass = self._mass(query(normed), [own[i] for own in keys], segment, count)
             seen = normed.float()
             weight = torch.sigmoid(seen @ self.token_weight[i].float() + self.token_bias[i].float())
             total = total + self.beta[i].float() * (torch.log(mass * count + 1) * weight.unsqueeze(1)).sum(0)
@@ -153,14 +160,14 @@ class Pick(nn.Module):
             word_weight = word_weight + weight * self.word_beta[i].float().unsqueeze(1)
         return total + torch.einsum("gsl,gl->s", words, word_weight)
 
-    def _mass(self, queries: Tensor, keys: Tensor, segment: Tensor, count: int) -> Tensor:
+    def _mass(self, queries: Tensor, keys: list[Tensor], segment: Tensor, count: int) -> Tensor:
         """Share ``[L, n]`` of each token's attention by segment, mean over heads."""
-        slots, heads, size = keys.shape
+        slots, (heads, size) = segment.shape[0], keys[0].shape[1:]
         grouped = queries.view(queries.shape[0], heads, -1, size)
         group, rows = grouped.shape[2], []
         for part in grouped.split(max(1, _BLOCK // max(1, slots * heads * group))):
-            scores = torch.einsum("thgd,shd->thgs", part, keys).float() / math.sqrt(size)
-            mass = scores.softmax(-1).mean((1, 2))
+            scores = [torch.einsum("thgd,shd->thgs", part, own).float() / math.sqrt(size) for own in keys]
+            mass = (scores[0] if len(scores) == 1 else torch.cat(scores, -1)).softmax(-1).mean((1, 2))
             rows.append(
                 torch.zeros(len(part), count, device=mass.device, dtype=torch.float32).index_add_(1, segment, mass)
             )

@@ -19,12 +19,14 @@ from .memory_fields import (
     check_fields,
     describe_documents,
     describe_origin,
+    has_rows_of_several,
     integer_shapes,
     open_memory,
     restore_origin,
     shape_of,
 )
 from .memory_file import bytes_of, tensor_names
+from .memory_rows import Row, beside, documents_of, expect_document, rows_of
 from .memory_tiers import MemoryTiers
 from .memory_writer import TensorInParts, shards_of, write_tensors
 from .page_files import FilePlace, OpenFile
@@ -47,7 +49,7 @@ class TieredMemory:
 
     Attributes:
         documents: what is held of each.
-        memory_index: the document that each batch row reads.
+        memory_index: the document that each batch row reads, or a tuple of several.
         signature: see :class:`ContextMemory`.
         form: sizes of the pages.
         chunk_slots: slots of a full chunk in one layer.
@@ -55,7 +57,7 @@ class TieredMemory:
     """
 
     documents: list[TieredDocument]
-    memory_index: list[int]
+    memory_index: list[Row]
     signature: dict[str, Any]
     form: PageForm
     chunk_slots: int
@@ -150,13 +152,25 @@ class TieredMemory:
         """Every batch row ``repeats`` times in a row."""
         return self.select([row for row in range(self.batch_size) for _ in range(repeats)])
 
+    def with_rows(self, documents: Sequence[int | Sequence[int]]) -> "TieredMemory":
+        """The same documents, read by other batch rows, as :meth:`ContextMemory.with_rows`; nothing is copied.
+
+        Raises:
+            IndexError: a document is not in ``0 .. num_documents-1``.
+            TypeError: something that is no document and no list of documents.
+            ValueError: no row, a row without documents, or one that names a document twice.
+        """
+        return dataclasses.replace(self, memory_index=rows_of(documents, self.num_documents))
+
     def select_documents(self, documents: Sequence[int]) -> "TieredMemory":
         """Some documents, in that order, each read by a row of its own; nothing is copied.
 
         Raises:
             IndexError: a document is not in ``0 .. num_documents-1``.
+            TypeError: a list of documents in place of one.
         """
         for document in documents:
+            expect_document(document)
             if not 0 <= document < self.num_documents:
                 raise IndexError(f"documents: expected 0 to {self.num_documents - 1}, got {document}")
         chosen = [self.documents[document] for document in documents]
@@ -175,7 +189,7 @@ class TieredMemory:
             raise ValueError("memories: expected at least one, got none")
         first = memories[0]
         begins = itertools.accumulate((memory.num_documents for memory in memories), initial=0)
-        rows: list[int] = []
+        rows: list[Row] = []
         for index, (other, begin) in enumerate(zip(memories, begins, strict=False)):
             difference = describe_difference(first.signature, other.signature)
             if difference is not None:
@@ -183,7 +197,7 @@ class TieredMemory:
             if other.tiers is not first.tiers or other.form != first.form:
                 what = "dtype" if other.tiers is first.tiers else "tiers"
                 raise ValueError(f"memories[{index}]: expected the {what} of the first, got others")
-            rows += [begin + document for document in other.memory_index]
+            rows += beside(other.memory_index, begin)
         documents = [document for memory in memories for document in memory.documents]
         return dataclasses.replace(first, documents=documents, memory_index=rows)
 
@@ -196,13 +210,14 @@ class TieredMemory:
         on the device. Rows that read the same chunks of a document share them.
 
         Args:
-            chunks: of each row, in any order; the result has them in the document's.
+            chunks: of each row, in any order; the result has them in the document's. Of a row that reads several
+                documents, chunks are counted over all of them.
 
         Returns:
             A memory for ``forward`` and ``generate``.
 
         Raises:
-            IndexError: a chunk is not in its document.
+            IndexError: a chunk is not in what its row reads.
             OSError: a page cannot be read from the disk.
             ValueError: not one list for each row.
         """
@@ -211,17 +226,10 @@ class TieredMemory:
                 f"chunks: expected {counted(self.batch_size, 'list')}, one for each batch row, got {len(chunks)}"
             )
         groups: dict[tuple[int, tuple[int, ...]], int] = {}
-        for row, (document, own) in enumerate(zip(self.memory_index, chunks, strict=True)):
-            count = self.num_chunks[document]
-            for chunk in own:
-                if not 0 <= chunk < count:
-                    raise IndexError(
-                        f"chunks[{row}]: expected chunks 0 to {count - 1} of document {document}, got {chunk}"
-                    )
-            groups.setdefault((document, tuple(sorted(set(own)))), len(groups))
-        rows = [
-            groups[document, tuple(sorted(set(own)))] for document, own in zip(self.memory_index, chunks, strict=True)
-        ]
+        rows: list[Row] = []
+        for row, (read, chosen) in enumerate(zip(self.memory_index, chunks, strict=True)):
+            own = [groups.setdefault(part, len(groups)) for part in self._chunks_of(row, documents_of(read), chosen)]
+            rows.append(tuple(own) if len(own) > 1 else own[0])
         keys, values, cu_slots = self._gathered([self._parts(document, own) for document, own in groups])
         picked = [document for document, _ in groups]
         return PickedMemory(
@@ -235,6 +243,21 @@ class TieredMemory:
             sources=[self.documents[document].source for document in picked],
             chunks=[list(own) for _, own in groups],
         )
+
+    def _chunks_of(
+        self, row: int, documents: Sequence[int], chosen: Sequence[int]
+    ) -> list[tuple[int, tuple[int, ...]]]:
+        """The documents of a row, each with the chunks of it that are among those ``chosen`` of all of them."""
+        counts = [self.num_chunks[document] for document in documents]
+        for chunk in chosen:
+            if not 0 <= chunk < sum(counts):
+                of = f"document {documents[0]}" if len(documents) == 1 else f"documents {list(documents)}"
+                raise IndexError(f"chunks[{row}]: expected chunks 0 to {sum(counts) - 1} of {of}, got {chunk}")
+        begins = itertools.accumulate(counts, initial=0)
+        return [
+            (document, tuple(sorted({chunk - begin for chunk in chosen if begin <= chunk < begin + count})))
+            for document, count, begin in zip(documents, counts, begins, strict=False)
+        ]
 
     def gather(self) -> ContextMemory:
         """The whole memory, on the device.
@@ -362,7 +385,8 @@ class TieredMemory:
         }
         shards = [] if max_shard_size is None else shards_of(tensors, max_shard_size)
         told, integers = describe_origin("memory", self.tails, self.sources, fields)
-        write_tensors(path, {**fields, **told}, {**({} if shards else tensors), **integers}, version=3, shards=shards)
+        version, held = 4 if has_rows_of_several(self.memory_index) else 3, {} if shards else tensors
+        write_tensors(path, {**fields, **told}, {**held, **integers}, version=version, shards=shards)
 
     @classmethod
     def load(

@@ -4,6 +4,7 @@ Works on the parameters of a :class:`sharedllm_ext.SharedLLMForCausalLM` in any 
 none of the compressor's or decoder's code. One document, one running text, no padding.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,8 +30,13 @@ class ReferenceMemory(NamedTuple):
     values: list[list[Tensor]]
 
 
-def compress(model: "SharedLLMForCausalLM", context_ids: Tensor, query_ids: Tensor | None = None) -> ReferenceMemory:
-    """Compress one document ``[C]``; ``query_ids`` ``[L]`` picks the nodes if the model is query-aware."""
+def compress(
+    model: "SharedLLMForCausalLM", context_ids: Tensor, query_ids: Tensor | None = None, *, first_chunk: int = 0
+) -> ReferenceMemory:
+    """Compress one document ``[C]``; ``query_ids`` ``[L]`` picks the nodes if the model is query-aware.
+
+    Its chunks are counted from ``first_chunk`` on.
+    """
     config = model.config
     source = model.model if model.compressor is None else model.compressor
     layers = [source.layers[i] for i in range(config.injection_layers)]
@@ -39,7 +45,7 @@ def compress(model: "SharedLLMForCausalLM", context_ids: Tensor, query_ids: Tens
         first = _layer(model, model.model.layers[0], _embed(model.model, query_ids))[0]
         query = model.model.norm(first)[-1]
     memory = ReferenceMemory([], [], [[] for _ in layers], [[] for _ in layers])
-    for index, chunk in enumerate(context_ids.split(config.chunk_size)):
+    for index, chunk in enumerate(context_ids.split(config.chunk_size), first_chunk):
         nodes, choices, similarities = _tree(model, source, layers[0], chunk, query)
         memory.choices.append(choices)
         memory.similarity.append(similarities)
@@ -55,6 +61,23 @@ def compress(model: "SharedLLMForCausalLM", context_ids: Tensor, query_ids: Tens
         for number, pairs in enumerate(kept):
             memory.keys[number].append(torch.cat([key for key, _ in pairs]))
             memory.values[number].append(torch.cat([value for _, value in pairs]))
+    return memory
+
+
+def compress_all(model: "SharedLLMForCausalLM", documents: Sequence[Tensor]) -> ReferenceMemory:
+    """Several documents that are read one after the other: one document of all their chunks.
+
+    Each is compressed on its own, so each may end with a partial chunk; one at least has tokens.
+    """
+    first, *others = (document for document in documents if document.numel())
+    memory = compress(model, first)
+    for document in others:
+        more = compress(model, document, first_chunk=len(memory.choices))
+        memory.choices.extend(more.choices)
+        memory.similarity.extend(more.similarity)
+        for kept, new in ((memory.keys, more.keys), (memory.values, more.values)):
+            for layer, chunks in zip(kept, new, strict=True):
+                layer.extend(chunks)
     return memory
 
 

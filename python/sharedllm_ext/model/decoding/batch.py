@@ -14,7 +14,7 @@ from ..memory_file import shorten
 from ..upload import upload
 from . import support
 from .cache import PreallocatedCache
-from .groups import MemoryGroups, Read
+from .groups import MemoryGroups, Read, room_of
 from .layers import weights_of
 from .rows_step import RowsStep, to_host
 from .step import state_of_step
@@ -44,7 +44,7 @@ class Question:
         self.max_new_tokens, self.ends = max_new_tokens, ends
         # of one row
         self._memory = memory
-        self._read: Read | None = None
+        self._reads: tuple[Read, ...] = ()
         self._row = -1
         # keys and values in its row
         self._length = 0
@@ -360,8 +360,8 @@ class ContinuousBatch:
         for question in self._live:
             memory = question._memory
             if memory is not None:
-                (slots,), (document,) = memory.slot_ranges(), memory.memory_index
-                question._read = Read(known.index(_address(memory)), slots, memory.num_chunks[document] + offset)
+                source, (spans,) = known.index(_address(memory)), memory.spans(offset)
+                question._reads = tuple(Read(source, *span) for span in spans)
         tensors = [*weights_of(self.model), *(x for m in self._memories for x in (*m.keys, *m.values))]
         # graphs read them where they are
         self._held = [tensor.detach() for tensor in tensors]
@@ -397,9 +397,9 @@ class ContinuousBatch:
         for buffer, values in ((self._buffers[1], lengths), (self._buffers[3], live)):
             buffer.copy_(upload(torch.tensor(values), device))
         if step.groups is not None:
-            reads: list[Read | None] = [None] * rows
+            reads: list[tuple[Read, ...]] = [()] * rows
             for question in fed:
-                reads[question._row] = question._read
+                reads[question._row] = question._reads
             step.groups.put(reads)
 
     def _next_logits(self) -> Tensor:
@@ -422,17 +422,11 @@ class ContinuousBatch:
         return self._order[1]
 
     def _step_of(self, rows: int) -> "RowsStep":
-        reads = {question._read for question in self._live}
-        only = next(iter(reads)) if len(reads) == 1 else None
-        memories = self._memories
-        groups: Any = None
-        if only is not None:
-            memories, groups = [self._memories[only.source]], only._replace(source=0)
-        elif reads == {None}:
+        memories, groups = self._memories, room_of([q._reads for q in self._live], len(self._memories))
+        if groups is None:
             memories = []
-        else:
-            counts = (sum(read is not None and read.source == i for read in reads) for i in range(len(memories)))
-            groups = tuple(_rounded(count, MAX_BATCH) for count in counts)
+        elif isinstance(groups, Read):
+            memories, groups = [memories[groups.source]], groups._replace(source=0)
         key = (rows, groups, tuple(map(_address, memories)))
         step = self._steps.get(key)
         # another graph knows nothing of the rows
@@ -453,7 +447,8 @@ class ContinuousBatch:
         found = model._rope_tables(self.tokens, device, layers)
         context = None
         if memories:
-            most = max(max(memory.num_chunks) for memory in memories) + model.config.query_position_offset
+            # of a row that reads all documents
+            most = max(sum(memory.num_chunks) for memory in memories) + model.config.query_position_offset
             reading = layers[: model.config.injection_layers]
             tables = model._rope_tables(max(most, 0) + 1, device, reading)
             sources = [(memory.keys, memory.values) for memory in memories]

@@ -225,8 +225,9 @@ def state_of_step(model: Decoder, memory: ContextMemory | None, *, just_examined
     if memory is None:
         return (id(model), known.fixed, rotations)
     tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
-    rows = (tuple(memory.slot_ranges()), tuple(memory.num_chunks[i] for i in memory.memory_index))
-    return (id(model), known.fixed, rotations, tensors, rows, model.config.query_position_offset)
+    # slots, and the positions of the queries
+    rows = tuple(memory.spans(model.config.query_position_offset))
+    return (id(model), known.fixed, rotations, tensors, rows)
 
 
 def _constants_of(model: Decoder) -> tuple[Any, ...]:
