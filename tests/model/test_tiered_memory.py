@@ -447,7 +447,7 @@ class TestTrouble:
     def test_no_disk(self, model: Any) -> None:
         memory = streamed(model, tokens(3 * CHUNK), tiers_of(model, None, pages=2))
         with pytest.raises(
-            MemoryError, match=r"tiers: expected a folder for what exceeds host_bytes, got none; .* in 'mem"
+            MemoryError, match=r"tiers: expected a folder for what exceeds host_bytes, got none; 'memory' holds [0-9]+ bytes"
         ):
             model.append(memory, tokens(1, 5 * CHUNK))
         with pytest.raises(MemoryError, match="expected a folder"):
@@ -511,7 +511,7 @@ class TestTrouble:
             lambda: near.select_documents([0]),
             lambda: model.offload(near, tiers),
         ):
-            with pytest.raises(ValueError, match="expected all chunks of its documents, got 1 picked ones"):
+            with pytest.raises(ValueError, match="expected all chunks of its documents, got 1 picked one;"):
                 refused()
         with pytest.raises(IndexError, match=r"chunks\[0\]: expected chunks 0 to 2 of document 0, got 3"):
             memory.select_chunks([[3]])
