@@ -41,6 +41,7 @@ from .test_needle_example import (
 
 # the example's folder is on the path by now; its evaluate.py goes by another name in the tests
 import counting  # isort: skip
+import fit_words  # isort: skip
 import package_form  # isort: skip
 import parts  # isort: skip
 import run  # isort: skip
@@ -147,6 +148,7 @@ def called(module: Any, monkeypatch: pytest.MonkeyPatch, flags: list[Any]) -> in
     """The exit status of a script's main, and of the scripts that it starts, in this process."""
     here = Path(run.__file__).parent
     scripts = {"train.py": train, "evaluate.py": evaluate, "export.py": export, "counting.py": counting}
+    scripts |= {"fit_words.py": fit_words}
 
     def started(command: list[str], **_: Any) -> Any:
         script = Path(command[1])
@@ -170,13 +172,15 @@ SMALL_TRAINING = ["--contexts", 2, "--chunks", 2, "--questions", 2, "--question-
 
 def test_a_run_goes_on_from_stage_to_stage(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_base(data)
+    # of bytes
+    monkeypatch.setattr(fit_words, "QUESTION_TOKENS", 400)
     monkeypatch.setattr(evaluate, "SHARED", 1)
     monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 1)
     monkeypatch.setattr(evaluate, "SQUAD_ANSWER_TOKENS", 1)
     monkeypatch.setattr(evaluate, "TASKS", {"single": evaluate.TASKS["single, RULER's wording"]})
     out = tmp_path / "run"
     flags = ["--data", data, "--out", out, *SMALL_RUN, "--lengths", 2, 3, "--squad-lengths", 2, "--questions", 1]
-    flags += ["--counting", 0, "--points", 0]
+    flags += ["--counting", 0, "--points", 0, "--texts", 2, "--chunks", 4, "--text-questions", 20]
     end = ["--", *SMALL_TRAINING, "--rate", 1e-3, "--memory-layers", 2]
     # a call without time for training stops before it, one without time to evaluate after it
     assert called(run, monkeypatch, [*flags, "--limit", 1, "--margin", 5, *end]) == run.GO_ON
@@ -185,6 +189,7 @@ def test_a_run_goes_on_from_stage_to_stage(data: Path, tmp_path: Path, monkeypat
     assert called(run, monkeypatch, [*flags, "--seconds", 300, "--limit", 300, "--margin", 0, *end]) == run.GO_ON
     trained = (out / "adapter.safetensors").read_bytes()
     monkeypatch.undo()
+    monkeypatch.setattr(fit_words, "QUESTION_TOKENS", 400)
     monkeypatch.setattr(evaluate, "SHARED", 1)
     monkeypatch.setattr(evaluate, "SQUAD_ANSWER_TOKENS", 1)
     monkeypatch.setattr(evaluate, "TASKS", {"single": evaluate.TASKS["single, RULER's wording"]})
@@ -196,6 +201,7 @@ def test_a_run_goes_on_from_stage_to_stage(data: Path, tmp_path: Path, monkeypat
     with safe_open(out / "adapter.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
     assert training["steps"] == 2 and training["flags"]["rate"] == 1e-3
+    assert results["adapter"] == adapter.file_digest(out / "fitted.safetensors")
     shared = SharedLLMForCausalLM.from_adapter(out / "package.safetensors", data / "base")
     assert shared.config.injection_layers == 2
     # results of another adapter are not mixed with these, nor are other flags of training
@@ -250,6 +256,85 @@ def test_words_of_all_that_is_read_are_trained_and_exported(
     shared.save_adapter(package, data / "base")
     again: Any = SharedLLMForCausalLM.from_adapter(package, data / "base")
     assert again.find_passages(question, document, count=24) == [found]
+
+
+def test_words_are_fitted_to_long_texts(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fit_words.py``: scores are the retriever's, the loss falls, and only the weights of tokens and words change."""
+    saved_base(data)
+    # of bytes
+    monkeypatch.setattr(fit_words, "QUESTION_TOKENS", 400)
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    flags = ["--data", data, *SMALL_TRAINING, "--memory-layers", 2, "--seconds", 300, "--device", "cpu"]
+    assert called(train, monkeypatch, [*flags, "--workers", 1, "--max-steps", 0, "--out", first]) == 0
+    base = adapter.load_base(data / "base", torch.device("cpu"))
+    given = adapter.load_adapter(first, base)
+    source = questions.QuestionSource(data, models_of(data, given).tokenizer, "train", 5, given.layout)
+    weights = given.compressor_weights()
+    long_text = source.long_text
+
+    def kept(*arguments: Any) -> Any:
+        texts.append(long_text(*arguments))
+        return texts[-1]
+
+    for paragraphs in (False, True):
+        texts: list[Any] = []
+        monkeypatch.setattr(source, "long_text", kept)
+        evidence = list(fit_words.evidence_of(given, weights, source, paragraphs, 4, 12))
+        (text,) = texts
+        asked = [row for row in text.rows if [other.question for other in text.rows].count(row.question) == 1]
+        assert 0 < len(evidence) == len(asked) and {one.kind for one in evidence} == {
+            "paragraphs" if paragraphs else "statements"
+        }
+        ids = torch.from_numpy(text.context)
+        with torch.no_grad():
+            keys, words = given.compress(weights, ids.view(4, -1))[1], given.word_index(ids[None])
+            for one, row in zip(evidence, asked, strict=True):
+                question = torch.tensor([row.question])
+                used = torch.ones_like(question, dtype=torch.bool)
+                expected = given.scores(weights, question, used, keys, words)[0]
+                # evidence is kept in float16
+                torch.testing.assert_close(fit_words.scores(given.pick, one), expected, rtol=2e-3, atol=2e-2)
+                start, length = row.places[0]
+                assert start // given.layout.segment in one.right
+                assert (start + length - 1) // given.layout.segment in one.right
+    more = ["--texts", 4, "--chunks", 6, "--questions", 12, "--held-out", 0.2, "--epochs", 4, "--rate", 0.05]
+    fitting = ["--data", data, "--adapter", first, "--out", second, "--wide", "--device", "cpu", *more]
+    assert called(fit_words, monkeypatch, fitting) == 0
+    fitted = adapter.load_adapter(second, base)
+    assert fitted.runs == (*shared_words.RUNS, shared_words.WIDE) and fitted.pick.word_beta.shape == (1, 4)
+    names = ("token_weight", "word_weight", "token_bias", "word_bias", "beta", "word_beta")
+    before = given.state_dict()
+    for name, tensor in fitted.state_dict().items():
+        changes = name.startswith("pick.") and name.split(".")[1] in names
+        assert (tensor.shape == before[name].shape and tensor.equal(before[name])) is not changes, name
+
+    def loss(retriever: Any) -> float:
+        with torch.no_grad():
+            return float(sum(fit_words.loss_of(retriever.pick, one) for one in held_out))
+
+    widened = questions.QuestionSource(data, models_of(data, fitted).tokenizer, "train", 6, given.layout)
+    held_out = list(fit_words.evidence_of(fitted, weights, widened, False, 6, 12))
+    after = loss(fitted)
+    # nobody has fitted these
+    train.begin_with(fitted, given)
+    assert after < 0.9 * loss(fitted)
+    with pytest.raises(SystemExit, match=r"text: expected 900 questions in 2048 tokens .*; ask fewer"):
+        called(fit_words, monkeypatch, [*fitting, "--chunks", 2, "--questions", 900])
+
+
+def test_fitting_is_in_units_of_the_place_among_the_best() -> None:
+    """The answer's score is compared with the last of the eight places that others leave it."""
+    (pick,) = [SimpleNamespace(layers=[], token_weight=[], word_weight=[], word_beta=torch.zeros(0, 1))]
+    others = torch.arange(20, 0, -1).float()
+    for right, own, last in (([3], [4.0], 13.0), ([0, 5], [30.0, 14.0], 14.0)):
+        found = others.clone()
+        for place, score in zip(right, own, strict=True):
+            found = torch.cat((found[:place], torch.tensor([score]), found[place:]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit_words, "scores", lambda *_, found=found: found)
+            evidence = fit_words.Evidence(others, others, others, right, "statements")
+            expected = sum(2 * np.log1p(np.exp((last - score) / 2)) for score in own) / len(own)
+            assert float(fit_words.loss_of(pick, evidence)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_ablations_are_one_file(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ ADJECTIVE_NOUN, SEVEN_DIGITS, UUID, GLOSS = 0, 0, 9, 10
 KEY_KINDS, VALUE_KINDS = 6, 8
 LETTERS = "ABCDEFGHKLMNPRSTUVWX"
 # tokens of an answer with its lead, at most
+# draws of a long text before it is said that there is none
+TRIES = 50
 ANSWER_LIMIT = 90
 # a name of several words or a number, which a cloze question blanks out
 BLANKED = re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: (?:of |the )?[A-Z][\w'-]+)*|\d[\d,.]*\d|\d)")
@@ -348,6 +350,20 @@ class QuestionSource:
             drawn = draw(length, questions, running, question_limit)
             if drawn is not None:
                 return drawn
+
+    def long_text(self, length: int, questions: int, limit: int, paragraphs: bool) -> TrainingText:
+        """A text of one kind: paragraphs, or statements hidden in running text; lengths in tokens.
+
+        Raises:
+            ValueError: so many questions do not fit.
+        """
+        draw = self._draw_paragraphs if paragraphs else self._draw_text
+        for _ in range(TRIES):
+            drawn = draw(length, questions, 64, limit)
+            if drawn is not None:
+                return drawn
+        kind = "about paragraphs" if paragraphs else "about hidden statements"
+        raise ValueError(f"text: expected {questions} questions in {length} tokens {kind}, got none in {TRIES} draws")
 
     def _draw_text(self, length: int, questions: int, running: int, limit: int) -> TrainingText | None:
         """Statements hidden in running text; ``None`` if they are too long or too few questions fit."""

@@ -7,7 +7,7 @@ them in modules; ``compressor_weights`` and ``decoder_weights`` make the diction
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -380,26 +380,35 @@ class Retriever(nn.Module):
         Returns:
             ``[R, chunks * segments_per_chunk]`` float32 each.
         """
-        rotation = self.rotation(torch.arange(questions.shape[1], device=self.device)[None])
-        x, layers = self.embed(questions), self.shape.pick_layers
         total = torch.zeros((), device=self.device)
         word_weight = torch.zeros(len(self.runs), 1, 1, device=self.device)
-        for layer in range(self.shape.memory_layers):
-            h = self._norm(x, weights[f"layers.{layer}.input_layernorm.weight"])
-            if layer in layers:
-                i = layers.index(layer)
-                share = self._segment_shares(F.linear(h, self.pick.query[i].to(h.dtype)), raw_keys[layer])
-                weight = torch.sigmoid(h.float() @ self.pick.token_weight[i] + self.pick.token_bias[i]) * used
-                evidence = torch.log(share * share.shape[-1] + 1)
-                total = total + self.pick.beta[i] * (evidence * weight[..., None]).sum(1)
-                weight = torch.sigmoid(h.float() @ self.pick.word_weight[i] + self.pick.word_bias[i])
-                word_weight = word_weight + weight * self.pick.word_beta[i][:, None, None]
-            if layer < self.shape.memory_layers - 1:
-                x = self._mlp(weights, layer, self._self_attention(weights, layer, x, h, rotation))
+        for i, h in enumerate(self.pick_inputs(weights, questions)):
+            weight = torch.sigmoid(h.float() @ self.pick.token_weight[i] + self.pick.token_bias[i]) * used
+            evidence = self.layer_evidence(i, h, raw_keys)
+            total = total + self.pick.beta[i] * (evidence * weight[..., None]).sum(1)
+            weight = torch.sigmoid(h.float() @ self.pick.word_weight[i] + self.pick.word_bias[i])
+            word_weight = word_weight + weight * self.pick.word_beta[i][:, None, None]
         if words is None:
             return total, None
         found = words.evidence(self.classes[questions], used)
         return total, torch.einsum("gsrl,grl->rs", found, word_weight.to(found.dtype)).float()
+
+    def pick_inputs(self, weights: Weights, questions: Tensor) -> Iterator[Tensor]:
+        """What each of the pick's layers sees of questions ``[R, L]``: its normalised input ``[R, L, d]``."""
+        rotation = self.rotation(torch.arange(questions.shape[1], device=self.device)[None])
+        x = self.embed(questions)
+        for layer in range(max(self.shape.pick_layers) + 1):
+            h = self._norm(x, weights[f"layers.{layer}.input_layernorm.weight"])
+            if layer in self.shape.pick_layers:
+                yield h
+            if layer < max(self.shape.pick_layers):
+                x = self._mlp(weights, layer, self._self_attention(weights, layer, x, h, rotation))
+
+    def layer_evidence(self, i: int, inputs: Tensor, raw_keys: RawKeys) -> Tensor:
+        """``log(share x segments + 1)`` of the pick's layer ``i``: ``[R, L, segments]``, from :meth:`pick_inputs`."""
+        query = F.linear(inputs, self.pick.query[i].to(inputs.dtype))
+        share = self._segment_shares(query, raw_keys[self.shape.pick_layers[i]])
+        return torch.log(share * share.shape[-1] + 1)
 
     def _segment_shares(self, queries: Tensor, raw_keys: Tensor) -> Tensor:
         """Shares ``[R, L, segments]`` of the attention of ``queries [R, L, heads * head_dim]``, mean over heads."""

@@ -1,4 +1,4 @@
-"""Everything for one adapter on one GPU: prepare, train, evaluate, export. The same command goes on where it stopped.
+"""Everything for one adapter on one GPU: prepare, train, fit, evaluate, export. The same command goes on.
 
     python run.py --downloads downloads --data data --out run --seconds 800 --limit 560
 
@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-STAGES = ("prepare", "train", "evaluate", "export")
+STAGES = ("prepare", "train", "fit", "evaluate", "export")
 HERE = Path(__file__).resolve().parent
 GO_ON = 75
 # seconds of a call that are kept for what a training does beside its steps: starting, compiling, saving
@@ -42,6 +42,7 @@ class Run:
         self.arguments, self.train_flags = arguments, list(train_flags)
         self.data, self.out = arguments.data, arguments.out
         self.adapter, self.state = self.out / "adapter.safetensors", self.out / "state.pt"
+        self.fitted = self.out / "fitted.safetensors"
         self.progress, self.results = self.out / "progress.json", self.out / "results.json"
         self.exported = self.out / "package.safetensors"
         self.end = time.monotonic() + arguments.limit
@@ -94,6 +95,21 @@ class Run:
         self.progress.write_text(json.dumps({"seconds": seconds, "flags": self.train_flags}) + "\n")
         return seconds >= wanted
 
+    def fit(self) -> bool:
+        """Whether the pick's weights of words are fitted at full length."""
+        if not self.fitted.is_file():
+            if self.left() <= 0:
+                return False
+            a = self.arguments
+            flags = ["--texts", a.texts, "--chunks", a.chunks, "--questions", a.text_questions]
+            files = ("--data", self.data, "--adapter", self.adapter, "--out", self.fitted)
+            self.call("fit_words.py", *files, *flags, *self.device())
+        return True
+
+    def last(self) -> Path:
+        """The adapter that is evaluated and exported."""
+        return self.fitted if self.fitted.is_file() else self.adapter
+
     def evaluate(self) -> bool:
         """Whether all parts are evaluated."""
         if self.left() <= 0:
@@ -103,7 +119,7 @@ class Run:
         flags += ["--squad", a.questions, "--counting", a.counting, "--points", a.points]
         for name, values in (("lengths", a.lengths), ("squad-lengths", a.squad_lengths), ("seeds", a.seeds)):
             flags += [f"--{name}", *values]
-        files = ("--data", self.data, "--adapter", self.adapter, "--out", self.results)
+        files = ("--data", self.data, "--adapter", self.last(), "--out", self.results)
         return self.call("evaluate.py", *files, *flags, *self.device()) == 0
 
     def export(self) -> bool:
@@ -112,7 +128,7 @@ class Run:
             print("export: sharedllm_ext is not there; run this stage where it is", flush=True)
             return True
         if not self.exported.is_file():
-            self.call("export.py", "--data", self.data, "--adapter", self.adapter, "--out", self.exported)
+            self.call("export.py", "--data", self.data, "--adapter", self.last(), "--out", self.exported)
         return True
 
     def device(self) -> list[str]:
@@ -133,6 +149,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=800.0, help="of training, over all calls")
     parser.add_argument("--max-steps", type=int, help="end the training earlier (for a quick trial)")
     parser.add_argument("--workers", type=int, default=13, help="processes that make batches")
+    parser.add_argument("--texts", type=int, default=16, help="to which the words are fitted")
+    parser.add_argument("--chunks", type=int, default=126, help="of such a text")
+    parser.add_argument("--text-questions", type=int, default=200, help="about such a text")
     parser.add_argument("--lengths", type=int, nargs="*", default=[7, 32, 128, 512, 1024], help="evaluated, in chunks")
     parser.add_argument("--squad-lengths", type=int, nargs="*", default=[32, 128])
     parser.add_argument("--questions", type=int, default=100, help="of each task")

@@ -446,9 +446,8 @@ class TestTrouble:
     @torch.no_grad()
     def test_no_disk(self, model: Any) -> None:
         memory = streamed(model, tokens(3 * CHUNK), tiers_of(model, None, pages=2))
-        with pytest.raises(
-            MemoryError, match=r"tiers: expected a folder for what exceeds host_bytes, got none; 'memory' holds [0-9]+ bytes"
-        ):
+        expected = r"tiers: expected a folder for what exceeds host_bytes, got none; 'memory' holds [0-9]+ bytes"
+        with pytest.raises(MemoryError, match=expected):
             model.append(memory, tokens(1, 5 * CHUNK))
         with pytest.raises(MemoryError, match="expected a folder"):
             memory.move("disk")
