@@ -9,7 +9,7 @@ from torch import Tensor
 from .upload import upload
 
 #: Elements of the queries that are laid out for the operator at once, once for each document that their row reads.
-#: Longer texts are read in parts of as many tokens as fit, which are far more than a tile of any kernel.
+#: Longer texts are read in parts of as many tokens as fit; with 16 documents of an 8B model these are 256.
 MOST_ELEMENTS = 1 << 24
 
 #: ``(queries, tokens a row)`` of the operator's rows to attention and log-sum-exp.
