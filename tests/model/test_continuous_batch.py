@@ -284,6 +284,7 @@ def test_what_is_refused(pool: Pool) -> None:
         ([text], {"max_new_tokens": 6}, "text: expected at most 10 tokens with its answer, got 5 and 6 more"),
         ([text], {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ([text] * 2, {"memory": pool.memories[1].expand(3)}, "memory: expected 1 or 2 rows, one for each text, got 3"),
+        ([text], {"memory": pool.memories[1].expand(3)}, "memory: expected 1 row, got 3"),
         ([text], {"memory": pool.memories[1].to(torch.bfloat16)}, "memory: expected torch.float32 on cpu"),
         ([text * 0 + builders.VOCABULARY], {}, "input_ids"),
     ]

@@ -261,8 +261,8 @@ class ContinuousBatch:
             most = most if self.free else "none while all rows are taken: step until a question ends, or remove one"
             raise ValueError(f"texts: expected {most}; got {len(ids)}")
         if memory is not None and memory.batch_size not in (1, len(ids)):
-            rows = counted(len(ids), "row")
-            raise ValueError(f"memory: expected 1 or {rows}, one for each text, got {memory.batch_size}")
+            rows = "1 row" if len(ids) == 1 else f"1 or {counted(len(ids), 'row')}, one for each text"
+            raise ValueError(f"memory: expected {rows}, got {memory.batch_size}")
         if new is not None and new < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {new}")
         for text in ids:
