@@ -21,6 +21,7 @@ NOUNS = (
 NOT_COUNTED = {
     "cli._turns: {text.count(mark)} times",
     "cli.ask: {args.context.count('-')} times",
+    "cli.info: {number} reads documents",
     "cli.train: {amount(report.tokens_per_second)} tokens",
     "evaluation.generators: {name.removeprefix('qa_')} questions",
     "evaluation.lm_eval_pick: {self.model.config.window} tokens",

@@ -1,5 +1,6 @@
 """Stands for CUDA graphs on the CPU: the operators that a function ran, run again on the same tensors."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharedllm_ext.model.decoding import DecodeRunner, graph
+from sharedllm_ext.model.decoding import DecodeRunner, graph, prompt
 
 
 class Recorded(TorchDispatchMode):
@@ -87,4 +88,6 @@ def use_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let everything that captures graphs on CUDA record on the CPU."""
     monkeypatch.setattr(graph, "uses_graphs", lambda device: True)
     monkeypatch.setattr(graph, "capture", record)
+    # what is recorded for a model's short texts is not kept for the tests that follow
+    monkeypatch.setattr(prompt, "_KEPT", weakref.WeakKeyDictionary())
     monkeypatch.setattr(DecodeRunner, "_replay_aside", lambda self, captured: captured.replay())

@@ -277,7 +277,7 @@ def test_shards_that_are_missing_or_of_another_memory(
     for strange, message in (
         (shards_in(tmp_path / "other")[0].read_bytes(), "whose header has the SHA-256"),
         (sharded.read_bytes(), "expected a sharedllm-context-memory-shard file, got a 'sharedllm-context-memory' file"),
-        (b"", "truncated or foreign"),
+        (b"", "expected a sharedllm-context-memory-shard file, got an empty one"),
     ):
         one.write_bytes(strange)
         with pytest.raises(ValueError, match=message):

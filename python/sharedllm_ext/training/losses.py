@@ -209,7 +209,7 @@ def pick_scores(model: Any, memory: ContextMemory, places: list[SlotPlaces], bat
     for row, question in enumerate(asked):
         length = len(question)
         words = evidence[:, :, row * (ids.shape[1] + 1) :][:, :, :length]
-        rows.append(pick([x[row, :length] for x in inputs], lower.layers, keys, segment, offsets[-1], words))
+        rows.append(pick([x[row, :length] for x in inputs], lower.layers, [keys], segment, offsets[-1], words))
     return torch.stack(rows)
 
 
