@@ -21,8 +21,7 @@ from sharedllm_ext.training import Options, Report, Trained, Trainer, TrainingEr
 from sharedllm_ext.training.checkpoint import read_checkpoint
 from sharedllm_ext.training.loop import CHECKPOINT
 
-from ..distributed.processes import free_port
-from ..support import environment_of_package
+from ..support import environment_of_tests
 
 OPTIONS = Options(steps=6, warmup=2, report_seconds=0.0)
 
@@ -167,7 +166,7 @@ def test_steps_without_a_finite_loss_are_skipped(start: Any, tmp_path: Path) -> 
 
 
 SCRIPT = """
-import sys
+import os, sys
 import numpy as np, torch, torch.distributed as dist
 from pathlib import Path
 from transformers import AutoTokenizer
@@ -175,8 +174,10 @@ from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.training import *
 base, folder, accumulate, steps, save = sys.argv[1:]
 torch.set_num_threads(1)
-if "RANK" in __import__("os").environ:
-    dist.init_process_group("gloo")
+rank = os.environ.get("RANK")
+if rank is not None:
+    # a file, where a port that was free may be another test's by now
+    dist.init_process_group("gloo", store=dist.FileStore(os.environ["STORE"], 2), rank=int(rank), world_size=2)
 tokenizer = AutoTokenizer.from_pretrained(base)
 fields = dict(injection_layers=2, chunk_size=64, slots_per_node=4, query_aware=False, tie_compressor=False,
               pick_layers=[0, 1], segment_size=8, segment_margin=4, passage_prompt=default_prompt(tokenizer))
@@ -190,6 +191,9 @@ options = Options(steps=int(steps), warmup=1, accumulate=int(accumulate), save_m
 trainer = Trainer(Trained(model, parse_parts("injected,compressor")), Losses(model, prompt, 4), mix, options,
                   Path(folder), say=lambda line: print(line, flush=True))
 trainer.run()
+if rank is not None:
+    from tests.support import end_of_rank
+    end_of_rank()
 """
 
 
@@ -197,15 +201,15 @@ def script(tmp_path: Path, base: Path, folder: str, *args: object, **environment
     (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "run.py"), str(base), str(tmp_path / folder), *map(str, args)]
-    return subprocess.Popen(command, env=environment_of_package(**environment), stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env={**environment_of_tests(), **environment}, stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_are_one_with_twice_the_batches(base: Path, tmp_path: Path) -> None:
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    running = [script(tmp_path, base, "two", 1, 3, 10, RANK=str(rank), **port) for rank in range(2)]
+    place = {"STORE": str(tmp_path / "store"), "WORLD_SIZE": "2"}
+    running = [script(tmp_path, base, "two", 1, 3, 10, RANK=str(rank), **place) for rank in range(2)]
     running.append(script(tmp_path, base, "one", 2, 3, 10))
     try:
-        assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+        assert [process.wait(timeout=240) for process in running] == [0, 0, 0]
     finally:
         for process in running:
             process.kill()
