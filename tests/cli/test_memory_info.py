@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sharedllm_ext import ContextMemory, Conversation, SharedLLMForCausalLM
+from sharedllm_ext.model.adapter import base_tensors
 from sharedllm_ext.model.memory_file import MemoryFile
 from sharedllm_ext.model.sources import Source
 
@@ -105,6 +106,30 @@ def test_a_conversation(cli: Cli, place: Path) -> None:
     out = cli("info", path, "--verify").out
     assert f"running text    {report['running_tokens']} of 40 tokens, the first 3 stay" in out
     assert "version 1, all checksums are right" in out and f"tokenizer       SHA-256 {report['tokenizer']}" in out
+
+
+def test_an_adapter(cli: Cli, checkpoint: Path, base: Path, tmp_path: Path) -> None:
+    model = SharedLLMForCausalLM.from_base(base, injection_layers=2, chunk_size=64)
+    with torch.no_grad():
+        model.injected_blocks[0].o_proj.weight.fill_(1)
+    path = tmp_path / "adapter.safetensors"
+    model.save_adapter(path, base)
+    told = cli("info", path, "--json").json
+    weight = model.injected_blocks[0].o_proj.weight
+    assert (told["tensors"], told["updates"], told["parameters"]) == (1, 0, weight.numel())
+    assert told["config"] == {"injection_layers": 2, "chunk_size": 64} and told["file_bytes"] == path.stat().st_size
+    assert told["base_tensors"] == len(base_tensors(model))
+    out = cli("info", path).out
+    assert f"{told['base']}, {told['base_tensors']} tensors\n" in out
+    assert f"trained         {weight.numel():,} parameters: 1 whole tensor\n" in out
+    assert "fields          chunk_size 64\n                injection_layers 2\n" in out
+    refused = cli("info", path, "--verify")
+    assert refused.code == 2 and "expected a memory or conversation, whose file has checksums" in refused.err
+    shipped = cli("info", "smollm2-135m-instruct")
+    assert shipped.code == 0 and "18 whole tensors and 226 low-rank updates of scale 2" in shipped.out
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-1])
+    assert cli("info", cut).code == 1
 
 
 @pytest.mark.parametrize(

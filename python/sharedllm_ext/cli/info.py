@@ -1,4 +1,4 @@
-"""``sharedllm info``: versions, libraries, device, and what is wrong; or what the file of a memory holds."""
+"""``sharedllm info``: versions, libraries, device, and what is wrong; or what the file of a memory or adapter holds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ DOCUMENTS, TEXTS = 20, 3
 def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "print versions, libraries, architectures and device, and what is wrong if something is"
-    parser = commands.add_parser("info", help=text, description=f"{text}; or what a saved memory holds")
+    parser = commands.add_parser("info", help=text, description=f"{text}; or what a saved memory or an adapter holds")
     parser.add_argument(
         "file",
         type=some_path,
         nargs="?",
         metavar="FILE_OR_FOLDER",
-        help="say what this memory or conversation holds: its file, or the folder that has it and its shards",
+        help="say what this holds: the file of a memory or conversation, the folder that has it and its shards, or an "
+        "adapter, a file or the name of one that is shipped",
     )
     parser.add_argument("--verify", action="store_true", help="read all of FILE and compare its checksums")
     add_json_option(parser)
@@ -38,8 +39,19 @@ def run(args: argparse.Namespace) -> int:
         from sharedllm_ext import info
 
         return info.main(["--json"] if args.json else [])
+    from sharedllm_ext.model.adapter import describe_adapter, is_adapter, shipped_adapters
     from sharedllm_ext.model.file_description import describe_file, find_memory_file
 
+    file = args.file if Path(args.file).exists() else str(shipped_adapters().get(args.file, args.file))
+    if is_adapter(file):
+        if args.verify:
+            raise UsageError(f"--verify: expected a memory or conversation, whose file has checksums, got {file}")
+        report = describe_adapter(file)
+        if args.json:
+            print_json(report)
+        else:
+            emit("\n".join(_adapter_lines(report)))
+        return 0
     path = find_memory_file(args.file) if Path(args.file).is_dir() else args.file
     report = {**describe_file(path, verify=args.verify), "verified": args.verify}
     if args.json:
@@ -47,6 +59,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         emit("\n".join(_lines(report)))
     return 0
+
+
+def _adapter_lines(report: dict[str, Any]) -> list[str]:
+    whole, updates = report["tensors"] - report["updates"], report["updates"] // 2
+    trained = [counted(whole, "whole tensor")] if whole else []
+    trained += [f"{counted(updates, 'low-rank update')} of scale {report['scale']:g}"] if updates else []
+    fields = [f"{name} {value}" for name, value in report["config"].items() if name != "passage_prompt"]
+    lines = [
+        f"file            {report['file']}, {mebibytes(report['file_bytes'])}",
+        f"format          {report['format']} version {report['version']}",
+        f"base            {report['base']}, {counted(report['base_tensors'], 'tensor')}",
+        f"trained         {counted(report['parameters'], 'parameter', ',')}: {' and '.join(trained) or 'nothing'}",
+    ]
+    if report["about"]:
+        lines.append(f"about           {report['about']}")
+    return [*lines, *(f"{'fields' if not number else '':<15} {field}" for number, field in enumerate(fields))]
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

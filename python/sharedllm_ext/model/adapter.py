@@ -8,6 +8,7 @@ tensors), ``config`` (fields of :class:`SharedLLMConfig`), ``scale``, and ``abou
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,6 +161,49 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not right:
         raise ValueError(f"{name}: expected digests, config, scale and base of an adapter, got other kinds of values")
     return header
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an adapter, of whatever version."""
+    # opening a FIFO would wait for its writer
+    if not os.path.isfile(path):
+        return False
+    try:
+        with safe_open(os.fsdecode(path), framework="pt") as file:
+            return FORMAT in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an adapter holds, told by its header: no tensor is read.
+
+    Returns:
+        ``format``, ``version``, ``file``, ``file_bytes``, ``base`` (its name), ``base_tensors`` (how many), ``about``,
+        ``config`` (the fields that differ from the defaults), ``scale`` (of low-rank updates), ``tensors``, ``updates``
+        (how many of the tensors are pairs' halves) and ``parameters`` (elements of all).
+
+    Raises:
+        ValueError: it is no adapter, or one of another version.
+    """
+    name, header = os.fsdecode(path), read_header(path)
+    with safe_open(name, framework="pt") as file:
+        names = list(file.keys())
+        parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in names)
+    return {
+        "format": FORMAT,
+        "version": header["version"],
+        "file": name,
+        "file_bytes": os.path.getsize(name),
+        "base": header["base"],
+        "base_tensors": len(header["digests"]) // _DIGITS,
+        "about": header["about"],
+        "config": header["config"],
+        "scale": header["scale"],
+        "tensors": len(names),
+        "updates": sum(key.endswith((UP, DOWN)) for key in names),
+        "parameters": parameters,
+    }
 
 
 def check_base(name: str, header: Mapping[str, Any], model: Any) -> None:
