@@ -10,20 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-_MODEL_NAMES = (
-    "ContextIndex",
-    "ContextMemory",
-    "ContinuousBatch",
-    "Conversation",
-    "MemoryTiers",
-    "SharedLLMConfig",
-    "SharedLLMDataCollator",
-    "SharedLLMForCausalLM",
-    "TieredMemory",
-    "decoding_obstacle",
-    "load_published_checkpoint",
-)
-
 __all__ = [
     "ContextIndex",
     "ContextMemory",
@@ -59,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODEL_NAMES:
-        return getattr(importlib.import_module(".model", __name__), name)
     if name in ("ops", "reference", "model"):
         return importlib.import_module(f".{name}", __name__)
+    if name in __all__:
+        return getattr(importlib.import_module(".model", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
