@@ -335,13 +335,15 @@ def characters(texts: Texts) -> int:
     return sum(len(document) for document in texts.documents)
 
 
-def say_left_out(name: str, texts: Texts) -> None:
-    """Say how many files of a folder ``name`` are no text or could not be read, if there are any."""
-    if texts.skipped:
-        say(f"{name}: left out {counted(texts.skipped, 'file')} of other kinds than text")
-    if texts.unreadable:
-        number, first = len(texts.unreadable), texts.unreadable[0]
-        say(f"{name}: left out {counted(number, 'file')} that cannot be read, the first is {first}")
+def say_left_out(begin: str, skipped: int, unreadable: Sequence[str]) -> None:
+    """Say how many files of a folder are no text, and how many could not be read, if there are any.
+
+    ``begin`` begins the line.
+    """
+    if skipped:
+        say(f"{begin} left out {counted(skipped, 'file')} of other kinds than text")
+    if unreadable:
+        say(f"{begin} left out {counted(len(unreadable), 'file')} that cannot be read, the first is {unreadable[0]}")
 
 
 def warn_if_silent(model: Any, path: str) -> None:

@@ -16,6 +16,7 @@ from sharedllm_ext.cli._common import (
     mebibytes,
     one_line,
     pick_device,
+    say_left_out,
     seconds,
     some_path,
     writable_target,
@@ -377,11 +378,7 @@ def _say_context(report: dict[str, Any], model: Any) -> None:
         f"{counted(report['memory_slots'], 'memory slot', ',')} in {counted(model.config.injection_layers, 'layer')}, "
         f"{mebibytes(report['memory_bytes'])}"
     )
-    if report["files_skipped"]:
-        say(f"         left out {counted(report['files_skipped'], 'file')} of other kinds than text")
-    if report["files_unreadable"]:
-        count, first = len(report["files_unreadable"]), report["files_unreadable"][0]
-        say(f"         left out {counted(count, 'file')} that cannot be read, the first is {first}")
+    say_left_out(" " * 8, report["files_skipped"], report["files_unreadable"])
     for passage in report["passages"] or ():
         first, end = passage["tokens"]
         where = ", ".join(in_words(**place) for place in passage["places"])

@@ -197,7 +197,7 @@ def _read(
     with progress.compression(context.shape[1]) as tell, torch.no_grad():
         memory = model.compress(context, training=False, progress=tell)
     for texts in contexts:
-        say_left_out(texts.source, texts)
+        say_left_out(f"{texts.source}:", texts.skipped, texts.unreadable)
     return memory.with_sources([source_of(contexts, tokens, tokenizer, places)]), places
 
 

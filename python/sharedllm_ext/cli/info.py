@@ -46,18 +46,14 @@ def run(args: argparse.Namespace) -> int:
     if is_adapter(file):
         if args.verify:
             raise UsageError(f"--verify: expected a memory or conversation, whose file has checksums, got {file}")
-        report = describe_adapter(file)
-        if args.json:
-            print_json(report)
-        else:
-            emit("\n".join(_adapter_lines(report)))
-        return 0
-    path = find_memory_file(args.file) if Path(args.file).is_dir() else args.file
-    report = {**describe_file(path, verify=args.verify), "verified": args.verify}
+        report, lines_of = describe_adapter(file), _adapter_lines
+    else:
+        path = find_memory_file(file) if Path(file).is_dir() else file
+        report, lines_of = {**describe_file(path, verify=args.verify), "verified": args.verify}, _lines
     if args.json:
         print_json(report)
     else:
-        emit("\n".join(_lines(report)))
+        emit("\n".join(lines_of(report)))
     return 0
 
 

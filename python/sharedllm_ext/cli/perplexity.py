@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_text(args: argparse.Namespace, texts: Texts, sizes: list[int], points: int) -> None:
-    say_left_out(args.text, texts)
+    say_left_out(f"{args.text}:", texts.skipped, texts.unreadable)
     if points < args.points:
         say(
             f"{args.text}: {counted(sum(sizes), 'token', ',')} have room for {points} of "
