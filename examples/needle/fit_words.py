@@ -27,11 +27,11 @@ from questions import QuestionSource
 from retriever import Pick, Retriever, Weights
 from shared_words import RUNS, WIDE
 from torch import Tensor, nn
-from train import begin_with
+from train import begin_with, rate_factor
 from transformers import AutoTokenizer
 
 QUESTION_TOKENS = 64
-BATCH, WARMUP_STEPS, FLOOR = 16, 20, 0.02
+BATCH, WARMUP_STEPS = 16, 20
 TOP = 8
 # in units of the score: how near to the last place among the best counts
 SOFTNESS = 2.0
@@ -134,9 +134,7 @@ def fit(pick: Pick, evidence: Sequence[Evidence], epochs: int, rate: float, rng:
     for step in range(steps):
         if step % (len(evidence) // BATCH) == 0:
             order = rng.permutation(len(evidence)).tolist()
-        progress = step / steps
-        factor = min(1.0, (step + 1) / WARMUP_STEPS) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
-        optimizer.param_groups[0]["lr"] = rate * factor
+        optimizer.param_groups[0]["lr"] = rate * rate_factor(step, step / steps, WARMUP_STEPS)
         for _ in range(BATCH):
             (loss_of(pick, evidence[order.pop()]) / BATCH).backward()
         nn.utils.clip_grad_norm_(fitted, 1.0)

@@ -122,9 +122,9 @@ def losses(
     return answer + pick + weights.text * text, reported
 
 
-def rate_factor(step: int, progress: float) -> float:
+def rate_factor(step: int, progress: float, warmup: int = WARMUP_STEPS) -> float:
     """Linear warm-up over the first steps, times half a cosine over the time (``progress`` 0 to 1)."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return min(1.0, (step + 1) / warmup) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Trainer:
