@@ -330,6 +330,16 @@ def test_places_hold_the_answers(data: Path) -> None:
     assert several and paragraphs
 
 
+@pytest.mark.parametrize(("paragraphs", "size"), [(True, 6000), (False, 12_000)])
+def test_a_long_text_has_all_its_questions(data: Path, paragraphs: bool, size: int) -> None:
+    """Of many questions some are too long for sure; others take their place."""
+    source = source_of(data, "train", 4)
+    lengths = [len(row.question) for row in source.long_text(size, 80, 10_000, paragraphs).rows]
+    limit = int(np.quantile(lengths, 0.9))
+    rows = source.long_text(size, 80, limit, paragraphs).rows
+    assert len(rows) == 80 and max(len(row.question) for row in rows) <= limit
+
+
 def test_a_cloze_question_leaves_out_its_answer(data: Path) -> None:
     source = source_of(data, "train", 1)
     order = [4, 2, 11]

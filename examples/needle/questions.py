@@ -86,6 +86,11 @@ class TrainingText(NamedTuple):
     running: IntArray
 
 
+def fitting(rows: Sequence[Row], limit: int) -> list[Row]:
+    """The rows whose question has at most ``limit`` tokens and whose answer fits a window."""
+    return [r for r in rows if len(r.question) <= limit and len(r.lead) + len(r.answer) <= ANSWER_LIMIT]
+
+
 class QuestionSource:
     """Texts, words and passages of one part (``train`` or ``test``), and a random generator that draws from them."""
 
@@ -359,19 +364,25 @@ class QuestionSource:
         """
         draw = self._draw_paragraphs if paragraphs else self._draw_text
         for _ in range(TRIES):
-            drawn = draw(length, questions, 64, limit)
+            # of so many questions a few are always too long
+            drawn = draw(length, questions, 64, limit, spare=questions // 4)
             if drawn is not None:
                 return drawn
         kind = "about paragraphs" if paragraphs else "about hidden statements"
         raise ValueError(f"text: expected {questions} questions in {length} tokens {kind}, got none in {TRIES} draws")
 
-    def _draw_text(self, length: int, questions: int, running: int, limit: int) -> TrainingText | None:
-        """Statements hidden in running text; ``None`` if they are too long or too few questions fit."""
+    def _draw_text(
+        self, length: int, questions: int, running: int, limit: int, spare: int = 0
+    ) -> TrainingText | None:
+        """Statements hidden in running text; ``None`` if they are too long or too few questions fit.
+
+        ``spare`` more questions are drawn, and take the place of those that do not fit.
+        """
         statements: list[str] = []
         asked: list[Asked] = []
         self.told.clear()
         # characters against tokens: the statements take a quarter of the text at most
-        while len(asked) < questions + 3 and sum(map(len, statements)) < length:
+        while len(asked) < questions + spare + 3 and sum(map(len, statements)) < length:
             item = self.training_item()
             asked += [a._replace(statements=[i + len(statements) for i in a.statements]) for a in item.asked]
             statements += item.statements
@@ -389,7 +400,7 @@ class QuestionSource:
         context, places = insert(hay[:room], [*pieces, []], cuts)
         rows: list[Row] = []
         for i in self.rng.permutation(len(asked)):
-            if len(rows) == questions:
+            if len(rows) == questions + spare:
                 break
             if self.rng.random() < 0.08:
                 rows.append(self._copy_row(context))
@@ -397,12 +408,14 @@ class QuestionSource:
                 rows.append(self.row(asked[int(i)], places, pieces))
         if self.rng.random() < 0.3 and rows:
             rows[-1] = Row(removed, [], [], [(max(0, places[-1] - 24), 48)])
-        rows = [r for r in rows if len(r.question) <= limit and len(r.lead) + len(r.answer) <= ANSWER_LIMIT]
+        rows = fitting(rows, limit)[:questions]
         return TrainingText(context, rows, hay[room:]) if len(rows) == questions else None
 
-    def _draw_paragraphs(self, length: int, questions: int, running: int, limit: int) -> TrainingText | None:
+    def _draw_paragraphs(
+        self, length: int, questions: int, running: int, limit: int, spare: int = 0
+    ) -> TrainingText | None:
         """Real paragraphs with questions about some of them, and sentences with a blank; no statement is hidden."""
-        passages = [self.choose(self.passages) for _ in range(questions)]
+        passages = [self.choose(self.passages) for _ in range(questions + spare)]
         gold = {int(g) for p in passages for g in p["gold"]}
         others = [int(i) for i in self.rng.integers(0, len(self.starts) - 1, length // 60)]
         size, chosen = 0, []
@@ -426,13 +439,15 @@ class QuestionSource:
             if self.rng.random() < 0.35 or cut:
                 row = self._cloze(order, first, length)
                 if row is None:
+                    if spare:
+                        continue
                     return None
                 rows.append(row)
             else:
                 rows.append(
                     Row(self.encode([passage["question"]])[0], [], self.answer(passage["answer"], False), places)
                 )
-        rows = [r for r in rows if len(r.question) <= limit and len(r.lead) + len(r.answer) <= ANSWER_LIMIT]
+        rows = fitting(rows, limit)[:questions]
         if len(rows) < questions:
             return None
         return TrainingText(context, rows, tokens[length : length + running])
