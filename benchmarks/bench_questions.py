@@ -2,6 +2,7 @@
 
 python benchmarks/bench_questions.py                           # Llama-3.1-8B's shape, M = 16, 131072 tokens
 python benchmarks/bench_questions.py --rows 1 64 --layers 4 --json questions.json
+python benchmarks/bench_questions.py --stored questions.json --plot questions.svg    # the same numbers, and a plot
 
 Random weights and a random memory (times do not depend on their values), bfloat16 on CUDA; wall-clock times with the
 device synchronised. --cpu runs it on the CPU, in float32: to try the script, or for small shapes.
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from bench_end_to_end import DEVICE, SHAPES, built, digits, random_ids, seconds
+from line_plot import line_plot
 from run_gpu import header
 
 from sharedllm_ext import ContextMemory, ContinuousBatch
@@ -42,7 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32, help="decoded tokens that are timed (default %(default)s)")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU where torch sees no CUDA device")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="tokens a second against questions, as SVG")
+    parser.add_argument("--stored", type=Path, metavar="FILE", help="measure nothing, take what --json wrote")
     arguments = parser.parse_args(argv)
+    if arguments.stored:
+        found = json.loads(arguments.stored.read_text())
+        for name, value in found["arguments"].items():
+            setattr(arguments, name, value)
+        tell(found, arguments)
+        return 0
     if DEVICE != "cuda" and not arguments.cpu:
         print("bench_questions: expected a CUDA device, got none that torch sees", file=sys.stderr)
         return 2
@@ -53,10 +63,25 @@ def main(argv: list[str] | None = None) -> int:
         memory = random_memory(model, arguments.context)
         first = first_token(model, memory, arguments)
         rows = [measure(model, memory, count, arguments) for count in arguments.rows]
-    print(table(rows, first, about, arguments))
+    kept = {name: getattr(arguments, name) for name in ("shape", "layers", "context", "question")}
+    found = {"header": about, "arguments": kept, "first token": first, "rows": rows}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"header": about, "first token": first, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    tell(found, arguments)
     return 0
+
+
+def tell(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print the table, and draw the plot where one is asked for."""
+    print(table(found["rows"], found["first token"], found["header"], arguments))
+    if arguments.plot:
+        lines = {
+            label: [(row["rows"], row["rows"] / row[name]) for row in found["rows"]]
+            for name, label in (("generate", "generate"), ("batch", "ContinuousBatch"))
+        }
+        title = f"{arguments.shape}, M = {arguments.layers}, one memory of {arguments.context} tokens"
+        title += f", {found['header']['gpu']}"
+        arguments.plot.write_text(line_plot(lines, title, "questions at once", "tokens a second"))
 
 
 @torch.no_grad()

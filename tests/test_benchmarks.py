@@ -358,6 +358,11 @@ def test_questions_over_one_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("over one memory of 2048 tokens, random weights.")
     assert len({line.count("|") for line in lines[4:]}) == 1 and lines[-1].startswith("| 3 |")
+    # the same from what was stored, and a plot of it
+    stored = ["--stored", str(tmp_path / "run.json"), "--plot", str(tmp_path / "plot.svg")]
+    assert bench_questions.main(stored) == 0 and capsys.readouterr().out.splitlines() == lines
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn.startswith("<svg") and "tiny, M = 2, one memory of 2048 tokens" in drawn and "ContinuousBatch" in drawn
     if not torch.cuda.is_available():
         assert bench_questions.main(["--rows", "1"]) == 2
 

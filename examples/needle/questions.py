@@ -371,9 +371,7 @@ class QuestionSource:
         kind = "about paragraphs" if paragraphs else "about hidden statements"
         raise ValueError(f"text: expected {questions} questions in {length} tokens {kind}, got none in {TRIES} draws")
 
-    def _draw_text(
-        self, length: int, questions: int, running: int, limit: int, spare: int = 0
-    ) -> TrainingText | None:
+    def _draw_text(self, length: int, questions: int, running: int, limit: int, spare: int = 0) -> TrainingText | None:
         """Statements hidden in running text; ``None`` if they are too long or too few questions fit.
 
         ``spare`` more questions are drawn, and take the place of those that do not fit.
