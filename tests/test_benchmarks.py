@@ -15,7 +15,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-baseline, cases, run_gpu, bench_end_to_end, bench_documents, bench_questions, bench_tiers = (
+baseline, cases, run_gpu, bench_end_to_end, bench_documents, bench_questions, bench_tiers, bench_training = (
     importlib.import_module(name)
     for name in (
         "baseline",
@@ -25,6 +25,7 @@ baseline, cases, run_gpu, bench_end_to_end, bench_documents, bench_questions, be
         "bench_documents",
         "bench_questions",
         "bench_tiers",
+        "bench_training",
     )
 )
 sys.path.remove(str(FOLDER))
@@ -365,6 +366,35 @@ def test_questions_over_one_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert drawn.startswith("<svg") and "tiny, M = 2, one memory of 2048 tokens" in drawn and "ContinuousBatch" in drawn
     if not torch.cuda.is_available():
         assert bench_questions.main(["--rows", "1"]) == 2
+
+
+def test_training_steps_beside_full_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
+    monkeypatch.setitem(bench_end_to_end.SHAPES, "tiny", {**tiny, "num_attention_heads": 2, "num_key_value_heads": 2})
+    size = bench_training.Size(layers=2, rows=2, context=1024, running=16, trained="paper", peer=True)
+    monkeypatch.setitem(bench_training.CASES, "tiny", size)
+    before, steps = {}, []
+
+    def watched(loss: Any, model: Any, arguments: Any, profiled: bool = True) -> Any:
+        before.update({name: x.clone() for name, x in model.named_parameters()})
+        found = timed(loss, model, arguments, profiled)
+        steps.append({name for name, x in model.named_parameters() if not x.equal(before[name])})
+        return found
+
+    timed = bench_training.timed
+    monkeypatch.setattr(bench_training, "timed", watched)
+    options = ["--cpu", "--cases", "tiny", "--steps", "1", "--json", str(tmp_path / "run.json")]
+    assert bench_training.main(options) == 0
+    ours, full = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert ours["tokens"] == full["tokens"] == 2 * 1040 and 0 < ours["host"] <= ours["step"]
+    assert ours["system"] == "M = 2, 2 x (1024 + 16)" and full["system"] == "full attention, 2 x 1040"
+    attention = {f"model.layers.2.self_attn.{name}_proj.weight" for name in "qkvo"}
+    assert steps[1] == attention
+    assert steps[0] > attention and all(".injection." in name for name in steps[0] - attention)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines[2:]}) == 1 and len(lines) == 6
+    if not torch.cuda.is_available():
+        assert bench_training.main([]) == 2
 
 
 def test_kernels_are_sorted_by_what_they_are_for() -> None:
