@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from sharedllm_ext import ContextMemory, SharedLLMDataCollator
+from sharedllm_ext.model import compressor
 
 from . import builders
 
@@ -39,6 +40,34 @@ def test_untied_compressor_gets_gradients() -> None:
     assert "compressor.layers.0.mlp.up_proj.weight" in compressor
     assert "compressor.layers.1.self_attn.v_proj.weight" in compressor
     assert "compressor.layers.1.mlp.up_proj.weight" not in compressor
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_no_gradient_goes_through_node_vectors(
+    checkpointing: bool, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backward pass is slow; without gradients it is what attends at the kept positions."""
+    model = builders.model(injection_layers=layers, query_aware=False).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    seen: list[bool] = []
+
+    def watched(query: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+        out = node_vectors(query, *arguments, **settings)
+        seen.append(out.requires_grad)
+        return out
+
+    node_vectors = compressor.node_vectors
+    monkeypatch.setattr(compressor, "node_vectors", watched)
+    context = builders.ids(2, 70)
+    trained = model.compress(context)
+    assert not seen and trained.keys[-1].requires_grad
+    model.requires_grad_(False)
+    frozen = model.compress(context)
+    assert seen == [False]
+    for got, expected in zip((*trained.keys, *trained.values), (*frozen.keys, *frozen.values), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -201,8 +201,9 @@ def compress_layer(
         kept_alone = place.index > 0
         index = torch.arange(keep_index.shape[0], device=keep_index.device) if kept_alone else keep_index
         return None, *packing.keep(layer, None, key, value, index)[2:]
-    if place.remaining == 1:
-        # the layer below the last one needs its output at the kept positions only
+    # the layer below the last one needs its output at the kept positions only
+    at_kept = place.remaining == 1
+    if at_kept and not _differentiated(hidden, key, value):
         _, _, memory_key, memory_value = packing.keep(layer, None, key, value, keep_index)
         hidden = hidden.index_select(0, keep_index)
         query = project(layer, products.norm(attention_norm(layer), hidden), "q", products)
@@ -211,6 +212,10 @@ def compress_layer(
         query = project(layer, rows, "q", products)
         query, key, memory_key, memory_value = packing.keep(layer, query, key, value, keep_index)
         attend = packing.nodes.attend
+        if at_kept:
+            # more queries, but the gradients of attention inside nodes take far less than the other kernel's
+            hidden = hidden.index_select(0, keep_index)
+            attend = packing.nodes.attend_and_keep
     if packing.checkpointing:
         arguments = (attend, layer, hidden, query, key, value, products)
         return checkpoint(_attend_and_finish, *arguments, use_reentrant=False), memory_key, memory_value
@@ -218,6 +223,11 @@ def compress_layer(
     # room for the MLP
     del rows, query, key, value
     return finish(layer, hidden, attended, products), memory_key, memory_value
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether gradients will go through a layer with these inputs."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class _Nodes:
@@ -241,6 +251,7 @@ class _Nodes:
     ) -> None:
         # with a single query per node FlashAttention would fold heads into rows, which it cannot do for packed nodes
         self._tree, self._tables, self._longest = tree, tables, max(longest, 2)
+        self._keep_index = keep_index
         self._cu_nodes = cu_nodes.to(torch.int32)
         last = positions.index_select(0, keep_index)
         # a kept token sees its node from the start to itself
@@ -263,8 +274,12 @@ class _Nodes:
             attended = self._attend_by_length(layer, query, key, value)
         return attended.flatten(1)
 
+    def attend_and_keep(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What :meth:`attend` gives, at the kept tokens: ``[S, Hq * D]``."""
+        return self.attend(layer, query, key, value).index_select(0, self._keep_index)
+
     def attend_from_kept(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The same at the kept tokens only: ``query [S, Hq, D]`` and ``key [T, Hkv, D]`` are not rotated yet."""
+        """The same from ``query [S, Hq, D]`` of the kept tokens; neither it nor ``key [T, Hkv, D]`` is rotated yet."""
         start, length = self._start, self._length
         window = sliding_window(layer)
         if window is not None:

@@ -53,7 +53,7 @@ class StepFlops:
     """Counts a batch's operations: two for each weight and token, four for each attended pair and channel.
 
     A backward pass counts as much for the gradients of the activations that lie above something trained, and of weights
-    what is trained of them; nothing that is computed again is counted, nor is padding.
+    what is trained of them; nothing that is computed again is counted, nor are padding and queries that no slot needs.
     """
 
     def __init__(self, model: Any, prompt: PromptTokens, passages: int) -> None:
