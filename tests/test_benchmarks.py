@@ -15,12 +15,23 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-baseline, cases, run_gpu, bench_end_to_end, bench_documents, bench_questions, bench_tiers, bench_training = (
+(
+    baseline,
+    cases,
+    run_gpu,
+    bench_append,
+    bench_end_to_end,
+    bench_documents,
+    bench_questions,
+    bench_tiers,
+    bench_training,
+) = (
     importlib.import_module(name)
     for name in (
         "baseline",
         "cases",
         "run_gpu",
+        "bench_append",
         "bench_end_to_end",
         "bench_documents",
         "bench_questions",
@@ -395,6 +406,23 @@ def test_training_steps_beside_full_attention(tmp_path: Path, monkeypatch: pytes
     assert len({line.count("|") for line in lines[2:]}) == 1 and len(lines) == 6
     if not torch.cuda.is_available():
         assert bench_training.main([]) == 2
+
+
+def test_appending_by_the_length_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
+    monkeypatch.setitem(bench_end_to_end.SHAPES, "tiny", {**tiny, "num_attention_heads": 2, "num_key_value_heads": 2})
+    options = ["--cpu", "--shape", "tiny", "--layers", "2", "--tokens", "2048", "8192", "--repeats", "2"]
+    assert bench_append.main([*options, "--json", str(tmp_path / "run.json")]) == 0
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert [row["tokens"] for row in written["rows"]] == [2048, 8192] and written["layers"] == 2
+    assert all(min(row["append"], row["alone"], row["room"]) > 0 for row in written["rows"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines[2:]}) == 1 and lines[-1].startswith("| 8192 |")
+    stored = ["--stored", str(tmp_path / "run.json"), "--plot", str(tmp_path / "plot.svg")]
+    assert bench_append.main(stored) == 0 and capsys.readouterr().out.splitlines() == lines
+    assert "append 1024 tokens" in (tmp_path / "plot.svg").read_text()
+    if not torch.cuda.is_available():
+        assert bench_append.main([]) == 2
 
 
 def test_kernels_are_sorted_by_what_they_are_for() -> None:
