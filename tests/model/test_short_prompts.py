@@ -309,3 +309,65 @@ def test_graphs_on_cuda(family: str, rows: int, length: int, monkeypatch: pytest
                     assert (mine - its).norm() / its.norm() < 0.05
     steps = [step for step in prompt._KEPT[model]._steps.values() if step is not None]
     assert steps and all(step._graph is not None for step in steps)
+
+
+def _states(layers: int, rows: int, length: int) -> Tensor:
+    return torch.randn(layers, 2, rows, length, 2, 16)
+
+
+def _holds(cache: PreallocatedCache, states: Tensor) -> bool:
+    return all(
+        torch.equal(layer.keys, keys.transpose(1, 2)) and torch.equal(layer.values, values.transpose(1, 2))
+        for layer, (keys, values) in zip(cache.layers, states, strict=True)
+    )
+
+
+def test_a_cache_takes_the_states_of_all_layers() -> None:
+    config = builders.base().config
+    count = config.num_hidden_layers
+    cache = PreallocatedCache(config, limit=300)
+    states = _states(count, 2, 9)
+    cache.fill(states)
+    assert _holds(cache, states) and cache.get_seq_length() == 9
+    storages = [layer.storage for layer in cache.layers]
+    assert {x.untyped_storage().data_ptr() for pair in storages for x in pair} == {
+        storages[0][0].untyped_storage().data_ptr()
+    }
+    # the next one writes to the same storages
+    after = PreallocatedCache(config, limit=300, spares=storages)
+    other = _states(count, 2, 14)
+    after.fill(other)
+    assert _holds(after, other)
+    assert all(
+        x is y for pair, own in zip(storages, after.layers, strict=True) for x, y in zip(pair, own.storage, strict=True)
+    )
+    # others do not fit, or do not lie in a block in this order
+    for kept, rows, length in (
+        (storages, 1, 9),
+        (storages, 2, storages[0][0].shape[1] + 1),
+        (storages[::-1], 2, 9),
+        ([(keys.clone(), values.clone()) for keys, values in storages], 2, 9),
+        ([storages[0], *[None] * (count - 1)], 2, 9),
+    ):
+        fresh, states = PreallocatedCache(config, spares=kept), _states(count, rows, length)
+        fresh.fill(states)
+        assert _holds(fresh, states) and _holds(after, other)
+    # growing leaves the block
+    more = torch.randn(2, 2, 500, 16)
+    for index in range(count):
+        after.update(more, more, index)
+    assert after.get_seq_length() == 514 and all(torch.equal(layer.keys[:, :, 14:], more) for layer in after.layers)
+    after.reset()
+    after.fill(other)
+    assert _holds(after, other)
+
+
+def test_a_cache_filled_in_inference_mode() -> None:
+    config = builders.base().config
+    cache, states = PreallocatedCache(config), _states(config.num_hidden_layers, 1, 5)
+    with torch.inference_mode():
+        cache.fill(states.clone())
+    more = torch.randn(1, 2, 3, 16)
+    for index in range(config.num_hidden_layers):
+        cache.update(more, more, index)
+    assert cache.get_seq_length() == 8 and torch.equal(cache.layers[0].keys[:, :, 5:], more)

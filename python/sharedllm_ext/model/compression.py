@@ -36,7 +36,8 @@ class ContextCompression:
     def lower_model(self: Any) -> LowerModel:
         """The compressor's modules; the decoder's own while they are tied."""
         source = self.model if self.compressor is None else self.compressor
-        return LowerModel(source.embed_tokens, source.layers[: self.config.injection_layers], source.norm)
+        layers = list(itertools.islice(source.layers, self.config.injection_layers))
+        return LowerModel(source.embed_tokens, layers, source.norm)
 
     def _check_vocabularies(self: Any) -> None:
         if self.compressor is None:

@@ -16,11 +16,13 @@ class Examined:
         facts: what the modules were; ``None`` if that cannot be told, and nothing stays known.
         plain: whether a decoding step can run the modules.
         fixed: what a step fixes of them, see :func:`~.decoding.step.state_of_step`.
+        rotations: the same of their rotations.
     """
 
     facts: ModuleFacts | None
     plain: bool = False
     fixed: "Fixed | None" = None
+    rotations: tuple[Any, ...] = ()
 
 
 class Fixed(tuple[Any, ...]):

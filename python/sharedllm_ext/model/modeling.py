@@ -296,7 +296,7 @@ class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, 
     @property
     def injected_blocks(self) -> list[InjectedAttention]:
         """The ``M`` injected attention blocks."""
-        return [layer.injection for layer in self.model.layers[: self.config.injection_layers]]
+        return [layer.injection for layer in self._reading_layers()]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[…, vocabulary]`` of the last layer's normed output ``[…, d]``."""
@@ -396,8 +396,7 @@ class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, 
         targets = labels if labels is not None or shift_labels is None else labels_of_shifted(shift_labels)
         labels_elsewhere = targets is None and (self.training or counted is not None)
 
-        split = None
-        query_mask = attention_mask
+        split, examined, query_mask = None, False, attention_mask
         if memory is None and context_ids is None and input_ids is not None and fresh and split_window:
             whole = attention_mask is not None or compiling
             cut = split_rows(self.config.window, input_ids, attention_mask) if whole else None
@@ -437,6 +436,7 @@ class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, 
             pass
         elif fresh or not has_read(past_key_values, memory):
             self.check_memory(memory)
+            examined = True
         if memory is not None and fresh and not compiling:
             say_if_it_cannot_read(self)
         if split is None and split_window and not compiling and not self._said_past_window:
@@ -448,7 +448,7 @@ class SharedLLMForCausalLM(DecoderPrecision, ContextIndexing, ContextAppending, 
         outputs: Any = None
         if fresh and split is None and labels is None:
             text = (input_ids, attention_mask, position_ids)
-            outputs = read_short(self, *text, past_key_values, memory, use_cache, kwargs)
+            outputs = read_short(self, *text, past_key_values, memory, use_cache, kwargs, just_examined=examined)
         if outputs is None:
             context = None if memory is None else self._context_of(memory, inputs.shape, inputs.device)
             injected = {} if context is None else {"injected_context": context}

@@ -104,12 +104,22 @@ class PreallocatedLayer(DynamicLayer):
         locked = self._key_storage.is_inference() and not torch.is_inference_mode_enabled()
         if tokens <= self.capacity and not locked:
             return
+        room = self.room(tokens)
+        self._key_storage = self._moved(self._key_storage, room)
+        self._value_storage = self._moved(self._value_storage, room)
+
+    def room(self, tokens: int) -> int:
+        """Tokens that a new storage has room for if it must hold so many."""
         room = tokens + max(tokens // 4, 1024)
         if self._limit is not None and self._limit >= tokens:
             room = min(room, self._limit)
-        room = -(-room // CAPACITY_STEP) * CAPACITY_STEP
-        self._key_storage = self._moved(self._key_storage, room)
-        self._value_storage = self._moved(self._value_storage, room)
+        return -(-room // CAPACITY_STEP) * CAPACITY_STEP
+
+    def adopt(self, storage: tuple[Tensor, Tensor], tokens: int) -> None:
+        """Take over a storage that begins with so many tokens."""
+        self._key_storage, self._value_storage = storage
+        self.dtype, self.device = storage[0].dtype, storage[0].device
+        self._spare, self._length, self.is_initialized = None, tokens, True
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -205,7 +215,43 @@ class PreallocatedCache(Cache):
         parent: Any = super()
         return parent.update(*args, **kwargs)
 
+    def fill(self, states: Tensor) -> None:
+        """Give an empty cache the states of all layers, ``[layers, 2, B, tokens, Hkv, D]``, in one copy."""
+        for told in BEFORE_UPDATE:
+            told(self)
+        tokens = states.shape[3]
+        storages = [layer._spare if layer._key_storage is None else layer.storage for layer in self.layers]
+        block = _block_of(storages, states)
+        if block is None:
+            block, storages = _new_block(states, max(layer.room(tokens) for layer in self.layers))
+        block[:, :, :, :tokens] = states
+        for layer, storage in zip(self.layers, storages, strict=True):
+            layer.adopt(storage, tokens)
+
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in total; if that moves the storage, the decoding step is captured again."""
         for layer in self.layers:
             layer.reserve(tokens)
+
+
+# a layer that grows leaves the block, which is freed with the last of its views
+@torch.inference_mode(False)
+@torch.no_grad()
+def _new_block(states: Tensor, capacity: int) -> tuple[Tensor, list[Any]]:
+    """Room for states ``[layers, 2, B, tokens, Hkv, D]`` in one tensor, and its views, the storage of each layer."""
+    block = states.new_empty((*states.shape[:3], capacity, *states.shape[4:]))
+    return block, [(block[index, 0], block[index, 1]) for index in range(len(block))]
+
+
+def _block_of(storages: list[Any], states: Tensor) -> Tensor | None:
+    """The block whose views in order the storages are, if the states fit into it; else ``None``."""
+    block = None if storages[0] is None else storages[0][0]._base
+    if block is None or block.dim() != states.dim() or (block.dtype, block.device) != (states.dtype, states.device):
+        return None
+    tokens, capacity = states.shape[3], block.shape[3]
+    if tokens > capacity or block.shape != (*states.shape[:3], capacity, *states.shape[4:]):
+        return None
+    views = [x for pair in storages if pair is not None for x in pair]
+    places = [index * block.stride(1) for index in range(2 * len(block))]
+    in_order = [x.storage_offset() for x in views] == places and all(x._base is block for x in views)
+    return block if in_order else None

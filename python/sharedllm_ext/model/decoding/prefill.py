@@ -29,6 +29,8 @@ def read_short(
     memory: ContextMemory | None,
     use_cache: bool,
     others: dict[str, Any],
+    *,
+    just_examined: bool,
 ) -> BaseModelOutputWithPast | None:
     """The decoder's output for a short running text that begins its cache, in one step where that is faster.
 
@@ -45,6 +47,7 @@ def read_short(
         memory: of ``B`` rows or of one, or ``None``.
         use_cache: whether a cache is returned, and made where none is given.
         others: further keywords of the forward.
+        just_examined: whether nothing has happened to the model since the caller examined it.
 
     Returns:
         ``None`` if the ordinary forward has to read the text.
@@ -64,7 +67,7 @@ def read_short(
         return None
     if memory is not None and memory.version is not None:
         memory.version.check()
-    state = _state(model, memory, cache)
+    state = _state(model, memory, cache, just_examined)
     if state is None:
         return None
     first = None if mask is None else padding_of(mask)
@@ -77,24 +80,25 @@ def read_short(
     if cache is None and use_cache:
         # as the decoder would
         cache = DynamicCache(config=model.config.text_config)
-    for index in range(0 if cache is None else len(model.model.layers)):
-        states = step.states(index, length)
-        # other caches may keep what they are given
-        own = states if type(cache) is PreallocatedCache else tuple(x.clone() for x in states)
-        cache.update(*own, index)
+    if type(cache) is PreallocatedCache:
+        cache.fill(step.states(length))
+    elif cache is not None:
+        # it may keep what it is given
+        for index, pair in enumerate(step.states(length).transpose(3, 4).clone().unbind(0)):
+            cache.update(*pair.unbind(0), index)
     step.end()
     kept.put(key, step)
     output: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
     return BaseModelOutputWithPast(last_hidden_state=hidden, **output)
 
 
-def _state(model: Any, memory: ContextMemory | None, cache: Any) -> tuple[Any, ...] | None:
+def _state(model: Any, memory: ContextMemory | None, cache: Any, just_examined: bool) -> tuple[Any, ...] | None:
     """What a step's graph fixes of model and memory; ``None`` if a step cannot run them."""
     generating, state = known_state(model, memory, cache)
     if generating:
         # whether it decodes by steps has been decided
         return state
-    if obstacle_in_model(model) is not None or obstacle_in_call(model, 1, memory, None) is not None:
+    if obstacle_in_model(model, just_examined=just_examined) or obstacle_in_call(model, 1, memory, None):
         return None
     return state_of_step(model, memory, just_examined=True)
 

@@ -77,7 +77,8 @@ class ShortPrompt:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
         self._has_run = False
-        self._states: list[tuple[Tensor, Tensor]] = []
+        self._parts: list[Tensor] = []
+        self._states: Tensor | None = None
         self._ranges: dict[int, Tensor] = {}
         self._positions = self._no_position
         self._used: torch.cuda.Event | None = None
@@ -120,10 +121,10 @@ class ShortPrompt:
         assert self._hidden is not None
         return self._hidden.view(self.batch, self.columns, -1)[:, :length].clone()
 
-    def states(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, Hkv, L, D]`` of a layer, as views that the next text overwrites."""
-        keys, values = (x.unflatten(0, (self.batch, -1))[:, :length].transpose(1, 2) for x in self._states[layer])
-        return keys, values
+    def states(self, length: int) -> Tensor:
+        """Keys and values of all layers, ``[layers, 2, B, L, Hkv, D]``, a view that the next text overwrites."""
+        assert self._states is not None
+        return self._states.unflatten(1, (self.batch, -1)).unflatten(0, (-1, 2))[:, :, :, :length]
 
     def end(self) -> None:
         """After the last use of what :meth:`run` has made; the next text may be read on another stream."""
@@ -131,7 +132,7 @@ class ShortPrompt:
             self._used = self._used or torch.cuda.Event()
             self._used.record()
         if self._graph is None:
-            self._hidden, self._states = None, []
+            self._hidden = self._states = None
 
     def _step(self) -> Tensor:
         model: Any = self._model()
@@ -142,8 +143,10 @@ class ShortPrompt:
         for window in {layer.window for layer in layers}:
             seen = begin if window == 0 else torch.maximum(begin, end - window)
             self._ranges[window] = torch.stack((seen, end), 2).flatten(0, 1)
-        self._states = []
+        self._parts = []
         x = run_layers(model, self._tokens, layers, self._attend, self._context)
+        # one tensor, so that a cache takes the states of all layers at once
+        self._states, self._parts = torch.stack(self._parts), []
         return rms_norm(x, model.model.norm.weight, model.model.norm.variance_epsilon)
 
     def _attend(self, x: Tensor, layer: StepLayer, index: int) -> Tensor:
@@ -154,7 +157,7 @@ class ShortPrompt:
         k = k if layer.k_norm is None else layer.k_norm(k)
         at, nothing = self._positions, self._nothing
         q, k, _, _ = chunk_compression(q, k, v, *self._tables[index], at, at, nothing, nothing)
-        self._states.append((k, v))
+        self._parts += [k, v]
         ranges = self._ranges[layer.window]
         out, _ = injected_attention(
             q, k, v, self._cu_q, ranges, self._no_position, *self._no_rotation, scale=layer.scaling

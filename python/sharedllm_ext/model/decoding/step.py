@@ -219,15 +219,15 @@ def state_of_step(model: Decoder, memory: ContextMemory | None, *, just_examined
     known = examined(model, just_now=just_examined)
     if known.fixed is None:
         parameters = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in weights_of(model))
+        found = rotations_of(model.model.rotary_emb, model.model.layers).values()
+        known.rotations = tuple((x.frequencies.data_ptr(), version_of(x.frequencies), x.scaling) for x in found)
         known.fixed = Fixed((Fixed(parameters), _constants_of(model)))
-    found = rotations_of(model.model.rotary_emb, model.model.layers)
-    rotations = tuple((x.frequencies.data_ptr(), version_of(x.frequencies), x.scaling) for x in found.values())
     if memory is None:
-        return (id(model), known.fixed, rotations)
+        return (id(model), known.fixed, known.rotations)
     tensors = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*memory.keys, *memory.values))
     # slots, and the positions of the queries
     rows = tuple(memory.spans(model.config.query_position_offset))
-    return (id(model), known.fixed, rotations, tensors, rows)
+    return (id(model), known.fixed, known.rotations, tensors, rows)
 
 
 def _constants_of(model: Decoder) -> tuple[Any, ...]:
