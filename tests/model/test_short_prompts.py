@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from sharedllm_ext import ContextMemory
 from sharedllm_ext.model.cache_name import cache_of
-from sharedllm_ext.model.decoding import PreallocatedCache, graph, prefill, prompt, session, support
+from sharedllm_ext.model.decoding import PreallocatedCache, graph, prompt, session, support
 from sharedllm_ext.model.decoding.prompt import MOST_TOKENS, ShortPrompt, columns_of
 
 from ..support import needs_cuda
@@ -278,8 +278,7 @@ def test_threads(read: list[tuple[int, int]]) -> None:
 @needs_cuda
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "granite", "phi3"])
 @pytest.mark.parametrize(("rows", "length"), [(1, 5), (1, 64), (1, 200), (3, 20), (9, 16)])
-def test_graphs_on_cuda(family: str, rows: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "RUN_ON_CUDA", True)
+def test_graphs_on_cuda(family: str, rows: int, length: int) -> None:
     own = builders.FAMILIES[family][2]
     sizes = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": own.get("num_attention_heads", 4)}
     base = builders.base(family, **{**own, **sizes}).to("cuda", torch.bfloat16)

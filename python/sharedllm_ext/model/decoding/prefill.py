@@ -16,9 +16,6 @@ from .session import known_state
 from .step import state_of_step
 from .support import obstacle_in_call, obstacle_in_model, padding_of
 
-#: Whether short texts are read in one step on CUDA. Graphs have not been shown to agree with operators there.
-RUN_ON_CUDA = False
-
 
 def read_short(
     model: Any,
@@ -53,7 +50,7 @@ def read_short(
         ``None`` if the ordinary forward has to read the text.
     """
     device = model.model.embed_tokens.weight.device
-    if tokens is None or not (RUN_ON_CUDA if device.type == "cuda" else support.RUN_ON_CPU) or tokens.device != device:
+    if tokens is None or not (device.type == "cuda" or support.RUN_ON_CPU) or tokens.device != device:
         return None
     if support.in_8_bits(model):
         return None
