@@ -6,6 +6,7 @@ python export.py --data data --adapter adapter.safetensors --out smollm2.safeten
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def exported(retriever: Retriever) -> dict[str, Tensor]:
     return tensors
 
 
-def export(path: Path, retriever: Retriever, base: Any, name: str) -> None:
-    """Write the package's adapter; ``base`` is the base checkpoint as ``from_base`` takes it."""
-    model = SharedLLMForCausalLM.from_base(base, **fields_of(retriever))
+def export(path: Path, retriever: Retriever, base: Any, name: str, end_ids: Sequence[int] = ()) -> None:
+    """Write the package's adapter; ``base`` is the base checkpoint as ``from_base`` takes it.
+
+    ``end_ids`` are tokens that end an answer, where training had others than the base.
+    """
+    model = SharedLLMForCausalLM.from_base(base, answer_end_ids=list(end_ids) or None, **fields_of(retriever))
     write_adapter(path, model, exported(retriever), base=name, scale=LORA_SCALE, about=ABOUT)
 
 
@@ -74,11 +78,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
     parser.add_argument("--adapter", type=Path, required=True, help="file written by train.py")
     parser.add_argument("--out", type=Path, required=True, help="the package's adapter")
+    parser.add_argument(
+        "--end-ids", type=int, nargs="*", default=[], help="tokens that end an answer, where training had other ones"
+    )
     arguments = parser.parse_args()
     base = load_base(arguments.data / "base", torch.device("cpu"))
     retriever = load_adapter(arguments.adapter, base)
     name = f"SmolLM2-135M-Instruct ({base.source['package']}, {base.source['file']})"
-    export(arguments.out, retriever, base.folder, name)
+    export(arguments.out, retriever, base.folder, name, arguments.end_ids)
     print(f"wrote {arguments.out}, {arguments.out.stat().st_size / 1e6:.2f} MB", flush=True)
 
 

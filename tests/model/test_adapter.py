@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext import ContinuousBatch, SharedLLMForCausalLM
 from sharedllm_ext.model.adapter import DOWN, FORMAT, UP, read_header, shipped_adapters, write_adapter
 
 from .builders import base, ids
@@ -80,6 +80,31 @@ def test_an_adapter_gives_the_model_back(folder: Path, tmp_path: Path) -> None:
     model.save_adapter(tmp_path / "again", again, name="tiny-llama", about="two steps")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_an_adapter_says_which_tokens_end_an_answer(folder: Path, tmp_path: Path) -> None:
+    """Beside the base's own, for ``generate``, batches and saved checkpoints; ids that no token has are refused."""
+    path = tmp_path / "adapter.safetensors"
+    plain = trained(folder)
+    own = plain.generation_config.eos_token_id
+    text = ids(1, 9)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    written = plain.generate(text, eos_token_id=None, **settings)[0, 9:].tolist()
+    end = written[4]
+    first = written.index(end)
+    trained(folder, answer_end_ids=[end, own]).save_adapter(path, folder)
+    assert read_header(path)["config"] == {**FIELDS, "answer_end_ids": [end, own]}
+    model: Any = SharedLLMForCausalLM.from_adapter(path, folder)
+    assert model.generation_config.eos_token_id == [own, end]
+    assert model.generate(text, **settings)[0, 9:].tolist() == written[: first + 1]
+    model.save_pretrained(tmp_path / "saved")
+    saved = SharedLLMForCausalLM.from_pretrained(tmp_path / "saved")
+    assert saved.generation_config.eos_token_id == [own, end] and saved.config.answer_end_ids == [end, own]
+    batch = ContinuousBatch(saved, rows=1, tokens=30)
+    assert batch.answer([text[0]], None, max_new_tokens=12) == [written[: first + 1]]
+    for wrong in ([], [end, end], [-1], [10**6], [1.5], 3, ["a"]):
+        with pytest.raises(ValueError, match=r"answer_end_ids: expected different token ids below \d+, got "):
+            SharedLLMForCausalLM.from_base(folder, answer_end_ids=wrong)
 
 
 def test_an_adapter_says_which_words_it_looks_for(folder: Path, tmp_path: Path) -> None:

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sharedllm_ext import SharedLLMForCausalLM
+from sharedllm_ext.model import gguf_checkpoint
 
 from . import builders
 from .gguf_files import write_gguf
@@ -62,6 +66,22 @@ def test_same_function_as_the_checkpoint(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(logits(model), logits(base))
     assert model.config.text_config.model_type == base.config.model_type
     assert model.config.eos_token_id == base.config.eos_token_id
+
+
+def test_a_tokenizer_gets_the_special_tokens_of_the_file(tmp_path: Path) -> None:
+    """Transformers 5.17 reads the token that begins a turn as the one that ends it."""
+    words = {word: index for index, word in enumerate(["?", "<begin>", "<end>", "a"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "?")), bos_token="<begin>", eos_token="<begin>"
+    )
+    base = builders.base()
+    base.config.eos_token_id = 2
+    header = gguf_checkpoint.read_header(write_gguf(base, tmp_path / "model.gguf"))
+    assert header.values["tokenizer.ggml.eos_token_id"] == 2
+    gguf_checkpoint.complete_tokenizer(tokenizer, header)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == ("<begin>", "<end>", 2)
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 2
 
 
 def test_trained_halved_and_saved_twice(tmp_path: Path) -> None:

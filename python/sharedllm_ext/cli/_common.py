@@ -320,12 +320,14 @@ def gguf_tokenizer(base: str, gguf_file: str | None = None) -> Any:
     """The tokenizer that a GGUF file holds, its chat template with it."""
     from transformers import AutoTokenizer
 
-    from sharedllm_ext.model.gguf_checkpoint import find_gguf
+    from sharedllm_ext.model.gguf_checkpoint import complete_tokenizer, find_gguf, read_header
 
     path = find_gguf(base, gguf_file)
     assert path is not None  # the model was read from it
     try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path), trust_remote_code=False)
+        complete_tokenizer(tokenizer, read_header(path))
+        return tokenizer
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise CommandError(f"{path}: the tokenizer cannot be loaded: {one_line(error)}") from error
 

@@ -129,6 +129,11 @@ def assemble(model_class: type[Model], base: PreTrainedModel, fields: dict[str, 
         model.tie_weights()
     if base.generation_config is not None:
         model.generation_config = copy.deepcopy(base.generation_config)
+    if config.answer_end_ids is not None:
+        own = model.generation_config.eos_token_id
+        ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+        # each once, the base's own first
+        model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *config.answer_end_ids]))
     if quantised:
         for name in _QUANTISED_MARKS:
             if hasattr(base, name):

@@ -72,6 +72,8 @@ class SharedLLMConfig(PreTrainedConfig):
             a run of tokens, up to 8, and of the tokens on both sides of a segment that are searched with it.
         passage_prompt: the texts around what is read, see :meth:`SharedLLMForCausalLM.passage_prompt`: ``begin``,
             ``passage`` (before each passage, with ``{rank}``), ``question`` (before it), ``answer``.
+        answer_end_ids: tokens by which the model ends an answer, beside the base's ``eos_token_id``; a model made of a
+            base generates until one of them (its ``generation_config``).
         query_position_offset: queries are rotated by the number of chunks plus this offset (1 in the code that produced
             the paper's results, 0 in its text).
         split_noise: standard deviation, in tokens, of the split point during training (paper, "structural noise").
@@ -109,6 +111,7 @@ class SharedLLMConfig(PreTrainedConfig):
     segment_margin: int = 64
     word_runs: tuple[tuple[int, int], ...] = RUNS
     passage_prompt: dict[str, str] | None = None
+    answer_end_ids: list[int] | None = None
     query_position_offset: int = 1
     split_noise: float = 0.0
     tie_compressor: bool = True
@@ -211,6 +214,7 @@ class SharedLLMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.slot_position not in SLOT_POSITIONS:
             raise ValueError(f"slot_position: expected {' or '.join(SLOT_POSITIONS)}, got {self.slot_position!r}")
+        self._check_ends()
         self._check_runs()
         self._check_pick()
         for name in ("compressor_precision", "decoder_precision"):
@@ -219,6 +223,15 @@ class SharedLLMConfig(PreTrainedConfig):
         noise = self.split_noise
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0.0 <= noise < float("inf"):
             raise ValueError(f"split_noise: expected a finite standard deviation of at least 0 tokens, got {noise!r}")
+
+    def _check_ends(self) -> None:
+        ends, vocabulary = self.answer_end_ids, self.text_config.vocab_size
+        if ends is None:
+            return
+        right = isinstance(ends, (list, tuple)) and all(type(end) is int and 0 <= end < vocabulary for end in ends)
+        if not right or not ends or len(set(ends)) < len(ends):
+            raise ValueError(f"answer_end_ids: expected different token ids below {vocabulary}, got {ends!r}")
+        self.answer_end_ids = list(ends)
 
     def _check_runs(self) -> None:
         runs = self.word_runs

@@ -106,7 +106,7 @@ def read_header(path: Path) -> GgufHeader:
         values = {
             name: field.contents()
             for name, field in reader.fields.items()
-            if not name.startswith("tokenizer.ggml.") or name == "tokenizer.ggml.model"
+            if not name.startswith("tokenizer.ggml.") or name == "tokenizer.ggml.model" or name.endswith("_token_id")
         }
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
         factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
@@ -157,6 +157,14 @@ def complete_config(config: PreTrainedConfig, header: GgufHeader) -> None:
             f"{header.path}: expected a {settings.model_type} file without a sliding window, which Transformers "
             f"would lose, got one of {counted(window, 'token')}; load the original checkpoint instead"
         )
+
+
+def complete_tokenizer(tokenizer: Any, header: GgufHeader) -> None:
+    """Give a tokenizer the special tokens that the file names; Transformers 5.17 takes the first for the last one."""
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = header.values.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(index)))
 
 
 def _rope_parameters(parameters: dict[str, Any], header: GgufHeader, config: Any) -> dict[str, Any]:
