@@ -8,6 +8,11 @@ set(SHAREDLLM_CPU_SOURCES
     csrc/cpu/node_vectors.cpp
     csrc/cpu/topk_nodes.cpp)
 
+# the Python module of what is not an operator; no torch header
+set(SHAREDLLM_MODULE_SOURCES
+    csrc/bindings.cpp
+    csrc/cpu/checksum.cpp)
+
 # host operators (torch's stable ABI, no CUDA kernels) and kernels (CUDA, no torch header)
 set(SHAREDLLM_CUDA_SOURCES
     csrc/ops/chunk_compression.cpp

@@ -19,6 +19,7 @@ _library, cpu
 reference.*
 ops._autocast, ops._checks
 ops.*
+model.raw_bytes
 model.cache_name, model.stopwatch, model.upload, model.protocols, model.peft_defaults, model.memory_file
 model.word_index, model.memory_rows, model.joins
 model.signature_fields, model.hooks, model.sources, model.memory_writer, model.page_files

@@ -14,7 +14,6 @@ import mmap
 import os
 import stat
 import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeGuard
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..counted import counted
+from .raw_bytes import crc32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +286,7 @@ class MemoryFile:
             for done in range(0, entry.nbytes, PIECE):
                 piece = buffer[: min(PIECE, entry.nbytes - done)]
                 self._fill(name, entry.begin + done, piece)
-                crc = zlib.crc32(piece, crc)
+                crc = crc32(piece, crc)
             if f"{crc:08x}" != sums[name]:
                 owner = self._owners[name]
                 raise owner._error(f"{name} with CRC-32 {shorten(sums[name])}", f"{crc:08x}: the data were changed")
@@ -344,7 +344,7 @@ class MemoryFile:
         if summed:
             with memoryview(whole) as view:
                 for first in range(entry.begin, entry.begin + entry.nbytes, PIECE):
-                    crc = zlib.crc32(view[first : min(first + PIECE, entry.begin + entry.nbytes)], crc)
+                    crc = crc32(view[first : min(first + PIECE, entry.begin + entry.nbytes)], crc)
         flat = torch.frombuffer(whole, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
         return flat.view(entry.dtype).view(entry.shape), crc
 
@@ -357,7 +357,7 @@ class MemoryFile:
             count = os.preadv(entry.descriptor, [piece], entry.begin + done)
             if count == 0:
                 raise self._owners[name]._truncated(f"{counted(entry.nbytes, 'byte')} of {name}", str(done))
-            crc = zlib.crc32(piece[:count], crc) if summed else 0
+            crc = crc32(piece[:count], crc) if summed else 0
             done += count
         return tensor, crc
 

@@ -17,7 +17,6 @@ import re
 import secrets
 import stat
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .memory_file import MEMORY, NAMES, PIECE, SHARD, FileFormat, bytes_of, kind_of
+from .raw_bytes import crc32
 
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # a file's own name in those of its shards, which are longer
@@ -306,7 +306,7 @@ def _write(
                 data = bytes_of(part.detach().cpu().contiguous())
                 for first in range(0, len(data), PIECE):
                     piece = data[first : first + PIECE]
-                    total = pool.submit(zlib.crc32, piece, checksums[name])
+                    total = pool.submit(crc32, piece, checksums[name])
                     file.write(piece)
                     checksums[name] = total.result()
     file.seek(0)
