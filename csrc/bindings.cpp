@@ -9,6 +9,7 @@
 
 #include "build_info.h"
 #include "cpu/checksum.h"
+#include "cpu/common/memory.h"
 
 namespace {
 
@@ -89,6 +90,12 @@ uint32_t crc32(const pybind11::object& data, uint32_t value, const std::string& 
                               "), got '" + instructions + "'");
 }
 
+void populate(const pybind11::object& data) {
+  const Bytes bytes(data, PyBUF_WRITABLE);
+  const pybind11::gil_scoped_release unlocked;
+  sharedllm::populate(bytes.data(), bytes.size());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -98,4 +105,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("crc32", &crc32, "The sum of zlib.crc32; by default with the fastest instructions.", pybind11::arg("data"),
         pybind11::arg("value") = 0, pybind11::arg("instructions") = "");
   m.def("crc32_instructions", &crc32_instructions, "Those that crc32 can use here, the fastest first.");
+  m.def("populate", &populate, "Makes the pages of fresh memory present.", pybind11::arg("data"));
 }

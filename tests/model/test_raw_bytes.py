@@ -1,5 +1,6 @@
-"""Sums of bytes: each set of instructions against zlib, and what works without the compiled module."""
+"""Sums of bytes and fresh memory: each set of instructions against zlib, and what works without the compiled module."""
 
+import platform
 import random
 import subprocess
 import sys
@@ -124,6 +125,48 @@ def test_what_cannot_be_summed() -> None:
         _C.crc32("text")
     with pytest.raises(BufferError):
         _C.crc32(memoryview(DATA)[::2])
+
+
+def test_fresh_memory_keeps_what_is_in_it() -> None:
+    tensor = torch.arange(3_000_001, dtype=torch.int32)
+    data = bytes_of(tensor)
+    for piece in (data, data[1:], data[5:-3], data[:0], data[:1], data[4095:4097]):
+        _C.populate(piece)
+    assert torch.equal(tensor, torch.arange(3_000_001, dtype=torch.int32))
+    with pytest.raises(BufferError):
+        _C.populate(DATA)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="faults are counted as Linux does")
+def test_fresh_memory_is_present_at_once() -> None:
+    # in a process of its own: no other thread's faults are counted
+    program = """
+import mmap, resource, sys
+# as on the command line, where the package itself imports nothing
+sys.argv = ["sharedllm"]
+from sharedllm_ext import _C
+size = 64 << 20
+def faults(populate):
+    fresh = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = memoryview(fresh)
+    if populate:
+        _C.populate(view)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for place in range(0, size, 4096):
+        view[place] = 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(False), faults(True))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment_of_package(), check=True
+    )
+    alone, populated = map(int, result.stdout.split())
+    if alone < 100:
+        pytest.skip("fresh memory has huge pages here")
+    major, minor = platform.release().split(".")[:2]
+    if (int(major), int(minor)) < (5, 14):
+        pytest.skip("Linux before 5.14 has no call for it")
+    assert populated < alone / 100
 
 
 def test_files_are_read_without_the_compiled_module(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..counted import counted
-from .raw_bytes import crc32
+from .raw_bytes import crc32, populate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +354,7 @@ class MemoryFile:
         data = bytes_of(tensor)
         while done < entry.nbytes:
             piece = data[done : done + PIECE]
+            populate(piece)
             count = os.preadv(entry.descriptor, [piece], entry.begin + done)
             if count == 0:
                 raise self._owners[name]._truncated(f"{counted(entry.nbytes, 'byte')} of {name}", str(done))
