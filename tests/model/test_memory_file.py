@@ -315,6 +315,22 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, memory: C
     assert torch.equal(loaded.keys[0], memory.keys[0].to(dtype))
 
 
+def test_large_data_are_aligned(tmp_path: Path, memory: ContextMemory) -> None:
+    # as tensors in memory: copies are faster, and a map of a tensor is aligned, too
+    for count in (1, 3, 200, 300, 301):
+        path = tmp_path / f"{count}.safetensors"
+        several = ContextMemory.concat([memory] * count)
+        several.save(path)
+        begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        assert begin % (64 if several.nbytes >= 1 << 20 else 8) == 0
+        assert several.nbytes + begin == path.stat().st_size
+        for mmap in (False, True):
+            loaded = ContextMemory.load(path, mmap=mmap)
+            assert same(loaded, several)
+            assert several.nbytes < 1 << 20 or loaded.keys[0].data_ptr() % 64 == 0
+    assert several.nbytes > 1 << 20
+
+
 def test_views_and_gradients_are_written(tmp_path: Path, memory: ContextMemory) -> None:
     strided = copy.copy(memory)
     strided.keys = [torch.nn.Parameter(key.transpose(0, 1).contiguous().transpose(0, 1)) for key in memory.keys]

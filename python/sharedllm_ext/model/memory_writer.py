@@ -18,7 +18,6 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import torch
@@ -32,6 +31,8 @@ _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _LONGEST_STEM = 160
 # the rest of a piece is copied to it, what exceeds it is not
 _BUFFER = 1 << 16
+# where large data begin in a file: as PyTorch's tensors in memory, so that copies between them are faster
+_ALIGNMENT = 64
 # seconds for another process to replace a file; after them older shards are left to a later call
 _PATIENCE = 10.0
 
@@ -286,7 +287,7 @@ def _write(
         begin, end = end, end + tensor.nbytes
         dtype = NAMES[tensor.dtype]
         entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    checksums = dict.fromkeys(tensors, 0)
+    checksums, aligned = dict.fromkeys(tensors, 0), _ALIGNMENT if end >= PIECE else 8
 
     def text() -> str:
         fields = {"format": form.name, "version": version, **header}
@@ -295,20 +296,18 @@ def _write(
     def head(text: str) -> bytes:
         metadata = {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         whole = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-        return (len(whole) + -len(whole) % 8).to_bytes(8, "little") + whole.ljust(len(whole) + -len(whole) % 8)
+        length = len(whole) + -(8 + len(whole)) % aligned
+        return length.to_bytes(8, "little") + whole.ljust(length)
 
     # of the final length; the checksums are filled in later
     file.write(head(text()))
-    # summing and writing run outside of Python's lock, side by side
-    with ThreadPoolExecutor(1) as pool:
-        for name, tensor in tensors.items():
-            for part in [tensor] if isinstance(tensor, Tensor) else tensor.parts():
-                data = bytes_of(part.detach().cpu().contiguous())
-                for first in range(0, len(data), PIECE):
-                    piece = data[first : first + PIECE]
-                    total = pool.submit(crc32, piece, checksums[name])
-                    file.write(piece)
-                    checksums[name] = total.result()
+    for name, tensor in tensors.items():
+        for part in [tensor] if isinstance(tensor, Tensor) else tensor.parts():
+            data = bytes_of(part.detach().cpu().contiguous())
+            for first in range(0, len(data), PIECE):
+                piece = data[first : first + PIECE]
+                checksums[name] = crc32(piece, checksums[name])
+                file.write(piece)
     file.seek(0)
     file.write(head(text()))
     return hashlib.sha256(text().encode()).hexdigest()
