@@ -22,6 +22,7 @@ sys.path.insert(0, str(FOLDER))
     bench_append,
     bench_end_to_end,
     bench_documents,
+    bench_memory_file,
     bench_questions,
     bench_tiers,
     bench_training,
@@ -34,6 +35,7 @@ sys.path.insert(0, str(FOLDER))
         "bench_append",
         "bench_end_to_end",
         "bench_documents",
+        "bench_memory_file",
         "bench_questions",
         "bench_tiers",
         "bench_training",
@@ -465,3 +467,19 @@ def test_memories_in_tiers_on_the_cpu(
     assert "tiered memory: 262,144 tokens" in printed
     found = json.loads(printed.splitlines()[-1])
     assert found["tokens_held"] == 262144 and found["pick and bring"] > 0 and found["disk_gb_s"] > 0
+
+
+def test_files_of_memories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_memory_file.main(["--tokens", "1000"]) == 2
+    threads = torch.get_num_threads()
+    few = ["--layers", "1", "--tokens", "2048", "--repeats", "2", "--folder", str(tmp_path)]
+    try:
+        assert bench_memory_file.main(few) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert found["bytes"] == 2 * 256 * 8 * 128 * 2 and not list(tmp_path.iterdir())
+    assert all(len(times["cpu"]) == len(times["wall"]) == 2 for times in found["found"].values())
+    ratios = {line.split(" | ")[0].strip("| "): line.rsplit("| ", 1)[1] for line in lines if line.startswith("| ")}
+    assert ratios["load"] != "- |" and ratios["save, torch.save"] != "- |" and ratios["checksum, ours"] == "- |"
