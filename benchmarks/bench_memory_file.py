@@ -3,15 +3,16 @@
 python benchmarks/bench_memory_file.py               # 131,072 tokens of Llama-3.1-8B's shape, M = 16: 1.07 GB
 python benchmarks/bench_memory_file.py --layers 4    # 268 MB, in tensors of the same size
 
-One thread, files in the page cache, the cases in turn; medians and ranges of the process's CPU time and of wall-clock
-time. Bytes written alone are brought to the disk (fsync), as `save` does; PyTorch and safetensors leave that to the
-system.
+One thread, files in the page cache, the cases in another order each turn; medians and ranges of the process's CPU time
+and of wall-clock time. Bytes written alone are brought to the disk (fsync), as `save` does; PyTorch and safetensors
+leave that to the system.
 """
 
 import argparse
 import gc
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=16, metavar="M", help="injection layers (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=131072, help="of the memory (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="of each case (default %(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose names have one of these words")
     parser.add_argument("--folder", type=Path, help="for the files (default: a temporary one)")
     arguments = parser.parse_args(argv)
     if arguments.tokens % CHUNK or arguments.tokens < CHUNK:
@@ -50,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     about = {**header(), "threads": "1"}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         memory = random_memory(arguments.layers, arguments.tokens)
-        found = measure(cases(memory, Path(folder)), arguments.repeats)
+        todo = cases(memory, Path(folder))
+        words = arguments.only.split()
+        todo = {name: case for name, case in todo.items() if not words or set(words) & set(name.split())}
+        found = measure(todo, arguments.repeats)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{memory.nbytes:,} bytes in {2 * arguments.layers} tensors, medians of {arguments.repeats} (range)\n")
     print(table(found))
@@ -78,12 +83,14 @@ def cases(memory: ContextMemory, folder: Path) -> dict[str, Callable[[], Any]]:
     memory.save(path)
     torch.save(tensors, torchs)
     safetensors.torch.save_file(tensors, plain)
-    size = os.path.getsize(path) // len(tensors)
+    size = memory.nbytes // len(tensors)
+    head = Path(path).read_bytes()[: os.path.getsize(path) - memory.nbytes]
     room = [torch.zeros(size, dtype=torch.uint8) for _ in tensors]
 
     def read(fresh: bool) -> list[torch.Tensor]:
         buffers = [torch.empty(size, dtype=torch.uint8) for _ in tensors] if fresh else room
         with open(path, "rb", buffering=0) as file:
+            file.seek(len(head))
             for buffer in buffers:
                 data = bytes_of(buffer)
                 for first in range(0, size, PIECE):
@@ -98,6 +105,8 @@ def cases(memory: ContextMemory, folder: Path) -> dict[str, Callable[[], Any]]:
 
     def write() -> None:
         with open(raw + ".new", "wb", buffering=0) as file:
+            # the system gives a file other pages in its cache if the data begin with one
+            file.write(head)
             for tensor in tensors.values():
                 data = bytes_of(tensor)
                 for first in range(0, len(data), PIECE):
@@ -132,10 +141,11 @@ def cases(memory: ContextMemory, folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def measure(todo: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of CPU and by the clock of every case, in turn; the first turn is not counted."""
+    """Seconds of CPU and by the clock of every case; the first turn is not counted."""
     found: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in todo}
     for turn in range(1 + repeats):
-        for name, case in todo.items():
+        # what a case takes depends on the pages that the one before it has freed
+        for name, case in random.Random(turn).sample(list(todo.items()), len(todo)):
             gc.collect()
             begin = time.process_time(), time.perf_counter()
             result = case()
@@ -153,7 +163,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
     for name, times in found.items():
         alone = ALONE.get(name.split(",")[0])
         ratio = "-"
-        if alone is not None:
+        if alone in found:
             ratio = f"{statistics.median(times['cpu']) / statistics.median(found[alone]['cpu']):.2f}"
         cells = [
             f"{1e3 * statistics.median(x):,.0f} ({1e3 * min(x):,.0f} to {1e3 * max(x):,.0f})" for x in times.values()
