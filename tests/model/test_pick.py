@@ -290,6 +290,25 @@ def scores_by_hand(model: Any, ids: Tensor, question: Tensor, memory: ContextMem
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [2 * CHUNK + 3, 2 * CHUNK + 5, SEGMENT + 3, SEGMENT])
+def test_a_passage_is_found_once(length: int) -> None:
+    """A text's last segments have one passage where the last one is short; the better score is its own."""
+    model, ids, question = build(), tokens(length), tokens(7, seed=3)
+    ids[-3:] = question[:3]
+    expected = scores_by_hand(model, ids, question, model.compress(ids[None]))
+    (found,) = model.find_passages(question[None], ids[None], count=100)
+    spans = [(p.start, p.end) for p in found]
+    whole = SEGMENT + 2 * 4
+    every = {max(0, min(s * SEGMENT - 4, length - whole)) for s in range(len(expected))}
+    assert len(set(spans)) == len(spans) == len(every) and {start for start, _ in spans} == every
+    assert [p.rank for p in found] == list(range(len(found)))
+    for passage in found:
+        same = [s for s in range(len(expected)) if max(0, min(s * SEGMENT - 4, length - whole)) == passage.start]
+        assert passage.segment == max(same, key=lambda s: float(expected[s]))
+    assert model.find_passages(question[None], ids[None], count=2) == [found[:2]]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("runs", ALL_RUNS)
 def test_passages_are_those_of_the_formula(runs: Sequence[tuple[int, int]]) -> None:
     model = build(word_runs=runs)

@@ -135,7 +135,7 @@ class PassageRetrieval:
             question_attention_mask: ``[B, L]``, 0 for padding.
             memory: what :meth:`compress` has made of the context; compressed here by default. One of a single row
                 serves all questions. The passages of several documents that a row reads are ranked together.
-            count: passages for a question; fewer if the context has fewer segments.
+            count: passages for a question, each another one; fewer if the context has fewer.
 
         Returns:
             For each question its passages, best first.
@@ -319,17 +319,23 @@ class PassageRetrieval:
 
     def _best(self: Any, scored: "_Scored", count: int) -> list[Passage]:
         size, margin = self.config.segment_size, self.config.segment_margin
-        values, order = scored.scores.topk(min(count, scored.scores.numel()))
+        # at the end of a text several segments have one passage, at most so many
+        alike = (size + 2 * margin) // size + 1
+        values, order = scored.scores.topk(min(alike * count, scored.scores.numel()))
         ends = list(itertools.accumulate(part.asked.count for part in scored.parts))
-        found = []
-        for rank, (place_of_all, score) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
+        found: dict[tuple[int, int], Passage] = {}
+        for place_of_all, score in zip(order.tolist(), values.tolist(), strict=True):
             document = bisect.bisect_right(ends, place_of_all)
             part = scored.parts[document]
             segment = place_of_all - ends[document] + part.asked.count
             start, end = passage_span(segment, part.length, size, margin)
+            if (document, start) in found:
+                continue
             place = None if part.origin is None else part.origin.place(start, end)
-            found.append(Passage(start, end, segment, rank, score, place, document))
-        return found
+            found[document, start] = Passage(start, end, segment, len(found), score, place, document)
+            if len(found) == count:
+                break
+        return list(found.values())
 
 
 def check_documents(name: str, passages: Sequence[Passage], count: int) -> None:
