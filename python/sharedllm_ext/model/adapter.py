@@ -181,7 +181,8 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``format``, ``version``, ``file``, ``file_bytes``, ``base`` (its name), ``base_tensors`` (how many), ``about``,
         ``config`` (the fields that differ from the defaults), ``scale`` (of low-rank updates), ``tensors``, ``updates``
-        (how many of the tensors are pairs' halves) and ``parameters`` (elements of all).
+        (how many of the tensors are pairs' halves) and ``parameters`` (numbers that were trained: elements of all tensors
+        of floating point).
 
     Raises:
         ValueError: it is no adapter, or one of another version.
@@ -189,7 +190,9 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     name, header = os.fsdecode(path), read_header(path)
     with safe_open(name, framework="pt") as file:
         names = list(file.keys())
-        parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in names)
+        slices = [file.get_slice(key) for key in names]
+        # the pick's classes of tokens are whole numbers
+        parameters = sum(math.prod(one.get_shape()) for one in slices if one.get_dtype().startswith(("F", "BF")))
     return {
         "format": FORMAT,
         "version": header["version"],
