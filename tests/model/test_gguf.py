@@ -84,6 +84,19 @@ def test_a_tokenizer_gets_the_special_tokens_of_the_file(tmp_path: Path) -> None
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 2
 
 
+def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, path = builders.base(), tmp_path / "model.gguf"
+    base.config.eos_token_id = 2
+    write_gguf(base, path)
+    first = gguf_checkpoint.read_header(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", None)
+        assert gguf_checkpoint.read_header(path) is first
+    base.config.eos_token_id = 3
+    write_gguf(base, tmp_path / "other.gguf").replace(path)
+    assert gguf_checkpoint.read_header(path).values["tokenizer.ggml.eos_token_id"] == 3
+
+
 def test_trained_halved_and_saved_twice(tmp_path: Path) -> None:
     base = builders.base()
     path = write_gguf(base, tmp_path / "model.gguf", quantised=True)

@@ -181,8 +181,8 @@ def describe_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``format``, ``version``, ``file``, ``file_bytes``, ``base`` (its name), ``base_tensors`` (how many), ``about``,
         ``config`` (the fields that differ from the defaults), ``scale`` (of low-rank updates), ``tensors``, ``updates``
-        (how many of the tensors are pairs' halves) and ``parameters`` (numbers that were trained: elements of all tensors
-        of floating point).
+        (how many of the tensors are pairs' halves) and ``parameters`` (what was trained: elements of all tensors of
+        floating point).
 
     Raises:
         ValueError: it is no adapter, or one of another version.

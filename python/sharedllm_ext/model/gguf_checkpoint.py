@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import warnings
@@ -93,6 +94,14 @@ def read_header(path: Path) -> GgufHeader:
         ImportError: the ``gguf`` or ``accelerate`` package, by which Transformers reads the file, is missing.
         ValueError: damaged, one part of several, or of another family.
     """
+    state = path.stat() if path.is_file() else None
+    return _read_header(path, None if state is None else (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+# a large vocabulary takes seconds to read, and model and tokenizer both ask
+@functools.lru_cache(maxsize=4)
+def _read_header(path: Path, state: tuple[int, int, int] | None) -> GgufHeader:
+    """The metadata of a file in a state, by which a changed one is known."""
     try:
         import accelerate  # noqa: F401
         from gguf import GGUFReader
