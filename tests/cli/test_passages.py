@@ -231,6 +231,26 @@ def test_an_adapter_answers_as_its_checkpoint(cli: Cli, picking: Path, base: Pat
     assert report["adapter"] == str(adapter) and expected["adapter"] is None
 
 
+def test_an_adapter_is_evaluated_as_its_checkpoint(
+    cli: Cli, picking: Path, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    options = ("--systems", "pick", "--tasks", "passkey", "--lengths", 700, "--questions", 2, "--no-chat-template")
+    answers = []
+    for name, model in (("saved", (picking,)), ("adapter", (base, "--adapter", adapter))):
+        kept = ("--predictions", tmp_path / f"{name}.jsonl")
+        result = cli("eval", *model, *options, *kept, "--json")
+        assert result.code == 0, result.err
+        assert result.json["adapter"] == (str(adapter) if name == "adapter" else None)
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        answers.append([row["prediction"] for row in rows if "prediction" in row])
+    assert answers[0] == answers[1] and len(answers[0]) == 2
+    # another adapter's answers are not these
+    assert cli("eval", base, "--adapter", adapter, *options, *kept, "--json").json["answers_kept"] == 2
+    other = tmp_path / "other.safetensors"
+    shutil.copy(adapter, other)
+    assert cli("eval", base, "--adapter", other, *options, *kept, "--json").json["answers_kept"] == 0
+
+
 def test_the_base_may_lie_in_a_wheel(
     cli: Cli, base: Path, tokenizer: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,7 +209,7 @@ def model_path(name: str) -> str:
     if means_base(name):
         raise CommandError(
             f"{name}: expected a model, got the package of a base checkpoint; --adapter {ADAPTER} makes a model of it "
-            "for ask and chat, and init and train take it as their base"
+            "for ask, chat and eval, and init and train take it as their base"
         )
     if name != DEMO_NAME or Path(name).exists():
         return name

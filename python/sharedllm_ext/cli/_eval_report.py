@@ -85,6 +85,7 @@ def document_of(
     made = args.suite is None
     return {
         "model": args.model,
+        "adapter": args.adapter,
         "base": args.base,
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sharedllm_ext.cli._adapter import load_adapted
+from sharedllm_ext.cli._base_package import named_base
 from sharedllm_ext.cli._common import (
     EXIT_ERROR,
     checkpoint_type,
@@ -31,6 +33,7 @@ from sharedllm_ext.evaluation.harness import PredictionFile, evaluate
 from sharedllm_ext.evaluation.prompts import Prompts
 from sharedllm_ext.evaluation.records import Record
 from sharedllm_ext.evaluation.tasks import Sources
+from sharedllm_ext.model.adapter import find_adapter
 
 DEFAULT_LENGTHS = (4096,)
 DEFAULT_QUESTIONS = 20
@@ -94,7 +97,7 @@ def export_questions(args: argparse.Namespace) -> int:
     """Write the questions of the command with MODEL's token ids; the model itself is not loaded."""
     progress = Progress(not args.json)
     questions = Questions.read(args, progress)
-    path = model_path(args.model)
+    path = model_path(named_base(args.model))
     gguf = Path(path).suffix.lower() == ".gguf"
     if not gguf:
         # a folder of another kind, or none, is said as for any other command
@@ -127,8 +130,13 @@ def evaluate_systems(args: argparse.Namespace, begin: float) -> int:
 
     with PredictionFile(Path(args.predictions)) as file:
         device = pick_device(args.device)
-        path = model_path(args.model)
-        model, tokenizer, is_base = load_system_model(path, args.dtype, device, progress)
+        path = model_path(named_base(args.model))
+        parts = [path]
+        if args.adapter is None:
+            model, tokenizer, is_base = load_system_model(path, args.dtype, device, progress)
+        else:
+            (model, tokenizer), is_base = load_adapted(args.adapter, path, args.dtype, device, progress=progress), False
+            parts.append(find_adapter(args.adapter))
         names = args.systems or (["full"] if is_base else ["memory"])
         if is_base and "memory" in names:
             raise UsageError(f"--systems memory: expected a SharedLLM checkpoint, got a base one: {args.model}")
@@ -141,6 +149,7 @@ def evaluate_systems(args: argparse.Namespace, begin: float) -> int:
             warn_if_silent(model, path)
         base = model
         if args.base is not None:
+            args.base = named_base(args.base)
             base, _, _ = load_system_model(args.base, args.dtype, device, progress)
             if base.config.vocab_size != model.config.vocab_size:
                 raise CommandError(
@@ -155,7 +164,7 @@ def evaluate_systems(args: argparse.Namespace, begin: float) -> int:
         rows, total = questions.groups()
         names = [system.name for system in systems]
         table = EvaluationTable(rows, names, None if args.json else progress)
-        identity = [identity_of(path), None if args.base is None else identity_of(args.base), str(model.dtype)]
+        identity = [*map(identity_of, parts), None if args.base is None else identity_of(args.base), str(model.dtype)]
         with progress.bar("evaluating", total * len(systems), "answers") as update:
             result = evaluate(
                 asked, systems, model=identity, file=file, batch=args.batch, progress=update, on_result=table.take

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sharedllm_ext.cli._base_package import ADAPTER, BASE_PACKAGE
 from sharedllm_ext.cli._common import add_model_options, count, counts, positive, some_path, writable_target
 from sharedllm_ext.cli._output import CommandError, UsageError
 
@@ -32,7 +33,14 @@ def add_parser(commands: Any) -> None:
         "model",
         type=some_path,
         metavar="MODEL",
-        help="SharedLLM checkpoint folder (demo: the shipped one), base checkpoint folder, or .gguf file of a base",
+        help="SharedLLM checkpoint folder (demo: the shipped one), or a base: its folder, .gguf file, or the installed "
+        f"Python package {BASE_PACKAGE}",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=some_path,
+        metavar="NAME_OR_FILE",
+        help=f"put this adapter on MODEL, its base checkpoint; {BASE_PACKAGE} is that of {ADAPTER}",
     )
     parser.add_argument(
         "--systems", type=_names, metavar="S,S,…", help=f"of {', '.join(SYSTEMS)} (default: memory; full for a base)"
