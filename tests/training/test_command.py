@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -145,10 +146,13 @@ def test_a_stopped_training_goes_on(number: int, code: int, cli: Run, base: Path
     assert held.code == 1 and f"the folder holds {CHECKPOINT} (--resume goes on" in held.err
     other = cli("train", base, "--data", data, "--out", out, "--steps", 1, "--resume", "--seed", 1, *SMALL)
     assert other.code == 1 and "of the same settings, got seed 0 instead of 1" in other.err
-    # no more steps than there were: the adapter of what stands
-    resumed = cli("train", base, "--data", data, "--out", out, "--steps", 1, "--resume", *SMALL)
+    # no more steps than there were, as the message says: the adapter of what stands
+    told = re.search(r"stopped at step (\d+); .* with --resume --steps (\d+) it writes the adapter", rest)
+    assert told and told[1] == told[2], rest
+    more = ("--minutes", 10, "--save-minutes", "0.0001", "--resume", "--steps", told[2])
+    resumed = cli("train", base, "--data", data, "--out", out, *more, *SMALL)
     assert resumed.code == 0, resumed.err
-    assert (out / "adapter.safetensors").is_file()
+    assert read_header(out / "adapter.safetensors")["about"].startswith(f"sharedllm train: {told[1]} step")
 
 
 def test_the_words_of_the_pick_are_chosen(cli: Run, base: Path, tmp_path: Path) -> None:

@@ -366,7 +366,10 @@ def _train(
         raise CommandError(str(error)) from error
     if stopped:
         if first:
-            say(f"sharedllm: stopped at step {trainer.step}; the same command with --resume goes on")
+            say(
+                f"sharedllm: stopped at step {trainer.step}; the same command with --resume goes on, and with --resume "
+                f"--steps {trainer.step} it writes the adapter of these steps"
+            )
         return 128 + stopped
     tensors = gathered(trained.adapter_tensors().items(), first)
     remove_lora(model)
