@@ -211,7 +211,12 @@ CASES: list[tuple[str, tuple[str, ...], int, str]] = [
         r"expected a file, got '{nothing}', which does not exist",
     ),
     ("memory truncated", (*ASK, "--memory", "{cut.safetensors}"), 1, r"{cut.safetensors}: expected a complete"),
-    ("memory of words", (*ASK, "--memory", "{words.safetensors}"), 1, r"{words.safetensors}: expected a complete"),
+    (
+        "memory of words",
+        (*ASK, "--memory", "{words.safetensors}"),
+        1,
+        r"{words.safetensors}: expected a sharedllm-context-memory file, got one that begins with other bytes",
+    ),
     (
         "memory file is a checkpoint",
         (*ASK, "--memory", "{model}/model.safetensors"),

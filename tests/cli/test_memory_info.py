@@ -136,7 +136,7 @@ def test_an_adapter(cli: Cli, checkpoint: Path, base: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nothing", "expected a file, got '.*nothing', which does not exist"),
+        ("nothing", r"nothing: expected a file, a folder or the name of a shipped adapter \(smollm2-.*\), got none"),
         ("foreign.safetensors", "expected a sharedllm-context-memory file, got a safetensors file without that header"),
         ("empty.safetensors", "empty.safetensors: expected a sharedllm-context-memory file, got an empty one\n$"),
         ("none/notes.txt", r"got a truncated or foreign one \(expected a file of at least 10 bytes, got 5\)"),

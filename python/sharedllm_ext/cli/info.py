@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sharedllm_ext.cli._common import add_json_option, mebibytes, some_path
-from sharedllm_ext.cli._output import UsageError, emit, print_json
+from sharedllm_ext.cli._output import CommandError, UsageError, emit, print_json
 from sharedllm_ext.counted import counted
 
 #: Documents that are listed, and stretches of text of each; --json lists all.
@@ -42,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
     from sharedllm_ext.model.adapter import describe_adapter, is_adapter, shipped_adapters
     from sharedllm_ext.model.file_description import describe_file, find_memory_file
 
-    file = args.file if Path(args.file).exists() else str(shipped_adapters().get(args.file, args.file))
+    shipped = shipped_adapters()
+    if not Path(args.file).exists() and args.file not in shipped:
+        raise CommandError(
+            f"{args.file}: expected a file, a folder or the name of a shipped adapter ({', '.join(shipped)}), got none "
+            "that exists"
+        )
+    file = args.file if Path(args.file).exists() else str(shipped[args.file])
     if is_adapter(file):
         if args.verify:
             raise UsageError(f"--verify: expected a memory or conversation, whose file has checksums, got {file}")

@@ -370,6 +370,8 @@ class MemoryFile:
         longest = min(size - 8, _LONGEST_HEADER)
         if longest < 2:
             raise self._truncated("a file of at least 10 bytes", str(size))
+        if length > _LONGEST_HEADER:
+            raise self._foreign("one that begins with other bytes")
         if not 2 <= length <= longest:
             raise self._truncated(f"a header of 2 to {counted(longest, 'byte')}", str(length))
         head = self._json(os.pread(self._descriptor, length, 8), "the safetensors header")
