@@ -17,8 +17,8 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "retrieval.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
-def test_there_are_two_examples() -> None:
-    assert len(EXAMPLES) == 2
+def test_there_are_three_examples() -> None:
+    assert len(EXAMPLES) == 3
 
 
 def test_the_examples_run(
@@ -36,11 +36,16 @@ def test_the_examples_run(
     pretend_training(SharedLLMForCausalLM.from_base(gguf, **fields)).save_adapter(shipped, gguf)
     monkeypatch.setattr(adapter, "_SHIPPED", tmp_path)
     monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for example in EXAMPLES:
+    for example in EXAMPLES[:2]:
         exec(compile(example, str(PAGE), "exec"), names)
     first = names["passages"][0]
     assert len(names["passages"]) == 8 and names["output"].passages == [names["passages"]]
     assert "password of the old observatory" in names["tokenizer"].decode(names["context"][0, first.start : first.end])
     assert len(names["answer"]) > 0
     assert f"{first.score} " in capsys.readouterr().out
+    exec(compile(EXAMPLES[2], str(PAGE), "exec"), names)
+    # of the text that was appended
+    (found,) = names["model"].find_passages(names["asked"], memory=names["memory"])
+    assert found[0].end == names["memory"].num_tokens[0] == names["context"].shape[1] + names["more"].tokens
