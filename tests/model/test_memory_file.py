@@ -199,8 +199,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a field too many": (lambda h: h.update(more=1), "fields of version 2"),
     "a checksum too few": (lambda h: h["checksums"].pop("keys.0"), "a checksum for every tensor"),
     "another checksum": (lambda h: h["checksums"].update({"values.1": 7}), "expected values.1 with CRC-32 7, got"),
-    "version": (lambda h: h.update(version=5), "expected sharedllm-context-memory version 1 to 4, got 5"),
-    "version in words": (lambda h: h.update(version=[]), r"version 1 to 4, got \[\]"),
+    "version": (lambda h: h.update(version=6), "expected sharedllm-context-memory version 1 to 5, got 6"),
+    "version in words": (lambda h: h.update(version=[]), r"version 1 to 5, got \[\]"),
 }
 
 

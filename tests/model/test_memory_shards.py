@@ -178,6 +178,14 @@ def _text(header: dict[str, Any]) -> dict[str, Any]:
     return header["sources"][0]["texts"][0]
 
 
+def _named(header: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The same in a file of the version whose texts have names."""
+    header["version"] = 5
+    text = _text(header)
+    text.update({"name": None, "line_ends": None, "heading": 0} | fields)
+    return text
+
+
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "tails of other documents": (lambda h: h.update(tails=[0]), r"tails to be null or a list of 3, got \[0\]"),
     "no tails": (lambda h: h.update(tails=None), r"expected tail_ids of shape \(0,\), got \(40,\)"),
@@ -213,6 +221,20 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda h: _text(h).update(sha256=1),
         "the SHA-256 of a text of document 0 to be null or a text",
     ),
+    "a name in an older version": (
+        lambda h: _text(h).update(name="a", line_ends=None, heading=0),
+        "characters, offsets, sha256, token_ids, tokens of a text of document 0, got",
+    ),
+    "a name without the rest": (lambda h: _named(h, name="a").pop("heading"), "of a text of document 0, got"),
+    "a text's name that is none": (
+        lambda h: _named(h, name=5),
+        "the name of a text of document 0 to be null or a text",
+    ),
+    "line ends below none": (
+        lambda h: _named(h, line_ends=-1),
+        r"line_ends and heading of a text of document 0 of at least 0, got \[-1, 0\]",
+    ),
+    "no heading": (lambda h: _named(h, heading=None), r"line_ends and heading of a text .*, got \[0, None\]"),
     "fewer tokens": (lambda h: _text(h).update(tokens=59), "texts of 75 tokens of document 0, got 74"),
     "no ids": (lambda h: _text(h).update(token_ids=False), r"expected token_ids of shape \(15,\), got \(75,\)"),
     "no offsets": (lambda h: _text(h).update(offsets=False), r"expected offsets of shape \(0, 2\), got \(60, 2\)"),

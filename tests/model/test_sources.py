@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import itertools
 import pickle
 import random
 from typing import Any
@@ -13,7 +14,8 @@ import torch.utils._pytree as pytree
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sharedllm_ext import ContextMemory
+from sharedllm_ext import ContextMemory, Conversation, MemoryTiers, TieredMemory
+from sharedllm_ext.model.file_description import describe_file
 from sharedllm_ext.model.sources import Place, Source, SourceText, tokenizer_digest
 
 from .test_pick import build
@@ -154,6 +156,124 @@ def test_sources_of_what_is_appended_alone(model: Any, tokenizer: Any) -> None:
     assert torch.equal(empty.sources[0].token_ids, source.token_ids)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_place_is_in_one_text(tokenizer: Any, seed: int) -> None:
+    generator = random.Random(seed)
+    texts, names = [], []
+    source = Source((), "g")
+    for number in range(8):
+        texts.append(text_of(generator.randrange(0, 9), seed=100 * seed + number))
+        names.append(generator.choice(("g", "a", "b", None)))
+        more = Source.of(texts[-1], tokenizer, names[-1])
+        source = source.extended(more, more.token_ids)
+    names = ["g" if name is None else name for name in names]
+    assert source.names == names and source.name == "g"
+    # all of a name, and of each token the name and the word
+    whole = {name: "".join(text for text, own in zip(texts, names, strict=True) if own == name) for name in names}
+    words = [(name, word) for text, name in zip(texts, names, strict=True) for word in text.split()]
+    assert source.tokens == len(words)
+    for _ in range(50):
+        start = generator.randrange(-1, len(words) + 1)
+        end = generator.randrange(-1, len(words) + 2)
+        place = source.place(start, end)
+        if not 0 <= start < end <= len(words):
+            assert place is None and source.text_of(start, end) is None
+            continue
+        runs = [list(run) for _, run in itertools.groupby(words[start:end], key=lambda word: word[0])]
+        most = next(run for run in runs if len(run) == max(map(len, runs)))
+        assert place.name == most[0][0] and place.end <= len(whole[place.name])
+        assert whole[place.name][place.first : place.end].split() == [word for _, word in most]
+        assert source.text_of(start, end)[0] == place.name
+
+
+@torch.no_grad()
+def test_what_is_appended_keeps_its_name(model: Any, tokenizer: Any) -> None:
+    texts = [text_of(100, seed) for seed in range(3)]
+    sources = [Source.of(text, tokenizer, name) for text, name in zip(texts, ("g.txt", "new.txt", None), strict=True)]
+    memory = compressed(model, sources[0])
+    for source in sources[1:]:
+        memory = model.append(memory, source.token_ids.long().unsqueeze(0), sources=[source])
+    grown = memory.sources[0]
+    assert (grown.name, grown.names) == ("g.txt", ["g.txt", "new.txt", "g.txt"])
+    assert grown.place(100, 200) == ("new.txt", *sources[1].place(0, 100)[1:])
+    # what has no name is more of the document's own text
+    _, first, last = sources[2].place(0, 5)
+    assert grown.place(200, 205) == ("g.txt", len(texts[0]) + first, len(texts[0]) + last)
+    # over two texts: the one that has more
+    assert grown.place(90, 120) == ("new.txt", *sources[1].place(0, 20)[1:])
+    assert grown.place(80, 110) == ("g.txt", *sources[0].place(80, 100)[1:])
+    assert grown.place(95, 105) == ("g.txt", *sources[0].place(95, 100)[1:])
+    for passage in model.find_passages(torch.tensor([[5, 9, 20]]), memory=memory, count=8)[0]:
+        length = len(texts[1]) if passage.place.name == "new.txt" else len(texts[0]) + len(texts[2])
+        assert 0 <= passage.place.first < passage.place.end <= length
+    # a source that has grown itself, where tokens alone hide the characters of its own text only
+    ids = torch.arange(5, 12)
+    other = Source.of(texts[1], tokenizer, "a").extended(None, ids).extended(sources[0], ids)
+    both = sources[2].extended(other, ids)
+    assert (both.name, both.names) == (None, [None, "a", "a", "g.txt"]) and both.tokens == 307
+    assert both.place(150, 160).name == "a" and both.place(200, 207) is None
+    assert both.place(207, 307) == sources[0].place(0, 100)
+    # a document that begins with it
+    assert Source(()).extended(sources[0], ids).names == ["g.txt"]
+    assert Source(()).extended(sources[0], ids).tokenizer == sources[0].tokenizer
+
+
+@torch.no_grad()
+def test_names_survive_copies_and_files(model: Any, tokenizer: Any, tmp_path: Any) -> None:
+    first, second = Source.of(text_of(70), tokenizer, "g.txt"), Source.of(text_of(50, 1), tokenizer, "new ☂.txt")
+    memory = model.append(compressed(model, first), second.token_ids.long().unsqueeze(0), sources=[second], keep=True)
+    texts = list(memory.sources[0].texts)
+    texts[0] = dataclasses.replace(texts[0], line_ends=7, heading=1)
+    memory = memory.with_sources([dataclasses.replace(memory.sources[0], texts=tuple(texts))])
+    expected = [(None, 7, 1), ("new ☂.txt", None, 0)]
+    tiers = MemoryTiers("cpu")
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("own", "shards", "tiered", "talk", "rows")}
+    memory.save(files["own"])
+    memory.save(files["shards"], max_shard_size="4KB")
+    tiered = TieredMemory.load(files["own"], model, tiers)
+    tiered.save(files["tiered"])
+    Conversation(model, memory).save(files["talk"])
+    memory.with_rows([0]).concat([memory, memory]).with_rows([[0, 1]]).save(files["rows"])
+    loaded = [ContextMemory.load(files[name], model) for name in ("own", "shards", "tiered")]
+    rows = ContextMemory.load(files["rows"], model)
+    for one in (
+        *loaded,
+        tiered,
+        rows,
+        Conversation.load(files["talk"], model).memory,
+        memory.select([0, 0]).select([1]),
+        memory.select_documents([0]),
+        memory.expand(2),
+        ContextMemory.concat([compressed(model, first), memory]).select_documents([1]),
+        memory.to(torch.float64),
+        copy.deepcopy(memory),
+        pickle.loads(pickle.dumps(memory)),
+        pytree.tree_map(lambda leaf: leaf, memory),
+    ):
+        source = one.sources[0]
+        assert [(text.name, text.line_ends, text.heading) for text in source.texts] == expected
+        assert source.place(70, 80) == ("new ☂.txt", *second.place(0, 10)[1:])
+    # in tiers too, also of a document that begins there
+    ids = second.token_ids.long().unsqueeze(0)
+    assert model.append(tiered, ids, sources=[second]).sources[0].names == ["g.txt", *["new ☂.txt"] * 2]
+    nothing = model.offload(model.compress(ids[:, :0]), tiers)
+    begun = model.append(nothing, ids, sources=[second]).sources[0]
+    assert (begun.name, begun.names, begun.tokenizer) == ("new ☂.txt", ["new ☂.txt"], second.tokenizer)
+    assert rows.memory_index == [(0, 1)] and rows.sources[1].names == ["g.txt", "new ☂.txt"]
+    versions = {name: describe_file(path)["version"] for name, path in files.items()}
+    assert versions == {"own": 5, "shards": 5, "tiered": 5, "rows": 5, "talk": 3}
+    assert describe_file(files["own"])["documents"][0]["names"] == ["g.txt", "new ☂.txt"]
+    # nothing but one name: older versions read it
+    compressed(model, first).save(files["own"])
+    assert describe_file(files["own"])["version"] == 3
+    # an object that an older version has pickled
+    bare = SourceText(3)
+    for field in ("name", "line_ends", "heading"):
+        del vars(bare)[field]
+    again = pickle.loads(pickle.dumps(bare))
+    assert (again.name, again.line_ends, again.heading) == (None, None, 0)
+
+
 def test_bad_sources(model: Any, tokenizer: Any) -> None:
     source = Source.of(text_of(70), tokenizer)
     ids = source.token_ids.long().unsqueeze(0)
@@ -179,6 +299,18 @@ def test_bad_sources(model: Any, tokenizer: Any) -> None:
         (
             r"sources\[0\]: expected offsets of shape \(70, 2\)",
             lambda: memory.with_sources([Source((SourceText(70, offsets=wrong),))]),
+        ),
+        (
+            r"sources\[0\]: expected the name of a text to be a str or None, got 5",
+            lambda: memory.with_sources([Source((SourceText(70, name=5),))]),
+        ),
+        (
+            r"sources\[0\]: expected line_ends of a text to be an int of at least 0, got -1",
+            lambda: memory.with_sources([Source((SourceText(70, line_ends=-1),))]),
+        ),
+        (
+            r"sources\[0\]: expected heading of a text to be an int of at least 0, got None",
+            lambda: memory.with_sources([Source((SourceText(70, heading=None),))]),
         ),
         ("sources: expected 1, one for each row of context_ids, got 0", lambda: model.append(memory, ids, sources=[])),
         (

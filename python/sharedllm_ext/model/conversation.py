@@ -14,7 +14,7 @@ from .appending import tail_of
 from .file_description import running_shape
 from .inputs import check_ids
 from .memory import ContextMemory
-from .memory_fields import describe_origin, has_rows_of_several
+from .memory_fields import describe_origin, file_version
 from .memory_file import CONVERSATION, MemoryFile
 from .memory_rows import documents_of
 from .memory_writer import write_tensors
@@ -163,7 +163,7 @@ class Conversation:
         if tokenizer is not None:
             own["tokenizer"] = tokenizer_digest(tokenizer)
         running = {"running_ids": self._running[0].to("cpu", torch.int32)}
-        version = 2 if has_rows_of_several(memory.memory_index) else 1
+        version = file_version(CONVERSATION, memory.memory_index, memory.sources)
         write_tensors(path, {**fields, **told, **own}, {**tensors, **integers, **running}, CONVERSATION, version)
 
     @classmethod

@@ -21,14 +21,14 @@ from .memory_fields import (
     describe_memory,
     describe_origin,
     fields_of,
+    file_version,
     has_origin,
-    has_rows_of_several,
     integer_shapes,
     open_memory,
     restore_origin,
     shape_of,
 )
-from .memory_file import DTYPES, MemoryFile, tensor_names
+from .memory_file import DTYPES, MEMORY, MemoryFile, tensor_names
 from .memory_rows import Row, Span, beside, document_of, expect_document, rows_of, spans_of
 from .memory_writer import shards_of, write_tensors
 from .protocols import Decoder
@@ -330,7 +330,7 @@ class ContextMemory:
         """
         fields, tensors = self.contents()
         shards = [] if max_shard_size is None else shards_of(tensors, max_shard_size)
-        version = 4 if has_rows_of_several(self.memory_index) else 3
+        version = file_version(MEMORY, self.memory_index, self.sources)
         if version == 3 and not shards and not has_origin(self.tails, self.sources):
             # as older versions of this package read it
             write_tensors(path, fields, tensors, version=2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..counted import counted
-from .memory_file import MEMORY, FileFormat, MemoryFile, are_sizes, shorten
+from .memory_file import CONVERSATION, MEMORY, FileFormat, MemoryFile, are_sizes, shorten
 from .memory_rows import Row, documents_of
 from .signature_fields import check_signature
 from .sources import Source, SourceText
@@ -18,6 +18,9 @@ KINDS = ("keys", "values")
 FIELDS = ("cu_slots", "num_chunks", "num_tokens", "memory_index", "signature")
 # of one stretch of text in a header
 _TEXT = {"tokens", "token_ids", "offsets", "characters", "sha256"}
+# and of one with a name of its own, in files since these versions
+_NAMED = _TEXT | {"name", "line_ends", "heading"}
+_NAMED_SINCE = {MEMORY.name: 5, CONVERSATION.name: 3}
 
 
 class Tail(NamedTuple):
@@ -93,8 +96,16 @@ def check_fields(name: str, fields: dict[str, Any]) -> None:
 
 
 def has_rows_of_several(rows: Sequence[Row]) -> bool:
-    """Whether a batch row reads several documents, which files have since a later version."""
+    """Whether a batch row reads several documents."""
     return any(isinstance(row, tuple) for row in rows)
+
+
+def file_version(form: FileFormat, rows: Sequence[Row], sources: Sequence[Source | None] | None) -> int:
+    """The version of a memory's or a conversation's file that holds tails and sources: the oldest that can."""
+    latest = _NAMED_SINCE[form.name]
+    if any(_is_named(text) for source in sources or () if source is not None for text in source.texts):
+        return latest
+    return latest - 1 if has_rows_of_several(rows) else latest - 2
 
 
 def fields_of(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +128,7 @@ def describe_documents(memory: Any) -> dict[str, Any]:
             "sha256": None if source is None else source.sha256,
             "tokenizer": None if source is None else source.tokenizer,
             "characters": None if source is None else [text.characters for text in source.texts],
+            "names": None if source is None else source.names,
             # whether passages are found without the context, and say where they stand
             "token_ids": _have(source, "token_ids"),
             "places": _have(source, "offsets"),
@@ -211,6 +223,9 @@ def check_origin(name: str, header: Mapping[str, Any], fields: Mapping[str, Any]
             raise ValueError(f"{name}: expected {expected}, got {shorten(got)}")
 
     documents, signature = len(fields["num_tokens"]), fields["signature"]
+    # a header that is being written has no format yet
+    form = header.get("format")
+    may_have_names = form is None or header["version"] >= _NAMED_SINCE[form]
     tails, sources = header.get("tails"), header.get("sources")
     for key, values in (("tails", tails), ("sources", sources)):
         right = values is None or (isinstance(values, list) and len(values) == documents)
@@ -236,7 +251,9 @@ def check_origin(name: str, header: Mapping[str, Any], fields: Mapping[str, Any]
             expect(_is_text(source[key]), f"the source's {key} {where} to be null or a text", source[key])
         expect(isinstance(source["texts"], list), f"the source's texts {where} to be a list", source["texts"])
         for text in source["texts"]:
-            expect(isinstance(text, dict) and set(text) == _TEXT, f"{', '.join(sorted(_TEXT))} of a text {where}", text)
+            named = isinstance(text, dict) and set(text) == _NAMED and may_have_names
+            right = named or (isinstance(text, dict) and set(text) == _TEXT)
+            expect(right, f"{', '.join(sorted(_TEXT))} of a text {where}", text)
             sizes = [text["tokens"], 0 if text["characters"] is None else text["characters"]]
             expect(are_sizes(sizes), f"tokens and characters of a text {where} of at least 0", sizes)
             flags = [text["token_ids"], text["offsets"]]
@@ -244,6 +261,10 @@ def check_origin(name: str, header: Mapping[str, Any], fields: Mapping[str, Any]
                 all(type(flag) is bool for flag in flags), f"token_ids and offsets {where} to be true or false", flags
             )
             expect(_is_text(text["sha256"]), f"the SHA-256 of a text {where} to be null or a text", text["sha256"])
+            if named:
+                expect(_is_text(text["name"]), f"the name of a text {where} to be null or a text", text["name"])
+                lines = [0 if text["line_ends"] is None else text["line_ends"], text["heading"]]
+                expect(are_sizes(lines), f"line_ends and heading of a text {where} of at least 0", lines)
         total, tokens = sum(text["tokens"] for text in source["texts"]), fields["num_tokens"][document]
         expect(total == tokens, f"texts of {counted(tokens, 'token')} {where}", total)
     return header
@@ -299,6 +320,7 @@ def _told(source: Source) -> dict[str, Any]:
             "offsets": text.offsets is not None,
             "characters": text.characters,
             "sha256": text.sha256,
+            **({"name": text.name, "line_ends": text.line_ends, "heading": text.heading} if _is_named(text) else {}),
         }
         for text in source.texts
     ]
@@ -313,10 +335,17 @@ def _source(told: Mapping[str, Any], take: Callable[[str, int], Tensor]) -> Sour
             take("offsets", text["tokens"]) if text["offsets"] else None,
             text["characters"],
             text["sha256"],
+            text.get("name"),
+            text.get("line_ends"),
+            text.get("heading", 0),
         )
         for text in told["texts"]
     ]
     return Source(tuple(texts), told["name"], told["tokenizer"])
+
+
+def _is_named(text: SourceText) -> bool:
+    return (text.name, text.line_ends, text.heading) != (None, None, 0)
 
 
 def _is_text(value: Any) -> bool:

@@ -52,16 +52,16 @@ _FIELDS_3 = _FIELDS | {"checksums", "tails", "sources", "shards"}
 MEMORY = FileFormat(
     "sharedllm-context-memory",
     "context memory",
-    # version 4: a batch row may read several documents
-    {1: _FIELDS, 2: _FIELDS | {"checksums"}, 3: _FIELDS_3, 4: _FIELDS_3},
+    # version 4: a batch row may read several documents; version 5: texts of a document may have names of their own
+    {1: _FIELDS, 2: _FIELDS | {"checksums"}, **dict.fromkeys((3, 4, 5), _FIELDS_3)},
     frozenset(("tail_ids", "token_ids", "offsets")),
 )
 #: A conversation: its memory, and its running text.
 CONVERSATION = FileFormat(
     "sharedllm-conversation",
     "conversation",
-    # version 2: the batch row may read several documents
-    dict.fromkeys((1, 2), (_FIELDS_3 - {"shards"}) | {"window", "keep_first", "tokenizer"}),
+    # version 2: the batch row may read several documents; version 3: texts may have names of their own
+    dict.fromkeys((1, 2, 3), (_FIELDS_3 - {"shards"}) | {"window", "keep_first", "tokenizer"}),
     MEMORY.integers | {"running_ids"},
 )
 #: One of the files beside a memory's own that hold its keys and values.

@@ -36,7 +36,7 @@ class Passage:
         segment: the number of the segment inside.
         rank: 0 for the best of its question.
         score: the pick's; comparable within one question.
-        place: its characters in the document, where the memory knows them: ``(name, first, end)``.
+        place: its characters in the text that has most of it, where the memory knows them: ``(name, first, end)``.
         document: which of the documents that its question reads, from 0, in their order.
     """
 

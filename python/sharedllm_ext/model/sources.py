@@ -1,5 +1,6 @@
 """Where a memory's documents come from: names, token ids, characters, and digests of text and tokenizer."""
 
+import bisect
 import dataclasses
 import hashlib
 import itertools
@@ -14,10 +15,10 @@ from ..counted import counted
 
 
 class Place(NamedTuple):
-    """Characters of a document.
+    """Characters of a text.
 
     Attributes:
-        name: the document's name, ``None`` where it has none.
+        name: the name of the text, or of the document where the text has none of its own; ``None`` without either.
         first: the first character.
         end: the character after the last one.
     """
@@ -37,6 +38,9 @@ class SourceText:
         offsets: ``[tokens, 2]`` int32 on the CPU, first character and end of each token in this text.
         characters: its length.
         sha256: of the text in UTF-8, hexadecimal.
+        name: of the text that it is of, such as one file of a folder; ``None``: the document's own.
+        line_ends: how many the stretch has.
+        heading: lines at its begin that are not of the text named, such as one with its path.
     """
 
     tokens: int
@@ -44,11 +48,17 @@ class SourceText:
     offsets: Tensor | None = None
     characters: int | None = None
     sha256: str | None = None
+    name: str | None = None
+    line_ends: int | None = None
+    heading: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """The source of one document.
+
+    Stretches of one name are one text: the characters of a later one go on after those of the earlier ones. A stretch
+    without a name of its own has the document's.
 
     Attributes:
         texts: stretches of its text, one after the other.
@@ -102,30 +112,69 @@ class Source:
         """SHA-256 of each stretch of text."""
         return [text.sha256 for text in self.texts]
 
-    def place(self, start: int, end: int) -> Place | None:
-        """Characters of the tokens ``start`` to ``end``, ``None`` where they are not known."""
+    @property
+    def names(self) -> list[str | None]:
+        """Of the text that each stretch is of."""
+        return [self.name if text.name is None else text.name for text in self.texts]
+
+    def text_of(self, start: int, end: int) -> tuple[str | None, int, int] | None:
+        """The text that has most of the tokens ``start`` to ``end``, of equally many the first one.
+
+        Returns:
+            Its name, and the first and the end of its tokens among these; ``None`` where there are no such tokens.
+        """
         if not 0 <= start < end <= self.tokens:
             return None
+        begins, names = self._begins(), self.names
+        found: list[tuple[str | None, int, int]] = []
+        for index in range(self._stretch(begins, start), self._stretch(begins, end - 1) + 1):
+            first, last = max(start, begins[index]), min(end, begins[index + 1])
+            if found and found[-1][0] == names[index]:
+                found[-1] = (names[index], found[-1][1], last)
+            elif first < last:
+                found.append((names[index], first, last))
+        return max(found, key=lambda text: text[2] - text[1])
+
+    def place(self, start: int, end: int) -> Place | None:
+        """Characters of the tokens ``start`` to ``end``, ``None`` where they are not known.
+
+        A place is in one text. Of tokens over several it is that of those which :meth:`text_of` chooses: most of them.
+        """
+        text = self.text_of(start, end)
+        if text is None:
+            return None
+        name, start, end = text
         first, last = self._offsets(start), self._offsets(end - 1)
-        return None if first is None or last is None else Place(self.name, first[0], last[1])
+        return None if first is None or last is None else Place(name, first[0], last[1])
+
+    def _begins(self) -> list[int]:
+        """The first token of each stretch, and the end."""
+        return list(itertools.accumulate((text.tokens for text in self.texts), initial=0))
+
+    def _stretch(self, begins: list[int], token: int) -> int:
+        # the last one that begins there: those before it have no tokens
+        return bisect.bisect_right(begins, token) - 1
 
     def _offsets(self, token: int) -> tuple[int, int] | None:
-        before = 0
-        for text, begin in zip(
-            self.texts, itertools.accumulate((t.tokens for t in self.texts), initial=0), strict=False
-        ):
-            if token < begin + text.tokens:
-                if text.offsets is None:
+        """First character and end of a token in the text that it is of."""
+        begins, before = self._begins(), 0
+        index = self._stretch(begins, token)
+        offsets, names = self.texts[index].offsets, self.names
+        if offsets is None:
+            return None
+        for text, name in zip(self.texts[:index], names[:index], strict=True):
+            if name == names[index]:
+                if text.characters is None:
                     return None
-                first, end = text.offsets[token - begin].tolist()
-                return before + first, before + end
-            if text.characters is None:
-                return None
-            before += text.characters
-        return None
+                before += text.characters
+        first, end = offsets[token - begins[index]].tolist()
+        return before + first, before + end
 
     def extended(self, more: "Source | None", tokens: Tensor) -> "Source":
         """The source of the document that goes on.
+
+        What was appended keeps its name: where that is another than the document's, its stretches are named. Without a
+        name it is more of the document's own text.
 
         Args:
             more: the source of what was appended; ``None`` where nothing but its tokens is known.
@@ -134,7 +183,16 @@ class Source:
         if more is None:
             known = all(text.token_ids is not None for text in self.texts)
             more = Source.of_ids(tokens) if known else Source((SourceText(tokens.numel()),))
-        return dataclasses.replace(self, texts=(*self.texts, *more.texts))
+        before = self
+        if not self.texts and self.name is None:
+            # a document that begins here
+            before = Source((), more.name, more.tokenizer if self.tokenizer is None else self.tokenizer)
+        names = [None if name == before.name else name for name in more.names]
+        texts = [
+            text if text.name == name else dataclasses.replace(text, name=name)
+            for text, name in zip(more.texts, names, strict=True)
+        ]
+        return dataclasses.replace(before, texts=(*self.texts, *texts))
 
     def check(self, name: str, tokens: int) -> None:
         """Check it against a document's number of tokens, and its parts against each other.
@@ -145,6 +203,12 @@ class Source:
         if self.tokens != tokens:
             raise ValueError(f"{name}: expected the source of {counted(tokens, 'token')}, got one of {self.tokens}")
         for text in self.texts:
+            if text.name is not None and not isinstance(text.name, str):
+                raise ValueError(f"{name}: expected the name of a text to be a str or None, got {text.name!r}")
+            for what, number in (("line_ends", text.line_ends), ("heading", text.heading)):
+                right = type(number) is int and number >= 0
+                if not right and (what == "heading" or number is not None):
+                    raise ValueError(f"{name}: expected {what} of a text to be an int of at least 0, got {number!r}")
             for what, tensor, shape in (
                 ("token_ids", text.token_ids, (text.tokens,)),
                 ("offsets", text.offsets, (text.tokens, 2)),

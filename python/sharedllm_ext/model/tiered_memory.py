@@ -19,13 +19,13 @@ from .memory_fields import (
     check_fields,
     describe_documents,
     describe_origin,
-    has_rows_of_several,
+    file_version,
     integer_shapes,
     open_memory,
     restore_origin,
     shape_of,
 )
-from .memory_file import bytes_of, tensor_names
+from .memory_file import MEMORY, bytes_of, tensor_names
 from .memory_rows import Row, beside, documents_of, expect_document, rows_of
 from .memory_tiers import MemoryTiers
 from .memory_writer import TensorInParts, shards_of, write_tensors
@@ -385,7 +385,7 @@ class TieredMemory:
         }
         shards = [] if max_shard_size is None else shards_of(tensors, max_shard_size)
         told, integers = describe_origin("memory", self.tails, self.sources, fields)
-        version, held = 4 if has_rows_of_several(self.memory_index) else 3, {} if shards else tensors
+        version, held = file_version(MEMORY, self.memory_index, self.sources), {} if shards else tensors
         write_tensors(path, {**fields, **told}, {**held, **integers}, version=version, shards=shards)
 
     @classmethod
