@@ -95,6 +95,28 @@ def test_lines_are_turns_of_one_conversation(chat: Chat, checkpoint: Path) -> No
     assert "running text: 0 of 64 tokens\nmemory: none yet\n" in result.err
 
 
+def test_files_of_a_folder_are_named(chat: Chat, cli: Callable[..., Result], picking: Path, tmp_path: Path) -> None:
+    folder, memory, talk = tmp_path / "docs", tmp_path / "memory.safetensors", tmp_path / "talk.safetensors"
+    folder.mkdir()
+    for name, seed in (("a.txt", 4), ("b.txt", 3), ("c.txt", 5)):
+        (folder / name).write_text(sentences(8, seed=seed) + (FACT + "\n") * (name == "b.txt"))
+    assert cli("ask", picking, "--context", folder, "--save-memory", memory).code == 0
+    lines = [QUESTION, *LINES * 8, "/info", f"/save {talk}"]
+    asked = [chat(picking, *given, "--passages", 3, lines=lines) for given in ((folder,), ("--memory", memory))]
+    for result in asked:
+        assert result.code == 0, result.err
+        assert "passages: b.txt tokens" in result.err and f" ({folder}, and what followed) in " in result.err
+    report = cli("info", talk, "--json").json
+    names = report["documents"][0]["names"]
+    assert report["version"] == 3 and names[:3] == ["a.txt", "b.txt", "c.txt"] and set(names[3:]) == {str(folder)}
+    rows = chat(picking, "--load", talk, "--passages", 3, "--json", lines=[FACT, QUESTION]).out.splitlines()
+    found = [passage for row in rows for passage in json.loads(row)["passages"]]
+    # what moved in is of no file
+    end = ContextMemory.load(memory).num_tokens[0]
+    assert {passage["source"] is None for passage in found} == {True, False}
+    assert all((passage["source"] is None) == (passage["tokens"][0] >= end) for passage in found)
+
+
 def test_documents_are_read_first(chat: Chat, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     model, tokenizer = pair(checkpoint)
     memory = model.compress(ids(tokenizer, text_file.read_text()))
@@ -220,7 +242,7 @@ def test_passages_are_read_and_do_not_stay(chat: Chat, picking: Path, tmp_path: 
     assert torch.equal(again.running_ids, conversation.running_ids)
     # they are found after loading too, in what the memory has kept
     loaded = chat(picking, "--load", path, "--passages", 3, lines=[QUESTION])
-    assert loaded.code == 0 and re.search(r"passages: tokens \d+ to \d+; tokens", loaded.err)
+    assert loaded.code == 0 and re.search(rf"passages: {text} tokens \d+ to \d+; {text} tokens", loaded.err)
     assert chat(picking, text, "--passages", 0, lines=[QUESTION]).err.count("passages: ") == 0
     many = chat(picking, text, "--passages", 20, lines=[QUESTION, "/info"])
     assert (many.code, many.out) == (1, "")
@@ -462,5 +484,5 @@ def test_a_memory_of_ask_serves_a_chat(chat: Chat, cli: Callable[..., Result], p
     assert cli("ask", picking, "--context", text, "--save-memory", memory).code == 0
     result = chat(picking, "--memory", memory, "--passages", 3, lines=LINES)
     assert result.code == 0 and result.out == chat(picking, text, "--passages", 3, lines=LINES).out
-    assert result.err.count("passages: tokens") == 3
+    assert result.err.count(f"passages: {text} tokens") == 3
     assert ContextMemory.load(memory).sources is not None

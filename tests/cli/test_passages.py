@@ -1,5 +1,6 @@
 """Passages on the command line: ``ask`` by a model with a pick, adapters and their bases."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,7 +15,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sharedllm_ext import SharedLLMForCausalLM
-from sharedllm_ext.cli._places import Places
+from sharedllm_ext.cli._places import Places, kept_places
+from sharedllm_ext.model.sources import Source
 
 from ..model.gguf_files import write_gguf
 from .conftest import FACT, PICK_FIELDS, QUESTION, TREE, Result, pretend_training, sentences
@@ -84,30 +86,104 @@ def test_a_saved_memory_is_asked_beside_its_text(cli: Cli, picking: Path, text: 
     assert alone.json["question_tokens"] == len(AutoTokenizer.from_pretrained(picking)(QUESTION).input_ids)
 
 
-def test_a_memory_of_several_texts_names_them(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
+def test_a_memory_of_a_folder_names_files_and_lines(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
+    folder, memory = tmp_path / "docs", tmp_path / "docs.safetensors"
+    folder.mkdir()
+    for name, seed in (("a.txt", 4), ("c.txt", 5)):
+        (folder / name).write_text(sentences(10, seed=seed))
+    shutil.copy(text, folder / "b.txt")
+    saved = cli("ask", picking, "--context", folder, "--save-memory", memory)
+    assert saved.code == 0, saved.err
+    kept = ask(cli, picking, "--memory", memory)
+    # the fact stands in line 21 of b.txt
+    best = kept["passages"][0]["places"][0]
+    assert best["source"] == "b.txt" and best["first"] <= 21 <= best["last"] <= 23
+    assert kept["passages"] == ask(cli, picking, "--context", folder)["passages"]
+    told = cli("ask", picking, QUESTION, "--memory", memory, "--passages", 1, "--max-new-tokens", 2)
+    assert re.search(r"passage 1: score [\d.]+, tokens \d+ to \d+, b\.txt line", told.err), told.err
+    assert f", {folder}" not in told.err
+    report = cli("info", memory, "--json").json
+    assert report["version"] == 5 and report["documents"][0]["names"] == ["a.txt", "b.txt", "c.txt"]
+    out = cli("info", memory).out
+    (start, end), digests = (out.index("document 1"), len(out)), report["documents"][0]["sha256"]
+    for name, characters, digest in zip("abc", report["documents"][0]["characters"], digests, strict=True):
+        assert f"  text          {name}.txt, {characters:,} characters, SHA-256 {digest}\n" in out[start:end]
+
+
+def test_a_memory_of_several_contexts_names_them(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:
     folder, memory = tmp_path / "folder", tmp_path / "memory.safetensors"
     folder.mkdir()
     for name, seed in (("a.txt", 4), ("b.txt", 5)):
         (folder / name).write_text(sentences(10, seed=seed))
     lines = tmp_path / "lines.jsonl"
-    lines.write_text("".join(json.dumps({"text": sentences(3, seed=seed)}) + "\n" for seed in (6, 7)))
+    lines.write_text("".join(json.dumps({"text": sentences(3, seed=seed) + FACT}) + "\n" for seed in (6, 7)))
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    for contexts, name, texts in (
-        ((text,), f"{text}", 1),
-        ((folder, text), f"{folder}, {text}", 3),
-        ((folder, lines), f"{folder}, {lines}", 1),
+    files, rows = [f"{folder}: a.txt", f"{folder}: b.txt"], [f"{lines}: line 1", f"{lines}: line 2"]
+    for contexts, name, names in (
+        # a file alone is the document: as older versions read it
+        ((text,), f"{text}", [f"{text}"]),
+        ((folder, text), f"{folder}, {text}", [*files, f"{text}"]),
+        # a token divides the rows
+        ((folder, lines), f"{folder}, {lines}", [*files, rows[0], f"{folder}, {lines}", rows[1]]),
+        ((text, text), f"{text}, {text}", [f"{text}", f"{text}"]),
     ):
         options = [part for path in contexts for part in ("--context", path)]
         first = ask(cli, picking, *options, "--save-memory", memory)
-        document = cli("info", memory, "--json").json["documents"][0]
-        assert (document["name"], document["token_ids"], len(document["sha256"])) == (name, True, texts)
-        assert (document["sha256"] == [digest]) == (contexts == (text,))
+        report = cli("info", memory, "--json").json
+        document = report["documents"][0]
+        assert (document["name"], document["token_ids"], document["names"]) == (name, True, names)
+        assert report["version"] == (3 if len(contexts) == 1 else 5)
+        assert (document["sha256"] == [digest]) == (len(contexts) == 1)
         kept = ask(cli, picking, "--memory", memory)
-        assert kept["answer"] == first["answer"]
-        assert [row["tokens"] for row in kept["passages"]] == [row["tokens"] for row in first["passages"]]
-        # lines are those of one text
-        where = kept["passages"][0]["places"][0]
-        assert where["source"] == name and (where["first"] is None) == (len(contexts) > 1)
+        assert kept["answer"] == first["answer"] and kept["passages"] == first["passages"]
+        places = [place for passage in kept["passages"] for place in passage["places"]]
+        # without the token between the rows
+        known = [own for own in names if own != name or len(contexts) == 1]
+        assert places and all(place["source"] in known and place["first"] is not None for place in places)
+        listed = [line for line in cli("info", memory).out.split("\n") if line.startswith("  text ")]
+        assert len(listed) == len(known)
+        assert all(own in line for own, line in zip(known, listed, strict=True)) or len(contexts) == 1
+
+
+def test_what_was_appended_is_named(cli: Cli, picking: Path, tmp_path: Path) -> None:
+    memory, tokenizer = tmp_path / "memory.safetensors", AutoTokenizer.from_pretrained(picking)
+    model: Any = SharedLLMForCausalLM.from_pretrained(picking).eval()
+    texts = [sentences(20, seed=3), sentences(5, seed=4) + FACT + "\n" + sentences(5, seed=5), sentences(4, seed=6)]
+    sources = [Source.of(one, tokenizer, name) for one, name in zip(texts, ("g.txt", "new.txt", None), strict=True)]
+    ids = [tokenizer(one, add_special_tokens=False, return_tensors="pt").input_ids for one in texts]
+    whole = model.compress(ids[0]).with_sources(sources[:1])
+    for own, source in zip(ids[1:], sources[1:], strict=True):
+        whole = model.append(whole, own, sources=[source])
+    whole = model.append(whole, ids[0])
+    whole.save(memory)
+    best = ask(cli, picking, "--memory", memory)["passages"][0]["places"][0]
+    line = 1 + texts[1][: texts[1].index(FACT)].count("\n")
+    assert best["source"] == "new.txt" and best["first"] <= line <= best["last"] <= line + 2
+    assert cli("info", memory, "--json").json["documents"][0]["names"] == ["g.txt", "new.txt", "g.txt", "g.txt"]
+    # two stretches of one name, and what is known by its tokens alone
+    places = kept_places(whole.sources[0], tokenizer)
+    assert [(one.source, one.line_ends is None) for one in places.documents] == [
+        ("g.txt", True),
+        ("new.txt", False),
+        ("g.txt", True),
+    ]
+    total = whole.num_tokens[0]
+    assert places.of(total - 1, total) == []
+
+
+def test_places_of_files_that_know_no_names(tokenizer: Any) -> None:
+    texts = [Source.of(sentences(4, seed=seed), tokenizer).texts[0] for seed in (1, 2)]
+    ids = Source.of_ids(torch.cat([text.token_ids for text in texts if text.token_ids is not None]), "docs")
+    for source, line_ends in (
+        (Source(tuple(texts), "docs"), None),
+        (ids, None),
+        (Source((texts[0],), "docs"), sentences(4, seed=1).count("\n")),
+        # tokens that do not give the text back
+        (Source((dataclasses.replace(texts[0], sha256="ab" * 32),), "docs"), None),
+    ):
+        (place,) = kept_places(source, tokenizer).documents
+        assert (place.source, place.start, place.end, place.line_ends) == ("docs", 0, source.tokens, line_ends)
+    assert kept_places(dataclasses.replace(ids, name=None), tokenizer).documents == []
 
 
 def test_a_memory_of_another_tokenizer_is_refused(cli: Cli, picking: Path, text: Path, tmp_path: Path) -> None:

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from sharedllm_ext.model import ContextMemory
     from sharedllm_ext.model.sources import Source
 
-#: Contexts whose names a saved memory keeps.
+#: Contexts that the name of a saved memory lists.
 NAMES = 8
+#: Texts whose names a saved memory keeps; of more it keeps the tokens and its own name.
+TEXTS = 1 << 17
 
 
 def add_answer_options(parser: Any, *, wrapped: str, passages: str) -> None:
@@ -142,23 +144,37 @@ def tokenise(contexts: list[Texts], tokenizer: Any, vocabulary: int, progress: P
 
 
 def source_of(contexts: list[Texts], tokens: Tokens, tokenizer: Any, places: Places) -> Source:
-    """The source of all contexts, joined: their names, token ids and, of each text, its digest."""
+    """The source of all contexts, joined: token ids and, of each text, its name, lines and digest."""
     import torch
 
     from sharedllm_ext.model.sources import Source, SourceText, tokenizer_digest
 
     ids = torch.from_numpy(tokens.astype("int32"))
-    documents = [document for texts in contexts for document in texts.documents]
-    spans = [(place.start, place.end) for place in places.documents]
-    whole = [0, *(end for _, end in spans)] == [*(start for start, _ in spans), len(tokens)]
-    stretches = [SourceText(len(tokens), ids)]
-    if whole and len(spans) == len(documents) and all(isinstance(text, str) for text in documents):
-        stretches = []
-        for (start, end), text in zip(spans, map(str, documents), strict=True):
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            stretches.append(SourceText(end - start, ids[start:end], characters=len(text), sha256=digest))
     names = [texts.source for texts in contexts]
     name = ", ".join(names[:NAMES]) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")
+    held = places.documents if len(places.documents) <= TEXTS else []
+    texts: list[Any] = [text for texts in contexts for text in texts.documents]
+    if len(texts) != len(held):
+        # some have no tokens, by a tokenizer that leaves characters out
+        texts = [None] * len(held)
+    alone = len(held) == 1 and held[0].source == name
+    stretches, done = [], 0
+    for document, text in zip(held, texts, strict=True):
+        if document.start > done:
+            # what divides two texts
+            stretches.append(SourceText(document.start - done, ids[done : document.start]))
+        done = document.end
+        stretch = SourceText(document.end - document.start, ids[document.start : document.end])
+        if isinstance(text, str):
+            digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+            stretch = dataclasses.replace(stretch, characters=len(text), sha256=digest)
+        if not alone:
+            stretch = dataclasses.replace(
+                stretch, name=document.source, line_ends=document.line_ends, heading=document.heading
+            )
+        stretches.append(stretch)
+    if done < len(tokens):
+        stretches.append(SourceText(len(tokens) - done, ids[done:]))
     return Source(tuple(stretches), name, tokenizer_digest(tokenizer))
 
 
@@ -192,17 +208,14 @@ def knows_tokens(path: str) -> bool:
 
 def kept_context(memory: ContextMemory, tokenizer: Any) -> tuple[torch.Tensor, Places]:
     """The tokens ``[1, C]`` that a memory of one document has kept, and where they stand as far as it knows."""
-    from sharedllm_ext.cli._places import Places
+    from sharedllm_ext.cli._places import kept_places
 
-    assert memory.sources is not None and memory.sources[0] is not None
-    source = memory.sources[0]
+    (document,) = memory.memory_index
+    assert memory.sources is not None and isinstance(document, int)
+    source = memory.sources[document]
+    assert source is not None
     ids = source.token_ids
     assert ids is not None  # see knows_tokens
-    places = Places(tokenizer, ids.numpy())
-    line_ends = None
-    if len(source.texts) == 1 and source.texts[0].sha256 is not None:
-        text = str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
-        if hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() == source.texts[0].sha256:
-            line_ends = text.count("\n")
-    places.add(source.name or "the memory's text", 0, ids.numel(), line_ends)
-    return ids.long().unsqueeze(0).to(memory.device), places
+    if source.name is None:
+        source = dataclasses.replace(source, name="the memory's text")
+    return ids.long().unsqueeze(0).to(memory.device), kept_places(source, tokenizer)

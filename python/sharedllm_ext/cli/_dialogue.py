@@ -67,7 +67,7 @@ class Dialogue:
         turns: gives each turn's tokens.
         passages: how many to find and read for a question, where the memory has kept its tokens; 0: none.
         settings: keywords of ``generate``.
-        places: of the documents that were read first, if they were.
+        places: of the texts that the memory is of, as far as they are known.
         show: whether an answer is printed while it comes; otherwise it is in the report alone.
     """
 
@@ -170,10 +170,11 @@ class Dialogue:
         return beside, found
 
     def _source(self, passage: Passage) -> str | None:
-        """The document that a passage is of; of several that it touches, the one that has most of it."""
+        """The text that a passage is of; of several that it touches, the one that has most of it."""
         if len(self._sources) > 1:
             source = self._sources[passage.document]
-            return source.name if source is not None and source.name else f"document {passage.document + 1}"
+            text = None if source is None else source.text_of(passage.start, passage.end)
+            return (None if text is None else text[0]) or f"document {passage.document + 1}"
         documents = [] if self.places is None else self.places.documents
         shares = [(min(passage.end, one.end) - max(passage.start, one.start), one.source) for one in documents]
         return max(shares)[1] if shares and max(shares)[0] > 0 else None
@@ -201,8 +202,9 @@ class Dialogue:
         names = [one.name for one in self._sources if one is not None and one.name]
         name = f" ({', '.join(names)})" if len(names) > 1 else ""
         if len(names) == 1 and source is not None and source.name:
-            # what moved in from the running text is a stretch without a digest behind those that were read
-            followed = len(source.texts) > 1 and source.texts[-1].sha256 is None
+            # what moved in from the running text is a stretch without digest and name behind those that were read
+            last = source.texts[-1]
+            followed = len(source.texts) > 1 and last.sha256 is None and last.name is None
             name = f" ({source.name}{', and what followed' if followed else ''})"
         lines.append(
             f"memory: {counted(tokens - running, 'token', ',')}{name} in "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sharedllm_ext.evaluation.texts import Texts, Tokens
+
+if TYPE_CHECKING:
+    from sharedllm_ext.model.sources import Source
 
 
 @dataclass(frozen=True)
@@ -113,3 +118,39 @@ class Places:
 
     def _decode(self, start: int, end: int) -> str:
         return str(self.tokenizer.decode(self.ids[start:end].tolist(), clean_up_tokenization_spaces=False))
+
+
+def kept_places(source: Source, tokenizer: Any) -> Places:
+    """Where the texts of a document, whose token ids are known, stand in it, as far as its source tells.
+
+    Lines are those that the source tells; of a text without them they are those of its tokens, if these give the text
+    back, and it is the only one of its name.
+    """
+    ids, names = source.token_ids, source.names
+    assert ids is not None  # see above
+    places = Places(tokenizer, ids.numpy())
+    # beside texts, what is known by its tokens alone divides them, or has followed them
+    texts = [text.name is not None or text.sha256 is not None or text.offsets is not None for text in source.texts]
+    held = [number for number, is_text in enumerate(texts) if is_text or not any(texts)]
+    begins = [0, *itertools.accumulate(text.tokens for text in source.texts)]
+    of_name: dict[str | None, list[int]] = {}
+    for number in range(len(names)):
+        of_name.setdefault(names[number], []).append(number)
+    kept = set(held)
+    alone = {own[0] for own in of_name.values() if own[0] in kept and not kept.intersection(own[1:])}
+    for number in held:
+        text, name, start, end = source.texts[number], names[number], begins[number], begins[number + 1]
+        if name is None:
+            continue
+        line_ends = text.line_ends
+        if line_ends is None and text.sha256 is not None and number in alone:
+            whole = str(tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False))
+            if hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest() == text.sha256:
+                line_ends = whole.count("\n")
+        last = places.documents[-1] if places.documents else None
+        if last is not None and line_ends is None and (last.source, last.line_ends, last.end) == (name, None, start):
+            # one place for all of a text
+            places.documents[-1] = replace(last, end=end)
+        else:
+            places.add(name, start, end, line_ends, text.heading)
+    return places

@@ -381,8 +381,9 @@ def _say_context(report: dict[str, Any], model: Any) -> None:
     say_left_out(" " * 8, report["files_skipped"], report["files_unreadable"])
     for passage in report["passages"] or ():
         first, end = passage["tokens"]
-        where = ", ".join(in_words(**place) for place in passage["places"])
-        say(f"passage {passage['rank']}: score {passage['score']:.2f}, tokens {first:,} to {end - 1:,}, {where}")
+        tokens = f"tokens {first:,} to {end - 1:,}"
+        where = ", ".join([tokens, *(in_words(**place) for place in passage["places"])])
+        say(f"passage {passage['rank']}: score {passage['score']:.2f}, {where}")
     if report["question_tokens"]:
         what = "question" if report["passages"] is None else "passages and question"
         say(

@@ -150,8 +150,10 @@ def _begin(
 
     from sharedllm_ext.cli._dialogue import Dialogue
     from sharedllm_ext.cli._generation import settings
+    from sharedllm_ext.cli._places import kept_places
     from sharedllm_ext.cli._turns import Turns
     from sharedllm_ext.model import Conversation
+    from sharedllm_ext.model.memory_rows import documents_of
 
     turns = Turns(tokenizer, args.chat_template, args.system)
     memory: ContextMemory | None = None
@@ -170,7 +172,12 @@ def _begin(
         if turns.begin_ids:
             conversation.add(torch.tensor([turns.begin_ids], device=device))
     held = conversation.memory
-    source = None if held is None or held.sources is None else held.sources[0]
+    source = None
+    if held is not None and held.sources is not None:
+        read = documents_of(held.memory_index[0])
+        source = held.sources[read[0]]
+        if places is None and len(read) == 1 and source is not None and source.token_ids is not None:
+            places = kept_places(source, tokenizer)
     return Dialogue(
         conversation,
         tokenizer,

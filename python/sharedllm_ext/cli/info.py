@@ -10,8 +10,8 @@ from sharedllm_ext.cli._common import add_json_option, mebibytes, some_path
 from sharedllm_ext.cli._output import CommandError, UsageError, emit, print_json
 from sharedllm_ext.counted import counted
 
-#: Documents that are listed, and stretches of text of each; --json lists all.
-DOCUMENTS, TEXTS = 20, 3
+#: Documents that are listed, and texts of each, with names and without; --json lists all.
+DOCUMENTS, NAMED, TEXTS = 20, 20, 3
 
 
 def add_parser(commands: Any) -> None:
@@ -125,11 +125,18 @@ def _document(number: int, document: dict[str, Any]) -> list[str]:
     ]
     if document["tokenizer"] is not None:
         lines.append(f"  tokenizer     SHA-256 {document['tokenizer']}")
-    texts = list(zip(document["sha256"] or (), document["characters"] or (), strict=True))
-    for digest, characters in texts[:TEXTS]:
-        if digest is not None:
-            of = "" if characters is None else f"{counted(characters, 'character', ',')}, "
-            lines.append(f"  text          {of}SHA-256 {digest}")
-    if len(texts) > TEXTS:
-        lines.append(f"                {counted(len(texts) - TEXTS, 'more stretch')} of text (--json lists all)")
+    texts = list(zip(document["names"] or (), document["sha256"] or (), document["characters"] or (), strict=True))
+    own = [text for text in texts if text[0] != document["name"]]
+    if own:
+        # what divides texts has no name of its own and no digest
+        texts = [text for text in texts if text[0] != document["name"] or text[1] is not None]
+    most = NAMED if own else TEXTS
+    for text, digest, characters in texts[:most]:
+        parts = [text] if own and text is not None else []
+        parts += [] if characters is None else [counted(characters, "character", ",")]
+        parts += [] if digest is None else [f"SHA-256 {digest}"]
+        if own or digest is not None:
+            lines.append(f"  text          {', '.join(parts)}")
+    if len(texts) > most:
+        lines.append(f"                {counted(len(texts) - most, 'more stretch')} of text (--json lists all)")
     return lines
