@@ -18,6 +18,7 @@ import pytest
 
 from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.cli import _output, _progress, main
+from sharedllm_ext.cli._common import mebibytes
 from sharedllm_ext.cli._output import CommandError, Table, emit, print_json
 from sharedllm_ext.cli._progress import Progress, amount, clock
 from sharedllm_ext.cli.perplexity import fit
@@ -173,6 +174,14 @@ def test_json_of_undecodable_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8"))
     print_json({"text": "caf\udce9"})
     assert json.loads(raw.getvalue()) == {"text": "caf\udce9"}
+
+
+def test_bytes_fit_their_column() -> None:
+    """A process of 1,023.9 MiB had a line of its own width."""
+    sizes = [0, *(int(x * 2**20) for x in (0.04, 9.96, 999.9, 999.94, 999.96, 1000, 1023.9, 1024, 99_000))]
+    told = [mebibytes(size) for size in sizes]
+    assert max(map(len, told)) == 9
+    assert told[3:] == ["999.9 MiB", "999.9 MiB", "0.98 GiB", "0.98 GiB", "1.00 GiB", "1.00 GiB", "96.68 GiB"]
 
 
 def test_rows_come_one_by_one(cli: Cli, checkpoint: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

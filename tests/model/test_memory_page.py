@@ -14,7 +14,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     names: dict[str, object] = {}
     for number, example in enumerate(EXAMPLES):
         exec(compile(example, f"{PAGE.name}, example {number}", "exec"), names)
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
     printed = capsys.readouterr().out
     code, (begin, end) = names["code"], (names["begin"], names["end"])
     assert f"functional.py {code[begin:end]!r}" in printed  # type: ignore[index,misc]

@@ -368,8 +368,8 @@ def warn_if_silent(model: Any, path: str) -> None:
 
 
 def mebibytes(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+    """Bytes for people, in at most nine characters below 100 GiB."""
+    return f"{size / 2**20:,.1f} MiB" if size < 999.95 * 2**20 else f"{size / 2**30:,.2f} GiB"
 
 
 def seconds(value: float) -> str:
