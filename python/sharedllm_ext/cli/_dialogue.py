@@ -18,6 +18,7 @@ from sharedllm_ext.cli._places import Places
 from sharedllm_ext.cli._turns import Turns
 from sharedllm_ext.counted import counted
 from sharedllm_ext.model import Conversation
+from sharedllm_ext.model.inputs import end_ids
 from sharedllm_ext.model.memory_rows import documents_of
 from sharedllm_ext.model.passages import Passage, PassagePrompt
 from sharedllm_ext.model.sources import Source
@@ -85,8 +86,7 @@ class Dialogue:
         self.show = show
         self.conversation, self.model, self.tokenizer = conversation, conversation.model, tokenizer
         self.turns, self.passages, self.places = turns, passages, places
-        ends = settings["eos_token_id"]
-        ends = {*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *turns.stop_ids}
+        ends = {*end_ids(settings["eos_token_id"]), *turns.stop_ids}
         self.settings = {**settings, "eos_token_id": sorted(ends) or None}
 
     @property

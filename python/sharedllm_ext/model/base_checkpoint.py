@@ -12,6 +12,7 @@ from ..counted import counted
 from .configuration import SharedLLMConfig
 from .families import attention_norm, check_family
 from .gguf_checkpoint import complete_config, find_gguf, read_header
+from .inputs import end_ids
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 # set by Transformers on a model whose weights it has quantised
@@ -130,10 +131,9 @@ def assemble(model_class: type[Model], base: PreTrainedModel, fields: dict[str, 
     if base.generation_config is not None:
         model.generation_config = copy.deepcopy(base.generation_config)
     if config.answer_end_ids is not None:
-        own = model.generation_config.eos_token_id
-        ends = [] if own is None else [own] if isinstance(own, int) else list(own)
         # each once, the base's own first
-        model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *config.answer_end_ids]))
+        ends = [*end_ids(model.generation_config.eos_token_id), *config.answer_end_ids]
+        model.generation_config.eos_token_id = list(dict.fromkeys(ends))
     if quantised:
         for name in _QUANTISED_MARKS:
             if hasattr(base, name):

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .appending import tail_of
 from .file_description import running_shape
-from .inputs import check_ids
+from .inputs import check_ids, end_ids
 from .memory import ContextMemory
 from .memory_fields import describe_origin, file_version
 from .memory_file import CONVERSATION, MemoryFile
@@ -298,8 +298,7 @@ class _Settings:
         self._least = self._of("min_new_tokens")
         seconds = self._of("max_time")
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        eos = self._of("eos_token_id")
-        self._eos = set(torch.as_tensor([] if eos is None else eos).flatten().tolist())
+        self._eos = set(end_ids(self._of("eos_token_id")))
         strings = self._of("stop_strings")
         self._strings = None
         if strings is not None and kwargs.get("tokenizer") is not None:

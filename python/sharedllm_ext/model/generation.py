@@ -24,7 +24,7 @@ from .decoding.session import (
     was_examined,
 )
 from .decoding.support import is_single, obstacle_in_cache, obstacle_in_model, obstacle_in_settings, say_slow
-from .inputs import check_ids, check_not_empty, check_running_text, query_of, say_past_window, trusted_ids
+from .inputs import check_ids, check_not_empty, check_running_text, end_ids, query_of, say_past_window, trusted_ids
 from .memory import ContextMemory, choosing_alike
 from .outputs import with_memory
 from .passage_reading import PassageRequest
@@ -295,8 +295,7 @@ class ContextGeneration(PreTrainedModel, GenerationMixin):
             next((x for x in (kwargs.get(name), *(getattr(s, name, None) for s in sources)) if x is not None), None)
             for name in ("pad_token_id", "eos_token_id")
         )
-        stops = torch.as_tensor([] if eos is None else eos).flatten().tolist()
-        if pad is None or pad in stops or not bool((input_ids == pad).any()):
+        if pad is None or pad in end_ids(eos) or not bool((input_ids == pad).any()):
             return None
         return (input_ids != pad).long()
 

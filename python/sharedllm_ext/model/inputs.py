@@ -5,7 +5,7 @@ import difflib
 import functools
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -246,3 +246,8 @@ def padded_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     for i, row in enumerate(rows):
         ids[i, : row.numel()], mask[i, : row.numel()] = row, True
     return ids, mask
+
+
+def end_ids(eos: int | Sequence[int] | Tensor | None) -> list[int]:
+    """The tokens that end a text, of an ``eos_token_id`` in any of the forms that Transformers takes."""
+    return [] if eos is None else torch.as_tensor(eos).flatten().tolist()

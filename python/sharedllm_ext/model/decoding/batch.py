@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...counted import counted
 from ..cache_name import CACHE_NAME
+from ..inputs import end_ids
 from ..memory import ContextMemory
 from ..memory_file import shorten
 from ..upload import upload
@@ -490,5 +491,4 @@ def _likeliest(logits: Tensor, questions: list[Question]) -> Tensor:
 
 
 def _ends(model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
-    own = model.generation_config.eos_token_id if given is None else given
-    return frozenset([] if own is None else [own] if isinstance(own, int) else own)
+    return frozenset(end_ids(model.generation_config.eos_token_id if given is None else given))
