@@ -212,6 +212,21 @@ def test_a_run_goes_on_from_stage_to_stage(data: Path, tmp_path: Path, monkeypat
         called(run, monkeypatch, [*flags, "--", "--rate", 2])
 
 
+def test_a_tokenizer_that_ends_otherwise_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training would teach answers to end with a token at which the base's configuration does not stop."""
+    saved_base(data)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "base")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
+    tokenizer.save_pretrained(data / "base")
+    flags = ["--data", data, "--out", tmp_path / "a.safetensors", "--device", "cpu", "--max-steps", 0]
+    with pytest.raises(
+        SystemExit, match="a tokenizer that ends with token 2 as the base does, got one with 1"
+    ):
+        called(train, monkeypatch, flags)
+
+
 def test_words_of_all_that_is_read_are_trained_and_exported(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -316,15 +316,14 @@ def main() -> None:
     )
     device = torch.device(arguments.device)
     base = load_base(arguments.data / "base", device)
-    mix = Mix.run_c() if arguments.mix == "c" else Mix()
-    batches = BatchQueue(arguments.data, base.folder, layout, sizes, arguments.workers, arguments.seed, mix)
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
     if tokenizer.eos_token_id != base.config["eos_token_id"]:
-        batches.close()
         raise SystemExit(
             f"{base.folder}: expected a tokenizer that ends with token {base.config['eos_token_id']} as the base does, "
             f"got one with {tokenizer.eos_token_id}; run prepare.py again"
         )
+    mix = Mix.run_c() if arguments.mix == "c" else Mix()
+    batches = BatchQueue(arguments.data, base.folder, layout, sizes, arguments.workers, arguments.seed, mix)
     source = QuestionSource(arguments.data, tokenizer, "train", 0, layout)
     frame = Frame(torch.tensor(source.user, device=device), torch.from_numpy(source.separators(PICKED)).to(device))
     try:

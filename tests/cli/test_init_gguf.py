@@ -41,6 +41,24 @@ def test_init_reads_a_gguf_file(cli: Cli, gguf: Path, tmp_path: Path, tokenizer:
     assert again.chat_template == TEMPLATE
 
 
+def test_special_tokens_are_those_of_the_file(
+    cli: Cli, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Transformers reads other ones from it, as 5.17 does."""
+    original = AutoTokenizer.from_pretrained
+
+    def wrong(*args: Any, **more: Any) -> Any:
+        found = original(*args, **more)
+        found.eos_token = found.convert_ids_to_tokens(5)
+        return found
+
+    expected = SharedLLMForCausalLM.from_base(gguf, injection_layers=2).config.eos_token_id
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", wrong)
+        assert cli("init", gguf, tmp_path / "out", *TREE).code == 0
+    assert expected != 5 and AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == expected
+
+
 def test_ask_uses_what_init_read(cli: Cli, gguf: Path, tmp_path: Path, text_file: Path) -> None:
     assert cli("init", gguf, tmp_path / "out", *TREE).code == 0
     result = cli("ask", tmp_path / "out", "--context", text_file, "alpha?", "--max-new-tokens", "4", "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.model.adapter import read_header
+from sharedllm_ext.model.inputs import end_ids
 from sharedllm_ext.training.loop import CHECKPOINT
 
 from ..cli.conftest import Result
@@ -70,6 +73,24 @@ def test_trains_and_writes_an_adapter(cli: Run, base: Path, tmp_path: Path) -> N
     assert model.config.passage_prompt["passage"] == "\n[{rank}]\n" and model.config.slot_position == "end"
     (passages,) = model.find_passages(torch.tensor([[5, 6]]), torch.randint(1, 300, (1, 200)), count=2)
     assert len(passages) == 2
+
+
+def test_what_answers_end_with_ends_them(cli: Run, base: Path, tmp_path: Path) -> None:
+    """A tokenizer may end with another token than the base's configuration stops at: the adapter says so."""
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    own = end_ids(SharedLLMForCausalLM.from_base(other, injection_layers=2).generation_config.eos_token_id)
+    for end, expected in ((next(i for i in range(9, 20) if i not in own), True), (own[0], False)):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.save_pretrained(other)
+        out = tmp_path / f"out{end}"
+        result = cli("train", other, "--data", text_file(tmp_path), "--out", out, "--steps", 1, *SMALL)
+        assert result.code == 0, result.err
+        fields = read_header(out / "adapter.safetensors")["config"]
+        assert fields.get("answer_end_ids") == ([end] if expected else None)
+        loaded = SharedLLMForCausalLM.from_adapter(out / "adapter.safetensors", other)
+        assert end_ids(loaded.generation_config.eos_token_id) == [*own, *([end] if expected else [])]
 
 
 def test_updates_are_pairs_in_the_adapter(cli: Run, base: Path, tmp_path: Path) -> None:

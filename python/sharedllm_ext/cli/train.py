@@ -242,6 +242,7 @@ def _train(
 
     from sharedllm_ext.model import SharedLLMForCausalLM
     from sharedllm_ext.model.adapter import base_digests
+    from sharedllm_ext.model.inputs import end_ids
     from sharedllm_ext.training import (
         Losses,
         Mix,
@@ -296,6 +297,8 @@ def _train(
     passages = args.passages or max(1, min(_PASSAGES, room))
     sizes = Sizes(contexts=contexts, chunks=args.chunks, questions=args.questions, running=running, tail=_TAIL)
     prompt = PromptTokens.of(config, tokenizer, passages)
+    # what answers will end with must end them later
+    config.answer_end_ids = sorted(set(prompt.end) - set(end_ids(model.generation_config.eos_token_id))) or None
     mix = Mix(sources, tokenizer, prompt, config, sizes, args.seed)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     options = Options(
