@@ -13,13 +13,12 @@ twice as large; the next copy comes when that is full.
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_documents import demo
-from bench_end_to_end import DEVICE, SHAPES, built, digits, random_ids, seconds
+from bench_end_to_end import SHAPES, built, digits, lacks_device, random_ids, seconds
 from bench_questions import random_memory
 from line_plot import line_plot
 from run_gpu import header
@@ -43,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.stored:
         tell(json.loads(arguments.stored.read_text()), arguments.plot)
         return 0
-    if DEVICE != "cuda" and not arguments.cpu:
-        print("bench_append: expected a CUDA device, got none that torch sees", file=sys.stderr)
+    if lacks_device("bench_append", arguments.cpu):
         return 2
     # what `built` reads
     arguments.running, arguments.micro_batch = 4096, None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_end_to_end import DEVICE, SHAPES, built, digits, random_ids, seconds
+from bench_end_to_end import DEVICE, SHAPES, built, digits, lacks_device, random_ids, seconds
 from run_gpu import header
 
 import sharedllm_ext
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of each time (default %(default)s)")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU where torch sees no CUDA device")
     arguments = parser.parse_args(argv)
-    if DEVICE != "cuda" and not arguments.cpu:
-        print("bench_documents: expected a CUDA device, got none that torch sees", file=sys.stderr)
+    if lacks_device("bench_documents", arguments.cpu):
         return 2
     if DEVICE == "cpu":
         torch.set_num_threads(1)

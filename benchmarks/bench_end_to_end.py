@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         if set(different) - {"date"}:
             print(f"bench_end_to_end: expected runs of one machine and commit, got other {different}", file=sys.stderr)
             return 2
-    elif DEVICE != "cuda" and (not arguments.cpu or arguments.write):
-        print("bench_end_to_end: expected a CUDA device, got none that torch sees", file=sys.stderr)
+    elif lacks_device("bench_end_to_end", arguments.cpu and not arguments.write):
         return 2
     else:
         about = header()
@@ -123,6 +122,14 @@ def main(argv: list[str] | None = None) -> int:
         write_section(results, f"bench_end_to_end.py: {about['gpu']}", report, "Whole models")
         plots(rows, about)
     return 0
+
+
+def lacks_device(name: str, cpu: bool) -> bool:
+    """Whether a benchmark has no CUDA device and may not run on the CPU; says so."""
+    lacks = DEVICE != "cuda" and not cpu
+    if lacks:
+        print(f"{name}: expected a CUDA device, got none that torch sees", file=sys.stderr)
+    return lacks
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:

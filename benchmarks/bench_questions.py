@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_end_to_end import DEVICE, SHAPES, built, digits, random_ids, seconds
+from bench_end_to_end import SHAPES, built, digits, lacks_device, random_ids, seconds
 from line_plot import line_plot
 from run_gpu import header
 
@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             setattr(arguments, name, value)
         tell(found, arguments)
         return 0
-    if DEVICE != "cuda" and not arguments.cpu:
-        print("bench_questions: expected a CUDA device, got none that torch sees", file=sys.stderr)
+    if lacks_device("bench_questions", arguments.cpu):
         return 2
     about = header()
     # what `built` reads

@@ -46,8 +46,7 @@ class Letters:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    if whole.DEVICE != "cuda" and not arguments.cpu:
-        print("bench_tiers: expected a CUDA device, got none that torch sees", file=sys.stderr)
+    if whole.lacks_device("bench_tiers", arguments.cpu):
         return 2
     about = header() if whole.DEVICE == "cuda" else {"device": "cpu"}
     print(", ".join(about.values()))

@@ -12,14 +12,13 @@ step's own time, the device waits for launches.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_end_to_end import DEVICE, GB, built, digits, kernel_table, random_ids, seconds, synchronize
+from bench_end_to_end import DEVICE, GB, built, digits, kernel_table, lacks_device, random_ids, seconds, synchronize
 from run_gpu import header
 from torch import nn
 
@@ -60,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     # what `built` reads
     arguments.micro_batch = None
-    if DEVICE != "cuda" and not arguments.cpu:
-        print("bench_training: expected a CUDA device, got none that torch sees", file=sys.stderr)
+    if lacks_device("bench_training", arguments.cpu):
         return 2
     about = header()
     rows = [row for name in arguments.cases for row in measure(name, arguments)]

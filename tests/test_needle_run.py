@@ -221,9 +221,7 @@ def test_a_tokenizer_that_ends_otherwise_is_refused(
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(1)
     tokenizer.save_pretrained(data / "base")
     flags = ["--data", data, "--out", tmp_path / "a.safetensors", "--device", "cpu", "--max-steps", 0]
-    with pytest.raises(
-        SystemExit, match="a tokenizer that ends with token 2 as the base does, got one with 1"
-    ):
+    with pytest.raises(SystemExit, match="a tokenizer that ends with token 2 as the base does, got one with 1"):
         called(train, monkeypatch, flags)
 
 
