@@ -166,6 +166,7 @@ def test_steps_without_a_finite_loss_are_skipped(start: Any, tmp_path: Path) -> 
 
 
 SCRIPT = """
+import faulthandler
 import os, sys
 import numpy as np, torch, torch.distributed as dist
 from pathlib import Path
@@ -173,6 +174,8 @@ from transformers import AutoTokenizer
 from sharedllm_ext import SharedLLMForCausalLM
 from sharedllm_ext.training import *
 base, folder, accumulate, steps, save = sys.argv[1:]
+# where it hangs, if it does: before the test gives up
+faulthandler.dump_traceback_later(200, exit=True)
 torch.set_num_threads(1)
 rank = os.environ.get("RANK")
 if rank is not None:
